@@ -1,0 +1,1 @@
+"""Problems, errors, amplification, timing, records, plots, report and the command line."""

@@ -1,0 +1,65 @@
+"""Checks of the chain's inputs: one sentence that says what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> None:
+    """Raises ValueError unless shapes, dtypes, devices, heads and eps fit together. Reads no element."""
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"x must be [tokens, hidden size], not {list(x.shape)}")
+    if num_q_heads < 1 or num_kv_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_q_heads} query heads do not divide into groups over {num_kv_heads} key/value heads: "
+            "num_q_heads must be a positive multiple of num_kv_heads"
+        )
+    hidden_size, heads = x.shape[1], num_q_heads + 2 * num_kv_heads
+    if qkv_weight.ndim != 2 or qkv_weight.shape[1] != hidden_size:
+        raise ValueError(f"qkv_weight must be [rows, {hidden_size}] to match x, not {list(qkv_weight.shape)}")
+    rows = qkv_weight.shape[0]
+    if rows == 0 or rows % heads:
+        raise ValueError(f"qkv_weight has {rows} rows, which do not divide into {heads} heads (q, k and v together)")
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise ValueError("q_norm_weight and k_norm_weight must be given together, or neither")
+    check_eps(eps)
+    check_tensor("x", x, list(x.shape), like=x)
+    check_tensor("norm_weight", norm_weight, [hidden_size], like=x)
+    check_tensor("qkv_weight", qkv_weight, [rows, hidden_size], like=x)
+    for name, tensor, shape in (
+        ("q_norm_weight", q_norm_weight, [rows // heads]),
+        ("k_norm_weight", k_norm_weight, [rows // heads]),
+        ("bias", bias, [rows]),
+        ("residual", residual, list(x.shape)),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, like=x)
+
+
+def check_eps(eps: float) -> None:
+    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps must be a positive number (Qwen3 uses 1e-6), not {eps!r}")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: list[int], *, like: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raises ValueError unless tensor has that shape and dtype and lies on the device of `like`."""
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}: convert it with .to({dtype})")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} but x is on {like.device}: move them to one device")

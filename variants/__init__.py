@@ -1,0 +1,1 @@
+"""The cast plan, the catalogue of named plans, the spec, and how each variant is run."""

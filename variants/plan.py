@@ -1,0 +1,135 @@
+"""CastPlan: where a chain RMSNorm -> QKV -> head norm rounds to bf16.
+
+The chain (T tokens, D hidden channels, H heads of Dh channels), one value a line:
+
+    x           = x (+ residual)                    [T, D]
+    variance    = mean(x^2)                         [T]
+    rstd        = (variance + eps)^-1/2             [T]
+    normed      = x * rstd                          [T, D]
+    hidden      = normed * w_in                     [T, D]     the matmul's left operand
+    proj        = hidden @ W^T (+ bias)             [T, H, Dh]
+    head_rstd   = (mean(proj^2) + eps)^-1/2         [T, H]
+    head_normed = proj * head_rstd                  [T, H, Dh]
+    out         = head_normed * w_head              [T, H, Dh]
+
+Each of these values is a rounding boundary: it is kept in fp32 or rounded to bf16. Two choices of
+the plan that one plan makes and another does not define two different numerical functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+KEEP = "fp32"
+RNE = "bf16-rne"
+RTZ = "bf16-rtz"
+STORAGE = (KEEP, RNE, RTZ)  # how a value is stored: kept, rounded to nearest even, truncated
+
+BOUNDARIES = (
+    "x",
+    "statistics",
+    "variance",
+    "rstd",
+    "normed",
+    "hidden",
+    "proj",
+    "head_rstd",
+    "head_normed",
+    "out",
+)
+SCALES = ("prologue", "epilogue", "folded")
+MATMULS = ("bf16", "tf32", "tf32x3", "fp32")
+WEIGHT_OFFSETS = ("none", "fp32", "bf16-rne")
+
+
+@dataclass(frozen=True)
+class CastPlan:
+    """A numerical function of the chain, by its roundings.
+
+    Every boundary is one of `fp32` (kept), `bf16-rne` (rounded to nearest, ties to even) or `bf16-rtz`
+    (truncated). The default rounds where a bf16 chain cannot avoid it: the sum x + residual, the
+    operand of a bf16 matmul, and what is stored.
+
+    x            x + residual; has no effect on a problem without a residual
+    statistics   each square under the two means (Liger's casting mode `none` squares in bf16)
+    variance     the mean of squares over D
+    rstd         1 / sqrt(variance + eps)
+    normed       x * rstd
+    hidden       normed * w_in, the left operand of the matmul
+    proj         the matmul's result, bias included
+    head_rstd    1 / sqrt(mean of squares over the head + eps)
+    head_normed  proj * head_rstd
+    out          what is stored: q, k and v. `fp32` stores float32 tensors
+
+    scale          `prologue`: rstd is applied before the matmul; `epilogue`: after it, so that
+                   normed never exists and hidden = x * w_in; `folded`: after it, and w_in was
+                   multiplied into W ahead of time, W' = bf16(W * w_in), so that hidden = x
+    matmul         precision of the operands. `tf32` truncates to 10 bits of mantissa, `tf32x3` adds
+                   the truncated remainder; accumulation is fp32 in all of them
+    weight_offset  `none`: weights are w. `fp32` and `bf16-rne`: weights are stored as w - 1 (Gemma)
+                   and 1 + w is formed in that type
+
+    Raises ValueError with a sentence where choices contradict each other.
+    """
+
+    x: str = RNE
+    statistics: str = KEEP
+    variance: str = KEEP
+    rstd: str = KEEP
+    normed: str = KEEP
+    hidden: str = RNE
+    proj: str = KEEP
+    head_rstd: str = KEEP
+    head_normed: str = KEEP
+    out: str = RNE
+    scale: str = "prologue"
+    matmul: str = "bf16"
+    weight_offset: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in BOUNDARIES:
+            _check_word(name, getattr(self, name), STORAGE)
+        _check_word("scale", self.scale, SCALES)
+        _check_word("matmul", self.matmul, MATMULS)
+        _check_word("weight_offset", self.weight_offset, WEIGHT_OFFSETS)
+        if self.scale != "prologue" and self.normed != KEEP:
+            raise ValueError(
+                f"scale={self.scale!r} applies rstd after the matmul, so x * rstd is never formed: "
+                f"normed must be {KEEP!r}, not {self.normed!r}"
+            )
+        if self.scale == "folded":
+            if self.hidden != KEEP:
+                raise ValueError(
+                    f"scale='folded' feeds x itself to the matmul, so there is no x * w_in to round: "
+                    f"hidden must be {KEEP!r}, not {self.hidden!r}"
+                )
+            if self.matmul != "bf16" or self.x == KEEP:
+                raise ValueError(
+                    "scale='folded' multiplies x in bf16 with weights folded to bf16: "
+                    f"matmul must be 'bf16' and x rounded, not matmul={self.matmul!r} with x={self.x!r}"
+                )
+        elif (self.matmul == "bf16") != (self.hidden != KEEP):
+            raise ValueError(
+                f"matmul={self.matmul!r} contradicts hidden={self.hidden!r}: a bf16 matmul needs hidden in bf16, "
+                "and with hidden in bf16 every wider matmul is the same function, because products of "
+                "bf16 values are exact in fp32"
+            )
+
+    def replace(self, **changes: str) -> CastPlan:
+        """This plan with some choices changed; checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def choices(self) -> dict[str, str]:
+        """Every boundary and choice by name: the compile-time flags of the Triton kernels."""
+        return dataclasses.asdict(self)
+
+    def roundings(self) -> list[str]:
+        """Names of the boundaries that are rounded, in the order of the chain; x is left out, since
+        it only rounds where a problem has a residual."""
+        return [name for name in BOUNDARIES[1:] if getattr(self, name) != KEEP]
+
+
+def _check_word(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {value!r}")

@@ -1,0 +1,113 @@
+"""Problem: one set of inputs of the chain, checked once, at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_inputs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of RMSNorm -> QKV -> head norm. T tokens, D channels, H = num_q_heads + 2 num_kv_heads.
+
+    x              [T, D] bf16, the residual stream entering the layer; any strides
+    norm_weight    [D] bf16, w_in
+    qkv_weight     [H * Dh, D] bf16, rows ordered q, k, v
+    q_norm_weight  [Dh] bf16, or None: no head norm (Qwen2, Llama)
+    k_norm_weight  [Dh] bf16, or None
+    bias           [H * Dh] bf16, or None
+    residual       [T, D] bf16 added to x, or None
+    eps            added to the mean of squares, > 0
+    weight_offset  True: norm weights are stored as w - 1 and applied as 1 + w (Gemma)
+    model, layer, weights   what the inputs are, for the record
+
+    Raises ValueError with a sentence that says what is wrong and what would be right.
+    NaN and infinity are allowed in x and residual, not in weights.
+    """
+
+    x: Tensor
+    norm_weight: Tensor
+    qkv_weight: Tensor
+    num_q_heads: int
+    num_kv_heads: int
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    eps: float = 1e-6
+    weight_offset: bool = False
+    model: str = "custom"
+    layer: int = 0
+    weights: str = "given"
+
+    def __post_init__(self) -> None:
+        check_inputs(**self.inputs())
+        _check_finite(self)
+
+    def inputs(self) -> dict[str, object]:
+        """The arguments by which kernels.norm_qkv takes this problem."""
+        names = (
+            "x norm_weight qkv_weight num_q_heads num_kv_heads q_norm_weight k_norm_weight bias residual eps".split()
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of q, k and v together."""
+        return self.num_q_heads + 2 * self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.qkv_weight.shape[0] // self.num_heads
+
+    @property
+    def has_head_norm(self) -> bool:
+        return self.q_norm_weight is not None
+
+    def replace(self, **changes: object) -> Problem:
+        """This problem with some inputs changed; checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: str | torch.device) -> Problem:
+        """This problem with every tensor on that device."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return self.replace(**{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def stored_as_offset(self) -> Problem:
+        """This problem as Gemma would store it: norm weights as bf16(w - 1), applied as 1 + w.
+
+        A slightly different problem, since w - 1 is rounded; its truth is computed from what is stored.
+        """
+        if self.weight_offset:
+            return self
+        shifted = {
+            name: (weight.float() - 1).to(torch.bfloat16)
+            for name in ("norm_weight", "q_norm_weight", "k_norm_weight")
+            if (weight := getattr(self, name)) is not None
+        }
+        return self.replace(weight_offset=True, **shifted)
+
+    def split_heads(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] of a packed [T, H * Dh] or [T, H, Dh]."""
+        heads = packed.reshape(packed.shape[0], self.num_heads, self.head_dim)
+        return heads.split([self.num_q_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+
+def _check_finite(problem: Problem) -> None:
+    for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias"):
+        tensor = getattr(problem, name)
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity: weights must be finite")
