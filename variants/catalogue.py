@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from variants.plan import KEEP, RNE, RTZ, CastPlan
+from kernels.checks import KEEP, RNE, RTZ
+from variants.plan import CastPlan
 
 
 @dataclass(frozen=True)

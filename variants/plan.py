@@ -21,27 +21,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-KEEP = "fp32"
-RNE = "bf16-rne"
-RTZ = "bf16-rtz"
-STORAGE = (KEEP, RNE, RTZ)  # how a value is stored: kept, rounded to nearest even, truncated
-
-BOUNDARIES = (
-    "x",
-    "statistics",
-    "variance",
-    "rstd",
-    "normed",
-    "hidden",
-    "proj",
-    "head_rstd",
-    "head_normed",
-    "out",
-)
-SCALES = ("prologue", "epilogue", "folded")
-MATMULS = ("bf16", "tf32", "tf32x3", "fp32")
-WEIGHT_OFFSETS = ("none", "fp32", "bf16-rne")
-
+from kernels.checks import BOUNDARIES, KEEP, RNE, check_flags
 
 @dataclass(frozen=True)
 class CastPlan:
@@ -52,8 +32,8 @@ class CastPlan:
     operand of a bf16 matmul, and what is stored.
 
     x            x + residual; has no effect on a problem without a residual
-    statistics   each square under the two means (Liger's casting mode `none` squares in bf16)
-    variance     the mean of squares over D
+    statistics   each square under both norms' means (Liger's casting mode `none` squares in bf16)
+    variance     the mean of squares, in both norms
     rstd         1 / sqrt(variance + eps)
     normed       x * rstd
     hidden       normed * w_in, the left operand of the matmul
@@ -88,33 +68,7 @@ class CastPlan:
     weight_offset: str = "none"
 
     def __post_init__(self) -> None:
-        for name in BOUNDARIES:
-            _check_word(name, getattr(self, name), STORAGE)
-        _check_word("scale", self.scale, SCALES)
-        _check_word("matmul", self.matmul, MATMULS)
-        _check_word("weight_offset", self.weight_offset, WEIGHT_OFFSETS)
-        if self.scale != "prologue" and self.normed != KEEP:
-            raise ValueError(
-                f"scale={self.scale!r} applies rstd after the matmul, so x * rstd is never formed: "
-                f"normed must be {KEEP!r}, not {self.normed!r}"
-            )
-        if self.scale == "folded":
-            if self.hidden != KEEP:
-                raise ValueError(
-                    f"scale='folded' feeds x itself to the matmul, so there is no x * w_in to round: "
-                    f"hidden must be {KEEP!r}, not {self.hidden!r}"
-                )
-            if self.matmul != "bf16" or self.x == KEEP:
-                raise ValueError(
-                    "scale='folded' multiplies x in bf16 with weights folded to bf16: "
-                    f"matmul must be 'bf16' and x rounded, not matmul={self.matmul!r} with x={self.x!r}"
-                )
-        elif (self.matmul == "bf16") != (self.hidden != KEEP):
-            raise ValueError(
-                f"matmul={self.matmul!r} contradicts hidden={self.hidden!r}: a bf16 matmul needs hidden in bf16, "
-                "and with hidden in bf16 every wider matmul is the same function, because products of "
-                "bf16 values are exact in fp32"
-            )
+        check_flags(self.choices())
 
     def replace(self, **changes: str) -> CastPlan:
         """This plan with some choices changed; checked like a new one."""
@@ -129,7 +83,3 @@ class CastPlan:
         it only rounds where a problem has a residual."""
         return [name for name in BOUNDARIES[1:] if getattr(self, name) != KEEP]
 
-
-def _check_word(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, not {value!r}")

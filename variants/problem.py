@@ -86,20 +86,6 @@ class Problem:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return self.replace(**{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
 
-    def stored_as_offset(self) -> Problem:
-        """This problem as Gemma would store it: norm weights as bf16(w - 1), applied as 1 + w.
-
-        A slightly different problem, since w - 1 is rounded; its truth is computed from what is stored.
-        """
-        if self.weight_offset:
-            return self
-        shifted = {
-            name: (weight.float() - 1).to(torch.bfloat16)
-            for name in ("norm_weight", "q_norm_weight", "k_norm_weight")
-            if (weight := getattr(self, name)) is not None
-        }
-        return self.replace(weight_offset=True, **shifted)
-
     def split_heads(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] of a packed [T, H * Dh] or [T, H, Dh]."""
         heads = packed.reshape(packed.shape[0], self.num_heads, self.head_dim)

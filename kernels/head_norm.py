@@ -1,0 +1,151 @@
+"""RMSNorm over each head: the epilogue of the fused kernel, and a kernel of its own.
+
+    head_rstd   = (mean(proj^2) + eps)^-1/2      over the Dh channels of one head
+    head_normed = proj * head_rstd
+    out         = head_normed * weight
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.checks import check_eps, check_flags, check_tensor
+from kernels.rounding import applied_weight, narrow, round_to, widen
+
+
+@triton.jit
+def rsqrt_rn(x):
+    """1 / sqrt(x) in two correctly rounded steps: the same bits on every device, unlike rsqrt.approx."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
+def normalize_head(
+    proj,  # [M, N] fp32, zero beyond DH
+    weight,  # [N] fp32, as applied
+    eps,
+    DH: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    HEAD_RSTD: tl.constexpr,
+    HEAD_NORMED: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """[M, N] fp32: the head norm of a tile that holds whole heads, rounded as the flags say."""
+    squares = round_to(proj * proj, STATISTICS)
+    variance = round_to(tl.div_rn(tl.sum(squares, axis=1), DH * 1.0), VARIANCE)  # [M]
+    head_rstd = round_to(rsqrt_rn(variance + eps), HEAD_RSTD)
+    head_normed = round_to(proj * head_rstd[:, None], HEAD_NORMED)
+    return round_to(head_normed * weight[None, :], OUT)
+
+
+@triton.jit
+def store_head(ptrs, value, mask):
+    """Stores an fp32 tile to fp32 memory, or to bf16 memory if it holds bf16 values already."""
+    if ptrs.dtype.element_ty == tl.bfloat16:
+        tl.store(ptrs, narrow(value), mask=mask)
+    else:
+        tl.store(ptrs, value, mask=mask)
+
+
+@triton.jit
+def head_norm_kernel(
+    proj_ptr,  # [T, H, DH] bf16 or fp32
+    weight_ptr,  # [DH] bf16
+    out_ptr,  # [T, H, DH] bf16 or fp32
+    T,
+    eps,
+    stride_pm,
+    stride_ph,
+    stride_om,
+    stride_oh,
+    DH: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    HEAD_RSTD: tl.constexpr,
+    HEAD_NORMED: tl.constexpr,
+    OUT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # power of two >= DH
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    head = tl.program_id(1)
+    offs_n = tl.arange(0, BLOCK_N)  # [N]
+    mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
+    proj = widen(tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask, other=0.0))
+    weight = applied_weight(tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0), WEIGHT_OFFSET)
+    out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
+    store_head(out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :], out, mask)
+
+
+def head_norm(
+    proj: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    statistics: str = "fp32",
+    variance: str = "fp32",
+    head_rstd: str = "fp32",
+    head_normed: str = "fp32",
+    out_storage: str = "bf16-rne",
+    weight_offset: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """RMSNorm of every head of proj [T, H, Dh] (bf16 or fp32, last dimension contiguous).
+
+    weight [Dh] bf16. Each of statistics, variance, head_rstd, head_normed and out_storage says where to
+    round: `fp32` (keep), `bf16-rne` or `bf16-rtz`. weight_offset: `none`, or `fp32` / `bf16-rne` for weights
+    stored as w - 1. Returns out [T, H, Dh]: bf16, or float32 for out_storage='fp32'.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    flags = {
+        "statistics": statistics,
+        "variance": variance,
+        "head_rstd": head_rstd,
+        "head_normed": head_normed,
+        "out": out_storage,
+        "weight_offset": weight_offset,
+    }
+    check_flags(flags)
+    if proj.ndim != 3 or proj.stride(2) != 1:
+        raise ValueError(f"proj must be [tokens, heads, head size] with contiguous heads, not {list(proj.shape)}")
+    if proj.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"proj must be torch.bfloat16 or torch.float32, not {proj.dtype}")
+    tokens, heads, head_dim = proj.shape
+    check_tensor("weight", weight, [head_dim], like=proj)
+    check_eps(eps)
+    out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
+    if tokens:
+        block_m = 16
+        head_norm_kernel[(triton.cdiv(tokens, block_m), heads)](
+            proj,
+            weight.contiguous(),
+            out,
+            tokens,
+            eps,
+            proj.stride(0),
+            proj.stride(1),
+            out.stride(0),
+            out.stride(1),
+            DH=head_dim,
+            **{name.upper(): word for name, word in flags.items()},
+            BLOCK_M=block_m,
+            BLOCK_N=triton.next_power_of_2(head_dim),
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def output_tensor(name: str, out: Tensor | None, shape: tuple[int, ...], storage: str, *, like: Tensor) -> Tensor:
+    """out if it fits, else a new tensor: bf16, or float32 for storage 'fp32'. Raises ValueError if it does not fit."""
+    dtype = torch.float32 if storage == "fp32" else torch.bfloat16
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    check_tensor(name, out, list(shape), like=like, dtype=dtype)
+    if out.stride(-1) != 1:
+        raise ValueError(f"{name} must have contiguous heads (stride 1 in its last dimension), not {out.stride()}")
+    return out

@@ -1,0 +1,108 @@
+"""Two ways to run the chain in ordinary PyTorch arithmetic.
+
+eager       the bf16 path as Hugging Face runs that architecture: Qwen3 and Qwen2, or Gemma 3 where norm
+            weights are stored as w - 1. The yardstick of every table.
+plan_eager  any plan, its roundings as casts and everything between them in fp32. What Inductor compiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.norm_qkv import fold_norm_weight
+from variants.plan import CastPlan
+from variants.problem import Problem
+from variants.spec import check_offset, round_to, truncate_tf32
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def eager_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: bool) -> Tensor:
+    """Qwen3RMSNorm.forward, or Gemma3RMSNorm.forward for weights stored as w - 1 (transformers 5). Any shape, bf16."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight_offset:
+        return (normed * (1.0 + weight.float())).type_as(x)
+    return weight * normed.to(x.dtype)
+
+
+def eager(problem: Problem, proj_only: bool = False) -> Outputs:
+    """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] bf16, as Hugging Face computes them on this device.
+
+    One fused projection instead of three, which changes no dot product. proj_only leaves the head norm out.
+    """
+    p = problem
+    x = p.x if p.residual is None else p.x + p.residual
+    hidden = eager_norm(x, p.norm_weight, p.eps, p.weight_offset)
+    q, k, v = p.split_heads(F.linear(hidden, p.qkv_weight, p.bias))
+    if p.has_head_norm and not proj_only:
+        q = eager_norm(q, p.q_norm_weight, p.eps, p.weight_offset)
+        k = eager_norm(k, p.k_norm_weight, p.eps, p.weight_offset)
+    return q, k, v
+
+
+def plan_weight(plan: CastPlan, problem: Problem) -> Tensor:
+    """The QKV weight as the plan stores it: folded ahead of time for scale='folded', else as it is."""
+    if plan.scale == "folded":
+        return fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan.weight_offset)
+    return problem.qkv_weight
+
+
+def plan_eager(plan: CastPlan, problem: Problem, qkv_weight: Tensor) -> Outputs:
+    """q, k, v of that plan in fp32 arithmetic; qkv_weight is plan_weight(plan, problem).
+
+    A bf16 matmul whose result is rounded anyway is one bf16 matmul. Where its fp32 accumulator is kept, the
+    operands are widened, because PyTorch's bf16 matmul on CPUs returns bf16 only.
+    """
+    p = problem
+    x = p.x.float()
+    if p.residual is not None:
+        x = round_to(x + p.residual.float(), plan.x)
+    rstd = _rstd(x, plan, p.eps, plan.rstd)
+    hidden = x
+    if plan.scale == "prologue":
+        hidden = round_to(hidden * rstd, plan.normed)
+    if plan.scale != "folded":
+        hidden = round_to(hidden * _applied_weight(p.norm_weight, plan), plan.hidden)
+    proj = _project(plan, hidden, qkv_weight, rstd, p.bias)
+    q, k, v = p.split_heads(proj)
+    if p.has_head_norm:
+        q = _head_norm(q, p.q_norm_weight, plan, p.eps)
+        k = _head_norm(k, p.k_norm_weight, plan, p.eps)
+    dtype = torch.float32 if plan.out == "fp32" else torch.bfloat16
+    return tuple(round_to(value, plan.out).to(dtype) for value in (q, k, v))
+
+
+def _rstd(value: Tensor, plan: CastPlan, eps: float, storage: str) -> Tensor:
+    variance = round_to(round_to(value * value, plan.statistics).mean(-1, keepdim=True), plan.variance)
+    return round_to(torch.rsqrt(variance + eps), storage)
+
+
+def _applied_weight(weight: Tensor, plan: CastPlan) -> Tensor:
+    weight = weight.float()
+    return weight if plan.weight_offset == "none" else round_to(1 + weight, plan.weight_offset)
+
+
+def _head_norm(proj: Tensor, weight: Tensor, plan: CastPlan, eps: float) -> Tensor:
+    head_normed = round_to(proj * _rstd(proj, plan, eps, plan.head_rstd), plan.head_normed)
+    return head_normed * _applied_weight(weight, plan)
+
+
+def _project(plan: CastPlan, hidden: Tensor, weight: Tensor, rstd: Tensor, bias: Tensor | None) -> Tensor:
+    if plan.matmul == "bf16" and plan.proj == "bf16-rne" and plan.scale == "prologue":
+        return F.linear(hidden.bfloat16(), weight, bias).float()
+    wide = weight.float()
+    if plan.matmul == "tf32":
+        proj = truncate_tf32(hidden) @ wide.T
+    elif plan.matmul == "tf32x3":
+        high = truncate_tf32(hidden)
+        proj = high @ wide.T + truncate_tf32(hidden - high) @ wide.T
+    else:
+        proj = hidden @ wide.T
+    if plan.scale != "prologue":
+        proj = proj * rstd
+    if bias is not None:
+        proj = proj + bias.float()
+    return round_to(proj, plan.proj)

@@ -1,0 +1,127 @@
+"""The envelope of a plan: the bits that any order of summation in fp32 can produce, element by element.
+
+Two correct implementations of one plan differ only where a value lies so near a rounding tie that the
+error of an fp32 sum can push it across. So each value of the chain is carried as an interval: the spec's
+value, widened by the error of the sums, and rounded at both ends as the plan rounds. Rounding is monotone,
+so the interval's ends are values the plan can produce. Most elements come out with both ends equal: there
+an implementation must agree with the spec bit for bit. No tolerance is typed; each follows from the
+number of terms and the data.
+
+Error of a sum (Higham, Accuracy and Stability of Numerical Algorithms, ch. 4, with rounding errors
+taken as independent, Higham & Mary 2019): rounding the k-th partial sum s_k errs by at most u |s_k|, rms
+u |s_k| / sqrt(3), u = 2^-24. For n terms of random sign the partial sums grow as sqrt(k), for positive ones
+as k, so that the rms error is u sqrt(n / 6) |terms|_2 and u sqrt(n) / 3 * sum. Six of those are allowed; a
+sum in blocks errs less.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.checks import KEEP, RNE
+from variants.plan import CastPlan
+from variants.problem import Problem
+from variants.spec import applied_weight, check_offset, matmul_operand, store
+
+U = 2.0**-24  # unit roundoff of fp32
+SIGMAS = 6.0
+RSQRT_ULPS = 2.0  # rsqrt.approx on NVIDIA GPUs errs by up to 2 ulp, 1 / sqrt(x) in fp32 by 1.5
+
+Interval = tuple[Tensor, Tensor]
+
+
+def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
+    """Lowest and highest value of each element of q, k and v that an implementation of the plan may return.
+
+    float64 tensors of the outputs' shapes. Raises ValueError if plan and problem do not fit together.
+    """
+    check_offset(plan, problem)
+    p = problem
+    x = p.x.to(torch.float64)
+    if p.residual is not None:
+        x = store(x + p.residual.to(torch.float64), plan.x)
+    rstd = _rstd((x, x), plan, p.eps, plan.rstd)
+    hidden: Interval = (x, x)
+    if plan.scale == "prologue":
+        hidden = _stored(_product(hidden, rstd), plan.normed)
+    weight = p.qkv_weight.to(torch.float64)
+    w_in = applied_weight(p.norm_weight, plan)
+    if plan.scale == "folded":
+        weight = store(weight * w_in, RNE)
+    else:
+        hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
+    proj = _dot(tuple(matmul_operand(end, plan) for end in hidden), weight)
+    if plan.scale != "prologue":
+        proj = _widened(_product(proj, rstd), U)
+    if p.bias is not None:
+        proj = _widened(tuple(end + p.bias.to(torch.float64) for end in proj), U)
+    proj = _stored(proj, plan.proj)
+
+    q, k, v = zip(*(p.split_heads(end) for end in proj), strict=True)
+    if p.has_head_norm:
+        q = _head_norm(q, applied_weight(p.q_norm_weight, plan), plan, p.eps)
+        k = _head_norm(k, applied_weight(p.k_norm_weight, plan), plan, p.eps)
+    return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
+
+
+def outside(actual: Tensor, envelope: Interval) -> Tensor:
+    """Which elements of an output the envelope does not explain; NaN is explained by NaN. Bool, actual's shape."""
+    low, high = envelope
+    actual = actual.to(torch.float64)
+    inside = (low <= actual) & (actual <= high)
+    return ~(inside | (actual.isnan() & (low.isnan() | high.isnan())))
+
+
+def pinned_share(envelope: Interval) -> float:
+    """Share of elements whose bits the plan fixes whatever the order of summation."""
+    low, high = envelope
+    return (low == high).double().mean().item() if low.numel() else 1.0
+
+
+def _stored(ends: Interval, storage: str) -> Interval:
+    return store(ends[0], storage), store(ends[1], storage)
+
+
+def _widened(ends: Interval, relative: float) -> Interval:
+    return ends[0] - relative * ends[0].abs(), ends[1] + relative * ends[1].abs()
+
+
+def _product(a: Interval, b: Interval) -> Interval:
+    corners = [i * j for i in a for j in b]
+    low, high = corners[0], corners[0]
+    for corner in corners[1:]:
+        low, high = torch.minimum(low, corner), torch.maximum(high, corner)
+    return low, high
+
+
+def _squares(ends: Interval) -> Interval:
+    low, high = (end * end for end in ends)
+    straddles = (ends[0] <= 0) & (ends[1] >= 0)
+    return torch.where(straddles, 0.0, torch.minimum(low, high)), torch.maximum(low, high)
+
+
+def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval:
+    squares = _squares(value)
+    if plan.statistics != KEEP:
+        squares = _stored(squares, plan.statistics)
+    n = squares[0].shape[-1]
+    error = SIGMAS * U * math.sqrt(n) / 3 + 3 * U  # the sum; squaring, dividing by n and adding eps
+    variance = _stored(_widened(tuple(end.mean(-1, keepdim=True) for end in squares), error), plan.variance)
+    low, high = ((end + eps).rsqrt() for end in reversed(variance))
+    return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
+
+
+def _dot(hidden: Interval, weight: Tensor) -> Interval:
+    middle, radius = (hidden[0] + hidden[1]) / 2, (hidden[1] - hidden[0]) / 2
+    proj = middle @ weight.T
+    terms = (middle.square() @ weight.T.square()).sqrt()  # 2-norm of the terms
+    error = radius @ weight.T.abs() + SIGMAS * U * math.sqrt(weight.shape[1] / 6) * terms
+    return proj - error, proj + error
+
+
+def _head_norm(proj: Interval, weight: Tensor, plan: CastPlan, eps: float) -> Interval:
+    head_normed = _stored(_product(proj, _rstd(proj, plan, eps, plan.head_rstd)), plan.head_normed)
+    return _product(head_normed, (weight, weight))

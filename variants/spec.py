@@ -1,0 +1,154 @@
+"""The spec: what a plan means, in plain PyTorch, on any device; and the truth, the chain in float64.
+
+The plan's roundings are made exactly. Everything between them (reductions, rsqrt, dot products) is
+computed in float64 and rounded once to float32. So a spec depends on no order of summation, and
+
+    spec(plan) - truth          is the cost of the plan's boundaries,
+    implementation - spec(plan) is order of summation and approximate instructions.
+
+Values are carried as float64 tensors that hold float32 or bf16 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.checks import KEEP, RNE
+from variants.plan import CastPlan
+from variants.problem import Problem
+
+TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa
+BF16_MASK = -(1 << 16)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Every value of the chain, float64. Head values are None for a model without head norm."""
+
+    x: Tensor  # [T, D]
+    variance: Tensor  # [T, 1]
+    rstd: Tensor  # [T, 1]
+    normed: Tensor | None  # [T, D]; None where rstd is applied after the matmul
+    hidden: Tensor  # [T, D]
+    proj: Tensor  # [T, H, Dh]
+    head_rstd: Tensor | None  # [T, Hq + Hkv, 1]
+    head_normed: Tensor | None  # [T, Hq + Hkv, Dh]
+    q: Tensor  # [T, Hq, Dh]
+    k: Tensor  # [T, Hkv, Dh]
+    v: Tensor  # [T, Hkv, Dh]
+
+    def outputs(self) -> dict[str, Tensor]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+
+def round_to(value: Tensor, storage: str) -> Tensor:
+    """float32 tensor as that storage type holds it, in float32; NaN stays NaN under truncation too."""
+    if storage == KEEP:
+        return value
+    if storage == RNE:
+        return value.to(torch.bfloat16).to(torch.float32)
+    return _masked(value, BF16_MASK)
+
+
+def truncate_tf32(value: Tensor) -> Tensor:
+    """float32 tensor with its mantissa cut to tf32's 10 bits, in float32."""
+    return _masked(value, TF32_MASK)
+
+
+def _masked(value: Tensor, mask: int) -> Tensor:
+    return torch.where(value.isnan(), value, (value.view(torch.int32) & mask).view(torch.float32))
+
+
+def store(value: Tensor, storage: str) -> Tensor:
+    """float64 value rounded once to float32, then as storage holds it; float64."""
+    return round_to(value.to(torch.float32), storage).to(torch.float64)
+
+
+def applied_weight(weight: Tensor, plan: CastPlan) -> Tensor:
+    """The factor a stored norm weight stands for, float64: w, or 1 + w formed as plan.weight_offset says."""
+    weight = weight.to(torch.float64)
+    return weight if plan.weight_offset == "none" else store(1 + weight, plan.weight_offset)
+
+
+def check_offset(plan: CastPlan, problem: Problem) -> None:
+    """Raises ValueError if the plan reads norm weights otherwise than the problem stores them."""
+    if (plan.weight_offset != "none") != problem.weight_offset:
+        raise ValueError(
+            f"a plan with weight_offset={plan.weight_offset!r} cannot run a problem whose norm weights are stored as "
+            f"{'w - 1 (Gemma)' if problem.weight_offset else 'w'}: "
+            + ("use one of the gemma plans" if problem.weight_offset else "use a problem with weight_offset=True")
+        )
+
+
+def spec(plan: CastPlan, problem: Problem) -> Chain:
+    """The plan's exact definition on that problem. Raises ValueError if the two do not fit together."""
+    check_offset(plan, problem)
+    return _chain(plan, problem, store, lambda weight: applied_weight(weight, plan))
+
+
+def truth(problem: Problem) -> Chain:
+    """The chain in float64 from the same bf16 inputs, nothing rounded."""
+    plan = CastPlan(hidden=KEEP, matmul="fp32")
+    offset = 1.0 if problem.weight_offset else 0.0
+    return _chain(plan, problem, lambda value, storage: value, lambda weight: weight.to(torch.float64) + offset)
+
+
+def matmul_operand(hidden: Tensor, plan: CastPlan) -> Tensor:
+    """hidden, float64, as the matmul's operand precision reads it. bf16 and fp32 read it whole."""
+    if plan.matmul not in ("tf32", "tf32x3"):
+        return hidden
+    hidden = hidden.to(torch.float32)
+    high = truncate_tf32(hidden)
+    if plan.matmul == "tf32":
+        return high.to(torch.float64)
+    return high.to(torch.float64) + truncate_tf32(hidden - high).to(torch.float64)
+
+
+def _mean_of_squares(value: Tensor, plan: CastPlan, store: Callable[[Tensor, str], Tensor]) -> Tensor:
+    squares = value * value
+    if plan.statistics != KEEP:
+        squares = store(squares, plan.statistics)
+    return squares.mean(-1, keepdim=True)
+
+
+def _chain(
+    plan: CastPlan, problem: Problem, store: Callable[[Tensor, str], Tensor], applied: Callable[[Tensor], Tensor]
+) -> Chain:
+    w_in = applied(problem.norm_weight)
+    weight = problem.qkv_weight.to(torch.float64)
+    x = problem.x.to(torch.float64)
+    if problem.residual is not None:
+        x = store(x + problem.residual.to(torch.float64), plan.x)
+
+    variance = store(_mean_of_squares(x, plan, store), plan.variance)
+    rstd = store((variance + problem.eps).rsqrt(), plan.rstd)
+    normed = None
+    if plan.scale == "prologue":
+        normed = store(x * rstd, plan.normed)
+        hidden = store(normed * w_in, plan.hidden)
+    elif plan.scale == "epilogue":
+        hidden = store(x * w_in, plan.hidden)
+    else:
+        hidden, weight = x, store(weight * w_in, RNE)
+
+    proj = matmul_operand(hidden, plan) @ weight.T
+    if plan.scale != "prologue":
+        proj = proj * rstd
+    if problem.bias is not None:
+        proj = proj + problem.bias.to(torch.float64)
+    proj = store(proj, plan.proj).reshape(problem.tokens, problem.num_heads, problem.head_dim)
+
+    q, k, v = problem.split_heads(proj)
+    head_rstd = head_normed = None
+    if problem.has_head_norm:
+        qk = torch.cat([q, k], dim=1)
+        head_rstd = store((store(_mean_of_squares(qk, plan, store), plan.variance) + problem.eps).rsqrt(), plan.head_rstd)
+        head_normed = store(qk * head_rstd, plan.head_normed)
+        q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
+        q, k = q * applied(problem.q_norm_weight), k * applied(problem.k_norm_weight)
+    q, k, v = (store(value, plan.out) for value in (q, k, v))
+    return Chain(x, variance, rstd, normed, hidden, proj, head_rstd, head_normed, q, k, v)

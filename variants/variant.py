@@ -1,0 +1,68 @@
+"""Variant: a plan and a way to run it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.norm_qkv import norm_qkv
+from variants.eager import Outputs, plan_eager, plan_weight
+from variants.plan import CastPlan
+from variants.problem import Problem
+from variants.spec import check_offset, spec
+
+# Compiled once per plan and shape; PyTorch's own limit of 8 is meant for one function, not for a family.
+torch._dynamo.config.recompile_limit = 1024
+
+BACKENDS = ("spec", "triton", "triton-separate", "inductor")
+
+
+def triton_flags(plan: CastPlan) -> dict[str, str]:
+    """The plan as keyword arguments of kernels.norm_qkv, which calls the boundaries x and out by longer names."""
+    flags = plan.choices()
+    return {"x_storage": flags.pop("x"), "out_storage": flags.pop("out"), **flags}
+
+
+def run_triton(
+    plan: CastPlan,
+    problem: Problem,
+    *,
+    qkv_weight: Tensor | None = None,
+    separate: bool = False,
+    out: Outputs | None = None,
+) -> Outputs:
+    """q, k, v of the Triton kernels: compiled on a GPU, interpreted on a CPU.
+
+    qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own.
+    """
+    check_offset(plan, problem)
+    weight = plan_weight(plan, problem) if qkv_weight is None else qkv_weight
+    inputs = {**problem.inputs(), "qkv_weight": weight}
+    return norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, out=out)
+
+
+@functools.cache
+def compiled_plan(plan: CastPlan) -> Callable[[Problem, Tensor], Outputs]:
+    """plan_eager of that plan through Inductor, its casts kept: emulate_precision_casts forbids Inductor to
+    cancel a cast to bf16 and back, which it does by default."""
+    function = functools.partial(plan_eager, plan)
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"emulate_precision_casts": True})
+
+
+def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
+    """q [T, Hq, Dh], k and v [T, Hkv, Dh] of that plan on one of BACKENDS.
+
+    `spec` returns float64 tensors that hold the stored values; the others bf16, or float32 for plan.out='fp32'.
+    Raises ValueError for an unknown backend or a plan and problem that do not fit together.
+    """
+    if backend == "spec":
+        return tuple(spec(plan, problem).outputs().values())
+    if backend in ("triton", "triton-separate"):
+        return run_triton(plan, problem, separate=backend == "triton-separate")
+    if backend == "inductor":
+        check_offset(plan, problem)
+        return compiled_plan(plan)(problem, plan_weight(plan, problem))
+    raise ValueError(f"unknown backend {backend!r}: backends are {', '.join(BACKENDS)}")
