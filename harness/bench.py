@@ -1,0 +1,312 @@
+"""The sweeps behind `make bench`: errors, amplification and speed of every plan, written to records.
+
+Each sweep asks the records what they have, measures what is missing, and goes on past a case that fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.amplify import amplification, k_before
+from harness.errors import error_stats
+from harness.problems import checkpoint_problem, synthetic_problem
+from harness.progress import track
+from harness.records import Records
+from harness.timing import count_bytes, count_flops, graph_timer, interleaved_times, measure_ceilings, rotating
+from variants.catalogue import plan_named
+from variants.eager import eager, plan_weight
+from variants.envelope import envelope, outside
+from variants.problem import Problem
+from variants.spec import Chain, spec, truth
+from variants.variant import compiled_eager, compiled_plan, run, run_triton
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run measures."""
+
+    model: str = "qwen3-0.6b"
+    checkpoint: str | None = None
+    layers: tuple[int, ...] = ()
+    tokens: int = 128
+    kernel_tokens: int = 16
+    speed_tokens: tuple[int, ...] = (1, 16, 128)
+    plans: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    speed_budget_s: float = 15.0
+
+    def row(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:
+    """The problem of a layer on which that plan runs (None: Hugging Face's); stored as w - 1 for Gemma's plans.
+
+    Raises ValueError where a plan does not fit the weights of a checkpoint.
+    """
+    s = settings
+    if s.checkpoint is not None:
+        return checkpoint_problem(s.checkpoint, s.model, layer, tokens, s.seed).to(s.device)
+    offset = None if plan_name is None else plan_named(plan_name).weight_offset != "none"
+    return synthetic_problem(s.model, layer, tokens, s.seed, weight_offset=offset).to(s.device)
+
+
+def sweep_precision(settings: Settings, records: Records) -> None:
+    """Errors and amplification: the spec of every plan and eager on every layer; kernels and Inductor on the first."""
+    s = settings
+    for layer in track(s.layers, "errors and amplification"):
+        for stored_as_offset, names in _by_storage(s.plans):
+            if not _offset_fits(s, stored_as_offset):
+                for name in names:
+                    _refused(records, s, layer, name)
+                continue
+            problem = problem_at(s, layer, s.tokens, names[0])
+            _layer_precision(records, s, problem, names)
+            if layer == s.layers[0] and s.checkpoint is None and problem.has_head_norm and not stored_as_offset:
+                control = synthetic_problem(s.model, layer, s.tokens, s.seed, unit_k_norm=True)
+                _layer_precision(records, s, control.to(s.device), names)
+    for name in track(s.plans, "kernels"):
+        for backend in ("triton", "inductor"):
+            _kernel_errors(records, s, s.layers[0], name, backend)
+
+
+def _layer_precision(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
+    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete."""
+    todo = [n for n in names if not records.has("errors", **_key(problem, n, "spec", "v", "eager"))]
+    if not todo:
+        return
+    exact = truth(problem)
+    true_values = _values(problem, exact)
+    eager_values = _named(problem, eager(problem), eager(problem, proj_only=True)[1])
+    eager_plan = "gemma" if problem.weight_offset else "hf"
+    for output, value in eager_values.items():
+        _add_error(records, s, problem, eager_plan, "eager", output, "truth", value, true_values[output])
+    if problem.layer == s.layers[0]:
+        _noise_floor(records, s, problem, eager_plan, eager_values)
+    for name in todo:
+        chain = spec(plan_named(name), problem)
+        key = {"weights": problem.weights, "layer": problem.layer, "plan": name}
+        if problem.has_head_norm and problem.tokens and not records.has("amplification", **key):
+            records.add("amplification", model=s.model, **key, **amplification(problem, chain, exact))
+        for output, value in _values(problem, chain).items():
+            _add_error(records, s, problem, name, "spec", output, "truth", value, true_values[output])
+            _add_error(records, s, problem, name, "spec", output, "eager", value, eager_values[output])
+
+
+def sweep_speed(settings: Settings, records: Records) -> None:
+    """Eager, torch.compile and every plan, at every token count, cold: all layers' weights in rotation."""
+    s = settings
+    todo = [t for t in s.speed_tokens if not records.has("speed", tokens=t, plan="hf", backend="eager")]
+    if not todo:
+        return
+    ceilings = measure_ceilings(s.device)
+    records.note(ceilings=dataclasses.asdict(ceilings))
+    problems = [problem_at(s, layer, max(s.speed_tokens)) for layer in s.layers]
+    problems = _rotation(problems, s.device)
+    for tokens in track(todo, "speed"):
+        at = [p.replace(x=p.x[:tokens]) for p in problems]
+        arms = dict(_speed_arms(s, at))
+        ready, failed = _warmed(arms, len(at), s.device)
+        times = interleaved_times(ready, s.device, s.speed_budget_s)
+        medians = {arm: float(np.median(t)) for arm, t in times.items()}
+        floor_s = ceilings.floor_s(at[0])
+        for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
+            plan, backend = arm.split("/")
+            row: dict[str, Any] = {
+                "model": s.model,
+                "tokens": tokens,
+                "plan": plan,
+                "backend": backend,
+                "regime": f"cold, {len(at)} weights in rotation" + (", CUDA graph" if s.device == "cuda" else ""),
+                "bytes": count_bytes(at[0]),
+                "flops": count_flops(at[0]),
+            }
+            if arm in failed:
+                records.add("speed", **row, status="failed", reason=failed[arm])
+                continue
+            p10, p50, p90 = np.quantile(times[arm], [0.1, 0.5, 0.9])
+            records.add(
+                "speed",
+                **row,
+                p10_us=p10 * 1e6,
+                p50_us=p50 * 1e6,
+                p90_us=p90 * 1e6,
+                gbps=row["bytes"] / p50 / 1e9,
+                tflops=row["flops"] / p50 / 1e12,
+                roofline_share=floor_s / p50,
+                speedup_vs_eager=_ratio(medians.get("hf/eager"), p50),
+                speedup_vs_compile=_ratio(medians.get("hf/torch.compile"), p50),
+            )
+
+
+def _ratio(base: float | None, time: float) -> float | str:
+    return base / time if base else ""
+
+
+def _speed_arms(s: Settings, problems: list[Problem]) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """`plan/backend` -> a call on the i-th problem."""
+    yield "hf/eager", lambda i: eager(problems[i])
+    yield "hf/torch.compile", lambda i: compiled_eager()(problems[i])
+    for name in s.plans:
+        plan = plan_named(name)
+        # The time of a Gemma plan does not depend on the values of its weights: it reads the same ones as w - 1.
+        own = [p.replace(weight_offset=plan.weight_offset != "none") for p in problems]
+        weights = [plan_weight(plan, p) for p in own]
+        yield f"{name}/inductor", partial(_inductor_call, plan, own, weights)
+        if s.device == "cuda":
+            yield f"{name}/triton", partial(_triton_call, plan, own, weights, separate=False)
+            yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights, separate=True)
+
+
+def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int) -> object:
+    return compiled_plan(plan)(problems[i], weights[i])
+
+
+def _triton_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int, *, separate: bool) -> object:
+    return run_triton(plan, problems[i], qkv_weight=weights[i], separate=separate)
+
+
+def _warmed(
+    arms: dict[str, Callable[[int], object]], count: int, device: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Arms that ran once, ready to be timed, and those that failed, with the reason."""
+    ready, failed = {}, {}
+    for name, call in track(list(arms.items()), "compiling"):
+        try:
+            call(0)
+            ready[name] = graph_timer(call, count) if device == "cuda" else rotating(call, count)
+        except Exception as error:  # whatever a compiler or a driver raises belongs into the row, not on the screen
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return ready, failed
+
+
+def _rotation(problems: list[Problem], device: str) -> list[Problem]:
+    """Enough problems that their weights exceed three times the GPU's L2; on a CPU the layers as they are."""
+    if device != "cuda":
+        return problems
+    size = problems[0].qkv_weight.numel() * 2
+    wanted = 3 * torch.cuda.get_device_properties(0).L2_cache_size // size + 1
+    copies = [problems[i % len(problems)] for i in range(max(wanted, len(problems)))]
+    return [p.replace(qkv_weight=p.qkv_weight.clone()) if i >= len(problems) else p for i, p in enumerate(copies)]
+
+
+def _by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
+    """Plans that read norm weights as w, and those that read them as 1 + w: each kind has a problem of its own."""
+    kinds: dict[bool, list[str]] = {False: [], True: []}
+    for name in plans:
+        kinds[plan_named(name).weight_offset != "none"].append(name)
+    return [(kind, names) for kind, names in kinds.items() if names]
+
+
+def _offset_fits(s: Settings, stored_as_offset: bool) -> bool:
+    return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
+
+
+def _refused(records: Records, s: Settings, layer: int, name: str) -> None:
+    problem = problem_at(s, layer, 1)
+    if not records.has("errors", **_key(problem, name, "spec", "", "")):
+        reason = "the plan reads norm weights as 1 + w, this checkpoint stores w, or the other way round"
+        row = _key(problem, name, "spec", "", "")
+        records.add("errors", model=s.model, seed=s.seed, **row, status="not applicable", reason=reason)
+
+
+def _named(problem: Problem, outputs: tuple[Tensor, ...], k_proj: Tensor) -> dict[str, Tensor]:
+    named = dict(zip("qkv", outputs, strict=True))
+    return {"k_proj": k_proj, **named} if problem.has_head_norm else named
+
+
+def _values(problem: Problem, chain: Chain) -> dict[str, Tensor]:
+    return _named(problem, (chain.q, chain.k, chain.v), k_before(problem, chain))
+
+
+def _noise_floor(records: Records, s: Settings, problem: Problem, name: str, expected: dict[str, Tensor]) -> None:
+    """Eager against itself: one token at a time, and on one thread."""
+
+    def one_by_one() -> dict[str, Tensor]:
+        rows = [eager(problem.replace(x=problem.x[i : i + 1])) for i in range(problem.tokens)]
+        return _named(problem, tuple(torch.cat(parts) for parts in zip(*rows, strict=True)), expected.get("k_proj"))
+
+    def one_thread() -> dict[str, Tensor]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return _named(problem, eager(problem), eager(problem, proj_only=True)[1])
+        finally:
+            torch.set_num_threads(threads)
+
+    floors = {"eager, batch of 1": one_by_one} | ({} if s.device == "cuda" else {"eager, 1 thread": one_thread})
+    for backend, measure in floors.items():
+        outputs = measure()
+        for output in "qkv":
+            _add_error(records, s, problem, name, backend, output, "eager", outputs[output], expected[output])
+
+
+def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend: str) -> None:
+    """One backend of one plan against truth, eager and the plan's spec, and whether its envelope explains every bit."""
+    plan = plan_named(name)
+    if not _offset_fits(s, plan.weight_offset != "none"):
+        return
+    problem = problem_at(s, layer, s.kernel_tokens, name)
+    if records.has("errors", **_key(problem, name, backend, "v", "spec")):
+        return
+    try:
+        outputs = dict(zip("qkv", run(plan, problem, backend), strict=True))
+    except Exception as error:  # a compiler that is missing, a kernel that does not launch: a row, and on
+        row = _key(problem, name, backend, "", "")
+        if not records.has("errors", **row):
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            records.add("errors", model=s.model, seed=s.seed, **row, status="failed", reason=reason)
+        return
+    references = {
+        "truth": truth(problem).outputs(),
+        "eager": dict(zip("qkv", eager(problem), strict=True)),
+        "spec": spec(plan, problem).outputs(),
+    }
+    bounds = envelope(plan, problem)
+    for output, value in outputs.items():
+        unexplained = int(outside(value, bounds[output]).sum())
+        for reference, values in references.items():
+            red = unexplained and reference == "spec"
+            reason = f"{unexplained} elements outside the plan's envelope" if red else ""
+            status = "red" if red else "ok"
+            _add_error(records, s, problem, name, backend, output, reference, value, values[output], status, reason)
+
+
+def _key(problem: Problem, plan: str, backend: str, output: str, reference: str) -> dict[str, Any]:
+    return {
+        "weights": problem.weights,
+        "layer": problem.layer,
+        "tokens": problem.tokens,
+        "plan": plan,
+        "backend": backend,
+        "output": output,
+        "reference": reference,
+    }
+
+
+def _add_error(
+    records: Records,
+    s: Settings,
+    problem: Problem,
+    plan: str,
+    backend: str,
+    output: str,
+    reference: str,
+    actual: Tensor,
+    expected: Tensor,
+    status: str = "ok",
+    reason: str = "",
+) -> None:
+    key = _key(problem, plan, backend, output, reference)
+    if not records.has("errors", **key):
+        stats = error_stats(actual=actual, reference=expected).row()
+        records.add("errors", model=s.model, seed=s.seed, **key, **stats, status=status, reason=reason)

@@ -1,0 +1,81 @@
+"""Error of an output [T, H, Dh] against a reference, as every table of the lab reports it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ErrorStats:
+    """Errors of one output against one reference. Empty outputs give zeros and share_equal 1."""
+
+    max_abs: float  # largest |actual - reference|
+    mean_abs: float
+    rms: float
+    rel_rms: float  # rms over heads of (rms of the head's error / rms of the head's reference)
+    max_ulp: float  # in units of the bf16 spacing at the reference
+    p99_ulp: float
+    mean_ulp: float
+    share_equal: float  # elements equal to the reference rounded to bf16
+    signed_mean: float  # mean error along the reference's sign / mean |reference|: below 0 shrinks, above 0 grows
+    at_token: int  # where max_abs lies
+    at_head: int
+    at_channel: int
+
+    def row(self) -> dict[str, float | int]:
+        return dataclasses.asdict(self)
+
+
+def bf16_ulp(value: Tensor) -> Tensor:
+    """Spacing of bf16 numbers at |value|, float64: 2^(floor(log2 |value|) - 7), that of the subnormals below 2^-126."""
+    exponent = torch.frexp(value.to(torch.float64)).exponent - 1
+    exponent = torch.where(value == 0, -126, exponent).clamp(min=-126)
+    return torch.ldexp(torch.ones_like(value, dtype=torch.float64), exponent - 7)
+
+
+def error_stats(*, actual: Tensor, reference: Tensor) -> ErrorStats:
+    """Compares two tensors [T, H, Dh] of any floating type, in float64.
+
+    NaN against NaN and infinity against the same infinity count as equal; NaN or infinity on one side only makes
+    the errors NaN or infinite. Raises ValueError if the shapes differ.
+    """
+    if actual.shape != reference.shape:
+        raise ValueError(f"actual has shape {list(actual.shape)}, reference {list(reference.shape)}")
+    if actual.numel() == 0:
+        return ErrorStats(*[0.0] * 7, 1.0, 0.0, -1, -1, -1)
+    actual, reference = actual.to(torch.float64), reference.to(torch.float64)
+    same = (actual == reference) | (actual.isnan() & reference.isnan())
+    error = torch.where(same, 0.0, actual - reference)
+    size = error.abs()
+    ulps = torch.where(same, 0.0, size / bf16_ulp(reference.nan_to_num()))
+    stored = reference.to(torch.bfloat16).to(torch.float64)
+    equal = (actual == stored) | (actual.isnan() & stored.isnan())
+    head_error = error.square().mean(-1).sqrt()
+    head_size = reference.nan_to_num().square().mean(-1).sqrt()
+    relative = torch.where(head_error == 0, 0.0, head_error / head_size)
+    magnitude = reference.nan_to_num().abs().mean()
+    at = torch.unravel_index(size.nan_to_num(nan=float("inf")).argmax(), size.shape)
+    return ErrorStats(
+        max_abs=size.max().item(),
+        mean_abs=size.mean().item(),
+        rms=error.square().mean().sqrt().item(),
+        rel_rms=relative.square().mean().sqrt().item(),
+        max_ulp=ulps.max().item(),
+        p99_ulp=_quantile(ulps, 0.99),
+        mean_ulp=ulps.mean().item(),
+        share_equal=equal.double().mean().item(),
+        signed_mean=((error * reference.sign()).mean() / magnitude).item() if magnitude else 0.0,
+        at_token=int(at[0]),
+        at_head=int(at[1]),
+        at_channel=int(at[2]),
+    )
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """The q-quantile by rank; torch.quantile refuses more than 2^24 elements."""
+    flat = values.flatten()
+    return flat.kthvalue(max(1, int(q * flat.numel()))).values.item()

@@ -1,0 +1,121 @@
+"""Times of one call and the machine's own limits, measured in the same process.
+
+CPU: torch.utils.benchmark. GPU: CUDA events around the replay of a CUDA graph. Arms are interleaved, one
+measurement of each in turn, so that a machine that slows down slows all of them. Weights are cold: every call reads
+another layer's, so that no call finds its weights in the cache where the last call left them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils import benchmark
+
+from variants.problem import Problem
+
+MIN_ROUNDS, MAX_ROUNDS = 10, 50
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Limits of this machine: copy bandwidth in bytes/s (read plus written) and FLOP/s of a large matmul."""
+
+    bytes_per_s: float
+    bf16_flops_per_s: float
+    fp32_flops_per_s: float
+
+    def floor_s(self, problem: Problem) -> float:
+        """Seconds below which no implementation of the chain can run here, by bytes or by FLOPs."""
+        rate = max(self.bf16_flops_per_s, self.fp32_flops_per_s)
+        return max(count_bytes(problem) / self.bytes_per_s, count_flops(problem) / rate)
+
+
+def count_bytes(problem: Problem) -> int:
+    """Fewest bytes the chain moves: every input read once, q, k and v written once, all in bf16."""
+    p = problem
+    elements = p.x.numel() + p.qkv_weight.numel() + p.norm_weight.numel() + p.tokens * p.qkv_weight.shape[0]
+    optional = (p.residual, p.bias, p.q_norm_weight, p.k_norm_weight)
+    return 2 * (elements + sum(t.numel() for t in optional if t is not None))
+
+
+def count_flops(problem: Problem) -> int:
+    """Operations of the matmul, two a multiply-add; the norms' are below 1 % of them at every shape here."""
+    return 2 * problem.tokens * problem.qkv_weight.numel()
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """Medians of a large copy and of large square matmuls on random data (zeros run faster on GPUs)."""
+    size, n = (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy_s = _median_s(lambda: target.copy_(source), device)
+    del source, target
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[dtype] = 2 * n**3 / _median_s(lambda a=a, b=b: a @ b, device)
+    return Ceilings(2 * size / copy_s, rates[torch.bfloat16], rates[torch.float32])
+
+
+def interleaved_times(arms: dict[str, Callable[[], object]], device: str, budget_s: float) -> dict[str, list[float]]:
+    """Seconds of single calls of each arm, taken in turns until the budget is spent (10 to 50 rounds).
+
+    On a GPU an arm must be a function that replays a graph and returns the seconds of one call (see graph_timer).
+    """
+    measure = {name: _one_call(arm, device) for name, arm in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    start = time.monotonic()
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.monotonic() - start > budget_s:
+            break
+        names = list(arms) if done % 2 == 0 else list(reversed(arms))  # A B ... B A
+        for name in names:
+            times[name].append(measure[name]())
+    return times
+
+
+def rotating(call: Callable[[int], object], count: int) -> Callable[[], object]:
+    """A function that calls call(0), call(1), ... call(count - 1), call(0), ... one a call."""
+    turn: Iterator[int] = itertools.cycle(range(count))
+    return lambda: call(next(turn))
+
+
+def graph_timer(call: Callable[[int], object], count: int) -> Callable[[], float]:
+    """Captures call(0) ... call(count - 1) in one CUDA graph; the function replays it and returns seconds a call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            call(i)
+
+    def replay() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    replay()
+    return replay
+
+
+def _one_call(arm: Callable[[], object], device: str) -> Callable[[], float]:
+    if device == "cuda":
+        return arm  # graph_timer's functions time themselves
+    timer = benchmark.Timer("arm()", globals={"arm": arm}, num_threads=torch.get_num_threads())
+    return lambda: timer.timeit(1).median
+
+
+def _median_s(call: Callable[[], object], device: str) -> float:
+    """torch.utils.benchmark synchronizes with the device by itself."""
+    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange(min_run_time=0.2, max_run_time=2.0).median
