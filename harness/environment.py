@@ -61,7 +61,9 @@ def version(package: str) -> str | None:
 def commit() -> str:
     """The checkout's commit, with `+` behind it where tracked code differs from it; `unknown` outside git."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         code = ["kernels", "variants", "harness"]
         clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, check=False).returncode == 0
     except (OSError, subprocess.CalledProcessError):

@@ -157,7 +157,9 @@ def synthetic_problem(
         weight_offset=offset,
         model=model,
         layer=layer,
-        weights=label + (", k_norm=1" if unit_k_norm else "") + (", stored as w-1" if offset and not g.weight_offset else ""),
+        weights=label
+        + (", k_norm=1" if unit_k_norm else "")
+        + (", stored as w-1" if offset and not g.weight_offset else ""),
         **{name: (weight - 1 if offset else weight).to(torch.bfloat16) for name, weight in norms.items()},
     )
 

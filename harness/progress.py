@@ -12,7 +12,14 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
     """The items, with a bar and the time left on a terminal, and one line at the end elsewhere."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:  # `harness gpu` runs with what is there
         yield from _plain(items, label)
         return
@@ -20,7 +27,13 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
     if not console.is_terminal:
         yield from _plain(items, label)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         yield from progress.track(items, description=f"{label:24}")
 

@@ -132,7 +132,9 @@ def check_table(path: Path, columns: tuple[str, ...]) -> None:
     with open(path, newline="") as file:
         header = tuple(next(csv.reader(file), ()))
     if header != columns:
-        raise ValueError(f"{path} was written with other columns ({len(header)}, not these {len(columns)}): choose another --results")
+        raise ValueError(
+            f"{path} was written with other columns ({len(header)}, not these {len(columns)}): choose another --results"
+        )
 
 
 def _cut_partial_row(path: Path) -> None:

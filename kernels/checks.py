@@ -105,7 +105,9 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be a positive number (Qwen3 uses 1e-6), not {eps!r}")
 
 
-def check_tensor(name: str, tensor: Tensor, shape: list[int], *, like: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+def check_tensor(
+    name: str, tensor: Tensor, shape: list[int], *, like: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Raises ValueError unless tensor has that shape and dtype and lies on the device of `like`."""
     if list(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, not {list(tensor.shape)}")

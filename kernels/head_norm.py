@@ -1,8 +1,8 @@
 """RMSNorm over each head: the epilogue of the fused kernel, and a kernel of its own.
 
-    head_rstd   = (mean(proj^2) + eps)^-1/2      over the Dh channels of one head
-    head_normed = proj * head_rstd
-    out         = head_normed * weight
+head_rstd   = (mean(proj^2) + eps)^-1/2      over the Dh channels of one head
+head_normed = proj * head_rstd
+out         = head_normed * weight
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def head_norm_kernel(
     head = tl.program_id(1)
     offs_n = tl.arange(0, BLOCK_N)  # [N]
     mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
-    proj = widen(tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask, other=0.0))
+    proj = widen(
+        tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask, other=0.0)
+    )
     weight = applied_weight(tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0), WEIGHT_OFFSET)
     out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
     store_head(out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :], out, mask)

@@ -126,14 +126,18 @@ def norm_qkv_kernel(
     if SCALE == "prologue":  # hidden needs rstd, so the rows are read twice
         for start in range(0, D, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
-            x = load_x(x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X)
+            x = load_x(
+                x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
+            )
             sum_of_squares += tl.sum(round_to(x * x, STATISTICS), axis=1)
         rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        x = load_x(x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X)
+        x = load_x(
+            x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
+        )
         hidden = x
         if SCALE == "prologue":
             hidden = round_to(hidden * rstd[:, None], NORMED)
@@ -323,7 +327,13 @@ def block_sizes(tokens: int, head_dim: int, matmul: str, interpreted: bool) -> d
     if interpreted:
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 256}
     if matmul != "bf16":
-        return {"BLOCK_M": 16 if tokens <= 16 else 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        return {
+            "BLOCK_M": 16 if tokens <= 16 else 32,
+            "BLOCK_N": block_n,
+            "BLOCK_K": 32,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
     return {"BLOCK_M": 16 if tokens <= 16 else 64, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 

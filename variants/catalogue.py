@@ -41,7 +41,8 @@ PLANS: dict[str, NamedPlan] = {
         CastPlan(hidden=KEEP, matmul="tf32"), "fp32 to the end, tensor cores in tf32: one rounding, at the store"
     ),
     "fp32-tf32x3": NamedPlan(
-        CastPlan(hidden=KEEP, matmul="tf32x3"), "fp32 to the end, tf32 with the remainder added: near fp32 on tensor cores"
+        CastPlan(hidden=KEEP, matmul="tf32x3"),
+        "fp32 to the end, tf32 with the remainder added: near fp32 on tensor cores",
     ),
     "fp32": NamedPlan(FP32, "fp32 to the end, fp32 matmul: only what is stored is rounded (llama.cpp keeps as much)"),
     "deferred": NamedPlan(
@@ -62,10 +63,12 @@ PLANS: dict[str, NamedPlan] = {
         "Hugging Face's order with truncation instead of nearest, as some ROCm kernels shipped it",
     ),
     "gemma": NamedPlan(
-        ONE_ROUNDING.replace(weight_offset="fp32"), "Hugging Face Gemma 3: weights stored as w - 1, 1 + w formed in fp32"
+        ONE_ROUNDING.replace(weight_offset="fp32"),
+        "Hugging Face Gemma 3: weights stored as w - 1, 1 + w formed in fp32",
     ),
     "gemma-bf16-offset": NamedPlan(
-        ONE_ROUNDING.replace(weight_offset="bf16-rne"), "Gemma with 1 + w formed in bf16, a bug found in several engines"
+        ONE_ROUNDING.replace(weight_offset="bf16-rne"),
+        "Gemma with 1 + w formed in bf16, a bug found in several engines",
     ),
 }
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from kernels.checks import BOUNDARIES, KEEP, RNE, check_flags
 
+
 @dataclass(frozen=True)
 class CastPlan:
     """A numerical function of the chain, by its roundings.
@@ -82,4 +83,3 @@ class CastPlan:
         """Names of the boundaries that are rounded, in the order of the chain; x is left out, since
         it only rounds where a problem has a residual."""
         return [name for name in BOUNDARIES[1:] if getattr(self, name) != KEEP]
-

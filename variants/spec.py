@@ -146,7 +146,9 @@ def _chain(
     head_rstd = head_normed = None
     if problem.has_head_norm:
         qk = torch.cat([q, k], dim=1)
-        head_rstd = store((store(_mean_of_squares(qk, plan, store), plan.variance) + problem.eps).rsqrt(), plan.head_rstd)
+        head_rstd = store(
+            (store(_mean_of_squares(qk, plan, store), plan.variance) + problem.eps).rsqrt(), plan.head_rstd
+        )
         head_normed = store(qk * head_rstd, plan.head_normed)
         q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
         q, k = q * applied(problem.q_norm_weight), k * applied(problem.k_norm_weight)
