@@ -75,6 +75,17 @@ def error_stats(*, actual: Tensor, reference: Tensor) -> ErrorStats:
     )
 
 
+def ulp_histogram(*, actual: Tensor, reference: Tensor) -> list[tuple[float, float, float]]:
+    """(from, to, share) of |actual - reference| in bf16 ulps of the reference, in quarters up to 4, then the rest."""
+    edges = [i / 4 for i in range(17)] + [float("inf")]
+    actual, reference = actual.to(torch.float64), reference.to(torch.float64)
+    ulps = (actual - reference).abs() / bf16_ulp(reference)
+    shares = [
+        ((low <= ulps) & (ulps < high)).double().mean().item() for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    return list(zip(edges, edges[1:], shares, strict=False))
+
+
 def _quantile(values: Tensor, q: float) -> float:
     """The q-quantile by rank; torch.quantile refuses more than 2^24 elements."""
     flat = values.flatten()

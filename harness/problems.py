@@ -115,13 +115,13 @@ def synthetic_problem(
     seed: int = 0,
     *,
     weight_offset: bool | None = None,
-    unit_k_norm: bool = False,
+    uniform_k_norm: float | None = None,
 ) -> Problem:
     """One layer of a model with drawn weights: `calibrated` for qwen3-0.6b, `random` for every other.
 
     `random` takes the statistics of the layer of Qwen3-0.6B at the same depth, the projection scaled to keep the
-    size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). unit_k_norm:
-    K-norm weights of one, the control against which their amplification is read.
+    size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). uniform_k_norm:
+    that number in place of every K-norm weight, a control for what the calibrated ones amplify.
     Raises KeyError for an unknown model, ValueError for a layer that the model does not have.
     """
     g = geometry_named(model)
@@ -144,9 +144,13 @@ def synthetic_problem(
     if g.head_norm:
         norms["q_norm_weight"] = heavy_tailed(g.head_dim, row["q_norm_mean"], row["q_norm_std"], None, rng)
         norms["k_norm_weight"] = heavy_tailed(g.head_dim, *k_norm_statistics(source), rng)
-        if unit_k_norm:
-            norms["k_norm_weight"] = torch.ones(g.head_dim, dtype=torch.float64)
+        if uniform_k_norm is not None:
+            norms["k_norm_weight"] = torch.full([g.head_dim], uniform_k_norm, dtype=torch.float64)
     label = "calibrated" if model == CALIBRATED_MODEL else "random"
+    if uniform_k_norm is not None:
+        label += f", k_norm={uniform_k_norm:g}"
+    if offset and not g.weight_offset:
+        label += ", stored as w-1"
     return Problem(
         x=x,
         qkv_weight=torch.cat(projections).to(torch.bfloat16),
@@ -157,9 +161,7 @@ def synthetic_problem(
         weight_offset=offset,
         model=model,
         layer=layer,
-        weights=label
-        + (", k_norm=1" if unit_k_norm else "")
-        + (", stored as w-1" if offset and not g.weight_offset else ""),
+        weights=label,
         **{name: (weight - 1 if offset else weight).to(torch.bfloat16) for name, weight in norms.items()},
     )
 

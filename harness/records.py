@@ -27,12 +27,20 @@ TABLES: dict[str, tuple[str, ...]] = {
         "k_max_abs_after k_rel_rms_before k_rel_rms_after logit_rms_error logit_max_error softmax_tv_mean "
         "softmax_tv_max top_key_flips status reason".split()
     ),
+    "ulps": tuple(
+        "run_id model weights layer plan backend output reference ulp_from ulp_to share status reason".split()
+    ),
+    "channels": tuple(
+        "run_id model weights layer plan channel k_norm_weight gain_predicted gain_measured status reason".split()
+    ),
 }
 # What tells one row of a run from another.
 KEYS: dict[str, tuple[str, ...]] = {
     "errors": ("weights", "layer", "tokens", "plan", "backend", "output", "reference"),
     "speed": ("tokens", "plan", "backend"),
     "amplification": ("weights", "layer", "plan"),
+    "ulps": ("weights", "layer", "plan", "output", "reference", "ulp_from"),
+    "channels": ("weights", "layer", "plan", "channel"),
 }
 
 
@@ -56,7 +64,7 @@ class Records:
 
     def has(self, table: str, **key: object) -> bool:
         """Whether this run has that row already."""
-        return tuple(str(key[name]) for name in KEYS[table]) in self.done[table]
+        return tuple(_text(key[name]) for name in KEYS[table]) in self.done[table]
 
     def add(self, table: str, *, status: str = "ok", reason: str = "", **values: object) -> None:
         """Appends one row and flushes it. Columns without a value stay empty."""
@@ -66,7 +74,12 @@ class Records:
             raise ValueError(f"{table}.csv has no column {', '.join(sorted(unknown))}")
         with open(self.folder / f"{table}.csv", "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([_text(row.get(column, "")) for column in TABLES[table]])
-        self.done[table].add(tuple(str(row[name]) for name in KEYS[table]))
+        self.done[table].add(tuple(_text(row[name]) for name in KEYS[table]))
+
+    def rows(self, table: str) -> list[dict[str, str]]:
+        """This run's rows so far."""
+        with open(self.folder / f"{table}.csv", newline="") as file:
+            return [row for row in csv.DictReader(file) if row["run_id"] == self.run_id]
 
     def note(self, **facts: object) -> None:
         """Adds facts about this run to environment.json."""
@@ -102,9 +115,7 @@ class Records:
         if not path.exists():
             path.write_text(",".join(TABLES[table]) + "\n")
         _cut_partial_row(path)
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["run_id"] == self.run_id]
-        return {tuple(row[name] for name in KEYS[table]) for row in rows}
+        return {tuple(row[name] for name in KEYS[table]) for row in self.rows(table)}
 
 
 def load_runs(folder: Path) -> dict[str, dict[str, Any]]:

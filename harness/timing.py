@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils import benchmark
@@ -52,12 +53,12 @@ def measure_ceilings(device: str) -> Ceilings:
     size, n = (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source), device)
+    copy_s = _median_s(partial(target.copy_, source))
     del source, target
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates[dtype] = 2 * n**3 / _median_s(lambda a=a, b=b: a @ b, device)
+        rates[dtype] = 2 * n**3 / _median_s(partial(torch.mm, a, b))
     return Ceilings(2 * size / copy_s, rates[torch.bfloat16], rates[torch.float32])
 
 
@@ -115,7 +116,7 @@ def _one_call(arm: Callable[[], object], device: str) -> Callable[[], float]:
     return lambda: timer.timeit(1).median
 
 
-def _median_s(call: Callable[[], object], device: str) -> float:
+def _median_s(call: Callable[[], object]) -> float:
     """torch.utils.benchmark synchronizes with the device by itself."""
     timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.adaptive_autorange(min_run_time=0.2, max_run_time=2.0).median

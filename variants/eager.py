@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.norm_qkv import fold_norm_weight
 from variants.plan import CastPlan
 from variants.problem import Problem
-from variants.spec import check_offset, round_to, truncate_tf32
+from variants.spec import round_to, truncate_tf32
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 

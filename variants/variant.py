@@ -54,7 +54,7 @@ def compiled_plan(plan: CastPlan) -> Callable[[Problem, Tensor], Outputs]:
 
 @functools.cache
 def compiled_eager() -> Callable[[Problem], Outputs]:
-    """eager through torch.compile as users call it, which cancels roundings of eager: a baseline of speed, not of bits."""
+    """eager through torch.compile as users call it. It cancels roundings of eager: a baseline of speed, not of bits."""
     return torch.compile(eager, dynamic=False, fullgraph=True)
 
 

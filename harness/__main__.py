@@ -1,0 +1,236 @@
+"""Command line: python -m harness COMMAND. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.records import Records
+from harness.settings import Settings
+
+app = typer.Typer(
+    help="Where does a fused RMSNorm -> QKV -> K-norm kernel round to bf16, what does it cost, what does it buy?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def select(
+    model: Annotated[str, typer.Option(help="A geometry by name, such as qwen3-0.6b or qwen2.5-7b.")] = "qwen3-0.6b",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)] = 128,
+    plans: Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")] = False,
+) -> tuple[Settings, Records]:
+    """Checks every option, decides how kernels run, and opens the results folder, before any work starts."""
+    from harness.geometry import geometry_named
+
+    geometry = geometry_named(model)
+    chosen = parse_layers(layers, geometry.num_layers) or tuple(range(geometry.num_layers))
+    device = _device(device)
+    from harness.bench import problem_at
+    from harness.environment import describe, machine_name
+    from variants.catalogue import PLANS, plan_named
+
+    names = tuple(plans.split(",")) if plans else tuple(PLANS)
+    for name in names:
+        plan_named(name)
+    settings = Settings(
+        model=model,
+        checkpoint=checkpoint,
+        layers=chosen[:3] if short else chosen,
+        tokens=min(tokens, 32) if short else tokens,
+        kernel_tokens=16 if device == "cpu" else 64,
+        speed_tokens=(1, 16) if short else (1, 16, 128) if device == "cpu" else (1, 16, 128, 512, 2048, 4096),
+        plans=names,
+        seed=seed,
+        device=device,
+        speed_budget_s=2.0 if short else 15.0,
+    )
+    problem_at(settings, chosen[0], 1)  # a checkpoint that cannot be read is refused here
+    return settings, Records(results or Path("results") / machine_name(device), settings.row(), describe(device))
+
+
+def on_selection(command: Callable[[Settings, Records], None], **fixed: str) -> Callable[..., None]:
+    """A command over a selection of plans and layers: it takes the options of `select`, less those that are fixed."""
+
+    @functools.wraps(command)
+    def with_options(**options: Any) -> None:
+        command(*select(**options, **fixed))
+
+    parameters = inspect.signature(select, eval_str=True).parameters
+    with_options.__signature__ = inspect.Signature([p for name, p in parameters.items() if name not in fixed])
+    return with_options
+
+
+@app.command()
+@on_selection
+def bench(settings: Settings, records: Records) -> None:
+    """Errors, amplification and speed of every plan, then plots and report."""
+    from harness.bench import sweep_precision, sweep_speed
+
+    sweep_precision(settings, records)
+    sweep_speed(settings, records)
+    records.finish()
+    _write_report(records.folder)
+
+
+@app.command()
+@on_selection
+def errors(settings: Settings, records: Records) -> None:
+    """Errors of q, k and v of every plan and backend, without times."""
+    from harness.bench import sweep_precision
+    from harness.report import tables
+
+    sweep_precision(settings, records)
+    records.finish()
+    print(tables(records.folder, records.run_id)["precision"])
+
+
+@app.command()
+@on_selection
+def amplify(settings: Settings, records: Records) -> None:
+    """What the K-norm weights do to K's error, to the attention logits and to softmax."""
+    from harness.bench import sweep_precision
+    from harness.report import tables
+
+    sweep_precision(settings, records)
+    records.finish()
+    print(tables(records.folder, records.run_id)["amplification"])
+
+
+@app.command()
+@on_selection
+def speed(settings: Settings, records: Records) -> None:
+    """Times of eager, torch.compile and every plan on this machine."""
+    from harness.bench import sweep_speed
+    from harness.report import tables
+
+    sweep_speed(settings, records)
+    records.finish()
+    print(tables(records.folder, records.run_id)["speed"])
+
+
+@app.command()
+@functools.partial(on_selection, device="cuda")
+def gpu(settings: Settings, records: Records) -> None:
+    """Everything that wants a CUDA device: compiled kernels against their specs, then their times."""
+    from harness.bench import sweep_precision, sweep_speed
+
+    sweep_precision(settings, records)
+    sweep_speed(settings, records)
+    records.finish()
+    red = [row for table in ("errors", "speed") for row in records.rows(table) if row["status"] in ("red", "failed")]
+    for row in red:
+        print(f"{row['plan']} {row['backend']} {row['status']}: {row['reason']}", file=sys.stderr)
+    try:
+        _write_report(records.folder)
+    except ImportError as error:
+        print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
+    if red:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
+) -> None:
+    """Plots, report.md and the README's tables from the newest finished run of a results folder."""
+    from harness.report import update_readme
+
+    folder = results or Path("results/cpu")
+    _write_report(folder)
+    if results is None:
+        update_readme(Path("README.md"), folder)
+        print("wrote the tables of README.md")
+
+
+@app.command(name="plans")
+def show_plans() -> None:
+    """The named plans: where each rounds, and who uses it."""
+    from variants.catalogue import PLANS
+
+    for name, named in PLANS.items():
+        p = named.plan
+        print(
+            f"{name:20} {' '.join(p.roundings()):62} scale={p.scale} matmul={p.matmul} weight_offset={p.weight_offset}"
+        )
+        print(f"{'':20} {named.about}")
+
+
+@app.command()
+def doctor() -> None:
+    """What is missing or in the way on this machine, and the cure."""
+    from harness.doctor import checks
+
+    failed = False
+    for check in checks():
+        print(
+            f"{'ok' if check.ok else 'PROBLEM':8} {check.what}" + ("" if check.ok else f"\n{'':8} cure: {check.cure}")
+        )
+        failed = failed or not check.ok
+    if failed:
+        raise typer.Exit(1)
+
+
+def _device(wanted: str) -> str:
+    """The device to measure on. On a CPU Triton's interpreter is switched on, before kernels are imported."""
+    import torch
+
+    if wanted not in ("", "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, not {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU")
+    if wanted != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    os.environ["TRITON_INTERPRET"] = "1"
+    return "cpu"
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """Layers of a text such as `0-3,8`. Raises ValueError if it is no such text or names a layer beyond count."""
+    layers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"--layers takes numbers and ranges such as 0-3,8, not {text!r}")
+        layers += range(int(first), int(last or first) + 1)
+    if layers and max(layers) >= count:
+        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
+    return tuple(dict.fromkeys(layers))
+
+
+def _write_report(folder: Path) -> None:
+    from harness.plots import draw
+    from harness.report import newest_run, write_report
+
+    run_id = newest_run(folder)
+    draw(folder, run_id)
+    print(f"wrote {write_report(folder, run_id)} and {folder / 'plots'}")
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, KeyError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What is missing or in the way on this machine, and the cure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("torch", "triton", "numpy")
+FOR_REPORTS = ("pandas", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Check:
+    ok: bool
+    what: str
+    cure: str = ""
+
+
+def checks() -> Iterator[Check]:
+    """Every check, in the order in which a newcomer would meet its problem."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check(
+        sys.version_info >= (3, 11), f"Python {version}", "use Python 3.11 or newer: make bench PYTHON=python3.11"
+    )
+    for name in NEEDED + FOR_REPORTS:
+        found = importlib.util.find_spec(name) is not None
+        yield Check(
+            found,
+            f"package {name}" + (f" {importlib.metadata.version(name)}" if found else " is missing"),
+            "make bench",
+        )
+    yield from (package_origin(name) for name in ("kernels", "variants", "harness"))
+    yield hub_package()
+    yield compiler()
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
+        yield interpreter()
+
+
+def package_origin(name: str) -> Check:
+    """The lab's packages are imported from the checkout; a package of that name installed elsewhere shadows them."""
+    spec = importlib.util.find_spec(name)
+    origin = spec.origin if spec else None
+    return Check(
+        origin is not None and Path(origin).resolve().is_relative_to(ROOT.resolve()),
+        f"package {name} is imported from {origin}",
+        "run python -m harness from the root of the checkout",
+    )
+
+
+def hub_package() -> Check:
+    """Hugging Face publishes a package `kernels` too: transformers imports it where it is installed."""
+    installed = any(d.name.lower() == "kernels" for d in importlib.metadata.distributions() if d.name)
+    return Check(
+        not installed,
+        "Hugging Face's package `kernels` is "
+        + ("installed: transformers would find this lab in its place" if installed else "not in the way"),
+        "pip uninstall kernels, or use a virtual environment of the lab's own (make bench makes one)",
+    )
+
+
+def compiler() -> Check:
+    """Inductor compiles C++ for CPUs with $CXX, g++ or clang++."""
+    name = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    return Check(
+        name is not None,
+        f"C++ compiler for Inductor: {name or 'none'}",
+        "install g++ (Debian: apt-get install g++) or set CXX",
+    )
+
+
+def interpreter() -> Check:
+    """Triton decides at import whether kernels are interpreted; a variable set later changes nothing."""
+    import torch
+    import triton
+
+    if not torch.cuda.is_available() and "kernels.norm_qkv" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from kernels.norm_qkv import norm_qkv_kernel
+
+    interpreted = not isinstance(norm_qkv_kernel, triton.JITFunction)
+    wanted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    what = f"kernels are {'interpreted' if interpreted else 'compiled'}, TRITON_INTERPRET={int(wanted)}"
+    if interpreted and torch.cuda.is_available():
+        return Check(False, what + " although there is a GPU", "unset TRITON_INTERPRET")
+    return Check(interpreted == wanted, what, "set TRITON_INTERPRET before the kernels are imported, not after")
