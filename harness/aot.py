@@ -114,12 +114,12 @@ def compile_kernel(
         elif name.startswith("stride_") and name.endswith("k"):  # x, residual and weights are contiguous along D
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = f"*{pointers.get(name, 'bf16')}" if name.endswith("_ptr") else "i32"
-            if name != "T" or tokens % 16 == 0:
+            pointer = name.endswith("_ptr")
+            signature[name] = f"*{pointers.get(name, 'bf16')}" if pointer else "fp32" if name == "eps" else "i32"
+            if name != "eps" and (name != "T" or tokens % 16 == 0):
                 attrs[(index,)] = [["tt.divisibility", 16]]
-        if name == "eps":
-            signature[name] = "fp32"
-            del attrs[(index,)]
+            if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
+                attrs[(index,)].append(["tt.pointer_range", 32])
     source = ASTSource(fn, signature, constants, attrs)
     built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
     asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
@@ -149,3 +149,39 @@ def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | Non
         patterns = (r"\bREG:(\d+)", r"\b(?:STACK|LOCAL):(\d+)")
     registers, spills = ([int(n) for n in re.findall(pattern, text)] for pattern in patterns)
     return max(registers), sum(spills)
+
+
+def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kernel, plan, keywords) of everything the catalogue can launch; of tiles and inputs, a selection."""
+    for name in PLANS:
+        yield "norm_qkv", name, {}
+        yield "head_norm", name, {}
+    for name in ("hf", "fp32-tf32x3", "fp32", "deferred"):
+        yield "norm_qkv", name, {"head_norm": "later"}
+        yield "norm_qkv", name, {"head_norm": "none", "head_dim": 64, "bias": True}
+        yield "norm_qkv", name, {"head_dim": 256, "residual": True}
+        yield "norm_qkv", name, {"tokens": 1}
+
+
+def main(target: str) -> int:
+    """Prints a line of JSON for each case, compiled or failed. Returns the exit status: 1 if any failed."""
+    failed = False
+    for kernel, name, keywords in cases():
+        row = {"target": target, "kernel": kernel, "plan": name, **keywords}
+        start = time.perf_counter()
+        try:
+            compiled = {"norm_qkv": compile_norm_qkv, "head_norm": compile_head_norm}[kernel](
+                PLANS[name].plan, target, **keywords
+            )
+            row |= {name: getattr(compiled, name) for name in ("shared", "registers", "spills")}
+            row["matrix"] = compiled.matrix_instructions()
+        except Exception as error:  # a compiler fails in its own ways, and the other cases go on
+            row["error"], failed = f"{type(error).__name__}: {error}", True
+        print(json.dumps({**row, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"usage: python -m harness.aot {{{','.join(TARGETS)}}}")
+    sys.exit(main(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 
 import torch
@@ -30,8 +29,7 @@ def check_flags(flags: dict[str, str]) -> None:
     for name, word in flags.items():
         allowed = CHOICES.get(name, STORAGE)
         if word not in allowed:
-            near = difflib.get_close_matches(str(word), allowed, n=1, cutoff=0.0)
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {word!r}: did you mean {near[0]!r}?")
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
     if "matmul" not in flags:
         return
     scale, matmul, normed, hidden = (flags[name] for name in ("scale", "matmul", "normed", "hidden"))

@@ -1,0 +1,53 @@
+# castpoint. `make bench` and `make test` set up what they need.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+RESULTS ?=
+ARGS    ?=
+WHERE   := $(if $(RESULTS),--results $(RESULTS))
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test compare gpu report lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of python -m harness"
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$$(grep -oE '^torch==[0-9.]+' requirements.txt)"
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+bench: $(READY)  ## errors, amplification and speed of every plan on Qwen3-0.6B, plots and report
+	$(BIN)/python -m harness bench $(WHERE) $(ARGS)
+
+test: $(READY)  ## prove that every kernel does what its plan says
+	$(BIN)/python -m pytest -q $(ARGS)
+
+compare: $(READY)  ## time the plans with pytest-benchmark and compare with the last saved run
+	$(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
+	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
+	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
+
+gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
+	$(PYTHON) -m harness gpu $(WHERE) $(ARGS)
+
+report: $(READY)  ## plots, report.md and the README's tables from the newest finished run
+	$(BIN)/python -m harness report $(WHERE)
+
+lint: $(READY)  ## check style, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## rewrite to style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches; records stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""The records of one run as data frames, and the figures that more than one table or plot takes from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from harness.records import TABLES, check_table
+
+TEXT_COLUMNS = {"run_id", "model", "weights", "plan", "backend", "output", "reference", "regime", "status", "reason"}
+
+Frames = dict[str, pd.DataFrame]
+
+
+def load(folder: Path, run_id: str) -> Frames:
+    """The run's rows of every table. Raises ValueError if a table has other columns than this version writes."""
+    frames = {}
+    for table, columns in TABLES.items():
+        path = folder / f"{table}.csv"
+        check_table(path, columns)
+        frame = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=list(columns))
+        frame = frame[frame["run_id"] == run_id]
+        numbers = [column for column in columns if column not in TEXT_COLUMNS]
+        frames[table] = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
+    return frames
+
+
+def own(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the weights under study, without the controls of uniform K-norm weights."""
+    return frame[~frame["weights"].str.contains("k_norm=")]
+
+
+def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
+    """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
+    rows = own(errors)
+    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == "spec")]
+    by_plan = rows.groupby("plan")[column]
+    return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
+
+
+def noise_floor(errors: pd.DataFrame) -> float | None:
+    """Share of K elements that eager changes against itself when it runs one token at a time."""
+    rows = own(errors)
+    rows = rows[(rows["backend"] == "eager, batch of 1") & (rows["plan"] == "hf") & (rows["output"] == "k")]
+    return 1 - rows["share_equal"].iloc[0] if len(rows) else None
+
+
+def best_backend(speed: pd.DataFrame) -> str:
+    """What runs a plan in tables of times: compiled Triton where it was timed, else Inductor."""
+    return "triton" if (speed["backend"] == "triton").any() else "inductor"

@@ -1,0 +1,284 @@
+"""What the kernel tests share: problems, a comparison that says what differs, and the nets.
+
+A net is a check that a right kernel passes. test_kernels.py holds the kernels to every net; test_mutation.py shows
+that a wrong kernel is caught by one, so a net takes the kernels as an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import kernels.norm_qkv
+import kernels.rounding
+from harness.exact import exact_problem
+from variants.catalogue import PLANS
+from variants.eager import eager, plan_weight
+from variants.envelope import Interval, envelope, outside
+from variants.plan import CastPlan
+from variants.problem import Problem
+from variants.spec import spec
+from variants.variant import triton_flags
+
+ROOT = Path(__file__).parent.parent
+NAN = float("nan")
+INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels under test: the package of this repository, or a mutated copy of it."""
+
+    norm_qkv: ModuleType
+    rounding: ModuleType
+
+    def run(
+        self, plan: CastPlan, problem: Problem, *, separate: bool = False, out: Outputs | None = None
+    ) -> dict[str, Tensor]:
+        """q, k, v by name. Plan and problem need not agree about the weight offset: a mutation may move it."""
+        inputs = {**problem.inputs(), "qkv_weight": plan_weight(plan, problem)}
+        outputs = self.norm_qkv.norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, out=out)
+        return dict(zip("qkv", outputs, strict=True))
+
+
+KERNELS = Kernels(kernels.norm_qkv, kernels.rounding)
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def assert_bit_equal(*, actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Fails unless both hold the same bits; NaN equals NaN, whatever its payload.
+
+    expected may be wider than actual (the spec's float64): then it must hold values of actual's type.
+    """
+    assert actual.shape == expected.shape, f"{what} shape {list(actual.shape)}, expected {list(expected.shape)}"
+    actual, wide = actual.detach().cpu(), expected.detach().cpu()
+    expected = wide.to(actual.dtype)
+    kept = (expected.to(wide.dtype) == wide) | wide.isnan()
+    assert kept.all(), f"{what} expected holds values that {actual.dtype} cannot: {wide[~kept][:3].tolist()}"
+    ulps = (_ordered(actual) - _ordered(expected)).abs()
+    differ = (actual.view(INTEGER[actual.dtype]) != expected.view(INTEGER[actual.dtype])) & ~(
+        actual.isnan() & expected.isnan()
+    )
+    if not differ.any():
+        return
+    nan = actual.isnan() != expected.isnan()
+    finite = differ & actual.isfinite() & expected.isfinite()
+    distance = torch.where(finite, (actual.double() - expected.double()).abs(), 0.0)
+    flat = int(torch.where(finite, ulps + 1, differ.long()).flatten().argmax())
+    worst = [int(i) for i in torch.unravel_index(torch.tensor(flat), differ.shape)] if differ.ndim else []
+    raise AssertionError(
+        f"{what} {int(differ.sum())} of {differ.numel()} elements differ, {int(nan.sum())} of them by being NaN; "
+        f"max {distance.max().item():.3g}, {int(torch.where(finite, ulps, 0).max())} ulps; worst at {worst}: "
+        f"{actual.flatten()[flat].item()!r}, expected {expected.flatten()[flat].item()!r}"
+    )
+
+
+def _ordered(value: Tensor) -> Tensor:
+    """Integers in the order of the values, one apart for neighbours; the two zeros coincide."""
+    bits = value.contiguous().view(INTEGER[value.dtype]).long()
+    size = torch.iinfo(INTEGER[value.dtype]).min
+    return torch.where(bits < 0, size - bits, bits)
+
+
+def assert_inside(*, actual: dict[str, Tensor], allowed: dict[str, Interval], what: str = "") -> None:
+    """Fails unless every element lies in the envelope."""
+    for name, value in actual.items():
+        wrong = outside(value.cpu(), allowed[name])
+        if wrong.any():
+            low, high = allowed[name]
+            at = wrong.nonzero()[0].tolist()
+            raise AssertionError(
+                f"{what} {name}: {int(wrong.sum())} of {wrong.numel()} elements outside the envelope, first at {at}: "
+                f"{value[tuple(at)].item()!r} not in [{low[tuple(at)].item()!r}, {high[tuple(at)].item()!r}]"
+            )
+
+
+# ---------------------------------------------------------------- problems
+
+
+def random_problem(
+    *,
+    tokens: int = 33,
+    hidden_size: int = 200,
+    num_q_heads: int = 2,
+    num_kv_heads: int = 1,
+    head_dim: int = 64,
+    head_norm: bool = True,
+    bias: bool = True,
+    residual: bool = True,
+    weight_offset: bool = False,
+    layout: str = "contiguous",
+    seed: int = 0,
+) -> Problem:
+    """Gaussian x and weights, norm weights between 0.5 and 8 (96 for K); x and residual in that layout."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = (num_q_heads + 2 * num_kv_heads) * head_dim
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (std * torch.randn(shape, generator=rng)).to(torch.bfloat16)
+
+    def weight(size: int, high: float) -> Tensor:
+        return (0.5 + (high - 0.5) * torch.rand(size, generator=rng) - int(weight_offset)).to(torch.bfloat16)
+
+    return Problem(
+        x=laid_out(normal(tokens, hidden_size), layout),
+        norm_weight=weight(hidden_size, 2.0),
+        qkv_weight=normal(rows, hidden_size, std=hidden_size**-0.5),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        q_norm_weight=weight(head_dim, 8.0) if head_norm else None,
+        k_norm_weight=weight(head_dim, 96.0) if head_norm else None,
+        bias=normal(rows) if bias else None,
+        residual=laid_out(normal(tokens, hidden_size), layout) if residual else None,
+        weight_offset=weight_offset,
+    )
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """The same matrix with other strides; what lies between its elements is NaN."""
+    if layout == "transposed":
+        return value.T.contiguous().T
+    if layout == "every second channel":
+        big = torch.full((value.shape[0], 2 * value.shape[1]), NAN, dtype=value.dtype)
+        big[:, ::2] = value
+        return big[:, ::2]
+    return value
+
+
+# ---------------------------------------------------------------- nets: numbers
+
+
+@functools.cache
+def exact_case(plan: CastPlan, **geometry: int) -> tuple[Problem, dict[str, Tensor]]:
+    problem = exact_problem(plan, **geometry)
+    return problem, spec(plan, problem).outputs()
+
+
+@functools.cache
+def random_case(plan: CastPlan, **geometry: object) -> tuple[Problem, dict[str, Interval]]:
+    problem = random_problem(weight_offset=plan.weight_offset != "none", **geometry)
+    return problem, envelope(plan, problem)
+
+
+SMALL = {"tokens": 33, "hidden_size": 200, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+
+
+def check_exact(kernels: Kernels, plan: CastPlan | str, *, separate: bool | None = None, **geometry: int) -> None:
+    """Equals the spec bit for bit where no sum depends on its order. separate None: both ways."""
+    plan = PLANS[plan].plan if isinstance(plan, str) else plan
+    problem, expected = exact_case(plan, **(geometry or SMALL))
+    for way in (False, True) if separate is None else (separate,):
+        for name, actual in kernels.run(plan, problem, separate=way).items():
+            assert_bit_equal(actual=actual, expected=expected[name], what=f"{'separate' if way else 'fused'} {name}:")
+
+
+def check_exact_fp32(kernels: Kernels, plan: str, **options: object) -> None:
+    """check_exact, stored as fp32, where every boundary and every ulp before the store shows."""
+    check_exact(kernels, PLANS[plan].plan.replace(out="fp32"), **options)
+
+
+def check_envelope(kernels: Kernels, plan: CastPlan | str, *, separate: bool = False, **geometry: object) -> None:
+    """Lies in the plan's envelope on Gaussian data with bias and residual."""
+    plan = PLANS[plan].plan if isinstance(plan, str) else plan
+    problem, allowed = random_case(plan, **geometry)
+    assert_inside(actual=kernels.run(plan, problem, separate=separate), allowed=allowed)
+
+
+def check_nonfinite(kernels: Kernels, plan: str) -> None:
+    """NaN and infinity in x make exactly the elements NaN that PyTorch makes NaN, and leave other rows as they were."""
+    clean = random_problem(residual=False, weight_offset=PLANS[plan].plan.weight_offset != "none")
+    x = clean.x.clone()
+    x[3, 7], x[5, 100], x[6, 199], x[9, 0], x[9, 1] = NAN, torch.inf, -torch.inf, torch.inf, -torch.inf
+    wanted = eager(clean.replace(x=x))
+    before, after = kernels.run(PLANS[plan].plan, clean), kernels.run(PLANS[plan].plan, clean.replace(x=x))
+    sound = [row for row in range(clean.tokens) if row not in (3, 5, 6, 9)]
+    for (name, actual), expected in zip(after.items(), wanted, strict=True):
+        assert expected[[3, 5, 6, 9]].isnan().all(), "the test's own premise: PyTorch makes these rows NaN"
+        assert torch.equal(actual.isnan(), expected.isnan()), f"{name} is NaN elsewhere than PyTorch's"
+        assert_bit_equal(actual=actual[sound], expected=before[name][sound], what=name)
+
+
+# ---------------------------------------------------------------- nets: memory
+
+GUARD = 64  # tokens before and after: a block of any launch configuration
+
+
+def check_memory(kernels: Kernels, plan: CastPlan | str = "hf", *, separate: bool = False, tokens: int = 5) -> None:
+    """Writes every element of outputs that are views of a larger poisoned buffer, and nothing else of the buffer;
+    reads nothing beside x and residual, around which all is NaN."""
+    plan = PLANS[plan].plan if isinstance(plan, str) else plan
+    problem = random_problem(tokens=tokens, weight_offset=plan.weight_offset != "none")
+    expected = kernels.run(plan, problem, separate=separate)
+    inside = {name: guarded(getattr(problem, name), 1)[1] for name in ("x", "residual")}
+    guards = {name: guarded(torch.full_like(value, NAN), 1) for name, value in expected.items()}
+    views = tuple(view for _buffer, view in guards.values())
+    actual = kernels.run(plan, problem.replace(**inside), separate=separate, out=views)
+    for (name, (buffer, view)), given in zip(guards.items(), views, strict=True):
+        assert actual[name] is given, f"{name} is not the tensor that was given"
+        assert not view.isnan().any(), f"{name}: {int(view.isnan().sum())} elements not written"
+        assert int((~buffer.isnan()).sum()) == view.numel(), f"{name}: written outside"
+        assert_bit_equal(actual=view, expected=expected[name], what=name)
+
+
+def guarded(value: Tensor, margin: int) -> tuple[Tensor, Tensor]:
+    """A buffer of NaN, and value in its middle: GUARD more rows on both sides, in the other dimensions more too."""
+    sizes = [value.shape[0] + 2 * GUARD, *(n + 2 * margin for n in value.shape[1:-1]), value.shape[-1] + 2 * GUARD]
+    buffer = torch.full(sizes, NAN, dtype=value.dtype)
+    view = buffer[GUARD : GUARD + value.shape[0]]
+    for dim in range(1, value.ndim):
+        view = view.narrow(dim, GUARD if dim == value.ndim - 1 else margin, value.shape[dim])
+    view.copy_(value)
+    return buffer, view
+
+
+def check_addressing(kernels: Kernels, plan: str = "hf") -> None:
+    """Rows of x that lie 2^30 and 2^31 elements after the first are read where they are.
+
+    The storage is a sparse file of 8 GiB. x starts in its middle, so that an address which wrapped around at 32
+    bits would still lie in it, and read zeros.
+    """
+    problem = random_problem(tokens=3, residual=False, weight_offset=PLANS[plan].plan.weight_offset != "none")
+    expected = kernels.run(PLANS[plan].plan, problem)
+    with tempfile.TemporaryDirectory() as folder:
+        size = 2**32 + problem.hidden_size
+        storage = torch.from_file(str(Path(folder) / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+        far = storage.as_strided(problem.x.shape, (2**30, 1), 2**31)
+        far.copy_(problem.x)
+        for name, actual in kernels.run(PLANS[plan].plan, problem.replace(x=far)).items():
+            assert_bit_equal(actual=actual, expected=expected[name], what=name)
+
+
+# ---------------------------------------------------------------- nets: rounding
+
+
+@triton.jit
+def apply_kernel(in_ptr, out_ptr, N, FUNCTION: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = FUNCTION(in), or FUNCTION(in, WORD) for a word, as bits."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(in_ptr + offs, mask=offs < N, other=0.0)
+    if WORD == "":
+        result = FUNCTION(value)
+    else:
+        result = FUNCTION(value, WORD)
+    tl.store(out_ptr + offs, result.to(out_ptr.dtype.element_ty, bitcast=True), mask=offs < N)
+
+
+def applied(function: object, value: Tensor, word: str = "", *, narrow: bool = False) -> Tensor:
+    """A device function's result on every element, as float32, or bf16 for narrow."""
+    out = torch.empty(value.shape, dtype=torch.int16 if narrow else torch.int32, device=value.device)
+    block = 4096
+    apply_kernel[(triton.cdiv(value.numel(), block),)](
+        value, out, value.numel(), FUNCTION=function, WORD=word, BLOCK=block
+    )
+    return out.view(torch.bfloat16 if narrow else torch.float32)

@@ -1,0 +1,196 @@
+"""The sweeps, small: every row they promise, failed cases as rows, no time for what is red or interpreted."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import harness.bench
+from harness.bench import problem_at, sweep_precision, sweep_speed
+from harness.environment import describe
+from harness.plots import draw
+from harness.records import Records
+from harness.report import write_report
+from harness.settings import Settings
+from harness.timing import Ceilings, count_bytes, count_flops
+from variants.catalogue import PLANS
+
+CPU = Settings(
+    layers=(0, 1),
+    tokens=8,
+    kernel_tokens=4,
+    speed_tokens=(1, 4),
+    plans=("hf", "fp32", "gemma"),
+    speed_budget_s=0.1,
+)
+
+
+def records_for(folder: Path, settings: Settings) -> Records:
+    return Records(folder, settings.row(), describe("cpu"))
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    records = records_for(folder, CPU)
+    sweep_precision(CPU, records)
+    sweep_speed(CPU, records)
+    records.finish()
+    return folder
+
+
+def test_every_promised_error_row(run: Path) -> None:
+    errors = table(run, "errors")
+    assert set(errors["status"]) == {"ok"}
+    calibrated = errors[~errors["weights"].str.contains("k_norm")]
+    for plan in CPU.plans:
+        rows = calibrated[(calibrated["plan"] == plan) & (calibrated["backend"] == "spec")]
+        assert set(rows["layer"]) == {0, 1}
+        assert set(rows["output"]) == {"q", "k", "v", "k_proj"} and set(rows["reference"]) == {"truth", "eager"}
+        for backend in ("triton", "inductor"):
+            rows = calibrated[(calibrated["plan"] == plan) & (calibrated["backend"] == backend)]
+            assert set(rows["reference"]) == {"truth", "eager", "spec"} and set(rows["output"]) == set("qkv")
+    floor = calibrated[calibrated["backend"].str.startswith("eager,")]
+    assert set(floor["backend"]) == {"eager, batch of 1", "eager, 1 thread"}
+    keys = ["weights", "layer", "tokens", "plan", "backend", "output", "reference"]
+    assert not errors.duplicated(keys).any()
+
+
+def test_amplification_has_every_layer_and_the_controls(run: Path) -> None:
+    amplification = table(run, "amplification")
+    hf = amplification[amplification["plan"] == "hf"]
+    assert list(hf["weights"]) == ["calibrated", "calibrated, k_norm=1", "calibrated, k_norm=64", "calibrated"]
+    assert (amplification[amplification["layer"] == 0]["k_norm_max"].isin([96.5, 1.0, 64.0])).all()
+
+
+def test_times_are_measured_and_consistent(run: Path) -> None:
+    speed = table(run, "speed")
+    assert set(zip(speed["plan"], speed["backend"], strict=True)) == {
+        ("hf", "eager"),
+        ("hf", "torch.compile"),
+        *((plan, "inductor") for plan in CPU.plans),
+    }
+    assert (speed["backend"] != "triton").all(), "interpreted code was timed"
+    for row in speed.itertuples():
+        assert 0 < row.p10_us <= row.p50_us <= row.p90_us
+        assert row.gbps == pytest.approx(row.bytes / row.p50_us / 1e3, rel=1e-4)
+        assert row.tflops == pytest.approx(row.flops / row.p50_us / 1e6, rel=1e-4)
+        assert 0 < row.roofline_share < 1.5
+    for _tokens, rows in speed.groupby("tokens"):
+        eager = rows[rows["backend"] == "eager"].iloc[0]
+        assert eager["speedup_vs_eager"] == 1
+        other = rows[rows["backend"] == "inductor"].iloc[0]
+        assert other["speedup_vs_eager"] == pytest.approx(eager["p50_us"] / other["p50_us"], rel=1e-4)
+
+
+def test_bytes_and_flops_by_hand() -> None:
+    problem = problem_at(CPU, 0, 3)
+    assert count_flops(problem) == 2 * 3 * 1024 * 4096
+    assert count_bytes(problem) == 2 * (3 * 1024 + 4096 * 1024 + 1024 + 3 * 4096 + 128 + 128)
+    slow_memory, slow_matmul = Ceilings(1e6, 1e15, 1e12), Ceilings(1e15, 1e6, 2e6)
+    assert slow_memory.floor_s(problem) == count_bytes(problem) / 1e6
+    assert slow_matmul.floor_s(problem) == count_flops(problem) / 2e6
+
+
+def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
+    run_id = Records(run, {"other": 1}, {}).runs.keys().__iter__().__next__()
+    drawn = {path.stem for path in draw(run, run_id)}
+    assert drawn == {"pareto", "plans", "layers", "gain", "ulps", "time"}
+    assert all((run / "plots" / f"{name}.{kind}").stat().st_size > 5000 for name in drawn for kind in ("png", "svg"))
+    text = write_report(run, run_id).read_text()
+    assert "not the checkpoint" in text and "nan" not in text
+    assert f"{float(table(run, 'speed')['p50_us'].iloc[0]):,.0f}" in text
+
+
+def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("fp32",))
+    stop_at = [5]
+
+    def stopping(*args: object, **kwargs: object) -> None:
+        stop_at[0] -= 1
+        if stop_at[0] < 0:
+            raise KeyboardInterrupt
+        Records.add(*args, **kwargs)
+
+    records = records_for(tmp_path, settings)
+    monkeypatch.setattr(records, "add", lambda *args, **kwargs: stopping(records, *args, **kwargs))
+    with pytest.raises(KeyboardInterrupt):
+        sweep_precision(settings, records)
+    before = (tmp_path / "errors.csv").read_text()
+    again = records_for(tmp_path, settings)
+    assert again.run_id == records.run_id
+    sweep_precision(settings, again)
+    after = (tmp_path / "errors.csv").read_text()
+    assert after.startswith(before) and len(after) > len(before)
+    whole = table(tmp_path, "errors")
+    keys = ["weights", "layer", "tokens", "plan", "backend", "output", "reference"]
+    assert not whole.duplicated(keys).any()
+    assert set(whole[whole["backend"] == "spec"]["output"]) == {"q", "k", "v", "k_proj"}
+
+
+def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf", "fp32"))
+    real = harness.bench.run
+
+    def failing(plan: object, problem: object, backend: str) -> object:
+        if backend == "inductor" and plan == PLANS["hf"].plan:
+            raise RuntimeError("no compiler\nfound")
+        return real(plan, problem, backend)
+
+    monkeypatch.setattr(harness.bench, "run", failing)
+    records = records_for(tmp_path, settings)
+    sweep_precision(settings, records)
+    errors = table(tmp_path, "errors")
+    failed = errors[errors["status"] == "failed"]
+    assert list(failed["reason"]) == ["RuntimeError: no compiler found"]
+    assert len(errors[(errors["plan"] == "fp32") & (errors["backend"] == "inductor")]) == 9
+
+
+@pytest.mark.parametrize("fault", ["moved boundary", "one wrong element", "nan"])
+def test_a_wrong_kernel_is_red_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",), speed_tokens=(1,))
+    real = harness.bench.run
+
+    def wrong(plan: object, problem: object, backend: str) -> object:
+        if backend != "inductor":
+            return real(plan, problem, backend)
+        q, k, v = real(PLANS["one-rounding"].plan if fault == "moved boundary" else plan, problem, backend)
+        if fault != "moved boundary":
+            k = k.clone()
+            k[0, 0, 0] = math.nan if fault == "nan" else k[0, 0, 0] * 1.5
+        return q, k, v
+
+    monkeypatch.setattr(harness.bench, "run", wrong)
+    records = records_for(tmp_path, settings)
+    sweep_precision(settings, records)
+    errors = table(tmp_path, "errors")
+    red = errors[errors["status"] == "red"]
+    assert set(red["backend"]) == {"inductor"} and "outside the envelope" in red["reason"].iloc[0]
+    sweep_speed(settings, records)
+    speed = table(tmp_path, "speed")
+    row = speed[speed["backend"] == "inductor"].iloc[0]
+    assert row["status"] == "red" and row["p50_us"] == "" and "not timed" in row["reason"]
+
+
+def test_a_checkpoint_runs_and_plans_that_do_not_fit_it_say_so(tmp_path: Path) -> None:
+    sample = Path(__file__).parent / "data" / "qwen2.5-coder-0.5b-layer0.safetensors"
+    settings = dataclasses.replace(CPU, model="qwen2.5-0.5b", checkpoint=str(sample), layers=(0,))
+    records = records_for(tmp_path, settings)
+    sweep_precision(settings, records)
+    errors = table(tmp_path, "errors")
+    assert set(errors[errors["plan"] == "gemma"]["status"]) == {"not applicable"}
+    fitting = errors[errors["plan"] != "gemma"]
+    assert set(fitting["status"]) == {"ok"} and set(fitting["weights"]) == {"checkpoint"}
+    assert set(fitting["output"]) == set("qkv"), "Qwen2.5 has no head norm, so no K before it"
+    assert not len(table(tmp_path, "amplification"))
+
+
+def test_threads_are_restored_after_the_noise_floor(run: Path) -> None:
+    assert torch.get_num_threads() == describe("cpu")["threads"] > 0
