@@ -74,7 +74,7 @@ def _amplified(frames: Frames) -> Iterator[str]:
         f"**The same weight in every channel** ({c['k_norm_max']:g} against 1) multiplies the logits' rms error by "
         f"{c['logit_rms_error'] / b['logit_rms_error']:.4g} and leaves K's relative error at "
         f"{c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g} times; softmax's total variation grows "
-        f"{c['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} times only, because larger logits also make it sharper."
+        f"{c['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} times only."
     )
 
 

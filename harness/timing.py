@@ -88,9 +88,10 @@ def rotating(call: Callable[[int], object], count: int) -> Callable[[], object]:
 def graph_timer(call: Callable[[int], object], count: int) -> Callable[[], float]:
     """Captures call(0) ... call(count - 1) in one CUDA graph; the function replays it and returns seconds a call."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever compiles or loads at a first call does so here, not while capturing
+        for i in range(count):
+            call(i)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
