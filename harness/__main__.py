@@ -15,6 +15,7 @@ try:
 except ImportError:
     sys.exit("error: the command line needs typer and rich: `make bench` sets them up, or pip install typer rich")
 
+from harness.geometry import Geometry, geometry_named, name_of
 from harness.records import Records
 from harness.settings import Settings
 
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 
 def select(
-    model: Annotated[str, typer.Option(help="A geometry by name, such as qwen3-0.6b or qwen2.5-7b.")] = "qwen3-0.6b",
+    model: Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")] = "",
     checkpoint: Annotated[
         str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
     ] = None,
@@ -40,12 +41,15 @@ def select(
     short: Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")] = False,
 ) -> tuple[Settings, Records]:
     """Checks every option, decides how kernels run, and opens the results folder, before any work starts."""
-    from harness.geometry import geometry_named
-
-    geometry = geometry_named(model)
+    wanted = model or Settings.model
+    geometry = geometry_named(wanted)
+    if checkpoint is not None:
+        wanted, geometry = _checkpoint_geometry(checkpoint, model, layers)
     chosen = parse_layers(layers, geometry.num_layers) or tuple(range(geometry.num_layers))
+    chosen = chosen[:3] if short else chosen
+    if checkpoint is not None:
+        _check_layers(checkpoint, wanted, chosen)
     device = _device(device)
-    from harness.bench import problem_at
     from harness.environment import describe, machine_name
     from variants.catalogue import PLANS, plan_named
 
@@ -53,9 +57,9 @@ def select(
     for name in names:
         plan_named(name)
     settings = Settings(
-        model=model,
+        model=wanted,
         checkpoint=checkpoint,
-        layers=chosen[:3] if short else chosen,
+        layers=chosen,
         tokens=min(tokens, 32) if short else tokens,
         kernel_tokens=16 if device == "cpu" else 64,
         speed_tokens=(1, 16) if short else (1, 16, 128) if device == "cpu" else (1, 16, 256, 4096),
@@ -64,7 +68,6 @@ def select(
         device=device,
         speed_budget_s=2.0 if short else 15.0,
     )
-    problem_at(settings, chosen[0], 1)  # a checkpoint that cannot be read is refused here
     return settings, Records(results or Path("results") / machine_name(device), settings.row(), describe(device))
 
 
@@ -188,6 +191,25 @@ def doctor() -> None:
         failed = failed or not check.ok
     if failed:
         raise typer.Exit(1)
+
+
+def _checkpoint_geometry(checkpoint: str, model: str, layers: str) -> tuple[str, Geometry]:
+    """Name and geometry of a checkpoint. Raises ValueError if it cannot be read or is not the model asked for."""
+    from harness.checkpoint import load_layer
+
+    first = parse_layers(layers, sys.maxsize)[:1] or (0,)
+    geometry, _ = load_layer(checkpoint, first[0], model or Settings.model)
+    if model and geometry != geometry_named(model):
+        raise ValueError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
+    return name_of(geometry) or Path(checkpoint).name, geometry
+
+
+def _check_layers(checkpoint: str, model: str, layers: tuple[int, ...]) -> None:
+    """Raises ValueError unless every layer can be read, so that no run ends halfway for it."""
+    from harness.checkpoint import load_layer
+
+    for layer in layers:
+        load_layer(checkpoint, layer, model)
 
 
 def _device(wanted: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,15 @@ from harness.problems import checkpoint_problem, synthetic_problem
 from harness.progress import track
 from harness.records import Records
 from harness.settings import Settings
-from harness.timing import count_bytes, count_flops, graph_timer, interleaved_times, measure_ceilings, rotating
+from harness.timing import (
+    Ceilings,
+    count_bytes,
+    count_flops,
+    graph_timer,
+    interleaved_times,
+    measure_ceilings,
+    rotating,
+)
 from variants.catalogue import plan_named
 from variants.eager import eager, plan_weight
 from variants.envelope import envelope, outside
@@ -37,9 +45,9 @@ UNIFORM_K_NORMS = (1.0, 64.0)  # controls: no amplification, and one by a power 
 
 
 def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:
-    """The problem of a layer on which that plan runs (None: Hugging Face's); stored as w - 1 for Gemma's plans.
+    """The problem of a layer; drawn norm weights are stored as w - 1 for Gemma's plans (None: as the model does).
 
-    Raises ValueError where a plan does not fit the weights of a checkpoint.
+    A checkpoint's own residual stream may have fewer tokens. Raises what harness.problems raises.
     """
     s = settings
     if s.checkpoint is not None:
@@ -85,7 +93,7 @@ def _layer_precision(records: Records, s: Settings, problem: Problem, names: lis
     for name in todo:
         chain = spec(plan_named(name), problem)
         key = {"weights": problem.weights, "layer": problem.layer, "plan": name}
-        if problem.has_head_norm and problem.tokens and not records.has("amplification", **key):
+        if problem.has_head_norm and not records.has("amplification", **key):
             records.add("amplification", model=s.model, **key, **amplification(problem, chain, exact))
         for output, value in _values(problem, chain).items():
             _add_error(records, s, problem, name, "spec", output, "truth", value, true_values[output])
@@ -100,50 +108,53 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         return
     ceilings = measure_ceilings(s.device)
     records.note(ceilings=dataclasses.asdict(ceilings))
-    problems = [problem_at(s, layer, max(s.speed_tokens)) for layer in s.layers]
-    problems = _rotation(problems, s.device)
+    problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
     for tokens in track(todo, "speed"):
-        at = [p.replace(x=p.x[:tokens]) for p in problems]
+        x = torch.randn(tokens, problems[0].hidden_size, device=s.device).to(torch.bfloat16)
+        at = [p.replace(x=x) for p in problems]
         arms = dict(_speed_arms(s, at))
         red = {f"{r['plan']}/{r['backend']}": r for r in records.rows("errors") if r["status"] in ("red", "failed")}
         ready, failed = _warmed({n: arm for n, arm in arms.items() if n not in red}, len(at), s.device)
+        failed |= {arm: ("red", f"not timed: {row['reason']}") for arm, row in red.items()}
         times = interleaved_times(ready, s.device, s.speed_budget_s)
-        medians = {arm: float(np.median(t)) for arm, t in times.items()}
-        floor_s = ceilings.floor_s(at[0])
         for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
-            plan, backend = arm.split("/")
-            row: dict[str, Any] = {
-                "model": s.model,
-                "tokens": tokens,
-                "plan": plan,
-                "backend": backend,
-                "regime": f"cold, {len(at)} weights in rotation" + (", CUDA graph" if s.device == "cuda" else ""),
-                "bytes": count_bytes(at[0]),
-                "flops": count_flops(at[0]),
-            }
-            if arm in red:
-                records.add("speed", **row, status="red", reason=f"not timed: {red[arm]['reason']}")
-                continue
-            if arm in failed:
-                records.add("speed", **row, status="failed", reason=failed[arm])
-                continue
-            p10, p50, p90 = np.quantile(times[arm], [0.1, 0.5, 0.9])
-            records.add(
-                "speed",
-                **row,
-                p10_us=p10 * 1e6,
-                p50_us=p50 * 1e6,
-                p90_us=p90 * 1e6,
-                gbps=row["bytes"] / p50 / 1e9,
-                tflops=row["flops"] / p50 / 1e12,
-                roofline_share=floor_s / p50,
-                speedup_vs_eager=_ratio(medians.get("hf/eager"), p50),
-                speedup_vs_compile=_ratio(medians.get("hf/torch.compile"), p50),
-            )
+            _add_speed(records, s, arm, at, times, failed, ceilings)
 
 
-def _ratio(base: float | None, time: float) -> float | str:
-    return base / time if base else ""
+def _add_speed(
+    records: Records,
+    s: Settings,
+    arm: str,
+    problems: list[Problem],
+    times: dict[str, list[float]],
+    failed: dict[str, tuple[str, str]],
+    ceilings: Ceilings,
+) -> None:
+    """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
+    plan, backend = arm.split("/")
+    problem = problems[0]
+    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, "plan": plan, "backend": backend}
+    if records.has("speed", **{name: row[name] for name in ("tokens", "plan", "backend")}):
+        return
+    row["regime"] = f"cold, {len(problems)} weights in rotation" + (", CUDA graph" if s.device == "cuda" else "")
+    row |= {"bytes": count_bytes(problem), "flops": count_flops(problem)}
+    if arm in failed:
+        status, reason = failed[arm]
+        records.add("speed", **row, status=status, reason=reason)
+        return
+    p10, p50, p90 = np.quantile(times[arm], [0.1, 0.5, 0.9])
+    baselines = {"speedup_vs_eager": "hf/eager", "speedup_vs_compile": "hf/torch.compile"}
+    records.add(
+        "speed",
+        **row,
+        p10_us=p10 * 1e6,
+        p50_us=p50 * 1e6,
+        p90_us=p90 * 1e6,
+        gbps=row["bytes"] / p50 / 1e9,
+        tflops=row["flops"] / p50 / 1e12,
+        roofline_share=ceilings.floor_s(problem) / p50,
+        **{column: float(np.median(times[base])) / p50 for column, base in baselines.items() if base in times},
+    )
 
 
 def _speed_arms(s: Settings, problems: list[Problem]) -> Iterator[tuple[str, Callable[[int], object]]]:
@@ -171,15 +182,15 @@ def _triton_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: i
 
 def _warmed(
     arms: dict[str, Callable[[int], object]], count: int, device: str
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Arms that ran once, ready to be timed, and those that failed, with the reason."""
+) -> tuple[dict[str, Callable[[], object]], dict[str, tuple[str, str]]]:
+    """Arms that ran once, ready to be timed, and those that failed, with status and reason."""
     ready, failed = {}, {}
     for name, call in track(list(arms.items()), "compiling"):
         try:
             call(0)
             ready[name] = graph_timer(call, count) if device == "cuda" else rotating(call, count)
         except Exception as error:  # whatever a compiler or a driver raises belongs into the row, not on the screen
-            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            failed[name] = ("failed", f"{type(error).__name__}: {str(error)[:200]}")
     return ready, failed
 
 
@@ -201,6 +212,7 @@ def _by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
     return [(kind, names) for kind, names in kinds.items() if names]
 
 
+@cache
 def _offset_fits(s: Settings, stored_as_offset: bool) -> bool:
     return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
 

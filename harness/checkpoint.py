@@ -44,7 +44,8 @@ FLAT_NAMES = {role: hf.removeprefix("self_attn.").replace(".", "_") for role, (h
 # model_type -> what its config.json may leave out: defaults of transformers 5.23's configuration classes, which
 # Gemma 3's published configurations with vision rely on.
 GEMMA3 = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256)
-MODEL_TYPES = {"qwen2": {}, "qwen3": {"head_dim": 128}, "llama": {}, "gemma3_text": GEMMA3}
+MODEL_TYPES = {"qwen2": {}, "qwen3": {"head_dim": 128}, "qwen3_moe": {}, "llama": {}, "gemma3_text": GEMMA3}
+HEAD_NORM_TYPES = ("qwen3", "qwen3_moe", "gemma3_text")
 
 # Architectures whose converter leaves the rows of q and k in Hugging Face's order; llama's permutes them for rotary.
 GGUF_MODEL_TYPES = {"qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -264,7 +265,7 @@ def _geometry(config: dict[str, object], origin: str) -> Geometry:
         values["num_hidden_layers"],
         head_dim=values.get("head_dim", hidden_size // heads),
         eps=values.get("rms_norm_eps", 1e-6),
-        head_norm=model_type in ("qwen3", "gemma3_text"),
+        head_norm=model_type in HEAD_NORM_TYPES,
         bias=model_type == "qwen2" or values.get("attention_bias", False),  # Qwen2 always has one, without a key
         weight_offset=model_type == "gemma3_text",
     )

@@ -48,7 +48,7 @@ def package_origin(name: str) -> Check:
     spec = importlib.util.find_spec(name)
     origin = spec.origin if spec else None
     return Check(
-        origin is not None and Path(origin).resolve().is_relative_to(ROOT.resolve()),
+        origin is not None and Path(origin).resolve() == ROOT.resolve() / name / "__init__.py",
         f"package {name} is imported from {origin}",
         "run python -m harness from the root of the checkout",
     )

@@ -48,3 +48,8 @@ def geometry_named(model: str) -> Geometry:
     near = difflib.get_close_matches(model, GEOMETRIES, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise KeyError(f"unknown model {model!r}: {hint}models are {', '.join(GEOMETRIES)}")
+
+
+def name_of(geometry: Geometry) -> str | None:
+    """The model of that geometry, or None."""
+    return next((name for name, known in GEOMETRIES.items() if known == geometry), None)

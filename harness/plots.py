@@ -177,15 +177,7 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     x, y = channels["gain_predicted"].to_numpy(), channels["gain_measured"].to_numpy()
     ends = np.array([min(x.min(), y.min()) * 0.8, max(x.max(), y.max()) * 1.25])
     axes.plot(ends, ends, color=GREY, linewidth=1)
-    axes.text(
-        ends[0] * 1.6,
-        ends[0] * 1.75,
-        "measured = predicted",
-        rotation=45,
-        rotation_mode="anchor",
-        fontsize=8,
-        color=GREY,
-    )
+    axes.text(0.55, 0.45, "line: measured = predicted", fontsize=8, color=GREY, transform=axes.transAxes)
     axes.scatter(x, y, color=BLUE, s=18, zorder=3)
     for row in channels.nlargest(1, "gain_predicted").itertuples():
         axes.annotate(f"channel {row.channel}\nweight {row.k_norm_weight:g}", (row.gain_predicted, row.gain_measured),
@@ -289,13 +281,13 @@ def _margin_labels(
     height = 13 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
     order = np.argsort(points[:, 1])
     places = points[order, 1].copy()
-    for _ in range(200):  # push neighbours apart until every gap fits a line of text
+    for _ in range(300):  # push neighbours apart until every gap fits a line of text, within the axes
         for i in range(len(places) - 1):
             overlap = height - (places[i + 1] - places[i])
             if overlap > 1e-6:
                 places[i] -= overlap / 2
                 places[i + 1] += overlap / 2
-    places += max(0.0, -places[0]) - max(0.0, places[-1] - 1)  # as far as they fit, beside the axes
+        places = places.clip(0.0, 0.97)
     for place, at in zip(places, order, strict=True):
         shade = (colours or [colour(n) for n in names])[at]
         axes.plot([points[at, 0], 1.02], [points[at, 1], place], transform=axes.transAxes, color=shade, linewidth=0.5,

@@ -149,8 +149,8 @@ def synthetic_problem(
     label = "calibrated" if model == CALIBRATED_MODEL else "random"
     if uniform_k_norm is not None:
         label += f", k_norm={uniform_k_norm:g}"
-    if offset and not g.weight_offset:
-        label += ", stored as w-1"
+    if offset != g.weight_offset:
+        label += ", stored as w-1" if offset else ", stored as w"
     return Problem(
         x=x,
         qkv_weight=torch.cat(projections).to(torch.bfloat16),

@@ -29,6 +29,7 @@ from variants.spec import spec
 from variants.variant import triton_flags
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -113,7 +114,7 @@ def random_problem(
     hidden_size: int = 200,
     num_q_heads: int = 2,
     num_kv_heads: int = 1,
-    head_dim: int = 64,
+    head_dim: int = 32,
     head_norm: bool = True,
     bias: bool = True,
     residual: bool = True,
@@ -121,15 +122,15 @@ def random_problem(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Problem:
-    """Gaussian x and weights, norm weights between 0.5 and 8 (96 for K); x and residual in that layout."""
+    """Gaussian x and weights, norm weights between 0.5 and 8 (96 for K); x and residual in that layout. On DEVICE."""
     rng = torch.Generator().manual_seed(seed)
     rows = (num_q_heads + 2 * num_kv_heads) * head_dim
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(shape, generator=rng)).to(torch.bfloat16)
+        return (std * torch.randn(shape, generator=rng)).to(DEVICE, torch.bfloat16)
 
     def weight(size: int, high: float) -> Tensor:
-        return (0.5 + (high - 0.5) * torch.rand(size, generator=rng) - int(weight_offset)).to(torch.bfloat16)
+        return (0.5 + (high - 0.5) * torch.rand(size, generator=rng) - int(weight_offset)).to(DEVICE, torch.bfloat16)
 
     return Problem(
         x=laid_out(normal(tokens, hidden_size), layout),
@@ -150,7 +151,7 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return value.T.contiguous().T
     if layout == "every second channel":
-        big = torch.full((value.shape[0], 2 * value.shape[1]), NAN, dtype=value.dtype)
+        big = torch.full((value.shape[0], 2 * value.shape[1]), NAN, dtype=value.dtype, device=value.device)
         big[:, ::2] = value
         return big[:, ::2]
     return value
@@ -162,16 +163,16 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 @functools.cache
 def exact_case(plan: CastPlan, **geometry: int) -> tuple[Problem, dict[str, Tensor]]:
     problem = exact_problem(plan, **geometry)
-    return problem, spec(plan, problem).outputs()
+    return problem.to(DEVICE), spec(plan, problem).outputs()
 
 
 @functools.cache
 def random_case(plan: CastPlan, **geometry: object) -> tuple[Problem, dict[str, Interval]]:
     problem = random_problem(weight_offset=plan.weight_offset != "none", **geometry)
-    return problem, envelope(plan, problem)
+    return problem, envelope(plan, problem.to("cpu"))
 
 
-SMALL = {"tokens": 33, "hidden_size": 200, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+SMALL = {"tokens": 33, "hidden_size": 200, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 
 
 def check_exact(kernels: Kernels, plan: CastPlan | str, *, separate: bool | None = None, **geometry: int) -> None:
@@ -234,7 +235,7 @@ def check_memory(kernels: Kernels, plan: CastPlan | str = "hf", *, separate: boo
 def guarded(value: Tensor, margin: int) -> tuple[Tensor, Tensor]:
     """A buffer of NaN, and value in its middle: GUARD more rows on both sides, in the other dimensions more too."""
     sizes = [value.shape[0] + 2 * GUARD, *(n + 2 * margin for n in value.shape[1:-1]), value.shape[-1] + 2 * GUARD]
-    buffer = torch.full(sizes, NAN, dtype=value.dtype)
+    buffer = torch.full(sizes, NAN, dtype=value.dtype, device=value.device)
     view = buffer[GUARD : GUARD + value.shape[0]]
     for dim in range(1, value.ndim):
         view = view.narrow(dim, GUARD if dim == value.ndim - 1 else margin, value.shape[dim])
@@ -245,14 +246,17 @@ def guarded(value: Tensor, margin: int) -> tuple[Tensor, Tensor]:
 def check_addressing(kernels: Kernels, plan: str = "hf") -> None:
     """Rows of x that lie 2^30 and 2^31 elements after the first are read where they are.
 
-    The storage is a sparse file of 8 GiB. x starts in its middle, so that an address which wrapped around at 32
-    bits would still lie in it, and read zeros.
+    The storage has 8 GiB, on a CPU as a sparse file. x starts in its middle, so that an address which wrapped around
+    at 32 bits would still lie in it, and read zeros.
     """
     problem = random_problem(tokens=3, residual=False, weight_offset=PLANS[plan].plan.weight_offset != "none")
     expected = kernels.run(PLANS[plan].plan, problem)
     with tempfile.TemporaryDirectory() as folder:
         size = 2**32 + problem.hidden_size
-        storage = torch.from_file(str(Path(folder) / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+        if DEVICE == "cpu":
+            storage = torch.from_file(str(Path(folder) / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+        else:
+            storage = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
         far = storage.as_strided(problem.x.shape, (2**30, 1), 2**31)
         far.copy_(problem.x)
         for name, actual in kernels.run(PLANS[plan].plan, problem.replace(x=far)).items():
@@ -312,7 +316,9 @@ def truncated_by_table(value: Tensor, dropped_bits: int) -> Tensor:
 
     Found in the sorted table of all such values, as numbers: no mask, no shift of the value's own bits.
     """
-    table = (torch.arange((0x7F800000 >> dropped_bits) + 1) << dropped_bits).to(torch.int32).view(torch.float32).double()
+    table = (
+        (torch.arange((0x7F800000 >> dropped_bits) + 1) << dropped_bits).to(torch.int32).view(torch.float32).double()
+    )
     magnitude = torch.where(value.isnan(), 0.0, value.double().abs())
     found = table[torch.searchsorted(table, magnitude, right=True) - 1]
     return torch.where(value.isnan(), quiet_nan(value, dropped_bits), found.copysign(value.double()).float())
@@ -358,9 +364,9 @@ def rounded_by_table(word: str) -> Tensor:
     return ROUNDINGS[word](fp32_patterns())
 
 
-def check_rounding(kernels: Kernels, word: str, device: str = "cpu") -> None:
+def check_rounding(kernels: Kernels, word: str) -> None:
     """round_to, or truncate_tf32 for the word tf32, gives the table's bit pattern for each of 2^20 patterns."""
-    value = fp32_patterns().to(device)
+    value = fp32_patterns().to(DEVICE)
     functions = kernels.rounding
     if word == "tf32":
         actual = applied(functions.truncate_tf32, value)

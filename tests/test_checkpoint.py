@@ -555,7 +555,7 @@ def test_unsupported_architectures_are_named(tmp_path):
     folder = write_folder(tmp_path / "m", "qwen3")
     for model_type in ("mamba", "gemma2", None):
         (folder / "config.json").write_text(json.dumps(config_of("qwen3") | {"model_type": model_type}))
-        fails(ValueError, "unsupported", repr(model_type), "qwen2, qwen3, llama, gemma3", source=folder)
+        fails(ValueError, "unsupported", repr(model_type), "qwen2, qwen3, qwen3_moe, llama, gemma3", source=folder)
     path = write_gguf(tmp_path / "m.gguf", "llama", gguf_tensors("llama"))  # rows of q and k permuted for rotary
     fails(ValueError, "m.gguf", "unsupported GGUF architecture 'llama'", "qwen2, qwen3, gemma3", source=path)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import harness.__main__ as cli
 from harness.doctor import checks, hub_package, interpreter, package_origin
@@ -68,6 +70,31 @@ def test_a_pickle_is_never_opened(capsys, monkeypatch, tmp_path: Path) -> None:
         capsys, monkeypatch, "bench", "--checkpoint", str(tmp_path / "model.bin"), "--results", str(tmp_path / "r")
     )
     assert "pickle" in words and "safetensors" in words
+
+
+def test_a_checkpoint_is_checked_against_the_model_and_the_layers(capsys, monkeypatch, tmp_path: Path) -> None:
+    sample = ["bench", "--checkpoint", str(ROOT / "tests/data/qwen2.5-coder-0.5b-layer0.safetensors")]
+    results = ["--results", str(tmp_path / "results")]
+    assert "qwen3-0.6b" in failure(capsys, monkeypatch, *sample, *results)
+    assert "layer 0" in failure(capsys, monkeypatch, *sample, "--model", "qwen2.5-0.5b", "--layers", "0,1", *results)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config |= {"num_hidden_layers": 24, "rms_norm_eps": 1e-6, "vocab_size": 8, "intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    with safe_open(sample[2], "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    names = {
+        name: f"model.layers.0.self_attn.{name.replace('_proj_', '_proj.')}" for name in tensors if "_proj_" in name
+    }
+    names["input_layernorm_weight"] = "model.layers.0.input_layernorm.weight"
+    save_file({new: tensors[old] for old, new in names.items()}, folder / "model.safetensors")
+    own = ["bench", "--checkpoint", str(folder), *results]
+    assert "not --model qwen3-8b: leave --model out" in failure(
+        capsys, monkeypatch, *own, "--model", "qwen3-8b", "--layers", "0"
+    )
+    settings, _ = cli.select(checkpoint=str(folder), layers="0", results=tmp_path / "results")
+    assert settings.model == "qwen2.5-0.5b", "the record would name another model"
 
 
 def test_a_truncated_checkpoint(capsys, monkeypatch, tmp_path: Path) -> None:

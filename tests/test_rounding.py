@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import (
+    DEVICE,
     KERNELS,
     ROUNDINGS,
     applied,
@@ -44,70 +45,70 @@ def test_the_table_of_nearest_values_is_pytorchs_rounding():
 
 
 @pytest.mark.parametrize("word", ROUNDINGS)
-def test_device_rounding(word: str, device: str):
-    check_rounding(KERNELS, word, device)
+def test_device_rounding(word: str):
+    check_rounding(KERNELS, word)
 
 
-def test_device_round_to_nearest_is_pytorchs(device: str):
+def test_device_round_to_nearest_is_pytorchs():
     value = fp32_patterns()
-    actual = applied(rounding.round_to, value.to(device), "bf16-rne")
+    actual = applied(rounding.round_to, value.to(DEVICE), "bf16-rne")
     assert_bit_equal(actual=actual, expected=value.to(torch.bfloat16).float())
 
 
-def test_device_round_to_fp32_keeps_every_pattern(device: str):
+def test_device_round_to_fp32_keeps_every_pattern():
     value = fp32_patterns()
-    assert_same_patterns(actual=applied(rounding.round_to, value.to(device), "fp32"), expected=value)
+    assert_same_patterns(actual=applied(rounding.round_to, value.to(DEVICE), "fp32"), expected=value)
 
 
 @pytest.mark.parametrize("word", ROUNDINGS)
-def test_nan_stays_nan_and_nothing_else_becomes_nan(word: str, device: str):
+def test_nan_stays_nan_and_nothing_else_becomes_nan(word: str):
     value = fp32_patterns()
     name = "truncate_tf32" if word == "tf32" else "round_to"
-    actual = applied(getattr(rounding, name), value.to(device), "" if word == "tf32" else word)
+    actual = applied(getattr(rounding, name), value.to(DEVICE), "" if word == "tf32" else word)
     assert torch.equal(actual.cpu().isnan(), value.isnan())
 
 
-def test_overflow_goes_to_infinity_or_to_the_largest_value(device: str):
-    largest_fp32 = torch.full((16,), torch.finfo(torch.float32).max, device=device)
+def test_overflow_goes_to_infinity_or_to_the_largest_value():
+    largest_fp32 = torch.full((16,), torch.finfo(torch.float32).max, device=DEVICE)
     assert (applied(rounding.round_to, largest_fp32, "bf16-rne") == torch.inf).all()
     assert (applied(rounding.round_to, largest_fp32, "bf16-rtz") == torch.finfo(torch.bfloat16).max).all()
 
 
-def test_widen_is_exact_for_every_bf16_pattern(device: str):
+def test_widen_is_exact_for_every_bf16_pattern():
     value = every_bf16()
     shifted = (value.view(torch.int16).int() << 16).view(torch.float32)
-    actual = applied(rounding.widen, value.to(device))
+    actual = applied(rounding.widen, value.to(DEVICE))
     assert_same_patterns(actual=actual, expected=shifted)
     assert_bit_equal(actual=actual, expected=value.float())  # PyTorch's own, which may quieten NaN
 
 
-def test_widen_passes_fp32(device: str):
-    assert_same_patterns(actual=applied(rounding.widen, fp32_patterns().to(device)), expected=fp32_patterns())
+def test_widen_passes_fp32():
+    assert_same_patterns(actual=applied(rounding.widen, fp32_patterns().to(DEVICE)), expected=fp32_patterns())
 
 
-def test_narrow_undoes_widen_for_every_bf16_pattern(device: str):
+def test_narrow_undoes_widen_for_every_bf16_pattern():
     value = every_bf16()
-    wide = applied(rounding.widen, value.to(device))
+    wide = applied(rounding.widen, value.to(DEVICE))
     assert_same_patterns(actual=applied(rounding.narrow, wide, narrow=True), expected=value)
 
 
 @pytest.mark.parametrize("word", ROUNDINGS)
-def test_a_rounded_value_stays_as_it_is(word: str, device: str):
+def test_a_rounded_value_stays_as_it_is(word: str):
     once = rounded_by_table(word)
     name = "truncate_tf32" if word == "tf32" else "round_to"
-    twice = applied(getattr(rounding, name), once.to(device), "" if word == "tf32" else word)
+    twice = applied(getattr(rounding, name), once.to(DEVICE), "" if word == "tf32" else word)
     assert_same_patterns(actual=twice, expected=once)
 
 
 @pytest.mark.parametrize("word", ["none", "fp32", "bf16-rne"])
-def test_applied_weight(word: str, device: str):
+def test_applied_weight(word: str):
     weight = every_bf16()
     expected = weight.float()
     if word != "none":
         expected = 1 + expected
     if word == "bf16-rne":
         expected = expected.to(torch.bfloat16).float()
-    assert_bit_equal(actual=applied(rounding.applied_weight, weight.to(device), word), expected=expected)
+    assert_bit_equal(actual=applied(rounding.applied_weight, weight.to(DEVICE), word), expected=expected)
 
 
 @pytest.mark.parametrize("word", ROUNDINGS)
