@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.head_norm import head_norm_kernel
+from kernels.head_norm import BLOCK_M, head_norm_kernel
 from kernels.norm_qkv import block_sizes, norm_qkv_kernel
 from variants.catalogue import PLANS
 from variants.plan import CastPlan
@@ -65,11 +65,11 @@ def compile_norm_qkv(
     bias: bool = False,
     residual: bool = False,
 ) -> Compiled:
-    """The fused kernel of that plan, with the tiles of a launch on that many tokens.
+    """The fused kernel of that plan, with the tiles of a launch.
 
     head_norm: `fused`, `later` (q and k are stored as proj) or `none`. Raises as compile_kernel does.
     """
-    blocks = block_sizes(tokens, head_dim, plan.matmul, interpreted=False)
+    blocks = block_sizes(head_dim, plan.matmul, interpreted=False)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     constants = {
         **{name.upper(): word for name, word in plan.choices().items()},
@@ -86,7 +86,7 @@ def compile_head_norm(plan: CastPlan, target: str, *, head_dim: int = 128, token
     """The head norm as a kernel of its own, over proj as that plan stores it. Raises as compile_kernel does."""
     names = {param.name for param in getattr(head_norm_kernel, "params", ())}
     constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
-    constants |= {"DH": head_dim, "BLOCK_M": 16, "BLOCK_N": triton.next_power_of_2(head_dim)}  # as head_norm launches
+    constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
     pointers = {"proj_ptr": element(plan.proj), "out_ptr": element(plan.out)}
     return compile_kernel(head_norm_kernel, target, constants, pointers, tokens, {})
 

@@ -136,7 +136,8 @@ def _add_speed(
     row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, "plan": plan, "backend": backend}
     if records.has("speed", **{name: row[name] for name in ("tokens", "plan", "backend")}):
         return
-    row["regime"] = f"cold, {len(problems)} weights in rotation" + (", CUDA graph" if s.device == "cuda" else "")
+    rotated = sum(p.qkv_weight.numel() * 2 for p in problems) / 1e6
+    row["regime"] = f"cold, {rotated:.0f} MB of weights in rotation" + (", CUDA graph" if s.device == "cuda" else "")
     row |= {"bytes": count_bytes(problem), "flops": count_flops(problem)}
     if arm in failed:
         status, reason = failed[arm]

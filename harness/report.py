@@ -88,8 +88,9 @@ def amplification_table(frames: Frames, plan: str = "hf") -> pd.DataFrame:
     """What grows with the K-norm weights and what does not: one plan, first layer, own weights and controls."""
     amplified, errors = frames["amplification"], frames["errors"]
     rows = amplified[(amplified["plan"] == plan) & (amplified["layer"] == amplified["layer"].min())]
-    k = errors[(errors["plan"] == plan) & (errors["output"] == "k") & (errors["reference"] == "truth")]
-    k = k[(k["backend"] == "spec") & (k["layer"] == amplified["layer"].min())].set_index("weights")
+    rows_of = errors[(errors["plan"] == plan) & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
+    rows_of = rows_of[rows_of["layer"] == amplified["layer"].min()].set_index("weights")
+    before, after = (rows_of[rows_of["output"] == output] for output in ("k_proj", "k"))
     measures = {
         "largest K-norm weight": rows["k_norm_max"],
         "gain of a channel, largest (measured)": rows["gain_measured_max"],
@@ -101,8 +102,10 @@ def amplification_table(frames: Frames, plan: str = "hf") -> pd.DataFrame:
         "most attended key flips": rows["top_key_flips"],
         "K relative rms error, before": rows["k_rel_rms_before"],
         "K relative rms error, after": rows["k_rel_rms_after"],
-        "K p99 error in ulps, after": rows["weights"].map(k["p99_ulp"]),
-        "K correctly rounded, after": rows["weights"].map(k["share_equal"]),
+        "K p99 error in ulps, before": rows["weights"].map(before["p99_ulp"]),
+        "K p99 error in ulps, after": rows["weights"].map(after["p99_ulp"]),
+        "K correctly rounded, before": rows["weights"].map(before["share_equal"]),
+        "K correctly rounded, after": rows["weights"].map(after["share_equal"]),
     }
     table = pd.DataFrame(measures).T
     table.columns = list(rows["weights"])

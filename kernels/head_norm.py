@@ -15,6 +15,8 @@ from torch import Tensor
 from kernels.checks import check_eps, check_flags, check_tensor
 from kernels.rounding import applied_weight, narrow, round_to, widen
 
+BLOCK_M = 16  # tokens of one program of head_norm_kernel
+
 
 @triton.jit
 def rsqrt_rn(x):
@@ -122,8 +124,7 @@ def head_norm(
     check_eps(eps)
     out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
     if tokens:
-        block_m = 16
-        head_norm_kernel[(triton.cdiv(tokens, block_m), heads)](
+        head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
             proj,
             weight.contiguous(),
             out,
@@ -135,7 +136,7 @@ def head_norm(
             out.stride(1),
             DH=head_dim,
             **{name.upper(): word for name, word in flags.items()},
-            BLOCK_M=block_m,
+            BLOCK_M=BLOCK_M,
             BLOCK_N=triton.next_power_of_2(head_dim),
             enable_fp_fusion=False,
         )

@@ -158,25 +158,25 @@ def norm_qkv_kernel(
     proj = round_to(acc, PROJ)
 
     mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
-    if head < HQ:
-        out_ptrs = q_ptr + offs_m[:, None] * stride_qm + head * stride_qh + offs_n[None, :]
-        norm_ptr = q_norm_ptr
-    elif head < HQ + HKV:
-        out_ptrs = k_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :]
-        norm_ptr = k_norm_ptr
+    if head >= HQ + HKV:
+        v_ptrs = v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh + offs_n[None, :]
+        store_head(v_ptrs, round_to(proj, OUT), mask)
     else:
-        out_ptrs = v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh + offs_n[None, :]
-        norm_ptr = k_norm_ptr
-    if HEAD_NORM == "none":
-        store_head(out_ptrs, round_to(proj, OUT), mask)
-    elif head >= HQ + HKV:
-        store_head(out_ptrs, round_to(proj, OUT), mask)
-    elif HEAD_NORM == "later":
-        store_head(out_ptrs, proj, mask)
-    else:
-        weight = applied_weight(tl.load(norm_ptr + offs_n, mask=offs_n < DH, other=0.0), WEIGHT_OFFSET)
-        out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
-        store_head(out_ptrs, out, mask)
+        if HEAD_NORM == "none":
+            out = round_to(proj, OUT)
+        elif HEAD_NORM == "later":
+            out = proj
+        else:
+            if head < HQ:
+                stored = tl.load(q_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
+            else:
+                stored = tl.load(k_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
+            weight = applied_weight(stored, WEIGHT_OFFSET)
+            out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
+        if head < HQ:
+            store_head(q_ptr + offs_m[:, None] * stride_qm + head * stride_qh + offs_n[None, :], out, mask)
+        else:
+            store_head(k_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :], out, mask)
 
 
 def norm_qkv(
@@ -267,7 +267,7 @@ def norm_qkv(
     q_store, k_store = (output_tensor("proj", None, tuple(t.shape), proj, like=x) if later else t for t in (q, k))
     if tokens == 0:
         return q, k, v
-    blocks = block_sizes(tokens, head_dim, matmul, interpreted)
+    blocks = block_sizes(head_dim, matmul, interpreted)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), sum(heads))
     norm_qkv_kernel[grid](
         x,
@@ -317,24 +317,21 @@ def norm_qkv(
     return q, k, v
 
 
-def block_sizes(tokens: int, head_dim: int, matmul: str, interpreted: bool) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps and num_stages for a launch: fixed, not tuned on a measured path.
+def block_sizes(head_dim: int, matmul: str, interpreted: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps and num_stages of a launch.
 
-    Operands wider than bf16 take smaller tiles, because they wait in shared memory at 4 bytes. The
-    interpreter's cost is per operation, whatever the size of the tile, so it takes large ones.
+    They do not depend on the number of tokens: smaller tiles for fewer tokens would mean other matrix instructions
+    and other sums, and a row's bits would change with its batch. Operands wider than bf16 take smaller tiles,
+    because they wait in shared memory at 4 bytes. The interpreter's cost is per operation, whatever the tile.
     """
     block_n = max(16, triton.next_power_of_2(head_dim))
     if interpreted:
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 256}
     if matmul != "bf16":
-        return {
-            "BLOCK_M": 16 if tokens <= 16 else 32,
-            "BLOCK_N": block_n,
-            "BLOCK_K": 32,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-    return {"BLOCK_M": 16 if tokens <= 16 else 64, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if block_n >= 256:  # at BLOCK_K 64 three stages of W pass gfx942's 64 KiB, and on four warps the accumulator spills
+        return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 
 def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, weight_offset: str = "none") -> Tensor:

@@ -15,7 +15,8 @@ def widen(x):
     """fp32 of a bf16 tensor, exact for every bit pattern (subnormals and NaN payloads too); fp32 passes."""
     if x.dtype == tl.float32:
         return x
-    return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:  # not a plain return: Triton type-checks what follows a taken branch
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -27,13 +27,16 @@ WIDE_BF16 = {"sm_80": WARP_BF16, "sm_90": r"wgmma\..*\.bf16\.bf16", "sm_100": r"
 MFMA = {"bf16": r"v_mfma_f32_\w+_bf16", "tf32": r"v_mfma_f32_\w+_xf32", "fp32": r"v_mfma_f32_\d+x\d+x\d+_f32"}
 
 
-def matrix_instruction(target: str, matmul: str, tokens: int) -> str | None:
-    """Pattern of the only matrix instruction allowed there; None: no matrix instruction at all."""
+def matrix_instruction(target: str, matmul: str) -> str | None:
+    """Pattern of the only matrix instruction allowed there; None: no matrix instruction at all.
+
+    The same for one token as for many: another instruction would sum otherwise, and bits would change with the batch.
+    """
     operand = "tf32" if matmul == "tf32x3" else matmul
     if target == "gfx942":
         return MFMA[operand]
     if operand == "bf16":
-        return WIDE_BF16[target] if tokens >= 64 else WARP_BF16  # wgmma and tcgen05 want 64 rows
+        return WIDE_BF16[target]
     return WARP_TF32 if operand == "tf32" else None
 
 
@@ -74,7 +77,7 @@ def faults_of(row: dict) -> list[str]:
         faults.append(f"{row['spills']} bytes of registers spilled, at most {SPILLS} are allowed")
     pattern = None
     if row["kernel"] == "norm_qkv":
-        pattern = matrix_instruction(target, matmul, row.get("tokens", 64))
+        pattern = matrix_instruction(target, matmul)
     found = row["matrix"]
     if pattern is None and found or pattern and not (found and all(re.fullmatch(f"{pattern}.*", i) for i in found)):
         faults.append(f"matrix instructions {found} where {pattern} is due")

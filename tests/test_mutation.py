@@ -1,0 +1,270 @@
+"""The nets of test_kernels.py catch a kernel that rounds elsewhere, or that is wrong in another way.
+
+First the flags: every plan with every boundary moved, and every choice made otherwise. Then the source: copies of the
+kernels with one line changed. A net that such a kernel passes would prove nothing about the right one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support import (
+    KERNELS,
+    ROOT,
+    Kernels,
+    assert_bit_equal,
+    assert_inside,
+    check_addressing,
+    check_envelope,
+    check_exact,
+    check_exact_fp32,
+    check_memory,
+    check_nonfinite,
+    check_rounding,
+    exact_case,
+    random_case,
+)
+
+from kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, RTZ
+from variants.catalogue import PLANS
+from variants.plan import CastPlan
+
+NEIGHBOURS = {KEEP: (RNE,), RNE: (KEEP, RTZ), RTZ: (RNE,)}
+TINY = {"tokens": 33, "hidden_size": 200, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 32}
+
+# ---------------------------------------------------------------- flags
+
+
+def moved(plan: CastPlan, name: str, word: str) -> CastPlan | None:
+    """The plan with one choice made otherwise, and with it what must follow; None where no such plan exists."""
+    if name == "hidden" and plan.scale != "folded" and KEEP in (word, plan.hidden):
+        return plan.replace(hidden=word, matmul="fp32" if word == KEEP else "bf16")
+    if name == "scale":
+        if word != "prologue":
+            plan = plan.replace(normed=KEEP)
+        if word == "folded":
+            return plan.replace(scale=word, hidden=KEEP, matmul="bf16")
+        return plan.replace(scale=word, **({"hidden": RNE} if plan.scale == "folded" else {}))
+    try:
+        return plan.replace(**{name: word})
+    except ValueError:
+        return None
+
+
+def moves() -> Iterator[tuple[str, str, str]]:
+    """Plan, name and new word of every choice of every plan that can be made otherwise."""
+    for (plan, entry), name in itertools.product(PLANS.items(), (*BOUNDARIES, *CHOICES)):
+        now = getattr(entry.plan, name)
+        words = NEIGHBOURS[now] if name in BOUNDARIES else [word for word in CHOICES[name] if word != now]
+        yield from ((plan, name, word) for word in words)
+
+
+MOVES = [move for move in moves() if moved(PLANS[move[0]].plan, *move[1:])]
+
+
+def test_only_what_contradicts_itself_is_not_moved():
+    """A value that is never formed cannot be rounded, folded multiplies the bf16 x itself, and the matmul's precision
+    follows from hidden, with which it was moved."""
+    left_out = {move for move in moves() if not moved(PLANS[move[0]].plan, *move[1:])}
+    for plan, name, word in left_out:
+        plan = PLANS[plan].plan
+        assert (
+            (name == "normed" and plan.scale != "prologue")
+            or (name in ("hidden", "x") and plan.scale == "folded")
+            or (name == "matmul" and "bf16" in (word, plan.matmul))
+        ), (plan, name, word)
+    assert {("deferred", "normed", RNE), ("folded", "hidden", RNE), ("hf", "matmul", "fp32")} <= left_out
+
+
+def held_to(plan: CastPlan, name: str, word: str) -> CastPlan:
+    """The plan to tell from its moved self: stored in fp32, where every boundary shows, unless the store moves."""
+    return plan if name == "out" else plan.replace(out="fp32")
+
+
+def check_flags_of(base: CastPlan, run_as: CastPlan) -> None:
+    """Both nets of numbers, held to base, with the kernel run as another plan."""
+    problem, expected = exact_case(base, **TINY)
+    for name, actual in KERNELS.run(run_as, problem).items():
+        assert_bit_equal(actual=actual.double(), expected=expected[name], what=name)
+    problem, allowed = random_case(base, **TINY)
+    assert_inside(actual=KERNELS.run(run_as, problem), allowed=allowed)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_plan_itself_passes(plan: str):
+    for base in (PLANS[plan].plan, PLANS[plan].plan.replace(out="fp32")):
+        check_flags_of(base, base)
+
+
+@pytest.mark.parametrize(("plan", "name", "word"), MOVES, ids=["-".join(move) for move in MOVES])
+def test_a_moved_choice_is_caught(plan: str, name: str, word: str):
+    base = held_to(PLANS[plan].plan, name, word)
+    with pytest.raises(AssertionError, match="elements (differ|outside)"):
+        check_flags_of(base, moved(base, name, word))
+
+
+# ---------------------------------------------------------------- source
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of the source, and the net that must catch it."""
+
+    file: str
+    old: str
+    new: str
+    net: Callable[[Kernels], None]
+    count: int = 1  # how often the old text stands in the file
+
+
+def exact(plan: str) -> Callable[[Kernels], None]:
+    return functools.partial(check_exact, plan=plan, **TINY)
+
+
+def exact_fp32(plan: str, **options: object) -> Callable[[Kernels], None]:
+    return functools.partial(check_exact_fp32, plan=plan, **{**TINY, **options})
+
+
+def inside(plan: str, **options: object) -> Callable[[Kernels], None]:
+    return functools.partial(check_envelope, plan=plan, **{**TINY, **options})
+
+
+def rounding(word: str) -> Callable[[Kernels], None]:
+    return functools.partial(check_rounding, word=word)
+
+
+QKV, HEAD, ROUNDING = "norm_qkv.py", "head_norm.py", "rounding.py"
+NAN_LINE = "    rounded = tl.where(is_nan, bits | 0x00400000, rounded)\n"
+TOKENS = "    mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]\n"
+NO_TOKENS = "    mask = (offs_m >= 0)[:, None] & (offs_n < DH)[None, :]\n"
+V_PTRS = "v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh"
+X_PTRS = "x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk"
+
+MUTATIONS = {
+    # a rounding dropped
+    "x not rounded": Mutation(QKV, ", mask=mask, other=0.0)), X)", ", mask=mask, other=0.0)), 'fp32')", inside("fp32")),
+    "squares not rounded": Mutation(
+        QKV, "round_to(x * x, STATISTICS)", "(x * x)", inside("bf16-statistics", residual=False), count=2
+    ),
+    "variance not rounded": Mutation(
+        QKV, "D.to(tl.float32)), VARIANCE)", "D.to(tl.float32)), 'fp32')", inside("bf16-statistics")
+    ),
+    "rstd not rounded": Mutation(
+        QKV, "rsqrt_rn(variance + eps), RSTD)", "rsqrt_rn(variance + eps), 'fp32')", exact("rstd-rounded")
+    ),
+    "normed not rounded": Mutation(
+        QKV, "round_to(hidden * rstd[:, None], NORMED)", "(hidden * rstd[:, None])", exact("hf")
+    ),
+    "hidden not rounded": Mutation(QKV, "[None, :], HIDDEN)", "[None, :], 'fp32')", exact_fp32("bf16-operand")),
+    "proj not rounded": Mutation(QKV, "round_to(acc, PROJ)", "acc", inside("hf")),
+    "v not rounded": Mutation(QKV, "round_to(proj, OUT)", "proj", exact("fp32"), count=2),
+    "head squares not rounded": Mutation(
+        HEAD, "round_to(proj * proj, STATISTICS)", "(proj * proj)", inside("bf16-statistics")
+    ),
+    "head variance not rounded": Mutation(
+        HEAD, "DH * 1.0), VARIANCE)", "DH * 1.0), 'fp32')", inside("bf16-statistics")
+    ),
+    "head rstd not rounded": Mutation(HEAD, "eps), HEAD_RSTD)", "eps), 'fp32')", exact_fp32("rstd-rounded")),
+    "head_normed not rounded": Mutation(HEAD, ", HEAD_NORMED)\n    return", ", 'fp32')\n    return", exact_fp32("hf")),
+    "out not rounded": Mutation(HEAD, "weight[None, :], OUT)", "weight[None, :], 'fp32')", exact("bf16-operand")),
+    # rounding itself
+    "ties not to even": Mutation(ROUNDING, "0x7FFF + ((bits >> 16) & 1)", "0x7FFF", rounding("bf16-rne")),
+    "ties away from zero": Mutation(ROUNDING, "0x7FFF + ((bits >> 16) & 1)", "0x8000", rounding("bf16-rne")),
+    "NaN rounded like a number": Mutation(ROUNDING, NAN_LINE, "", rounding("bf16-rne")),
+    "NaN truncated like a number": Mutation(ROUNDING, NAN_LINE, "", rounding("bf16-rtz")),
+    "nearest instead of truncated": Mutation(ROUNDING, 'if STORAGE == "bf16-rne":', "if True:", exact("truncating")),
+    "tf32 not truncated": Mutation(ROUNDING, "& 0xFFFFE000", "& 0xFFFFFFFF", exact_fp32("fp32-tf32")),
+    "tf32 a bit shorter": Mutation(ROUNDING, "& 0xFFFFE000", "& 0xFFFFC000", rounding("tf32")),
+    "remainder of tf32 left out": Mutation(
+        QKV, "tl.dot(truncate_tf32(hidden - high)", "tl.dot(truncate_tf32(high - high)", exact("fp32-tf32x3")
+    ),
+    # arithmetic
+    "eps dropped": Mutation(QKV, "variance + eps", "variance", exact_fp32("fp32")),
+    "head eps dropped": Mutation(HEAD, "variance + eps", "variance", exact_fp32("fp32")),
+    "mean over one channel more": Mutation(QKV, "D.to(tl.float32)", "(D + 1).to(tl.float32)", exact("hf")),
+    "head mean over one channel more": Mutation(HEAD, "DH * 1.0", "(DH + 1) * 1.0", exact("hf")),
+    "bias dropped": Mutation(QKV, "if HAS_BIAS:", "if False:", inside("hf")),
+    "residual dropped": Mutation(QKV, "if HAS_RESIDUAL:", "if False:", inside("hf")),
+    "rstd applied twice": Mutation(
+        QKV, "acc = acc * rstd[:, None]", "acc = acc * rstd[:, None] * rstd[:, None]", exact("deferred")
+    ),
+    "rstd not applied": Mutation(QKV, "acc = acc * rstd[:, None]", "pass", exact("folded")),
+    "weight offset dropped": Mutation(ROUNDING, "1.0 + widen(w)", "widen(w)", exact("gemma")),
+    "k normed with q's weight": Mutation(
+        QKV, "norm_ptr = k_norm_ptr\n    else:", "norm_ptr = q_norm_ptr\n    else:", exact("hf")
+    ),
+    "v normed": Mutation(QKV, "elif head >= HQ + HKV:", "elif head >= HQ + 2 * HKV:", exact("hf")),
+    "an infinity hidden": Mutation(
+        QKV,
+        "rsqrt_rn(variance + eps), RSTD",
+        "rsqrt_rn(tl.minimum(variance, 3e38) + eps), RSTD",
+        functools.partial(check_nonfinite, plan="fp32"),
+    ),
+    # memory
+    "v one head too far": Mutation(QKV, V_PTRS, V_PTRS.replace("HKV)", "HKV + 1)"), check_memory),
+    "tokens not masked": Mutation(QKV, TOKENS, NO_TOKENS, check_memory),
+    "tokens of the head norm not masked": Mutation(
+        HEAD,
+        "offs_n[None, :], out, mask)",
+        "offs_n[None, :], out, mask | (offs_n < DH)[None, :])",
+        functools.partial(check_memory, separate=True),
+    ),
+    "channels of x not masked": Mutation(QKV, "(offs_k < D)[None, :]", "(offs_k >= 0)[None, :]", check_memory),
+    "x's channels taken as contiguous": Mutation(
+        QKV, X_PTRS, X_PTRS.removesuffix(" * stride_xk"), inside("hf", layout="every second channel")
+    ),
+    "addresses of 32 bits": Mutation(QKV, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", check_addressing),
+}
+
+
+def mutated(mutation: Mutation | None, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The kernels, imported from a copy of their package under another name, changed as the mutation says."""
+    package = folder / name
+    package.mkdir()
+    for source in (ROOT / "kernels").glob("*.py"):
+        text = source.read_text()
+        if mutation and source.name == mutation.file:
+            assert text.count(mutation.old) == mutation.count, (
+                f"{mutation.old!r} stands {text.count(mutation.old)} times"
+            )
+            text = text.replace(mutation.old, mutation.new)
+        (package / source.name).write_text(text.replace("from kernels.", f"from {name}."))
+    monkeypatch.syspath_prepend(folder)
+    try:
+        return Kernels(importlib.import_module(f"{name}.norm_qkv"), importlib.import_module(f"{name}.rounding"))
+    finally:
+        for module in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[module]
+
+
+NETS = {
+    "exact": exact("hf"),
+    "exact in fp32": exact_fp32("fp32-tf32x3"),
+    "envelope": inside("deferred"),
+    "rounding": rounding("bf16-rne"),
+    "nonfinite": functools.partial(check_nonfinite, plan="fp32"),
+    "memory": functools.partial(check_memory, separate=True),
+    "addressing": check_addressing,
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_an_unchanged_copy_passes(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copy = mutated(None, "unchanged_kernels", tmp_path, monkeypatch)
+    assert Path(copy.norm_qkv.__file__).is_relative_to(tmp_path)
+    NETS[net](copy)
+
+
+@pytest.mark.parametrize("change", MUTATIONS)
+def test_a_changed_source_is_caught(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mutation = MUTATIONS[change]
+    copy = mutated(mutation, "mutated_kernels", tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match="differ|outside|not written|is NaN"):
+        mutation.net(copy)
