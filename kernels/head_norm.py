@@ -75,7 +75,7 @@ def head_norm_kernel(
     BLOCK_N: tl.constexpr,  # power of two >= DH
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)  # [N]
     mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
     proj = widen(
@@ -122,6 +122,7 @@ def head_norm(
     tokens, heads, head_dim = proj.shape
     check_tensor("weight", weight, [head_dim], like=proj)
     check_eps(eps)
+    check_device("proj", proj, head_norm_kernel)
     out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
     if tokens:
         head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
@@ -141,6 +142,17 @@ def head_norm(
             enable_fp_fusion=False,
         )
     return out
+
+
+def check_device(name: str, tensor: Tensor, kernel: object) -> bool:
+    """Whether the kernel is interpreted. Raises ValueError for a tensor on the CPU where it is not."""
+    interpreted = not isinstance(kernel, triton.JITFunction)
+    if tensor.device.type == "cpu" and not interpreted:
+        raise ValueError(
+            f"{name} is on the CPU, where Triton runs only interpreted: set TRITON_INTERPRET=1 before the kernels "
+            "are imported, or move the tensors to a GPU"
+        )
+    return interpreted
 
 
 def output_tensor(name: str, out: Tensor | None, shape: tuple[int, ...], storage: str, *, like: Tensor) -> Tensor:

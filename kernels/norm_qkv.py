@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_flags, check_inputs
-from kernels.head_norm import head_norm, normalize_head, output_tensor, rsqrt_rn, store_head
+from kernels.head_norm import check_device, head_norm, normalize_head, output_tensor, rsqrt_rn, store_head
 from kernels.rounding import applied_weight, narrow, round_to, truncate_tf32, widen
 
 
@@ -117,15 +117,15 @@ def norm_qkv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)  # [N] channels of this head
-    rows = head.to(tl.int64) * DH + offs_n  # [N] rows of W
+    rows = head * DH + offs_n  # [N] rows of W
     sum_of_squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     rstd = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     if SCALE == "prologue":  # hidden needs rstd, so the rows are read twice
         for start in range(0, D, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
+            offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
             x = load_x(
                 x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
             )
@@ -134,7 +134,7 @@ def norm_qkv_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
+        offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
         x = load_x(
             x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
         )
@@ -249,12 +249,7 @@ def norm_qkv(
     check_inputs(
         x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps
     )
-    interpreted = not isinstance(norm_qkv_kernel, triton.JITFunction)
-    if x.device.type == "cpu" and not interpreted:
-        raise ValueError(
-            "x is on the CPU, where Triton runs only interpreted: set TRITON_INTERPRET=1 before the kernels "
-            "are imported, or move the tensors to a GPU"
-        )
+    interpreted = check_device("x", x, norm_qkv_kernel)
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
     heads = (num_q_heads, num_kv_heads, num_kv_heads)

@@ -223,6 +223,10 @@ def test_rows_beyond_32_bits_of_address(plan: str):
     check_addressing(KERNELS, plan)
 
 
+def test_channels_beyond_32_bits_of_address():
+    check_addressing(KERNELS, "hf", (1, 2**24))
+
+
 def test_head_norm_alone_is_the_head_norm_of_the_chain():
     """On the fp32 proj of a chain without head norm."""
     plan = PLANS["bf16-operand"].plan
@@ -338,15 +342,17 @@ def test_a_bad_input_of_head_norm_is_named_in_one_line(case: str):
 
 ON_A_CPU = """
 import torch
+from kernels.head_norm import head_norm
 from kernels.norm_qkv import norm_qkv
 
 def ones(*shape):
     return torch.ones(shape, dtype=torch.bfloat16)
 
-try:
-    norm_qkv(ones(2, 32), ones(32), ones(64, 32), 2, 1)
-except ValueError as error:
-    print(error)
+for call in (lambda: norm_qkv(ones(2, 32), ones(32), ones(64, 32), 2, 1), lambda: head_norm(ones(2, 1, 16), ones(16))):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -354,8 +360,8 @@ def test_a_cpu_without_the_interpreter_says_how_to_get_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", ON_A_CPU], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    for word in ("on the CPU", "TRITON_INTERPRET=1", "GPU"):
+    assert result.stdout.count("\n") == 2
+    for word in ("x is on the CPU", "proj is on the CPU", "TRITON_INTERPRET=1", "GPU"):
         assert word in result.stdout
 
 

@@ -197,10 +197,9 @@ MUTATIONS = {
     ),
     "rstd not applied": Mutation(QKV, "acc = acc * rstd[:, None]", "pass", exact("folded")),
     "weight offset dropped": Mutation(ROUNDING, "1.0 + widen(w)", "widen(w)", exact("gemma")),
-    "k normed with q's weight": Mutation(
-        QKV, "norm_ptr = k_norm_ptr\n    else:", "norm_ptr = q_norm_ptr\n    else:", exact("hf")
-    ),
-    "v normed": Mutation(QKV, "elif head >= HQ + HKV:", "elif head >= HQ + 2 * HKV:", exact("hf")),
+    "k normed with q's weight": Mutation(QKV, "tl.load(k_norm_ptr", "tl.load(q_norm_ptr", exact("hf")),
+    "v normed and stored as k": Mutation(QKV, "if head >= HQ + HKV:", "if head >= HQ + 2 * HKV:", check_memory),
+    "k stored as v": Mutation(QKV, "if head >= HQ + HKV:", "if head >= HQ:", check_memory),
     "an infinity hidden": Mutation(
         QKV,
         "rsqrt_rn(variance + eps), RSTD",
