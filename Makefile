@@ -30,7 +30,7 @@ test: $(READY)  ## prove that every kernel does what its plan says
 	$(BIN)/python -m pytest -q $(ARGS)
 
 compare: $(READY)  ## time the plans with pytest-benchmark and compare with the last saved run
-	$(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
@@ -49,5 +49,5 @@ format: $(READY)  ## rewrite to style
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches; records stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

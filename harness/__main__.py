@@ -76,7 +76,9 @@ def on_selection(command: Callable[[Settings, Records], None], **fixed: str) -> 
 
     @functools.wraps(command)
     def with_options(**options: Any) -> None:
-        command(*select(**options, **fixed))
+        settings, records = select(**options, **fixed)
+        records.note(command=command.__name__)
+        command(settings, records)
 
     parameters = inspect.signature(select, eval_str=True).parameters
     with_options.__signature__ = inspect.Signature([p for name, p in parameters.items() if name not in fixed])
@@ -87,9 +89,10 @@ def on_selection(command: Callable[[Settings, Records], None], **fixed: str) -> 
 @on_selection
 def bench(settings: Settings, records: Records) -> None:
     """Errors, amplification and speed of every plan, then plots and report."""
-    from harness.bench import sweep_precision, sweep_speed
+    from harness.bench import sweep_kernels, sweep_precision, sweep_speed
 
     sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     sweep_speed(settings, records)
     records.finish()
     _write_report(records.folder)
@@ -99,12 +102,14 @@ def bench(settings: Settings, records: Records) -> None:
 @on_selection
 def errors(settings: Settings, records: Records) -> None:
     """Errors of q, k and v of every plan and backend, without times."""
-    from harness.bench import sweep_precision
+    from harness.bench import sweep_kernels, sweep_precision
     from harness.report import tables
 
     sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     records.finish()
-    print(tables(records.folder, records.run_id)["precision"])
+    for table in ("plans", "kernels"):
+        print(tables(records.folder, records.run_id)[table] + "\n")
 
 
 @app.command()
@@ -123,9 +128,10 @@ def amplify(settings: Settings, records: Records) -> None:
 @on_selection
 def speed(settings: Settings, records: Records) -> None:
     """Times of eager, torch.compile and every plan on this machine."""
-    from harness.bench import sweep_speed
+    from harness.bench import sweep_kernels, sweep_speed
     from harness.report import tables
 
+    sweep_kernels(settings, records)  # what is red gets no time
     sweep_speed(settings, records)
     records.finish()
     print(tables(records.folder, records.run_id)["speed"])
@@ -135,9 +141,10 @@ def speed(settings: Settings, records: Records) -> None:
 @functools.partial(on_selection, device="cuda")
 def gpu(settings: Settings, records: Records) -> None:
     """Everything that wants a CUDA device: compiled kernels against their specs, then their times."""
-    from harness.bench import sweep_precision, sweep_speed
+    from harness.bench import sweep_kernels, sweep_precision, sweep_speed
 
     sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     sweep_speed(settings, records)
     records.finish()
     red = [row for table in ("errors", "speed") for row in records.rows(table) if row["status"] in ("red", "failed")]
@@ -155,7 +162,7 @@ def gpu(settings: Settings, records: Records) -> None:
 def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
 ) -> None:
-    """Plots, report.md and the README's tables from the newest finished run of a results folder."""
+    """Plots, report.md and the README's tables from the newest finished bench or gpu run of a results folder."""
     from harness.report import update_readme
 
     folder = results or Path("results/cpu")
@@ -221,6 +228,8 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU")
     if wanted != "cpu" and torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise ValueError("TRITON_INTERPRET=1 would interpret the kernels: unset it, or choose --device cpu")
         return "cuda"
     os.environ["TRITON_INTERPRET"] = "1"
     return "cpu"
@@ -255,6 +264,8 @@ def main() -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
         sys.exit(1)
+    except ImportError as error:
+        sys.exit(f"error: the package {error.name} is missing: `make bench` sets up what is needed")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def describe(device: str) -> dict[str, Any]:
         "device": device,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "last_cache_bytes": last_cache_bytes(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "python": platform.python_version(),
@@ -49,6 +50,17 @@ def describe(device: str) -> dict[str, Any]:
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
+
+
+def last_cache_bytes(device: str) -> int:
+    """Size of the last cache before memory: the GPU's L2, or the CPU's largest; 0 where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
 def version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,4 +90,4 @@ def ulp_histogram(*, actual: Tensor, reference: Tensor) -> list[tuple[float, flo
 def _quantile(values: Tensor, q: float) -> float:
     """The q-quantile by rank; torch.quantile refuses more than 2^24 elements."""
     flat = values.flatten()
-    return flat.kthvalue(max(1, int(q * flat.numel()))).values.item()
+    return flat.kthvalue(max(1, math.ceil(q * flat.numel()))).values.item()

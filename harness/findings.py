@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from harness.frames import Frames, best_backend, noise_floor, over_layers
+from harness.frames import Frames, best_backend, first_layer, noise_floor, over_layers, own
 from variants.catalogue import PLANS
 
 
@@ -31,13 +31,13 @@ def _distances(errors: pd.DataFrame) -> Iterator[str]:
 
 
 def _noise(errors: pd.DataFrame) -> Iterator[str]:
-    noise, equal = noise_floor(errors), over_layers(errors, "eager", "share_equal").get("one-rounding")
+    noise, equal = noise_floor(errors), over_layers(first_layer(errors), "eager", "share_equal").get("one-rounding")
     if noise is None or equal is None:
         return
-    ratio = f"{(1 - equal) / noise:,.0f} times as many" if noise else "more than eager's none"
+    ratio = f", about {float(f'{(1 - equal) / noise:.1g}'):,.0f} times as many" if noise else ""
     yield (
-        f"**Noise floor:** eager run one token at a time changes {noise:.3%} of its own K elements. One rounding a norm "
-        f"instead of two changes {1 - equal:.0%}, {ratio}."
+        f"**Noise floor,** first layer: eager run one token at a time changes {noise:.3%} of its own K elements. One rounding a norm "
+        f"instead of two changes {1 - equal:.0%}{ratio}."
     )
 
 
@@ -49,22 +49,22 @@ def _amplified(frames: Frames) -> Iterator[str]:
     rows = amplified[(amplified["layer"] == layer) & (amplified["plan"] == "hf")].set_index("weights")
     k = errors[(errors["plan"] == "hf") & (errors["output"] == "k") & (errors["backend"] == "spec")]
     k = k[(k["reference"] == "truth") & (k["layer"] == layer)].set_index("weights")
-    weights, control = (next((w for w in rows.index if test(w)), None) for test in (_is_own, _is_unit))
+    weights = next(iter(own(rows.reset_index())["weights"]), None)
+    control = next((w for w in rows.index if w.endswith("k_norm=1")), None)
     if weights is None or control is None:
         return
     a, b = rows.loc[weights], rows.loc[control]
     yield (
-        f"**A largest K-norm weight of {a['k_norm_max']:g} amplifies** (layer {layer}, `hf`, against weights of 1) K's "
-        f"largest absolute error {a['k_max_abs_after'] / b['k_max_abs_after']:.0f} times ({b['k_max_abs_after']:.3g} to "
-        f"{a['k_max_abs_after']:.3g}), the logits' rms error {a['logit_rms_error'] / b['logit_rms_error']:.1f} times, "
-        f"softmax's mean total variation {a['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} times ({b['softmax_tv_mean']:.2g} "
-        f"to {a['softmax_tv_mean']:.2g})."
+        f"**A largest K-norm weight of {a['k_norm_max']:g}** (layer {layer}, `hf`, against weights of 1) multiplies K's largest absolute "
+        f"error by {a['k_max_abs_after'] / b['k_max_abs_after']:.0f} ({b['k_max_abs_after']:.3g} to {a['k_max_abs_after']:.3g}), the "
+        f"logits' rms error by {a['logit_rms_error'] / b['logit_rms_error']:.1f}, softmax's mean total variation by "
+        f"{a['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} ({b['softmax_tv_mean']:.2g} to {a['softmax_tv_mean']:.2g}), the rows whose "
+        f"most attended key flips by {_ratio(a['top_key_flips'], b['top_key_flips'])} ({b['top_key_flips']:.2%} to {a['top_key_flips']:.2%})."
     )
     yield (
-        f"**It does not amplify** errors in ulps: K's p99 is {k['p99_ulp'][weights]:.3g} ulp against "
-        f"{k['p99_ulp'][control]:.3g}. The most attended key flips in {a['top_key_flips']:.2%} of the rows, against "
-        f"{b['top_key_flips']:.2%}. K's relative error over a head goes from {b['k_rel_rms_after']:.2e} to "
-        f"{a['k_rel_rms_after']:.2e}, not because weights amplify it: one outlier makes the head's error that of one channel."
+        f"**Relative measures** of the same two: K's p99 error {k['p99_ulp'][control]:.3g} and {k['p99_ulp'][weights]:.3g} ulp, correctly "
+        f"rounded {k['share_equal'][control]:.1%} and {k['share_equal'][weights]:.1%}, K's rms error relative to its head "
+        f"{b['k_rel_rms_after']:.2e} and {a['k_rel_rms_after']:.2e} (before the norm {a['k_rel_rms_before']:.2e} in both)."
     )
     uniform = next((w for w in rows.index if "k_norm=" in w and w != control), None)
     if uniform is None:
@@ -72,18 +72,17 @@ def _amplified(frames: Frames) -> Iterator[str]:
     c = rows.loc[uniform]
     yield (
         f"**The same weight in every channel** ({c['k_norm_max']:g} against 1) multiplies the logits' rms error by "
-        f"{c['logit_rms_error'] / b['logit_rms_error']:.4g} and leaves K's relative error at "
-        f"{c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g} times; softmax's total variation grows "
-        f"{c['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} times only."
+        f"{c['logit_rms_error'] / b['logit_rms_error']:.4g}, K's relative error by {c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g} and "
+        f"softmax's mean total variation by {c['softmax_tv_mean'] / b['softmax_tv_mean']:.1f}. So the weight's size does not reach relative "
+        "errors; that of the row above comes from one channel outweighing its head."
+        if abs(c["k_rel_rms_after"] / b["k_rel_rms_after"] - 1) < 1e-3
+        else f"**The same weight in every channel** ({c['k_norm_max']:g} against 1) multiplies K's relative error by "
+        f"{c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g}."
     )
 
 
-def _is_own(weights: str) -> bool:
-    return "k_norm=" not in weights
-
-
-def _is_unit(weights: str) -> bool:
-    return weights.endswith("k_norm=1")
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.1f}" if b else "no finite factor"
 
 
 def _time(speed: pd.DataFrame) -> Iterator[str]:

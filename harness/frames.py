@@ -40,10 +40,15 @@ def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
 
 
 def noise_floor(errors: pd.DataFrame) -> float | None:
-    """Share of K elements that eager changes against itself when it runs one token at a time."""
+    """Share of the first layer's K elements that eager changes against itself when it runs one token at a time."""
     rows = own(errors)
     rows = rows[(rows["backend"] == "eager, batch of 1") & (rows["plan"] == "hf") & (rows["output"] == "k")]
     return 1 - rows["share_equal"].iloc[0] if len(rows) else None
+
+
+def first_layer(errors: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the first layer, to be set beside the noise floor."""
+    return errors[errors["layer"] == errors["layer"].min()]
 
 
 def best_backend(speed: pd.DataFrame) -> str:

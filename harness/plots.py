@@ -104,10 +104,12 @@ def pareto(frames: Frames) -> Figure | None:
     return figure
 
 
-def error_per_plan(frames: Frames) -> Figure:
+def error_per_plan(frames: Frames) -> Figure | None:
     """Distance to the truth and distance to eager, with the noise floor of each."""
     errors = frames["errors"]
     truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False)
+    if not len(truth):
+        return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
     rows = own(errors)
     rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
@@ -140,7 +142,7 @@ def error_per_plan(frames: Frames) -> Figure:
 
 
 def error_per_layer(frames: Frames) -> Figure | None:
-    """K's absolute error follows the K-norm maximum of the layer; its relative error does not."""
+    """K's error in every layer, absolute and relative, above the layer's largest K-norm weight."""
     amplified = own(frames["amplification"])
     if not len(amplified):
         return None

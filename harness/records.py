@@ -95,8 +95,9 @@ class Records:
     def _unfinished(self, settings: dict[str, Any], environment: dict[str, Any]) -> str | None:
         settings, environment = json.loads(json.dumps([settings, environment]))
         for run_id, run in reversed(self.runs.items()):
-            if "finished" not in run and run["settings"] == settings and run["environment"] == environment:
-                return run_id
+            same = run["settings"] == settings and run["environment"] == environment
+            if same and "finished" not in run and not environment.get("commit", "").endswith("+"):
+                return run_id  # a `+` is a checkout with changes, and two such may differ
         return None
 
     def _started(self, settings: dict[str, Any], environment: dict[str, Any]) -> str:
@@ -129,7 +130,8 @@ def load_runs(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text())
         schema, runs = content["schema"], content["runs"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        runs.items()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a record of this lab: move it away or choose another --results") from None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema}, this version writes {SCHEMA}: choose another --results")

@@ -1,13 +1,12 @@
 """Times of one call and the machine's own limits, measured in the same process.
 
 CPU: torch.utils.benchmark. GPU: CUDA events around the replay of a CUDA graph. Arms are interleaved, one
-measurement of each in turn, so that a machine that slows down slows all of them. Weights are cold: every call reads
-another layer's, so that no call finds its weights in the cache where the last call left them.
+measurement of each in turn, so that a machine that slows down slows all of them. Weights rotate: every call, of
+whatever arm, reads the next ones, so that none finds its weights in the cache where the last call left them.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils import benchmark
 from variants.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
+REPLAYS = 10  # of a CUDA graph between two events, so that the host's latency at the first is spread thin
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def measure_ceilings(device: str) -> Ceilings:
 
 
 def interleaved_times(arms: dict[str, Callable[[], object]], device: str, budget_s: float) -> dict[str, list[float]]:
-    """Seconds of single calls of each arm, taken in turns until the budget is spent (10 to 50 rounds).
+    """Seconds of each arm, taken in turns until the budget is spent (10 to 50 rounds).
 
-    On a GPU an arm must be a function that replays a graph and returns the seconds of one call (see graph_timer).
+    On a CPU a value is one call. On a GPU an arm must be graph_timer's function, whose value is a mean of calls.
     """
     measure = {name: _one_call(arm, device) for name, arm in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -79,14 +79,13 @@ def interleaved_times(arms: dict[str, Callable[[], object]], device: str, budget
     return times
 
 
-def rotating(call: Callable[[int], object], count: int) -> Callable[[], object]:
-    """A function that calls call(0), call(1), ... call(count - 1), call(0), ... one a call."""
-    turn: Iterator[int] = itertools.cycle(range(count))
+def rotating(call: Callable[[int], object], turn: Iterator[int]) -> Callable[[], object]:
+    """A function that calls call with the next index. Arms share the turn: each reads what none has read lately."""
     return lambda: call(next(turn))
 
 
 def graph_timer(call: Callable[[int], object], count: int) -> Callable[[], float]:
-    """Captures call(0) ... call(count - 1) in one CUDA graph; the function replays it and returns seconds a call."""
+    """Captures call(0) ... call(count - 1) in one CUDA graph. The function replays it 10 times: mean seconds a call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # whatever compiles or loads at a first call does so here, not while capturing
@@ -101,10 +100,11 @@ def graph_timer(call: Callable[[int], object], count: int) -> Callable[[], float
     def replay() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        for _ in range(REPLAYS):
+            graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
+        return start.elapsed_time(end) / 1e3 / (count * REPLAYS)
 
     replay()
     return replay

@@ -227,7 +227,8 @@ def norm_qkv(
     out            (q, k, v) to write to, last dimension contiguous; or None
 
     Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for out_storage='fp32'.
-    Deterministic; each row's bits depend on that row alone. On a CPU it runs only interpreted
+    Run to run deterministic. Tiles do not depend on T, so a row's bits do not depend on its batch, for one
+    memory layout; separate_head_norm may add a head's squares in another order. On a CPU it runs only interpreted
     (TRITON_INTERPRET=1 set before the import). Raises ValueError for inputs that do not fit.
     """
     flags = {

@@ -29,7 +29,7 @@ from variants.spec import spec
 from variants.variant import triton_flags
 
 ROOT = Path(__file__).parent.parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu"
 NAN = float("nan")
 INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 Outputs = tuple[Tensor, Tensor, Tensor]

@@ -1,6 +1,7 @@
 """The sweeps, small: every row they promise, failed cases as rows, no time for what is red or interpreted."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 import harness.bench
-from harness.bench import problem_at, sweep_precision, sweep_speed
-from harness.environment import describe
+from harness.bench import problem_at, sweep_kernels, sweep_precision, sweep_speed
+from harness.environment import describe, last_cache_bytes
 from harness.plots import draw
-from harness.records import Records
+from harness.records import KEYS, TABLES, Records
 from harness.report import write_report
 from harness.settings import Settings
-from harness.timing import Ceilings, count_bytes, count_flops
+from harness.timing import Ceilings, count_bytes, count_flops, interleaved_times, rotating
 from variants.catalogue import PLANS
 
 CPU = Settings(
@@ -41,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     records = records_for(folder, CPU)
     sweep_precision(CPU, records)
+    sweep_kernels(CPU, records)
     sweep_speed(CPU, records)
     records.finish()
     return folder
@@ -82,7 +84,7 @@ def test_times_are_measured_and_consistent(run: Path) -> None:
         assert 0 < row.p10_us <= row.p50_us <= row.p90_us
         assert row.gbps == pytest.approx(row.bytes / row.p50_us / 1e3, rel=1e-4)
         assert row.tflops == pytest.approx(row.flops / row.p50_us / 1e6, rel=1e-4)
-        assert 0 < row.roofline_share < 1.5
+        assert row.roofline_share > 0 and "of weights in rotation" in row.regime
     for _tokens, rows in speed.groupby("tokens"):
         eager = rows[rows["backend"] == "eager"].iloc[0]
         assert eager["speedup_vs_eager"] == 1
@@ -109,30 +111,34 @@ def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
     assert f"{float(table(run, 'speed')['p50_us'].iloc[0]):,.0f}" in text
 
 
-def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = dataclasses.replace(CPU, layers=(0,), plans=("fp32",))
-    stop_at = [5]
+@pytest.mark.parametrize("stop_after", [5, 40, 100])
+def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch, stop_after: int) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",))
+    environment = describe("cpu") | {"commit": "clean"}
+    left = [stop_after]
+    add = Records.add
 
-    def stopping(*args: object, **kwargs: object) -> None:
-        stop_at[0] -= 1
-        if stop_at[0] < 0:
+    def stopping(self: Records, *args: object, **kwargs: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
             raise KeyboardInterrupt
-        Records.add(*args, **kwargs)
+        add(self, *args, **kwargs)
 
-    records = records_for(tmp_path, settings)
-    monkeypatch.setattr(records, "add", lambda *args, **kwargs: stopping(records, *args, **kwargs))
+    records = Records(tmp_path, settings.row(), environment)
+    monkeypatch.setattr(Records, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         sweep_precision(settings, records)
-    before = (tmp_path / "errors.csv").read_text()
-    again = records_for(tmp_path, settings)
+    monkeypatch.setattr(Records, "add", add)
+    before = {name: (tmp_path / f"{name}.csv").read_text() for name in TABLES}
+    again = Records(tmp_path, settings.row(), environment)
     assert again.run_id == records.run_id
     sweep_precision(settings, again)
-    after = (tmp_path / "errors.csv").read_text()
-    assert after.startswith(before) and len(after) > len(before)
-    whole = table(tmp_path, "errors")
-    keys = ["weights", "layer", "tokens", "plan", "backend", "output", "reference"]
-    assert not whole.duplicated(keys).any()
-    assert set(whole[whole["backend"] == "spec"]["output"]) == {"q", "k", "v", "k_proj"}
+    for name, keys in KEYS.items():
+        rows = table(tmp_path, name)
+        assert (tmp_path / f"{name}.csv").read_text().startswith(before[name])
+        assert not rows.duplicated(list(keys)).any(), name
+    assert len(table(tmp_path, "channels")) == 128 and len(table(tmp_path, "ulps")) == 17
+    assert set(table(tmp_path, "errors").query("backend == 'spec'")["output"]) == {"q", "k", "v", "k_proj"}
 
 
 def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +152,7 @@ def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monk
 
     monkeypatch.setattr(harness.bench, "run", failing)
     records = records_for(tmp_path, settings)
-    sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     errors = table(tmp_path, "errors")
     failed = errors[errors["status"] == "failed"]
     assert list(failed["reason"]) == ["RuntimeError: no compiler found"]
@@ -169,7 +175,7 @@ def test_a_wrong_kernel_is_red_and_gets_no_time(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(harness.bench, "run", wrong)
     records = records_for(tmp_path, settings)
-    sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     errors = table(tmp_path, "errors")
     red = errors[errors["status"] == "red"]
     assert set(red["backend"]) == {"inductor"} and "outside the envelope" in red["reason"].iloc[0]
@@ -184,6 +190,7 @@ def test_a_checkpoint_runs_and_plans_that_do_not_fit_it_say_so(tmp_path: Path) -
     settings = dataclasses.replace(CPU, model="qwen2.5-0.5b", checkpoint=str(sample), layers=(0,))
     records = records_for(tmp_path, settings)
     sweep_precision(settings, records)
+    sweep_kernels(settings, records)
     errors = table(tmp_path, "errors")
     assert set(errors[errors["plan"] == "gemma"]["status"]) == {"not applicable"}
     fitting = errors[errors["plan"] != "gemma"]
@@ -194,3 +201,18 @@ def test_a_checkpoint_runs_and_plans_that_do_not_fit_it_say_so(tmp_path: Path) -
 
 def test_threads_are_restored_after_the_noise_floor(run: Path) -> None:
     assert torch.get_num_threads() == describe("cpu")["threads"] > 0
+
+
+def test_calls_of_all_arms_rotate_through_the_same_weights() -> None:
+    """An arm must not find the weights in the cache that another arm has just read."""
+    read: list[int] = []
+    turn = itertools.cycle(range(5))
+    arms = {name: rotating(read.append, turn) for name in ("a", "b")}
+    interleaved_times(arms, "cpu", 0.0)
+    assert read[:12] == [0, 1, 2, 3, 4] * 2 + [0, 1] and len(read) >= 2 * 10
+
+
+def test_rotation_exceeds_three_times_the_last_cache() -> None:
+    problems = harness.bench._rotation([problem_at(CPU, 0, 1)], "cpu")
+    assert sum(p.qkv_weight.numel() * 2 for p in problems) > 3 * last_cache_bytes("cpu")
+    assert len({p.qkv_weight.data_ptr() for p in problems}) == len(problems)

@@ -152,11 +152,12 @@ def test_all_plans_over_all_layers_take_less_than_a_minute() -> None:
         {offset: synthetic_problem("qwen3-0.6b", layer, 128, weight_offset=offset) for offset in (False, True)}
         for layer in range(28)
     ]
-    start = time.process_time()  # of all threads: the machine may be doing something else as well
+    start, processor = time.monotonic(), time.process_time()
     for kinds in problems:
         for named in PLANS.values():
             spec(named.plan, kinds[named.plan.weight_offset != "none"])
-    assert time.process_time() - start < 60 * torch.get_num_threads()
+    two_cores = (time.process_time() - processor) / 2  # the machine may be doing something else as well
+    assert min(time.monotonic() - start, two_cores) < 60
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

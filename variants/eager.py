@@ -31,7 +31,8 @@ def eager_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: bool) -> Te
 def eager(problem: Problem, proj_only: bool = False) -> Outputs:
     """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] bf16, as Hugging Face computes them on this device.
 
-    One fused projection instead of three, which changes no dot product. proj_only leaves the head norm out.
+    One fused projection instead of three: the same dot products, whose order of summation is the BLAS's business.
+    proj_only leaves the head norm out.
     """
     p = problem
     x = p.x if p.residual is None else p.x + p.residual

@@ -1,17 +1,19 @@
-"""The envelope of a plan: the bits that any order of summation in fp32 can produce, element by element.
+"""The envelope of a plan: the values that summation in fp32, in any usual order, can produce, element by element.
 
 Two correct implementations of one plan differ only where a value lies so near a rounding tie that the
 error of an fp32 sum can push it across. So each value of the chain is carried as an interval: the spec's
 value, widened by the error of the sums, and rounded at both ends as the plan rounds. Rounding is monotone,
 so the interval's ends are values the plan can produce. Most elements come out with both ends equal: there
-an implementation must agree with the spec bit for bit. No tolerance is typed; each follows from the
-number of terms and the data.
+an implementation must agree with the spec bit for bit. Widths follow from the number of terms and the data, under
+the model below; one constant is chosen, the six standard deviations that are allowed.
 
 Error of a sum (Higham, Accuracy and Stability of Numerical Algorithms, ch. 4, with rounding errors
 taken as independent, Higham & Mary 2019): rounding the k-th partial sum s_k errs by at most u |s_k|, rms
 u |s_k| / sqrt(3), u = 2^-24. For n terms of random sign the partial sums grow as sqrt(k), for positive ones
 as k, so that the rms error is u sqrt(n / 6) |terms|_2 and u sqrt(n) / 3 * sum. Six of those are allowed; a
-sum in blocks errs less.
+sum in blocks errs less. Tensor cores do not round but truncate, once every 16 terms (Hopper) or 8 (Ampere), which
+always errs toward zero: a matmul is allowed 2u |s_k| for each step of 16 on top, with |terms|_2 for |s_k|
+(MMA-Sim, arXiv 2511.10909; Khattak & Mikaitis, arXiv 2512.07004).
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def _dot(hidden: Interval, weight: Tensor) -> Interval:
     middle, radius = (hidden[0] + hidden[1]) / 2, (hidden[1] - hidden[0]) / 2
     proj = middle @ weight.T
     terms = (middle.square() @ weight.T.square()).sqrt()  # 2-norm of the terms
-    error = radius @ weight.T.abs() + SIGMAS * U * math.sqrt(weight.shape[1] / 6) * terms
+    n = weight.shape[1]
+    error = radius @ weight.T.abs() + (SIGMAS * math.sqrt(n / 6) + 2 * n / 16) * U * terms
     return proj - error, proj + error
 
 
