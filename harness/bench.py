@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -30,6 +31,7 @@ from harness.timing import (
     count_flops,
     graph_timer,
     interleaved_times,
+    keep_freed_memory,
     measure_ceilings,
     rotating,
 )
@@ -112,8 +114,10 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     todo = [t for t in s.speed_tokens if not records.has("speed", tokens=t, plan="hf", backend="eager")]
     if not todo:
         return
+    load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
+    keep_freed_memory()
     ceilings = measure_ceilings(s.device)
-    records.note(ceilings=dataclasses.asdict(ceilings))
+    records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)

@@ -170,11 +170,14 @@ def write_report(folder: Path, run_id: str) -> Path:
     """Writes report.md into the results folder and returns its path."""
     frames = load(folder, run_id)
     t = tables(folder, run_id)
-    ceilings = load_runs(folder)[run_id].get("ceilings")
+    run = load_runs(folder)[run_id]
+    ceilings = run.get("ceilings")
     limits = (
-        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} "
-        f"TFLOP/s bf16 and {ceilings['fp32_flops_per_s'] / 1e12:.2f} TFLOP/s fp32 matmul. The roofline takes the faster."
-        if ceilings
+        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16 and "
+        f"{ceilings['fp32_flops_per_s'] / 1e12:.2f} TFLOP/s fp32 matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
+        f"Load average when the times began: {run['load_average']:.1f} on {run['environment']['threads']} threads; a second busy process "
+        "multiplies CPU times."
+        if ceilings and len(frames["speed"])
         else ""
     )
     sections = [
