@@ -119,11 +119,12 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     ceilings = measure_ceilings(s.device)
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
+    weights = {name: _stored_weights(plan_named(name), problems) for name in s.plans}
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
         at = [p.replace(x=x) for p in problems]
-        arms = dict(_speed_arms(s, at))
+        arms = dict(_speed_arms(s, at, weights))
         red = {f"{r['plan']}/{r['backend']}": r for r in records.rows("errors") if r["status"] in ("red", "failed")}
         ready, failed = _warmed({n: arm for n, arm in arms.items() if n not in red}, len(at), s.device)
         failed |= {arm: ("red", f"not timed: {row['reason']}") for arm, row in red.items()}
@@ -172,20 +173,30 @@ def _add_speed(
     )
 
 
-def _speed_arms(s: Settings, problems: list[Problem]) -> Iterator[tuple[str, Callable[[int], object]]]:
+def _stored_weights(plan: CastPlan, problems: list[Problem]) -> list[Tensor]:
+    """The QKV weight of every problem as the plan stores it: folded where it folds, else the problem's own tensor."""
+    return [plan_weight(plan, _as_stored(plan, p)) for p in problems]
+
+
+def _as_stored(plan: CastPlan, problem: Problem) -> Problem:
+    """The problem with its norm weights read as the plan reads them: the time of a plan does not depend on values."""
+    offset = plan.weight_offset != "none"
+    return problem if problem.weight_offset == offset else problem.replace(weight_offset=offset)
+
+
+def _speed_arms(
+    s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]
+) -> Iterator[tuple[str, Callable[[int], object]]]:
     """`plan/backend` -> a call on the i-th problem."""
     yield "hf/eager", lambda i: eager(problems[i])
     yield "hf/torch.compile", lambda i: compiled_eager()(problems[i])
     for name in s.plans:
         plan = plan_named(name)
-        # The time of a Gemma plan does not depend on the values of its weights: it reads the same ones as w - 1.
-        offset = plan.weight_offset != "none"
-        own = [p if p.weight_offset == offset else p.replace(weight_offset=offset) for p in problems]
-        weights = [plan_weight(plan, p) for p in own]
-        yield f"{name}/inductor", partial(_inductor_call, plan, own, weights)
+        own = [_as_stored(plan, p) for p in problems]
+        yield f"{name}/inductor", partial(_inductor_call, plan, own, weights[name])
         if s.device == "cuda":
-            yield f"{name}/triton", partial(_triton_call, plan, own, weights, separate=False)
-            yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights, separate=True)
+            yield f"{name}/triton", partial(_triton_call, plan, own, weights[name], separate=False)
+            yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights[name], separate=True)
 
 
 def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int) -> object:

@@ -175,8 +175,8 @@ def write_report(folder: Path, run_id: str) -> Path:
     limits = (
         f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16 and "
         f"{ceilings['fp32_flops_per_s'] / 1e12:.2f} TFLOP/s fp32 matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
-        f"Load average when the times began: {run['load_average']:.1f} on {run['environment']['threads']} threads; a second busy process "
-        "multiplies CPU times."
+        f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on {run['environment']['threads']} "
+        "threads; a second busy process multiplies CPU times."
         if ceilings and len(frames["speed"])
         else ""
     )
