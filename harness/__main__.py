@@ -89,7 +89,8 @@ def on_selection(command: Callable[[Settings, Records], None], **fixed: str) -> 
 @on_selection
 def bench(settings: Settings, records: Records) -> None:
     """Errors, amplification and speed of every plan, then plots and report."""
-    from harness.bench import sweep_kernels, sweep_precision, sweep_speed
+    from harness.precision import sweep_kernels, sweep_precision
+    from harness.speed import sweep_speed
 
     sweep_precision(settings, records)
     sweep_kernels(settings, records)
@@ -102,7 +103,7 @@ def bench(settings: Settings, records: Records) -> None:
 @on_selection
 def errors(settings: Settings, records: Records) -> None:
     """Errors of q, k and v of every plan and backend, without times."""
-    from harness.bench import sweep_kernels, sweep_precision
+    from harness.precision import sweep_kernels, sweep_precision
     from harness.report import tables
 
     sweep_precision(settings, records)
@@ -116,7 +117,7 @@ def errors(settings: Settings, records: Records) -> None:
 @on_selection
 def amplify(settings: Settings, records: Records) -> None:
     """What the K-norm weights do to K's error, to the attention logits and to softmax."""
-    from harness.bench import sweep_precision
+    from harness.precision import sweep_precision
     from harness.report import tables
 
     sweep_precision(settings, records)
@@ -128,8 +129,9 @@ def amplify(settings: Settings, records: Records) -> None:
 @on_selection
 def speed(settings: Settings, records: Records) -> None:
     """Times of eager, torch.compile and every plan on this machine."""
-    from harness.bench import sweep_kernels, sweep_speed
+    from harness.precision import sweep_kernels
     from harness.report import tables
+    from harness.speed import sweep_speed
 
     sweep_kernels(settings, records)  # what is red gets no time
     sweep_speed(settings, records)
@@ -141,7 +143,8 @@ def speed(settings: Settings, records: Records) -> None:
 @functools.partial(on_selection, device="cuda")
 def gpu(settings: Settings, records: Records) -> None:
     """Everything that wants a CUDA device: compiled kernels against their specs, then their times."""
-    from harness.bench import sweep_kernels, sweep_precision, sweep_speed
+    from harness.precision import sweep_kernels, sweep_precision
+    from harness.speed import sweep_speed
 
     sweep_precision(settings, records)
     sweep_kernels(settings, records)

@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-import harness.bench
-from harness.bench import problem_at, sweep_kernels, sweep_precision, sweep_speed
+import harness.precision
+import harness.speed
 from harness.environment import describe, last_cache_bytes
 from harness.plots import draw
+from harness.precision import problem_at, sweep_kernels, sweep_precision
 from harness.records import KEYS, TABLES, Records
 from harness.report import write_report
 from harness.settings import Settings
+from harness.speed import sweep_speed
 from harness.timing import Ceilings, count_bytes, count_flops, interleaved_times, rotating
 from variants.catalogue import PLANS
 
@@ -143,14 +145,14 @@ def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypat
 
 def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(CPU, layers=(0,), plans=("hf", "fp32"))
-    real = harness.bench.run
+    real = harness.precision.run
 
     def failing(plan: object, problem: object, backend: str) -> object:
         if backend == "inductor" and plan == PLANS["hf"].plan:
             raise RuntimeError("no compiler\nfound")
         return real(plan, problem, backend)
 
-    monkeypatch.setattr(harness.bench, "run", failing)
+    monkeypatch.setattr(harness.precision, "run", failing)
     records = records_for(tmp_path, settings)
     sweep_kernels(settings, records)
     errors = table(tmp_path, "errors")
@@ -162,7 +164,7 @@ def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monk
 @pytest.mark.parametrize("fault", ["moved boundary", "one wrong element", "nan"])
 def test_a_wrong_kernel_is_red_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",), speed_tokens=(1,))
-    real = harness.bench.run
+    real = harness.precision.run
 
     def wrong(plan: object, problem: object, backend: str) -> object:
         if backend != "inductor":
@@ -173,7 +175,7 @@ def test_a_wrong_kernel_is_red_and_gets_no_time(tmp_path: Path, monkeypatch: pyt
             k[0, 0, 0] = math.nan if fault == "nan" else k[0, 0, 0] * 1.5
         return q, k, v
 
-    monkeypatch.setattr(harness.bench, "run", wrong)
+    monkeypatch.setattr(harness.precision, "run", wrong)
     records = records_for(tmp_path, settings)
     sweep_kernels(settings, records)
     errors = table(tmp_path, "errors")
@@ -213,6 +215,6 @@ def test_calls_of_all_arms_rotate_through_the_same_weights() -> None:
 
 
 def test_rotation_exceeds_three_times_the_last_cache() -> None:
-    problems = harness.bench._rotation([problem_at(CPU, 0, 1)], "cpu")
+    problems = harness.speed._rotation([problem_at(CPU, 0, 1)], "cpu")
     assert sum(p.qkv_weight.numel() * 2 for p in problems) > 3 * last_cache_bytes("cpu")
     assert len({p.qkv_weight.data_ptr() for p in problems}) == len(problems)
