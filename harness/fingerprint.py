@@ -1,0 +1,398 @@
+"""Which plan is this kernel? The fingerprint of a black box.
+
+It is called with rows whose sums are exact in any order (harness.probes), and what it stores is compared, bit by bit,
+with what every rule of the family (harness.family) would store. First the roundings are found; then, among rules that
+differ by fp32 ulps only, rows are searched on which these store different bits. At last Gaussian rows must agree too.
+
+A rule is rejected where another explains more than four in five of the elements on which the two differ, at least
+TELLING of them: so a few wrong elements, from approximate instructions or noise, decide nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import probes
+from harness.blackbox import BlackBox, Fault
+from harness.family import EPS_BF16, Readout, Rows, Rule, arithmetic, norm_rules, predict, projected_rules
+from kernels.checks import KEEP, RNE, RTZ, STORAGE
+from variants.envelope import envelope, outside
+from variants.plan import CastPlan
+from variants.problem import Problem
+
+# Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
+# 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
+UNEXPLAINED = 0.005
+TELLING = 6
+SEARCHES = 5
+SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
+
+# A rule's words, as a plan calls them.
+NORM_WORDS = {
+    "rmsnorm": {"rstd": "rstd", "normed": "normed", "out": "hidden"},
+    "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """status: identified (one candidate), undecided (several), none (not of the family), error (reason says which).
+
+    candidates: boundary or choice -> word; `a or b` where both words store the same bits on every row searched.
+    share_equal, runner_up_share_equal: share of elements that the best rule, and the best rejected one, explain.
+    nearest: the best rule where the answer is none.
+    """
+
+    status: str
+    candidates: list[dict[str, str]] = field(default_factory=list)
+    share_equal: float | None = None
+    runner_up_share_equal: float | None = None
+    nearest: dict[str, str] | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
+    """The fingerprint of fn, a callable of blackbox.KINDS, called on that device. Never guesses.
+
+    Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`.
+    """
+    start = time.perf_counter()
+    box = BlackBox(fn, kind, device)
+    try:
+        answer = _chain(box) if kind == "qkv" else _norm(box)
+    except Fault as fault:
+        answer = Answer("error", reason=str(fault))
+    return dataclasses.replace(answer, seconds=round(time.perf_counter() - start, 2))
+
+
+# ---------------------------------------------------------------- evidence
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    rows: Rows
+    stored: Tensor  # what the callable returned for them, in fp32
+    dtype: torch.dtype = torch.bfloat16  # in which it returned it
+
+    def share(self, rule: Rule) -> float:
+        """Share of elements that the rule explains, of those that are not zero whatever the rule."""
+        counted = self.rows.nonzero
+        return ((predict(rule, self.rows) == self.stored) & counted).sum().item() / counted.sum().item()
+
+
+def _share(rule: Rule, calls: Sequence[Call]) -> float:
+    return sum(call.share(rule) for call in calls) / len(calls)
+
+
+def _votes(a: Rule, b: Rule, calls: Sequence[Call]) -> tuple[int, int, int]:
+    """Elements on which the two rules differ, and how many of them the callable stores as a, as b."""
+    votes = torch.zeros(3, dtype=torch.long)
+    for call in calls:
+        stored_a, stored_b = predict(a, call.rows), predict(b, call.rows)
+        differ = stored_a != stored_b
+        as_a, as_b = (differ & (stored == call.stored) for stored in (stored_a, stored_b))
+        votes += torch.stack([differ.sum(), as_a.sum(), as_b.sum()])
+    return tuple(votes.tolist())
+
+
+def _rejects(a: Rule, b: Rule, calls: Sequence[Call]) -> bool:
+    _, as_a, as_b = _votes(a, b, calls)
+    return as_a >= TELLING and as_a > 4 * as_b
+
+
+@dataclass(frozen=True)
+class Ranking:
+    best: Rule
+    share: float
+    runner_up: float | None  # None if nothing was rejected
+    left: list[Rule]  # rules that the best does not reject, itself first
+
+
+def _rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
+    """All rules on a few rows of each call, then those near the best on all rows."""
+    few = [Call(call.rows.first(SAMPLE), call.stored[:SAMPLE], call.dtype) for call in calls]
+    rough = {rule: _share(rule, few) for rule in rules}
+    near = [rule for rule in rules if rough[rule] > max(rough.values()) - 0.1]
+    shares = {rule: _share(rule, calls) for rule in near}
+    ordered = sorted(near, key=lambda rule: -shares[rule])
+    best = ordered[0]
+    left = [rule for rule in ordered[1:] if not _rejects(best, rule, calls)]
+    rejected = [shares[rule] for rule in ordered[1:] if rule not in left] or [s for s in rough.values() if s < 1]
+    return Ranking(best, shares[best], max(rejected, default=None), [best, *left])
+
+
+def _refine(
+    rules: Sequence[Rule], calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None
+) -> tuple[list[Rule], set[frozenset[Rule]]]:
+    """What is left of the rules after calls on searched rows, and pairs on which no search found a difference."""
+    left, same = list(rules), set()
+    for seed in range(1, SEARCHES + 1):
+        if len(left) > 1:
+            rows = probes.telling_rows(left, probes.WIDTH if readout else calls[0].rows.width, seed, readout)
+            if rows is None:
+                break
+            calls.append(call(rows))
+            left = [b for b in left if not any(_rejects(a, b, calls) for a in left)]
+    for i, a in enumerate(left):
+        same |= {frozenset((a, b)) for b in left[:i] if _votes(a, b, calls)[0] == 0}
+    return left, same
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _outs(dtype: torch.dtype) -> tuple[str, ...]:
+    return (RNE, RTZ) if dtype == torch.bfloat16 else STORAGE
+
+
+def _check_repeats(first: Call, second: Call) -> None:
+    same = (first.stored == second.stored) | (first.stored.isnan() & second.stored.isnan())
+    differ = 1 - same.double().mean().item()
+    if differ:
+        raise Fault(f"the callable is not deterministic: two calls on equal inputs differ in {differ:.3%} of elements")
+
+
+def _merged(dicts: Sequence[dict[str, str]]) -> dict[str, str]:
+    """One dict of rules that store the same bits: a word where they agree, `a or b` where they do not."""
+    return {name: " or ".join(dict.fromkeys(d[name] for d in dicts)) for name in dicts[0]}
+
+
+def _classes(rules: Sequence[Rule], same: set[frozenset[Rule]]) -> list[list[Rule]]:
+    """The rules in groups that store the same bits everywhere."""
+    groups: list[list[Rule]] = []
+    for rule in rules:
+        group = next((g for g in groups if all(frozenset((rule, other)) in same for other in g)), None)
+        if group is None:
+            groups.append([rule])
+        else:
+            group.append(rule)
+    return groups
+
+
+def _difference(a: dict[str, str], b: dict[str, str]) -> str:
+    return ", ".join(f"{name}={a[name]} against {b[name]}" for name in a if a[name] != b[name])
+
+
+def _answer(groups: list[list[dict[str, str]]], share: float, runner_up: float | None, evidence: str = "") -> Answer:
+    candidates = [_merged(group) for group in groups]
+    if len(candidates) == 1:
+        equal = [f"{name} ({word})" for name, word in candidates[0].items() if " or " in word]
+        reason = f"the same bits on every row searched, whichever: {', '.join(equal)}" if equal else ""
+        return Answer("identified", candidates, share, runner_up, reason=reason)
+    pairs = "; ".join(_difference(candidates[0], other) for other in candidates[1:])
+    return Answer("undecided", candidates, share, runner_up, reason=f"undecided between {pairs}{evidence}")
+
+
+def _none(nearest: dict[str, str], share: float, runner_up: float | None, why: str) -> Answer:
+    reason = f"none of these: the nearest plan leaves {1 - share:.2%} of the elements unexplained; {why}"
+    return Answer("none", [], share, runner_up, nearest, reason)
+
+
+def _by_eps(rule: Rule, calls: Sequence[Call]) -> str:
+    return ", ".join(f"{1 - call.share(rule):.2%} of them at eps={call.rows.eps:g}" for call in calls)
+
+
+def _evidence(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
+    """Votes of the first two groups, which say what decided, or failed to decide, between them."""
+    if len(groups) < 2:
+        return ""
+    differ, first, second = _votes(groups[0][0], groups[1][0], calls)
+    return f". On {differ} elements the first two differ: {first} are stored as by the first, {second} as by the second"
+
+
+# ---------------------------------------------------------------- a norm
+
+
+def _norm(box: BlackBox) -> Answer:
+    rng = torch.Generator().manual_seed(0)
+    heads, fused_add = box.kind == "head_norm", box.takes("residual")
+    rows = probes.norm_rows(probes.HEAD_DIM if heads else probes.WIDTH, rng, residual=fused_add)
+
+    def call(rows: Rows) -> Call:
+        shape = [len(rows.x) // 4, 4, rows.width] if heads else list(rows.x.shape)
+        residual = torch.zeros_like(rows.x) if fused_add and rows.residual is None else rows.residual
+        residual = None if residual is None else residual.reshape(shape)
+        stored = box.norm(rows.x.reshape(shape), rows.weight, rows.eps, residual)
+        return Call(rows, stored.reshape(rows.x.shape).float(), stored.dtype)
+
+    def named(rule: Rule) -> dict[str, str]:
+        first = ["x"] if fused_add else []
+        words = [*first, "statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root", "order"]
+        return {NORM_WORDS[box.kind].get(word, word): getattr(rule, word) for word in words}
+
+    main = [call(rows), call(rows.at(probes.EPS_LARGE))]
+    _check_repeats(main[0], call(rows))
+    ranking = _rank(norm_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
+    nearest = named(ranking.best)
+    if 1 - ranking.share > UNEXPLAINED:
+        return _none(nearest, ranking.share, ranking.runner_up, _by_eps(ranking.best, main))
+    calls = list(main)
+    left, same = _refine([v for rule in ranking.left for v in arithmetic(rule)], calls, call)
+    control = call(Rows(probes.gaussian(rows.x.shape, rng), rows.weight, probes.EPS_SMALL, rows.width))
+    share = control.share(left[0])
+    if 1 - share > UNEXPLAINED:
+        return _none(nearest, share, ranking.runner_up, "of Gaussian rows, while it explains rows whose sums are exact")
+    groups = _classes(left, same)
+    evidence = _evidence(groups, calls)
+    share = max(_share(rule, main) for rule in left)
+    return _answer([[named(r) for r in group] for group in groups], share, ranking.runner_up, evidence)
+
+
+# ---------------------------------------------------------------- the whole chain
+
+
+def _chain(box: BlackBox) -> Answer:
+    rng = torch.Generator().manual_seed(0)
+    fused_add, biased = box.takes("residual"), box.takes("bias")
+    norm_calls, norms, same, norm_ranking = _input_norm(box, rng)
+    main = norm_calls[:2]
+    head_calls = _head_calls(box, norms[0], rng)
+    head_rules = norm_rules(outs=_outs(main[0].dtype), xs=STORAGE)
+    head_ranking = _rank(head_rules, head_calls)
+    share = (norm_ranking.share + head_ranking.share) / 2
+    halves = ((norm_ranking, head_ranking), (head_ranking, norm_ranking))
+    runner_up = max((a.runner_up + b.share) / 2 for a, b in halves if a.runner_up is not None)
+    nearest = _plan_words(norms[0], head_ranking.best, fused_add)
+    if 1 - min(norm_ranking.share, head_ranking.share) > UNEXPLAINED:
+        v, qk = 1 - norm_ranking.share, 1 - head_ranking.share
+        where = f"{v:.2%} of v, which shows the input norm, and {qk:.2%} of q and k"
+        return _none(nearest, share, runner_up, where)
+    groups = [
+        [_plan_words(norm, head, fused_add) for norm in group for head in head_ranking.left if _fit(norm, head)]
+        for group in _classes(norms, same)
+    ]
+    groups = [group for group in groups if group]
+    if not groups:
+        differ = _difference(_shared_words(norms[0]), _shared_words(head_ranking.best))
+        return _none(nearest, share, runner_up, f"its two norms differ: {differ}")
+    if biased:
+        word = _bias(box, norms[0], rng)
+        groups = [[{**words, "bias": word} for words in group] for group in groups]
+    leaving = _control(box, groups[0][0], rng)
+    if leaving > UNEXPLAINED:
+        why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: its matmul or sums are not fp32"
+        return _none(nearest, share, runner_up, why)
+    return _answer(groups, share, runner_up, _evidence(_classes(norms, same), norm_calls))
+
+
+def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[Call], list[Rule], set[frozenset[Rule]], Ranking]:
+    """The norm before the matmul and the matmul's operands, seen through v: calls, rules left, equal pairs, ranking."""
+    fused_add = box.takes("residual")
+    rows = probes.norm_rows(probes.WIDTH, rng, residual=fused_add)
+    rows = dataclasses.replace(rows, readout=probes.general_readout(rng))
+    main = [_call_v(box, rows), _call_v(box, rows.at(probes.EPS_LARGE))]
+    _check_repeats(main[0], _call_v(box, rows))
+    ranking = _rank(projected_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
+    if 1 - ranking.share > UNEXPLAINED:
+        return main, ranking.left, set(), ranking
+    calls = [*main, _call_v(box, probes.cancelling_rows(ranking.best.weight_offset, rng))]
+    left = [b for b in ranking.left if not any(_rejects(a, b, calls) for a in ranking.left)]
+    variants = [v for rule in left for v in arithmetic(rule)]
+    left, same = _refine(variants, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
+    return calls, left, same, ranking
+
+
+def _call_v(box: BlackBox, rows: Rows) -> Call:
+    heads = probes.NUM_Q_HEADS + probes.NUM_KV_HEADS
+    weight = torch.cat([torch.zeros(heads * probes.HEAD_DIM, rows.width), rows.readout.weight(rows.width)])
+    ones = torch.ones(probes.HEAD_DIM)
+    bias = None
+    if box.takes("bias"):
+        bias = torch.zeros(len(weight))
+        if rows.readout.bias is not None:
+            bias[-probes.HEAD_DIM :] = rows.readout.bias
+    _, _, v = _run(box, rows.x, rows.weight, weight, ones, ones, rows.eps, rows.residual, bias)
+    return Call(rows, v[:, 0].float(), v.dtype)
+
+
+def _run(
+    box: BlackBox, x: Tensor, norm_weight: Tensor, weight: Tensor, q: Tensor, k: Tensor, eps: float,
+    residual: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if residual is None and box.takes("residual"):
+        residual = torch.zeros_like(x)
+    if bias is None and box.takes("bias"):
+        bias = torch.zeros(len(weight))
+    heads = (probes.NUM_Q_HEADS, probes.NUM_KV_HEADS)
+    return box.qkv(x, norm_weight, weight, q, k, eps, *heads, residual=residual, bias=bias)
+
+
+def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
+    """Q and K on known inputs of 10 bits, at both eps."""
+    given = probes.head_rows(rng)
+    q_weight, k_weight = (probes.norm_weight(probes.HEAD_DIM, rng) for _ in range(2))
+    identity = torch.full([probes.WIDTH], 1.0 if norm.weight_offset == "none" else 0.0)
+    weight = torch.cat([given.qk_weight, torch.zeros(probes.NUM_KV_HEADS * probes.HEAD_DIM, probes.WIDTH)])
+    calls = []
+    for eps in (probes.EPS_SMALL, probes.EPS_LARGE):
+        q, k, _ = _run(box, given.x, identity, weight, q_weight, k_weight, eps)
+        stored = torch.cat([q, k], dim=1).float().gather(2, given.places.expand(len(q), -1, -1))
+        calls.append(Call(given.rows(q_weight, k_weight, eps), stored.flatten(0, 1), q.dtype))
+    return calls
+
+
+def _shared_words(rule: Rule) -> dict[str, str]:
+    """What one word of a plan says of both norms."""
+    eps = rule.eps if rule.eps in EPS_BF16 else KEEP
+    return {
+        "statistics": rule.statistics,
+        "variance": rule.variance,
+        "weight_offset": rule.weight_offset,
+        "variance + eps": eps,
+    }
+
+
+def _fit(norm: Rule, head: Rule) -> bool:
+    """Whether one plan can say both: v was stored as proj, then as out."""
+    return _shared_words(norm) == _shared_words(head) and norm.out == (head.x if head.x != KEEP else head.out)
+
+
+def _plan_words(norm: Rule, head: Rule, fused_add: bool) -> dict[str, str]:
+    words = {"x": norm.x} if fused_add else {}
+    words |= {name: getattr(norm, name) for name in ("statistics", "variance", "rstd", "normed", "hidden")}
+    words |= {"proj": head.x, "head_rstd": head.rstd, "head_normed": head.normed, "out": head.out}
+    return words | {name: getattr(norm, name) for name in ("scale", "matmul", "weight_offset", "eps", "root", "order")}
+
+
+def _bias(box: BlackBox, norm: Rule, rng: torch.Generator) -> str:
+    """`before`, `after`, or `before or after` the rounding of proj. Raises Fault if neither explains v."""
+    rows = probes.norm_rows(probes.WIDTH, rng)
+    call = _call_v(box, dataclasses.replace(rows, readout=probes.general_readout(rng, bias=True)))
+    ranking = _rank([norm.replace(bias=word) for word in ("before", "after")], [call])
+    if 1 - ranking.share > UNEXPLAINED:
+        raise Fault(
+            f"the callable adds its bias neither before nor after proj is rounded: {1 - ranking.share:.2%} differ"
+        )
+    return " or ".join(rule.bias for rule in ranking.left)
+
+
+def _control(box: BlackBox, words: dict[str, str], rng: torch.Generator) -> float:
+    """Share of q, k and v on Gaussian inputs that leave the plan's envelope."""
+    rows = (probes.NUM_Q_HEADS + 2 * probes.NUM_KV_HEADS) * probes.HEAD_DIM
+    plan = CastPlan(**{name: word.split(" or ")[0] for name, word in words.items() if name in vars(CastPlan())})
+    problem = Problem(
+        x=probes.gaussian([probes.ROWS, probes.WIDTH], rng).bfloat16(),
+        norm_weight=(probes.gaussian([probes.WIDTH], rng).abs() + 0.5).bfloat16(),
+        qkv_weight=(probes.gaussian([rows, probes.WIDTH], rng) / 16).bfloat16(),
+        num_q_heads=probes.NUM_Q_HEADS,
+        num_kv_heads=probes.NUM_KV_HEADS,
+        q_norm_weight=(probes.gaussian([probes.HEAD_DIM], rng).abs() + 0.5).bfloat16(),
+        k_norm_weight=(probes.gaussian([probes.HEAD_DIM], rng).abs() + 0.5).bfloat16(),
+        weight_offset=words["weight_offset"] != "none",
+    )
+    weights = (problem.norm_weight, problem.qkv_weight, problem.q_norm_weight, problem.k_norm_weight)
+    outputs = _run(box, problem.x, *weights, problem.eps)
+    allowed = envelope(plan, problem)
+    wrong = torch.cat([outside(o, allowed[n]).flatten() for n, o in zip("qkv", outputs, strict=True)])
+    return wrong.double().mean().item()

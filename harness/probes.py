@@ -1,0 +1,191 @@
+"""Rows that make a fingerprint exact: every sum in them is exact in fp32, in any order and any block size.
+
+Values are small integers times a power of two, so squares and sums of squares fit into 24 bits. Differences of one
+fp32 ulp are found where they show: rows are searched for, on which two rules store different bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harness.family import Readout, Rows, Rule, predict, scalar, two_step
+from variants.spec import round_to
+
+ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
+EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
+VARYING = 8  # channels whose sizes change from row to row of the pool that is searched; the others change places
+POOL = 1 << 19
+LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
+
+
+def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Integers in [low, high) of random sign, float32."""
+    signs = torch.randint(0, 2, list(shape), generator=rng) * 2 - 1
+    return (torch.randint(low, high, list(shape), generator=rng) * signs).float()
+
+
+def norm_weight(width: int, rng: torch.Generator) -> Tensor:
+    """[width] bf16 values in fp32, as stored: 0.1 to 100 in size, so that 1 + w needs more than bf16's eight bits."""
+    size = 10 ** (3 * torch.rand(width, generator=rng) - 1)
+    return round_to(size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1), "bf16-rne")
+
+
+def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS) -> Rows:
+    """General rows, eps EPS_SMALL. A third are made of numbers whose squares bf16 rounds up, a third down, for the
+    statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels."""
+    if residual:
+        x, rest = 2 * integers(128, 256, [count, width], rng), integers(1, 64, [count, width], rng)
+        places = torch.rand(count, width, generator=rng).argsort(1) < min(64, width)
+        rest = torch.where((x + rest).abs() < 512, rest, -rest)
+        scale = 2.0 ** torch.randint(-12, -2, [count, 1], generator=rng)
+        return Rows(x * places * scale, norm_weight(width, rng), EPS_SMALL, width, rest * places * scale)
+    numbers = torch.arange(64, 256).float()
+    error = (round_to(numbers.square(), "bf16-rne") - numbers.square()) / numbers.square()
+    kinds = [numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]]
+    chosen = [
+        kind[torch.randint(0, len(kind), [width], generator=rng)] for i in range(count) for kind in [kinds[i % 3]]
+    ]
+    signs = torch.randint(0, 2, [count, width], generator=rng) * 2 - 1
+    scale = 2.0 ** torch.randint(-10, 0, [count, 1], generator=rng)
+    return Rows(torch.stack(chosen) * signs * scale, norm_weight(width, rng), EPS_SMALL, width)
+
+
+def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Gaussian bf16 values in fp32."""
+    return round_to(torch.randn(list(shape), generator=rng), "bf16-rne")
+
+
+def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+    """ROWS rows on which the rules store different bits, or None if the search finds no such row.
+
+    Rows of the pool share the values of all channels but VARYING. Only those are used on which 1 / sqrt in one
+    rounding and in two agree, so that it does not matter how an implementation computes it. eps is EPS_LARGE.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    shared = integers(64, 256, [width - VARYING], rng) / 64
+    varying = torch.randint(64, 256, [POOL, VARYING], generator=rng).float() / 64
+    agree, differ = _factors(rules, shared, varying, width)
+    order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:LOOKED_AT]
+    order = order[agree[order]]
+    turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)
+    x = torch.cat([varying[order], shared[turned]], dim=1)  # each row meets the weights otherwise
+    rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
+    stored = [predict(rule, rows) for rule in rules]
+    counts = [(stored[i] != stored[j]).sum(1) for i in range(len(rules)) for j in range(i)]
+    chosen = _most_telling(counts)
+    if not len(chosen):
+        return None
+    chosen = torch.cat([chosen, torch.arange(ROWS)])[:ROWS]
+    return dataclasses.replace(rows, x=x[chosen])
+
+
+def _factors(rules: Sequence[Rule], shared: Tensor, varying: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do two rules' factors differ?"""
+    agree = torch.ones(len(varying), dtype=torch.bool)
+    differ = torch.zeros(len(varying), dtype=torch.bool)
+    factors: dict[str, Tensor] = {}
+    for rule in rules:
+        fixed, squares = (round_to(part.square(), rule.statistics).double().sum(-1) for part in (shared, varying))
+        variance = round_to(((squares + fixed) / width).float(), rule.variance).double()
+        factor = scalar(rule, variance, EPS_LARGE)
+        agree &= factor == two_step(rule, variance, EPS_LARGE)
+        differ |= factors.setdefault(rule.root, factor) != factor
+    return agree, differ
+
+
+def _most_telling(counts: list[Tensor]) -> Tensor:
+    """Rows with the most differing elements, taken from each pair of rules in turn; at most ROWS."""
+    best = [count.argsort(descending=True, stable=True)[: int((count > 0).sum())] for count in counts]
+    chosen: list[int] = []
+    for place in range(ROWS):
+        for rows in best:
+            if place < len(rows) and int(rows[place]) not in chosen:
+                chosen.append(int(rows[place]))
+    return torch.tensor(chosen[:ROWS], dtype=torch.long)
+
+
+# ---------------------------------------------------------------- the whole chain
+
+HEAD_DIM, NUM_Q_HEADS, NUM_KV_HEADS = 128, 2, 1
+WIDTH = 256  # of the residual stream
+READ = 16  # channels of a head that are not zero: 10-bit numbers, whose squares' sum has 24 bits
+
+
+def general_readout(rng: torch.Generator, *, bias: bool = False) -> Readout:
+    """HEAD_DIM columns: a third read one channel as it is, a third one channel times 8 bits, a third two channels."""
+    channel, other = (torch.randint(0, WIDTH, [HEAD_DIM], generator=rng) for _ in range(2))
+    other = torch.where(other == channel, (other + 1) % WIDTH, other)
+    first = 2.0 ** torch.randint(-2, 3, [HEAD_DIM], generator=rng)
+    second = 2.0 ** torch.randint(-4, 1, [HEAD_DIM], generator=rng)
+    third = HEAD_DIM // 3
+    first[:third] = integers(129, 256, [third], rng) / 128
+    second[: 2 * third] = 0
+    values = integers(129, 256, [HEAD_DIM], rng) / 128 if bias else None
+    return Readout(channel, first, other, second, values)
+
+
+def identity_readout() -> Readout:
+    """HEAD_DIM columns that read the first channels as they are."""
+    channel, zero = torch.arange(HEAD_DIM), torch.zeros(HEAD_DIM)
+    return Readout(channel, zero + 1, (channel + 1) % WIDTH, zero)
+
+
+def cancelling_rows(weight_offset: str, rng: torch.Generator) -> Rows:
+    """Rows whose readout takes differences of nearly equal hidden values, 2^-14 to 2^-11 of them: the low bits of the
+    matmul's operand, which no single value stored as bf16 shows."""
+    pairs = HEAD_DIM // 2
+    a, wa, b = torch.randint(129, 256, [3, 1 << 19], generator=rng).double()
+    wb = (a * wa / b).round()
+    difference = (a * wa / (b * wb) - 1).abs()
+    good = ((difference > 2.0**-14) & (difference < 2.0**-11) & (wb > 128) & (wb < 256)).nonzero()[:pairs, 0]
+    channel = torch.arange(0, 2 * pairs, 2)
+    x = integers(64, 256, [ROWS, WIDTH], rng)
+    signs = x[:, : 2 * pairs : 2].sign()
+    x[:, channel], x[:, channel + 1] = signs * a[good].float(), signs * b[good].float()
+    weight = integers(129, 256, [WIDTH], rng)
+    weight[channel], weight[channel + 1] = wa[good].float(), wb[good].float()
+    stored = weight if weight_offset == "none" else weight - 1
+    columns = torch.cat([channel, channel])
+    ones = torch.ones(HEAD_DIM)
+    return Rows(x / 64, stored, EPS_SMALL, WIDTH, readout=Readout(columns, ones, columns + 1, -ones))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadRows:
+    """An input of the chain whose first norm is the identity times 2^-15, whatever it rounds, so that the heads see
+    known numbers of 10 bits: x [ROWS, WIDTH], the weight's Q and K rows, and where each head's READ channels lie."""
+
+    x: Tensor
+    qk_weight: Tensor  # [(Hq + Hkv) * HEAD_DIM, WIDTH]
+    places: Tensor  # [Hq + Hkv, READ]
+    proj: Tensor  # [ROWS, Hq + Hkv, READ], fp32
+
+    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float) -> Rows:
+        """The heads as rows of a norm, [ROWS * (Hq + Hkv), READ]; their x is proj."""
+        weight = torch.cat([q_norm_weight.expand(NUM_Q_HEADS, -1), k_norm_weight.expand(NUM_KV_HEADS, -1)])
+        weight = weight.gather(1, self.places).expand(ROWS, -1, -1)
+        return Rows(self.proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
+
+
+def head_rows(rng: torch.Generator) -> HeadRows:
+    heads, half = NUM_Q_HEADS + NUM_KV_HEADS, WIDTH // 2
+    x = torch.zeros(ROWS, WIDTH)
+    x[:, :half] = integers(8, 16, [ROWS, half], rng)
+    for row in x:  # the other half brings the sum of squares to 2^16, in numbers of 4 bits
+        left, place = 2**16 - int(row.square().sum()), half
+        while left:
+            number = max(m << e for m in range(1, 16) for e in range(8) if (m << e) ** 2 <= left)
+            row[place], left, place = number, left - number**2, place + 1
+    places = torch.rand(heads, HEAD_DIM, generator=rng).argsort(1)[:, :READ]
+    first, second = torch.rand(2, heads, READ, half, generator=rng).argsort(-1)[..., 0]
+    second = torch.where(second == first, (second + 1) % half, second)
+    weight = torch.zeros(heads, HEAD_DIM, WIDTH)
+    head = torch.arange(heads)[:, None]
+    weight[head, places, first] = 1.0
+    weight[head, places, second] = 2.0**-6
+    proj = (x[:, first] + x[:, second] / 64) / 16
+    return HeadRows(x * 2**11, weight.flatten(0, 1), places, proj)
