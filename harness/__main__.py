@@ -127,6 +127,18 @@ def amplify(settings: Settings, records: Records) -> None:
 
 @app.command()
 @on_selection
+def budget(settings: Settings, records: Records) -> None:
+    """How much of each plan's error each of its roundings makes: exact Shapley values."""
+    from harness.budget import largest_share_sentence, sweep_budget
+    from harness.frames import load
+
+    sweep_budget(settings, records)
+    records.finish()
+    print(largest_share_sentence(load(records.folder, records.run_id)["budget"]))
+
+
+@app.command()
+@on_selection
 def speed(settings: Settings, records: Records) -> None:
     """Times of eager, torch.compile and every plan on this machine."""
     from harness.precision import sweep_kernels
@@ -159,6 +171,57 @@ def gpu(settings: Settings, records: Records) -> None:
         print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
     if red:
         raise typer.Exit(1)
+
+
+@app.command()
+def identify(
+    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.norms:rms_norm or norm.py:rms_norm.")],
+    kind: Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv: the callable's signature (see the README).")],
+    device: Annotated[str, typer.Option(help="cpu or cuda: where the callable is called.")] = "cpu",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)] = 300,
+) -> None:
+    """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
+    import json
+
+    from harness.blackbox import KINDS
+    from harness.fingerprint import summary
+    from harness.identify import identify_target
+
+    if kind not in KINDS:
+        raise ValueError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    answer = identify_target(target, kind, _device(device), time_limit)
+    print(json.dumps(answer.as_dict()) if json_ else summary(answer))
+    if answer.status == "error":
+        raise typer.Exit(1)
+
+
+ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
+DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+
+
+@app.command()
+def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
+    """Fingerprints of public implementations: PyTorch, Hugging Face, Liger, JAX and others that are installed."""
+    device = _device(device)
+    from harness.survey import survey_implementations
+
+    records = _records("survey", results, device)
+    survey_implementations(records, device)
+    records.finish()
+    _print_tables(records, "implementations")
+
+
+@app.command()
+def confusion(results: ResultsFolder = None) -> None:
+    """Fingerprints of this lab's own plans, whose answers are known: takes half an hour on two cores."""
+    device = _device("cpu")
+    from harness.survey import survey_known
+
+    records = _records("confusion", results, device)
+    survey_known(records)
+    records.finish()
+    _print_tables(records, "confusion")
 
 
 @app.command()
@@ -249,6 +312,23 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     if layers and max(layers) >= count:
         raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
     return tuple(dict.fromkeys(layers))
+
+
+def _records(command: str, results: Path | None, device: str, **settings: object) -> Records:
+    """The results folder of a command that takes no selection of plans and layers."""
+    from harness.environment import describe, machine_name
+
+    folder = results or Path("results") / machine_name(device)
+    records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
+    records.note(command=command)
+    return records
+
+
+def _print_tables(records: Records, *names: str) -> None:
+    from harness.report import tables
+
+    for name in names:
+        print(tables(records.folder, records.run_id)[name] + "\n")
 
 
 def _write_report(folder: Path) -> None:

@@ -8,7 +8,10 @@ import pandas as pd
 
 from harness.records import TABLES, check_table
 
-TEXT_COLUMNS = {"run_id", "model", "weights", "plan", "backend", "output", "reference", "regime", "status", "reason"}
+TEXT_COLUMNS = set(
+    "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
+    "device source planted answered measure player".split()
+)
 
 Frames = dict[str, pd.DataFrame]
 

@@ -48,7 +48,7 @@ def sweep_precision(settings: Settings, records: Records) -> None:
     """Errors and amplification of the spec of every plan, and of eager, on every layer."""
     s = settings
     for layer in track(s.layers, "errors and amplification"):
-        for stored_as_offset, names in _by_storage(s.plans):
+        for stored_as_offset, names in by_storage(s.plans):
             if not _offset_fits(s, stored_as_offset):
                 for name in names:
                     _refused(records, s, layer, name)
@@ -92,7 +92,7 @@ def _layer_precision(records: Records, s: Settings, problem: Problem, names: lis
             _add_error(records, s, problem, name, "spec", output, "eager", value, eager_values[output])
 
 
-def _by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
+def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
     """Plans that read norm weights as w, and those that read them as 1 + w: each kind has a problem of its own."""
     kinds: dict[bool, list[str]] = {False: [], True: []}
     for name in plans:

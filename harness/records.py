@@ -33,6 +33,17 @@ TABLES: dict[str, tuple[str, ...]] = {
     "channels": tuple(
         "run_id model weights layer plan channel k_norm_weight gain_predicted gain_measured status reason".split()
     ),
+    "implementations": tuple(
+        "run_id implementation package versions kind how device plan share_equal runner_up_share_equal seconds status "
+        "reason".split()
+    ),
+    "budget": tuple(
+        "run_id model weights layer tokens plan backend measure player shapley share total kernel_vs_spec "
+        "kernel_vs_spec_share status reason".split()
+    ),
+    "fingerprints": tuple(
+        "run_id source kind planted answered share_equal runner_up_share_equal seconds status reason".split()
+    ),
 }
 # What tells one row of a run from another.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -41,6 +52,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "amplification": ("weights", "layer", "plan"),
     "ulps": ("weights", "layer", "plan", "output", "reference", "ulp_from"),
     "channels": ("weights", "layer", "plan", "channel"),
+    "implementations": ("implementation", "kind", "how"),
+    "budget": ("weights", "layer", "tokens", "plan", "backend", "measure", "player"),
+    "fingerprints": ("source", "kind", "planted"),
 }
 
 
@@ -158,4 +172,6 @@ def _cut_partial_row(path: Path) -> None:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
