@@ -34,7 +34,7 @@ class BlackBox:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         if not callable(fn):
-            raise ValueError(f"{fn!r} is not callable: a {kind} is {KINDS[kind]}")
+            raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
         self.fn, self.kind, self.device = fn, kind, device
 
     def takes(self, name: str) -> bool:
@@ -83,7 +83,7 @@ class BlackBox:
     def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]]) -> None:
         if len(outputs) != len(shapes) or not all(isinstance(output, Tensor) for output in outputs):
             kinds = ", ".join(type(output).__name__ for output in outputs)
-            raise Fault(f"the callable returned ({kinds}), a {self.kind} is {KINDS[self.kind]}")
+            raise Fault(f"the callable returned ({kinds}), expected {KINDS[self.kind]}")
         for output, shape in zip(outputs, shapes, strict=True):
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
@@ -113,7 +113,7 @@ def load(target: str) -> Callable[..., Any]:
         text = " ".join(str(error).split())[:300]
         raise Fault(f"{target} cannot be imported: {type(error).__name__}: {text}") from error
     if not callable(value):
-        raise Fault(f"{target} is a {type(value).__name__}, not a callable")
+        raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
     return value
 
 

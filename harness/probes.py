@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.family import Readout, Rows, Rule, predict, scalar, two_step
+from harness.family import Readout, Rows, Rule, mean_of_squares, predict, scalar, two_step
 from variants.spec import round_to
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
 EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
 VARYING = 8  # channels whose sizes change from row to row of the pool that is searched; the others change places
-POOL = 1 << 19
+POOL = 1 << 17
 LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
 
 
@@ -68,11 +68,12 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     rng = torch.Generator().manual_seed(seed)
     shared = integers(64, 256, [width - VARYING], rng) / 64
     varying = torch.randint(64, 256, [POOL, VARYING], generator=rng).float() / 64
-    agree, differ = _factors(rules, shared, varying, width)
+    scale = 2.0 ** torch.randint(-3, 4, [POOL, 1], generator=rng)
+    agree, differ = _factors(rules, shared, varying, scale.flatten(), width)
     order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:LOOKED_AT]
     order = order[agree[order]]
     turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)
-    x = torch.cat([varying[order], shared[turned]], dim=1)  # each row meets the weights otherwise
+    x = torch.cat([varying[order], shared[turned]], dim=1) * scale[order]  # each row meets the weights otherwise
     rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
     stored = [predict(rule, rows) for rule in rules]
     counts = [(stored[i] != stored[j]).sum(1) for i in range(len(rules)) for j in range(i)]
@@ -83,14 +84,16 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     return dataclasses.replace(rows, x=x[chosen])
 
 
-def _factors(rules: Sequence[Rule], shared: Tensor, varying: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _factors(
+    rules: Sequence[Rule], shared: Tensor, varying: Tensor, scale: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
     """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do two rules' factors differ?"""
     agree = torch.ones(len(varying), dtype=torch.bool)
     differ = torch.zeros(len(varying), dtype=torch.bool)
     factors: dict[str, Tensor] = {}
     for rule in rules:
         fixed, squares = (round_to(part.square(), rule.statistics).double().sum(-1) for part in (shared, varying))
-        variance = round_to(((squares + fixed) / width).float(), rule.variance).double()
+        variance = round_to(((squares + fixed) / width * scale**2).float(), rule.variance).double()
         factor = scalar(rule, variance, EPS_LARGE)
         agree &= factor == two_step(rule, variance, EPS_LARGE)
         differ |= factors.setdefault(rule.root, factor) != factor
@@ -134,24 +137,28 @@ def identity_readout() -> Readout:
     return Readout(channel, zero + 1, (channel + 1) % WIDTH, zero)
 
 
-def cancelling_rows(weight_offset: str, rng: torch.Generator) -> Rows:
+def cancelling_rows(rule: Rule, rng: torch.Generator) -> Rows:
     """Rows whose readout takes differences of nearly equal hidden values, 2^-14 to 2^-11 of them: the low bits of the
-    matmul's operand, which no single value stored as bf16 shows."""
+    matmul's operand, which no single value stored as bf16 shows. On all of them one and two roundings of the rule's
+    1 / sqrt agree, since a difference would show here."""
     pairs = HEAD_DIM // 2
     a, wa, b = torch.randint(129, 256, [3, 1 << 19], generator=rng).double()
     wb = (a * wa / b).round()
     difference = (a * wa / (b * wb) - 1).abs()
     good = ((difference > 2.0**-14) & (difference < 2.0**-11) & (wb > 128) & (wb < 256)).nonzero()[:pairs, 0]
     channel = torch.arange(0, 2 * pairs, 2)
-    x = integers(64, 256, [ROWS, WIDTH], rng)
+    x = integers(64, 256, [4 * ROWS, WIDTH], rng)
     signs = x[:, : 2 * pairs : 2].sign()
     x[:, channel], x[:, channel + 1] = signs * a[good].float(), signs * b[good].float()
     weight = integers(129, 256, [WIDTH], rng)
     weight[channel], weight[channel + 1] = wa[good].float(), wb[good].float()
-    stored = weight if weight_offset == "none" else weight - 1
     columns = torch.cat([channel, channel])
     ones = torch.ones(HEAD_DIM)
-    return Rows(x / 64, stored, EPS_SMALL, WIDTH, readout=Readout(columns, ones, columns + 1, -ones))
+    stored = weight if rule.weight_offset == "none" else weight - 1
+    rows = Rows(x / 64, stored, EPS_SMALL, WIDTH, readout=Readout(columns, ones, columns + 1, -ones))
+    variance = mean_of_squares(rule, rows)
+    agree = scalar(rule, variance, EPS_SMALL) == two_step(rule, variance, EPS_SMALL)
+    return dataclasses.replace(rows, x=rows.x[agree.flatten()][:ROWS])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

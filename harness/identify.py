@@ -1,0 +1,57 @@
+"""The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
+harm. `python -m harness.identify TARGET KIND DEVICE` is that process; it writes one line of JSON to standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from harness.blackbox import Fault, load
+from harness.fingerprint import Answer, identify
+
+
+def identify_target(target: str, kind: str, device: str, time_limit_s: float) -> Answer:
+    """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "harness.identify", target, kind, device]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        output, _ = child.communicate(timeout=time_limit_s)
+        return Answer(**json.loads(output.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {time_limit_s:g} s: the callable hangs, or needs a longer --time-limit"
+    except (json.JSONDecodeError, IndexError, TypeError):
+        code = child.returncode
+        reason = f"the callable ended its process ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
+    finally:
+        _kill_group(child)
+    return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+    """Ends the child and whatever it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def _answer(target: str, kind: str, device: str) -> Answer:
+    try:
+        return identify(load(target), kind, device)
+    except Fault as fault:
+        return Answer("error", reason=str(fault))
+
+
+if __name__ == "__main__":
+    result = os.dup(1)
+    os.dup2(2, 1)  # what the callable prints goes to standard error
+    line = json.dumps(_answer(*sys.argv[1:]).as_dict())
+    os.write(result, f"{line}\n".encode())
+    sys.stdout.flush()
+    os._exit(0)  # threads that the callable left behind are not waited for
