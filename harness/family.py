@@ -24,7 +24,7 @@ from variants.plan import CastPlan
 from variants.spec import matmul_operand, round_to
 
 EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf16
-ROOTS = ("rsqrt", "sqrt")
+ROOTS = ("rsqrt", "sqrt", "1/sqrt")
 ORDERS = ("(x*rstd)*w", "x*(rstd*w)", "(x*w)*rstd")
 OFFSETS = ("none", KEEP, RNE)
 TF32 = {matmul: CastPlan(hidden=KEEP, matmul=matmul) for matmul in ("tf32", "tf32x3")}
@@ -36,7 +36,8 @@ class Rule:
 
     eps    where variance + eps is formed: `float32`; `float64`, the root in float64 too, rounded once to fp32;
            `bf16 sum`, the sum rounded to bf16 (a norm written wholly in bf16); `bf16`, eps itself before that
-    root   `rsqrt`: x is multiplied by 1 / sqrt(.); `sqrt`: x is divided by sqrt(.)
+    root   `rsqrt`: x is multiplied by 1 / sqrt(.); `sqrt`: x is divided by sqrt(.); `1/sqrt`: sqrt(.) is rounded as
+           rstd first, then 1 / sqrt(.); with rstd kept that is a way to compute rsqrt, and no rule of its own
     order  of the three factors; only the first forms x * rstd, which alone can be rounded as `normed`
     hidden, scale, matmul   as in CastPlan, for rows that are read through a matmul; `out` is then what it stores
     bias   `before`: added before the result is rounded; `after`: to the rounded result, which is rounded again
@@ -146,13 +147,15 @@ def scalar(rule: Rule, variance: Tensor, eps: float) -> Tensor:
         added = round_to(torch.tensor(eps), RNE if rule.eps == "bf16" else KEEP).to(torch.float64)
         under = (variance + added).to(torch.float32)
         under = round_to(under, KEEP if rule.eps == "float32" else RNE).to(torch.float64)
-    value = under.sqrt() if rule.root == "sqrt" else under.rsqrt()
-    return round_to(value.to(torch.float32), rule.rstd)
+    if rule.root == "rsqrt":
+        return round_to(under.rsqrt().to(torch.float32), rule.rstd)
+    root = round_to(under.sqrt().to(torch.float32), rule.rstd)
+    return root if rule.root == "sqrt" else round_to(1 / root, rule.rstd)
 
 
 def two_step(rule: Rule, variance: Tensor, eps: float) -> Tensor:
     """scalar as 1 / sqrt in two fp32 roundings: what many implementations call rsqrt; an ulp off in one of four."""
-    if rule.root == "sqrt":
+    if rule.root != "rsqrt":
         return scalar(rule, variance, eps)
     root = scalar(rule.replace(root="sqrt", rstd=KEEP), variance, eps)
     return round_to(1 / root, rule.rstd)
@@ -214,19 +217,19 @@ def _folded(readout: Readout, weight: Tensor) -> Readout:
     return dataclasses.replace(readout, first=first, second=round_to(readout.second * weight[readout.other], RNE))
 
 
-def norm_rules(
-    *, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), offsets: tuple[str, ...] = OFFSETS
-) -> list[Rule]:
+def norm_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tuple[str, ...] = ROOTS) -> list[Rule]:
     """Every rule of a norm up to its fp32 arithmetic (eps in fp32 or float64, root, order: see arithmetic).
 
-    outs: storages that the dtype of the result allows. xs: of the sum under the norm, where there is one.
+    outs: storages that the dtype of the result allows. xs: of the sum under the norm, where there is one. roots: those
+    in question where rstd is rounded.
     """
     rules = []
     for x, statistics, variance, rstd, normed, offset, out in itertools.product(
-        xs, STORAGE, STORAGE, STORAGE, STORAGE, offsets, outs
+        xs, STORAGE, STORAGE, STORAGE, STORAGE, OFFSETS, outs
     ):
         for eps in ("float32",) if variance == KEEP else ("float32", *EPS_BF16):
-            rules.append(Rule(x, statistics, variance, eps, "rsqrt", rstd, ORDERS[0], normed, offset, out=out))
+            for root in ROOTS[:1] if rstd == KEEP else roots:
+                rules.append(Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, offset, out=out))
     return rules
 
 
@@ -234,7 +237,7 @@ def projected_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,)) -> l
     """Every rule of a norm read through a matmul, up to its fp32 arithmetic."""
     operands = [(RNE, "bf16"), (RTZ, "bf16"), (KEEP, "tf32"), (KEEP, "tf32x3"), (KEEP, "fp32")]
     rules = []
-    for rule in norm_rules(outs=outs, xs=xs):
+    for rule in norm_rules(outs=outs, xs=xs, roots=ROOTS[:1]):
         rules += [rule.replace(hidden=hidden, matmul=matmul) for hidden, matmul in operands]
         if rule.normed == KEEP:
             rules += [rule.replace(hidden=h, matmul=m, scale="epilogue") for h, m in operands]
@@ -246,7 +249,7 @@ def projected_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,)) -> l
 def arithmetic(rule: Rule) -> Iterator[Rule]:
     """The rule with every choice that changes a result by fp32 ulps only: eps, root and order."""
     eps = ("float32", "float64") if rule.eps == "float32" else (rule.eps,)
-    roots = ROOTS if rule.rstd == KEEP else ROOTS[:1]
+    roots = ("rsqrt", "sqrt") if rule.rstd == KEEP else (rule.root,)
     exact = rule.rstd != KEEP and rule.weight_offset != KEEP  # three factors of 8 bits: no order rounds
     orders = ORDERS if rule.normed == KEEP and rule.scale == "prologue" and not exact else ORDERS[:1]
     for e, root, order in itertools.product(eps, roots, orders):

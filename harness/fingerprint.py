@@ -281,7 +281,7 @@ def _chain(box: BlackBox) -> Answer:
     norm_calls, norms, same, norm_ranking = _input_norm(box, rng)
     main = norm_calls[:2]
     head_calls = _head_calls(box, norms[0], rng)
-    head_rules = norm_rules(outs=_outs(main[0].dtype), xs=STORAGE)
+    head_rules = norm_rules(outs=_outs(main[0].dtype), xs=STORAGE, roots=("rsqrt",))
     head_ranking = _rank(head_rules, head_calls)
     share = (norm_ranking.share + head_ranking.share) / 2
     halves = ((norm_ranking, head_ranking), (head_ranking, norm_ranking))
