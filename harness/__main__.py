@@ -209,7 +209,20 @@ def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
     records = _records("survey", results, device)
     survey_implementations(records, device)
     records.finish()
-    _print_tables(records, "implementations")
+    _print_study(records, "implementations")
+
+
+@app.command()
+def cases(results: ResultsFolder = None) -> None:
+    """Cases of the field: a boundary that moved in a public engine, what it changes here, and what was claimed."""
+    from harness.cases import run_cases
+
+    records = _records("cases", results, _device("cpu"))
+    for row in run_cases():
+        if not records.has("cases", **row):
+            records.add("cases", **row)
+    records.finish()
+    _print_study(records, "cases")
 
 
 @app.command()
@@ -221,7 +234,7 @@ def confusion(results: ResultsFolder = None) -> None:
     records = _records("confusion", results, device)
     survey_known(records)
     records.finish()
-    _print_tables(records, "confusion")
+    _print_study(records, "fingerprints")
 
 
 @app.command()
@@ -324,11 +337,11 @@ def _records(command: str, results: Path | None, device: str, **settings: object
     return records
 
 
-def _print_tables(records: Records, *names: str) -> None:
-    from harness.report import tables
+def _print_study(records: Records, table: str) -> None:
+    from harness.frames import load
+    from harness.studies import SECTIONS
 
-    for name in names:
-        print(tables(records.folder, records.run_id)[name] + "\n")
+    print(SECTIONS[table](load(records.folder, records.run_id)[table]))
 
 
 def _write_report(folder: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.records import TABLES, check_table
+from harness.records import TABLES, check_table, load_runs
 
 TEXT_COLUMNS = set(
     "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
-    "device source planted answered measure player".split()
+    "device source planted answered measure player where before after "
+    "unit claimed_text verdict why".split()
 )
 
 Frames = dict[str, pd.DataFrame]
@@ -27,6 +28,16 @@ def load(folder: Path, run_id: str) -> Frames:
         numbers = [column for column in columns if column not in TEXT_COLUMNS]
         frames[table] = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
     return frames
+
+
+def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
+    """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
+    finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
+    for run_id in reversed(finished):
+        frame = load(folder, run_id)[table]
+        if len(frame):
+            return run_id, frame
+    return None
 
 
 def own(frame: pd.DataFrame) -> pd.DataFrame:

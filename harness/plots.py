@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.frames import Frames, best_backend, load, noise_floor, over_layers, own
+from harness.budget_plot import budget_bars
+from harness.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from harness.records import load_runs
 from variants.catalogue import PLANS
 
@@ -48,6 +49,7 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         "time": time_against_tokens,
     }
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "castpoint"}
+    plots["budget"] = lambda _: None if (found := latest(folder, "budget")) is None else budget_bars(found[1])
     drawn = []
     (folder / "plots").mkdir(exist_ok=True)
     with plt.rc_context(style):

@@ -41,6 +41,10 @@ TABLES: dict[str, tuple[str, ...]] = {
         "run_id model weights layer tokens plan backend measure player shapley share total kernel_vs_spec "
         "kernel_vs_spec_share status reason".split()
     ),
+    "cases": tuple(
+        "run_id case source where before after measure measured unit measured_low measured_high claimed claimed_low "
+        "claimed_high claimed_text verdict why share_differ max_ulp signed_bias growth status reason".split()
+    ),
     "fingerprints": tuple(
         "run_id source kind planted answered share_equal runner_up_share_equal seconds status reason".split()
     ),
@@ -54,6 +58,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "channels": ("weights", "layer", "plan", "channel"),
     "implementations": ("implementation", "kind", "how"),
     "budget": ("weights", "layer", "tokens", "plan", "backend", "measure", "player"),
+    "cases": ("case", "source", "measure"),
     "fingerprints": ("source", "kind", "planted"),
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from harness.findings import findings
-from harness.frames import Frames, best_backend, load, over_layers, own
+from harness.frames import Frames, best_backend, latest, load, over_layers, own
+from harness.markdown import markdown
 from harness.records import load_runs
+from harness.studies import implementation_groups, study_sections, study_sentences
 from variants.catalogue import PLANS
 
 BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
@@ -42,29 +43,6 @@ def plan_table(frames: Frames) -> pd.DataFrame:
         table[f"time at {tokens} tokens, µs"] = table["plan"].map(rows["p50_us"])
         table["against eager"] = table["plan"].map(rows["speedup_vs_eager"])
     return table
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A Markdown table; numbers to three significant digits, shares in percent."""
-
-    def text(column: str, value: Any) -> str:
-        if isinstance(value, str):
-            return value
-        if pd.isna(value):
-            return "–"
-        if any(word in column for word in ("equal", "rounded", "share", "flips")):
-            return f"{100 * value:.4g} %"
-        if "bias" in column:
-            return f"{value:+.1e}"
-        if column == "against eager":
-            return f"{value:.2f} ×"
-        if "µs" in column:
-            return f"{value:,.0f}"
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    rows = [[text(column, value) for column, value in row.items()] for _, row in frame.iterrows()]
-    right = ["--:" if frame[column].dtype.kind in "fi" else "---" for column in frame.columns]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), right, *rows])
 
 
 def noise_floor_table(frames: Frames) -> pd.DataFrame:
@@ -137,7 +115,7 @@ def speed_table(frames: Frames) -> pd.DataFrame:
 
 
 def tables(folder: Path, run_id: str) -> dict[str, str]:
-    """The report's tables in Markdown, by name."""
+    """The bench's tables in Markdown, by name."""
     frames = load(folder, run_id)
     return {
         "plans": markdown(plan_table(frames)),
@@ -182,7 +160,7 @@ def write_report(folder: Path, run_id: str) -> Path:
     )
     sections = [
         f"# Results\n\n{conditions(folder, run_id)}",
-        "## Findings\n\n" + "\n".join(f"- {line}" for line in findings(frames)),
+        "## Findings\n\n" + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder)]),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
@@ -196,6 +174,7 @@ def write_report(folder: Path, run_id: str) -> Path:
         "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
         f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
         f"## Times\n\n{limits}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
+        *study_sections(folder),
     ]
     path = folder / "report.md"
     path.write_text("\n\n".join(section.rstrip() for section in sections) + "\n")
@@ -203,12 +182,19 @@ def write_report(folder: Path, run_id: str) -> Path:
 
 
 def readme_block(folder: Path, run_id: str) -> str:
-    """What stands between the README's markers: the table of plans and the findings of one run."""
+    """What stands between the README's markers: the table of plans and the findings of one run, and what the newest
+    fingerprints of public implementations say."""
     frames = load(folder, run_id)
     table = plan_table(frames).drop(columns=["rounds", "K bias"])
-    lines = "\n".join(f"- {line}" for line in findings(frames))
+    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder)])
     gemma = "The gemma plans run on the same weights stored as w − 1; their eager is Hugging Face's Gemma 3 code."
     body = f"{conditions(folder, run_id)} {gemma}\n\n{markdown(table)}\n\n### Findings\n\n{lines}"
+    surveyed = latest(folder, "implementations")
+    if surveyed is not None:
+        body += (
+            "\n\n### What public implementations do\n\nBy fingerprint, on this machine. What is not named is kept in fp32.\n\n"
+            f"{markdown(implementation_groups(surveyed[1]))}"
+        )
     return f"{BEGIN.format(folder=folder.as_posix(), run_id=run_id)}\n{body}\n{END}"
 
 

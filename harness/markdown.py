@@ -1,0 +1,30 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table; numbers to three significant digits, shares in percent."""
+
+    def text(column: str, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if pd.isna(value):
+            return "–"
+        if any(word in column for word in ("equal", "rounded", "share", "flips")):
+            return f"{100 * value:.4g} %"
+        if "bias" in column:
+            return f"{value:+.1e}"
+        if column == "against eager":
+            return f"{value:.2f} ×"
+        if "µs" in column:
+            return f"{value:,.0f}"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    rows = [[text(column, value) for column, value in row.items()] for _, row in frame.iterrows()]
+    right = ["--:" if frame[column].dtype.kind in "fi" else "---" for column in frame.columns]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), right, *rows])

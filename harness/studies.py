@@ -1,0 +1,240 @@
+"""Tables and sentences of the studies beside the bench: fingerprints, error budget, cases, audit.
+
+Each is taken from the newest finished run of a results folder that has such rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from harness.budget import largest_share_sentence
+from harness.frames import latest
+from harness.markdown import markdown
+
+# Words of a fingerprint that need no mention.
+USUAL = {"weight_offset": "none", "eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w", "scale": "prologue"}
+
+
+def answer_words(plan: str) -> str:
+    """A fingerprint's candidates in words: what is rounded, what is unusual, and what was left open."""
+    candidates = json.loads(plan) if plan else []
+    if not candidates:
+        return ""
+    common = {name: word for name, word in candidates[0].items() if all(c[name] == word for c in candidates)}
+    places = [name for name in common if name not in USUAL]
+    cut = {"bf16-rne": "", "bf16-rtz": " (truncated)"}
+    rounded = [name + cut[common[name]] for name in places if common[name] in cut]
+    other = [f"{name} {common[name]}" for name in USUAL if name in common and common[name] != USUAL[name]]
+    other = [
+        {"weight_offset fp32": "1 + w in fp32", "weight_offset bf16-rne": "1 + w in bf16"}.get(o, o) for o in other
+    ]
+    left = [name for name in candidates[0] if name not in common]
+    other += [f"{name} {' **or** '.join(dict.fromkeys(c[name] for c in candidates))}" for name in left]
+    return "; ".join([", ".join(rounded) or "nothing", *other])
+
+
+def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row an implementation."""
+    return pd.DataFrame(
+        {
+            "implementation": frame["implementation"],
+            "kind": frame["kind"],
+            "how": frame["how"],
+            "answer": frame["status"],
+            "rounds to bf16": [
+                f"nearest: {answer_words(plan)}" if status == "none" else answer_words(plan)
+                for plan, status in zip(frame["plan"], frame["status"], strict=True)
+            ],
+            "share explained": frame["share_equal"],
+            "best rejected plan's share": frame["runner_up_share_equal"],
+            "versions": frame["versions"],
+        }
+    )
+
+
+def implementation_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row an answer: which implementations gave it."""
+    rows = implementation_rows(frame)
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows.itertuples(index=False):
+        name = row.implementation + (" (head norm)" if row.kind == "head_norm" else "")
+        how = row.how.replace("torch.compile, emulate_precision_casts", "compiled, casts emulated")
+        how = how.replace("torch.compile", "compiled")
+        groups.setdefault((row[4], row.answer), {}).setdefault(name, []).append(how)
+    lines = []
+    for (rounds, answer), members in groups.items():
+        by_how: dict[str, list[str]] = {}
+        for name, ways in members.items():
+            by_how.setdefault("; ".join(ways), []).append(name)
+        text = " · ".join(f"{', '.join(names)} ({ways})" for ways, names in by_how.items())
+        lines.append({"rounds to bf16": rounds or "–", "answer": answer, "implementations": text})
+    return pd.DataFrame(lines)
+
+
+def confusion_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind of subject: how many were answered with the planted plan, left open, or answered with another."""
+    right = [_right(row) for row in frame.itertuples(index=False)]
+    identified = frame["status"] == "identified"
+    outcome = pd.DataFrame(
+        {
+            "subject": frame["kind"] + ", by its " + frame["source"],
+            "plans": 1,
+            "that plan": [int(r) for r in right],
+            "another plan": (identified & ~pd.Series(right, index=frame.index)).astype(int),
+            "undecided": (frame["status"] == "undecided").astype(int),
+            "none of these": (frame["status"] == "none").astype(int),
+            "error": (frame["status"] == "error").astype(int),
+        }
+    )
+    table = outcome.groupby("subject", sort=False).sum()
+    table["median seconds"] = (
+        frame.assign(subject=outcome["subject"]).groupby("subject", sort=False)["seconds"].median()
+    )
+    return table.reset_index()
+
+
+def confusion_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Boundary and planted word against the word answered, over all subjects that got an answer."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for row in frame.itertuples(index=False):
+        answered = json.loads(row.answered) if row.status in ("identified", "undecided") else []
+        for name, word in json.loads(row.planted).items():
+            words = sorted({a[name] for a in answered if name in a})
+            found = " or ".join(words) if words else row.status
+            cell = counts.setdefault((name, word), {})
+            cell[found] = cell.get(found, 0) + 1
+    table = pd.DataFrame(counts).T.fillna(0).astype(int)
+    table.insert(0, "planted", [f"{name} = {word}" for name, word in table.index])
+    return table.reset_index(drop=True)
+
+
+def _right(row: tuple) -> bool:
+    """Whether a row of fingerprints.csv answers the planted plan and no other."""
+    answered = json.loads(row.answered)
+    return row.status == "identified" and json.loads(row.planted).items() <= answered[0].items()
+
+
+def case_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a case: measured beside claimed."""
+
+    def number(value: float) -> str:
+        return "–" if pd.isna(value) else f"{value:.3g}"
+
+    cells = zip(frame["measured"], frame["measured_low"], frame["measured_high"], frame["unit"], strict=True)
+    measured = [f"{number(m)} ({number(low)} to {number(high)}) {unit}" for m, low, high, unit in cells]
+    return pd.DataFrame(
+        {
+            "case": frame["source"],
+            "boundary": frame["where"],
+            "before": frame["before"],
+            "after": frame["after"],
+            "quantity": frame["measure"],
+            "measured (range over draws)": measured,
+            "claimed": frame["claimed_text"],
+            "verdict": frame["verdict"],
+            "share of elements that differ": frame["share_differ"],
+            "why": frame["why"],
+        }
+    )
+
+
+def case_sentence(frame: pd.DataFrame) -> str:
+    phrases = {
+        "fits": "fit",
+        "does not fit": "do not",
+        "same direction": "have the claimed direction",
+        "cannot be decided here": "cannot be decided here",
+    }
+    counts = frame["verdict"].value_counts()
+    said = ", ".join(f"{counts[verdict]} {phrase}" for verdict, phrase in phrases.items() if verdict in counts)
+    wrong = dict.fromkeys(frame[frame["verdict"] == "does not fit"]["source"])
+    return f"**Cases of the field:** of {len(frame)} claims of public threads {said}." + (
+        f" Not fitting, in part or whole: {'; '.join(wrong)}." if wrong else ""
+    )
+
+
+def study_sentences(folder: Path) -> list[str]:
+    """A sentence of each study that the folder has."""
+    return [
+        *_sentence(folder, "implementations", implementation_sentence),
+        *_sentence(folder, "fingerprints", confusion_sentence),
+        *_sentence(folder, "budget", largest_share_sentence),
+        *_sentence(folder, "cases", case_sentence),
+    ]
+
+
+def implementation_sentence(frame: pd.DataFrame) -> str:
+    """What the compiler changes: implementations whose answer depends on how they are run."""
+    torch_rows = frame[(frame["kind"] == "rmsnorm") & frame["how"].isin(["eager", "torch.compile"])]
+    plans = torch_rows.pivot(index="implementation", columns="how", values="plan").dropna()
+    moved = list(plans.index[plans["eager"] != plans["torch.compile"]]) if len(plans.columns) == 2 else []
+    if not moved:
+        return ""
+    eager, compiled = (answer_words(plans[how][moved[0]]) for how in ("eager", "torch.compile"))
+    return (
+        f"**torch.compile moves a boundary** in {len(moved)} of {len(plans)} implementations ({', '.join(moved)}): "
+        f"eager rounds `{eager}`, compiled `{compiled}`."
+    )
+
+
+def confusion_sentence(frame: pd.DataFrame) -> str:
+    table = confusion_summary(frame)
+    total, right, wrong = (int(table[name].sum()) for name in ("plans", "that plan", "another plan"))
+    return f"**The fingerprint** named {right:,} of {total:,} planted plans and named another in {wrong:,}."
+
+
+def _sentence(folder: Path, table: str, write: Callable[[pd.DataFrame], str]) -> Iterator[str]:
+    found = latest(folder, table)
+    if found is not None:
+        sentence = write(found[1])
+        if sentence:
+            yield sentence
+
+
+# ---------------------------------------------------------------- sections of the report
+
+
+def _implementations(frame: pd.DataFrame) -> str:
+    return (
+        "## What public implementations do\n\nBy fingerprint (`python -m harness survey`), not by reading. Named are the "
+        "boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and the order is "
+        f"(x·rstd)·w.\n\n{markdown(implementation_rows(frame))}"
+    )
+
+
+def _fingerprints(frame: pd.DataFrame) -> str:
+    return (
+        "## The fingerprint on plans it should know\n\nEach plan of a single norm, and chains, as a black box "
+        "(`python -m harness confusion`); noise moves one element in a thousand by an ulp.\n\n"
+        f"{markdown(confusion_summary(frame))}\n\nPlanted word against the word answered; `a or b`: several candidates "
+        f"were left.\n\n{markdown(confusion_table(frame))}"
+    )
+
+
+def _budget(frame: pd.DataFrame) -> str:
+    return f"## Error budget\n\n{largest_share_sentence(frame)}\n\n![error budget](plots/budget.png)"
+
+
+def _cases(frame: pd.DataFrame) -> str:
+    return (
+        "## Cases of the field\n\n`before` is what the thread holds up as right, `after` what it complains of. A claim fits "
+        "if the measured range (95 % of draws) meets it and the figure is within a factor of 1.5; it does not fit if the "
+        f"ranges are apart.\n\n{markdown(case_table(frame))}"
+    )
+
+
+SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "implementations": _implementations,
+    "fingerprints": _fingerprints,
+    "budget": _budget,
+    "cases": _cases,
+}
+
+
+def study_sections(folder: Path) -> list[str]:
+    """Sections of report.md, for the studies that the folder has."""
+    return [write(found[1]) for table, write in SECTIONS.items() if (found := latest(folder, table)) is not None]
