@@ -9,7 +9,7 @@ ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test compare gpu report lint format clean
+.PHONY: help bench test compare study gpu report lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -33,6 +33,13 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
+
+study: $(READY)  ## fingerprints of public implementations, error budget, cases of the field, audit
+	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-extras.txt
+	$(BIN)/python -m harness survey $(WHERE)
+	$(BIN)/python -m harness budget --tokens 64 $(WHERE)
+	$(BIN)/python -m harness cases $(WHERE)
+	$(BIN)/python -m harness audit $(WHERE)
 
 gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
 	$(PYTHON) -m harness gpu $(WHERE) $(ARGS)

@@ -154,13 +154,16 @@ def speed(settings: Settings, records: Records) -> None:
 @app.command()
 @functools.partial(on_selection, device="cuda")
 def gpu(settings: Settings, records: Records) -> None:
-    """Everything that wants a CUDA device: compiled kernels against their specs, then their times."""
+    """Everything that wants a CUDA device: compiled kernels against their specs, their times, fingerprints of public
+    implementations."""
     from harness.precision import sweep_kernels, sweep_precision
     from harness.speed import sweep_speed
+    from harness.survey import survey_implementations
 
     sweep_precision(settings, records)
     sweep_kernels(settings, records)
     sweep_speed(settings, records)
+    survey_implementations(records, "cuda")
     records.finish()
     red = [row for table in ("errors", "speed") for row in records.rows(table) if row["status"] in ("red", "failed")]
     for row in red:

@@ -227,11 +227,14 @@ def _by_eps(rule: Rule, calls: Sequence[Call]) -> str:
 
 
 def _evidence(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
-    """Votes of the first two groups, which say what decided, or failed to decide, between them."""
+    """What the deciding probe said of the first two groups."""
     if len(groups) < 2:
         return ""
     differ, first, second = _votes(groups[0][0], groups[1][0], calls)
-    return f". On {differ} elements the first two differ: {first} are stored as by the first, {second} as by the second"
+    return (
+        ". The probe that would decide, rows on which they store different bits, was given: of the "
+        f"{differ} elements that tell the first two apart, {first} are stored as by the first, {second} as by the second"
+    )
 
 
 # ---------------------------------------------------------------- a norm

@@ -36,10 +36,8 @@ def colour(plan: str) -> str:
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for into folder/plots; returns the PNGs."""
-    frames = load(folder, run_id)
-    run = load_runs(folder)[run_id]
-    label = _label(run)
+    """Draws every plot the run has data for, and the newest error budget, into folder/plots; returns the PNGs."""
+    runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
         "pareto": pareto,
         "plans": error_per_plan,
@@ -49,15 +47,17 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         "time": time_against_tokens,
     }
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "castpoint"}
-    plots["budget"] = lambda _: None if (found := latest(folder, "budget")) is None else budget_bars(found[1])
     drawn = []
     (folder / "plots").mkdir(exist_ok=True)
     with plt.rc_context(style):
-        for name, plot in plots.items():
-            figure = plot(frames)
+        figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
+        budget = latest(folder, "budget")
+        if budget is not None:
+            figures["budget"] = (budget_bars(budget[1]), budget[0])
+        for name, (figure, of_run) in figures.items():
             if figure is None:
                 continue
-            figure.text(0.005, 0.005, label, fontsize=7, color=GREY)
+            figure.text(0.005, 0.005, _label(runs[of_run]), fontsize=7, color=GREY)
             for suffix, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
                 figure.savefig(folder / "plots" / f"{name}.{suffix}", **options)
             plt.close(figure)
