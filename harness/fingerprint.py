@@ -233,7 +233,7 @@ def _evidence(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
     differ, first, second = _votes(groups[0][0], groups[1][0], calls)
     return (
         ". The probe that would decide, rows on which they store different bits, was given: of the "
-        f"{differ} elements that tell the first two apart, {first} are stored as by the first, {second} as by the second"
+        f"{differ} elements that tell the first two apart, {first} are stored as by the first, {second} by the second"
     )
 
 

@@ -390,3 +390,17 @@ def imported(folder: str) -> set[str]:
 )
 def test_arrows_point_down(folder: str, allowed: set[str]):
     assert imported(folder) == allowed
+
+
+@pytest.mark.parametrize("name", ["hf", "bf16-statistics"])
+def test_massive_activations(name: str) -> None:
+    """From layer 2 on one value of the first token is 1800 times the others' rms, and four channels are large in all."""
+    plan = PLANS[name].plan
+    problem = synthetic_problem("qwen3-0.6b", layer=8, tokens=8)
+    assert problem.x[0].abs().max() > 1000 * problem.x[1:].float().square().mean().sqrt()
+    allowed = envelope(plan, problem)
+    assert min(pinned_share(ends) for ends in allowed.values()) > 0.8, "the envelope says little here"
+    actual = KERNELS.run(plan, problem)
+    assert_inside(actual=actual, allowed=allowed)
+    with pytest.raises(AssertionError, match="outside the envelope"):
+        assert_inside(actual=actual, allowed=envelope(plan.replace(out="bf16-rtz"), problem))
