@@ -152,12 +152,23 @@ def _rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     return Ranking(best, shares[best], max(rejected, default=None), [best, *left])
 
 
+def _classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:
+    """The rules in groups that store the same bits on all rows of the calls."""
+    groups: list[list[Rule]] = []
+    for rule in rules:
+        group = next((g for g in groups if _votes(g[0], rule, calls)[0] == 0), None)
+        if group is None:
+            groups.append([rule])
+        else:
+            group.append(rule)
+    return groups
+
+
 def _refine(
     rules: Sequence[Rule], width: int, calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None
-) -> tuple[list[Rule], set[frozenset[Rule]]]:
-    """What is left of the rules after calls on searched rows, and pairs on which no search found a difference."""
-    left, same = list(rules), set()
-    misses = 0
+) -> list[list[Rule]]:
+    """What is left of the rules after calls on searched rows, in groups between which no search found a difference."""
+    left, misses = list(rules), 0
     for seed in range(SEARCHES):
         if len(left) == 1 or misses == MISSES:
             break
@@ -167,9 +178,7 @@ def _refine(
             continue
         calls.append(call(rows))
         left = [b for b in left if not any(_rejects(a, b, calls) for a in left)]
-    for i, a in enumerate(left):
-        same |= {frozenset((a, b)) for b in left[:i] if _votes(a, b, calls)[0] == 0}
-    return left, same
+    return _classes(left, calls)
 
 
 # ---------------------------------------------------------------- answers
@@ -189,18 +198,6 @@ def _check_repeats(first: Call, second: Call) -> None:
 def _merged(dicts: Sequence[dict[str, str]]) -> dict[str, str]:
     """One dict of rules that store the same bits: a word where they agree, `a or b` where they do not."""
     return {name: " or ".join(dict.fromkeys(d[name] for d in dicts)) for name in dicts[0]}
-
-
-def _classes(rules: Sequence[Rule], same: set[frozenset[Rule]]) -> list[list[Rule]]:
-    """The rules in groups that store the same bits everywhere."""
-    groups: list[list[Rule]] = []
-    for rule in rules:
-        group = next((g for g in groups if all(frozenset((rule, other)) in same for other in g)), None)
-        if group is None:
-            groups.append([rule])
-        else:
-            group.append(rule)
-    return groups
 
 
 def _difference(a: dict[str, str], b: dict[str, str]) -> str:
@@ -264,15 +261,14 @@ def _norm(box: BlackBox) -> Answer:
     if 1 - ranking.share > UNEXPLAINED:
         return _none(nearest, ranking.share, ranking.runner_up, _by_eps(ranking.best, main))
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    left, same = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
+    groups = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
     control = call(Rows(probes.gaussian(rows.x.shape, rng), rows.weight, probes.EPS_SMALL, rows.width))
-    share = control.share(left[0])
+    share = control.share(groups[0][0])
     if 1 - share > UNEXPLAINED:
         return _none(nearest, share, ranking.runner_up, "of Gaussian rows, while it explains rows whose sums are exact")
-    groups = _classes(left, same)
-    evidence = _evidence(groups, calls)
-    share = max(_share(rule, main) for rule in left)
-    return _answer([[named(r) for r in group] for group in groups], share, ranking.runner_up, evidence)
+    share = max(_share(group[0], main) for group in groups)
+    words = [[named(rule) for rule in group] for group in groups]
+    return _answer(words, share, ranking.runner_up, _evidence(groups, calls))
 
 
 # ---------------------------------------------------------------- the whole chain
@@ -281,39 +277,40 @@ def _norm(box: BlackBox) -> Answer:
 def _chain(box: BlackBox) -> Answer:
     rng = torch.Generator().manual_seed(0)
     fused_add, biased = box.takes("residual"), box.takes("bias")
-    norm_calls, norms, same, norm_ranking = _input_norm(box, rng)
-    main = norm_calls[:2]
-    head_calls = _head_calls(box, norms[0], rng)
-    head_rules = norm_rules(outs=_outs(main[0].dtype), xs=STORAGE, roots=("rsqrt",))
-    head_ranking = _rank(head_rules, head_calls)
+    norms, norm_calls, norm_ranking = _input_norm(box, rng)
+    norm = norms[0][0]
+    head_calls = _head_calls(box, norm, rng)
+    head_ranking = _rank(norm_rules(outs=_outs(head_calls[0].dtype), xs=STORAGE, roots=("rsqrt",)), head_calls)
     share = (norm_ranking.share + head_ranking.share) / 2
     halves = ((norm_ranking, head_ranking), (head_ranking, norm_ranking))
     runner_up = max((a.runner_up + b.share) / 2 for a, b in halves if a.runner_up is not None)
-    nearest = _plan_words(norms[0], head_ranking.best, fused_add)
+    nearest = _plan_words(norm, head_ranking.best, fused_add)
     if 1 - min(norm_ranking.share, head_ranking.share) > UNEXPLAINED:
         v, qk = 1 - norm_ranking.share, 1 - head_ranking.share
         where = f"{v:.2%} of v, which shows the input norm, and {qk:.2%} of q and k"
         return _none(nearest, share, runner_up, where)
     groups = [
-        [_plan_words(norm, head, fused_add) for norm in group for head in head_ranking.left if _fit(norm, head)]
-        for group in _classes(norms, same)
+        [_plan_words(a, b, fused_add) for a in norm_group for b in head_group if _fit(a, b)]
+        for norm_group in norms
+        for head_group in _classes(head_ranking.left, head_calls)
     ]
     groups = [group for group in groups if group]
     if not groups:
-        differ = _difference(_shared_words(norms[0]), _shared_words(head_ranking.best))
+        differ = _difference(_shared_words(norm), _shared_words(head_ranking.best))
         return _none(nearest, share, runner_up, f"its two norms differ: {differ}")
     if biased:
-        word = _bias(box, norms[0], rng)
+        word = _bias(box, norm, rng)
         groups = [[{**words, "bias": word} for words in group] for group in groups]
     leaving = _control(box, groups[0][0], rng)
     if leaving > UNEXPLAINED:
         why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: its matmul or sums are not fp32"
         return _none(nearest, share, runner_up, why)
-    return _answer(groups, share, runner_up, _evidence(_classes(norms, same), norm_calls))
+    return _answer(groups, share, runner_up, _evidence(norms, norm_calls))
 
 
-def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[Call], list[Rule], set[frozenset[Rule]], Ranking]:
-    """The norm before the matmul and the matmul's operands, seen through v: calls, rules left, equal pairs, ranking."""
+def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], list[Call], Ranking]:
+    """The norm before the matmul and the matmul's operands, seen through v: groups of rules left, and the calls that
+    left them, and the ranking before."""
     fused_add = box.takes("residual")
     rows = probes.norm_rows(probes.WIDTH, rng, residual=fused_add)
     rows = dataclasses.replace(rows, readout=probes.general_readout(rng))
@@ -321,12 +318,12 @@ def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[Call], list[R
     _check_repeats(main[0], _call_v(box, rows))
     ranking = _rank(projected_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
     if 1 - ranking.share > UNEXPLAINED:
-        return main, ranking.left, set(), ranking
-    calls = [*main, _call_v(box, probes.cancelling_rows(ranking.best, rng))]
+        return [ranking.left], main, ranking
+    calls = [_call_v(box, probes.cancelling_rows(ranking.best, rng))]
     left = [b for b in ranking.left if not any(_rejects(a, b, calls) for a in ranking.left)]
     variants = [v for rule in left for v in arithmetic(rule)]
-    left, same = _refine(variants, probes.WIDTH, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
-    return calls, left, same, ranking
+    groups = _refine(variants, probes.WIDTH, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
+    return groups, calls, ranking
 
 
 def _call_v(box: BlackBox, rows: Rows) -> Call:
