@@ -241,6 +241,41 @@ def confusion(results: ResultsFolder = None) -> None:
 
 
 @app.command()
+def audit(
+    constants: Annotated[
+        list[str] | None, typer.Argument(help="With --kernel: NAME=VALUE for each tl.constexpr, num_warps, num_stages.")
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="MODULE:FUNCTION, a foreign @triton.jit kernel. Default: our own.")] = "",
+    signature: Annotated[
+        str, typer.Option(help="With --kernel: types of its other arguments: *bf16,*bf16,i32,fp32")
+    ] = "",
+    target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942. Default: all.")] = "",
+    results: ResultsFolder = None,
+) -> None:
+    """Does the compiled code hold the roundings that the plan declares? Needs no GPU; exits with 1 if a row is red."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from harness.audit import TARGETS, audit_all, audit_foreign, check_target
+
+    targets = (target,) if target else tuple(TARGETS)
+    for name in targets:
+        check_target(name)
+    if kernel:
+        rows = [audit_foreign(kernel, name, signature, constants or ()) for name in targets]
+        for row in rows:
+            print("\n".join(f"{name:13} {value}" for name, value in row.items() if value not in ("", None)) + "\n")
+    else:
+        records = _records("audit", results, "cpu", targets=targets)
+        for row in audit_all(targets):
+            if not records.has("audit", **row):
+                records.add("audit", **row)
+        records.finish()
+        _print_study(records, "audit")
+        rows = records.rows("audit")
+    if any(row["status"] in ("red", "failed") for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
 ) -> None:

@@ -3,18 +3,13 @@
 A launch specialises a kernel on its arguments: pointers and sizes divisible by 16, strides equal to 1. The same
 is declared here (contiguous tensors), since loads are vectorised and pipelined only then: without it another
 kernel would be compiled than the one that is launched.
-
-`python -m harness.aot TARGET` compiles the catalogue and prints one line of JSON for each kernel.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,30 +159,3 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name in ("hf", "deferred"):
         yield "norm_qkv", name, {"head_dim": 256, "residual": True}
     yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
-
-
-def compile_case(target: str, kernel: str, name: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    """What became of a case, as a row: resources and matrix instructions, or the error."""
-    row = {"target": target, "kernel": kernel, "plan": name, **keywords}
-    compile_plan = {"norm_qkv": compile_norm_qkv, "head_norm": compile_head_norm}[kernel]
-    start = time.perf_counter()
-    try:
-        compiled = compile_plan(PLANS[name].plan, target, **keywords)
-    except Exception as error:  # a compiler fails in its own ways, and the other cases go on
-        while error.__cause__:  # Triton puts the reason below the place
-            error = error.__cause__
-        return {**row, "error": f"{type(error).__name__}: {error}"[-500:]}
-    row |= {field: getattr(compiled, field) for field in ("shared", "registers", "spills")}
-    row |= {"matrix": compiled.matrix_instructions(), "seconds": round(time.perf_counter() - start, 2)}
-    return row
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in TARGETS:
-        sys.exit(f"usage: python -m harness.aot {{{','.join(TARGETS)}}}")
-    try:
-        check_compilable(norm_qkv_kernel)
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
-    for case in cases():
-        print(json.dumps(compile_case(sys.argv[1], *case)), flush=True)

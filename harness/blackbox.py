@@ -70,7 +70,7 @@ class BlackBox:
         try:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
-        except Exception as error:  # whatever the callable raises is its verdict
+        except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
             raise Fault(f"the callable raised {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         if any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)):
             raise Fault("the callable writes into its inputs: give it copies")
@@ -78,13 +78,17 @@ class BlackBox:
         if self.kind != "qkv":
             outputs = outputs[:1]  # (y, x + residual) of a fused add
         self._check(outputs, shapes)
-        return tuple(output.detach().cpu() for output in outputs)
+        return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]]) -> None:
         if len(outputs) != len(shapes) or not all(isinstance(output, Tensor) for output in outputs):
             kinds = ", ".join(type(output).__name__ for output in outputs)
             raise Fault(f"the callable returned ({kinds}), expected {KINDS[self.kind]}")
         for output, shape in zip(outputs, shapes, strict=True):
+            if output.layout != torch.strided or output.is_meta:
+                raise Fault(
+                    f"the callable returned a {'meta' if output.is_meta else 'sparse'} tensor, expected a dense one"
+                )
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
             if output.dtype not in (torch.bfloat16, torch.float32) or output.dtype != outputs[0].dtype:

@@ -26,12 +26,16 @@ from kernels.checks import KEEP, RNE, RTZ, STORAGE
 from variants.envelope import envelope, outside
 from variants.plan import CastPlan
 from variants.problem import Problem
+from variants.spec import round_to
 
 # Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
 # 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
 UNEXPLAINED = 0.005
+# Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
+CONCENTRATED = 0.1
 TELLING = 6
 SEARCHES = 12
+ENOUGH = 60  # telling elements of every pair, after which more would not decide either
 MISSES = 3  # searches without a telling row, after which rules count as the same
 CLOSE = 4 * 2.0**-23  # fp32 ulps; the least rounding of the family is 2^-9
 SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
@@ -50,6 +54,8 @@ class Answer:
     candidates: boundary or choice -> word; `a or b` where both words store the same bits on every row searched.
     share_equal, runner_up_share_equal: share of elements that the best rule, and the best rejected one, explain.
     nearest: the best rule where the answer is none.
+
+    Of a chain, eps, root and order are those of its first norm; the fp32 arithmetic of the head norm is not asked.
     """
 
     status: str
@@ -104,11 +110,15 @@ class Call:
     def share(self, rule: Rule) -> float:
         """Share of elements that the rule explains, of those that are not zero whatever the rule. Where fp32 is stored,
         up to CLOSE counts as explained: every fp32 ulp would show, which is a matter for later."""
-        counted, predicted = self.rows.nonzero, predict(rule, self.rows)
-        same = predicted == self.stored
+        counted = self.rows.nonzero
+        return 1 - (self.wrong(rule) & counted).sum().item() / counted.sum().item()
+
+    def wrong(self, rule: Rule) -> Tensor:
+        """Which elements the rule does not explain, bool."""
+        predicted = predict(rule, self.rows)
         if rule.out == KEEP:
-            same = (predicted - self.stored).abs() <= CLOSE * self.stored.abs()
-        return (same & counted).sum().item() / counted.sum().item()
+            return (predicted - self.stored).abs() > CLOSE * self.stored.abs()
+        return predicted != self.stored
 
 
 def _share(rule: Rule, calls: Sequence[Call]) -> float:
@@ -178,6 +188,8 @@ def _refine(
             continue
         calls.append(call(rows))
         left = [b for b in left if not any(_rejects(a, b, calls) for a in left)]
+        if all(_votes(a, b, calls)[0] >= ENOUGH for i, a in enumerate(left) for b in left[:i]):
+            break
     return _classes(left, calls)
 
 
@@ -202,6 +214,19 @@ def _merged(dicts: Sequence[dict[str, str]]) -> dict[str, str]:
 
 def _difference(a: dict[str, str], b: dict[str, str]) -> str:
     return ", ".join(f"{name}={a[name]} against {b[name]}" for name in a if a[name] != b[name])
+
+
+def _concentrated(wrong: Tensor) -> str:
+    """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED of it; empty if nowhere."""
+    for name, shares in (("row", wrong.double().mean(1)), ("column", wrong.double().mean(0))):
+        if shares.max() > CONCENTRATED:
+            return f"they gather in {name} {int(shares.argmax())}, {shares.max():.0%} of it"
+    return ""
+
+
+def _gathered(rule: Rule, calls: Sequence[Call]) -> str:
+    """Where the elements gather that the rule does not explain, in all calls together."""
+    return _concentrated(torch.cat([call.wrong(rule) for call in calls]))
 
 
 def _answer(groups: list[list[dict[str, str]]], share: float, runner_up: float | None, evidence: str = "") -> Answer:
@@ -258,14 +283,17 @@ def _norm(box: BlackBox) -> Answer:
     _check_repeats(main[0], call(rows))
     ranking = _rank(norm_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
     nearest = named(ranking.best)
-    if 1 - ranking.share > UNEXPLAINED:
-        return _none(nearest, ranking.share, ranking.runner_up, _by_eps(ranking.best, main))
+    gathered = _gathered(ranking.best, main)
+    if 1 - ranking.share > UNEXPLAINED or gathered:
+        return _none(nearest, ranking.share, ranking.runner_up, gathered or _by_eps(ranking.best, main))
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     groups = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
-    control = call(Rows(probes.gaussian(rows.x.shape, rng), rows.weight, probes.EPS_SMALL, rows.width))
-    share = control.share(groups[0][0])
-    if 1 - share > UNEXPLAINED:
-        return _none(nearest, share, ranking.runner_up, "of Gaussian rows, while it explains rows whose sums are exact")
+    for count in (len(rows.x), 4):  # the same number of rows, and another
+        control = call(Rows(probes.gaussian([count, rows.width], rng), rows.weight, probes.EPS_SMALL, rows.width))
+        share = control.share(groups[0][0])
+        if 1 - share > UNEXPLAINED:
+            why = f"of {count} Gaussian rows, while it explains rows whose sums are exact"
+            return _none(nearest, share, ranking.runner_up, why)
     share = max(_share(group[0], main) for group in groups)
     words = [[named(rule) for rule in group] for group in groups]
     return _answer(words, share, ranking.runner_up, _evidence(groups, calls))
@@ -289,6 +317,9 @@ def _chain(box: BlackBox) -> Answer:
         v, qk = 1 - norm_ranking.share, 1 - head_ranking.share
         where = f"{v:.2%} of v, which shows the input norm, and {qk:.2%} of q and k"
         return _none(nearest, share, runner_up, where)
+    gathered = _gathered(norm_ranking.best, norm_calls[:2])
+    if gathered:
+        return _none(nearest, share, runner_up, f"of v, {gathered}")
     groups = [
         [_plan_words(a, b, fused_add) for a in norm_group for b in head_group if _fit(a, b)]
         for norm_group in norms
@@ -299,11 +330,15 @@ def _chain(box: BlackBox) -> Answer:
         differ = _difference(_shared_words(norm), _shared_words(head_ranking.best))
         return _none(nearest, share, runner_up, f"its two norms differ: {differ}")
     if biased:
-        word = _bias(box, norm, rng)
+        word = _bias(box, norm, head_ranking.best, rng)
+        if not word:
+            why = "but no order of bias and rounding explains v, q and k with a bias"
+            return _none(nearest, share, runner_up, why)
         groups = [[{**words, "bias": word} for words in group] for group in groups]
-    leaving = _control(box, groups[0][0], rng)
-    if leaving > UNEXPLAINED:
-        why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: its matmul or sums are not fp32"
+    leaving, gathered = _control(box, groups[0][0], rng)
+    if leaving > UNEXPLAINED or gathered:
+        why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: "
+        why += gathered or "its matmul or sums are not fp32, or q, k and v do not read one hidden"
         return _none(nearest, share, runner_up, why)
     return _answer(groups, share, runner_up, _evidence(norms, norm_calls))
 
@@ -353,16 +388,28 @@ def _run(
 
 def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
     """Q and K on known inputs of 10 bits, at both eps."""
+    state = rng.get_state()
+    calls = []
+    for eps in (probes.EPS_SMALL, probes.EPS_LARGE, probes.EPS_SMALL):
+        rng.set_state(state)
+        given, stored, weights = _stored_heads(box, norm, rng, eps)
+        calls.append(Call(given.rows(*weights, eps), stored.float(), stored.dtype))
+    _check_repeats(calls[0], calls.pop())
+    return calls
+
+
+def _stored_heads(
+    box: BlackBox, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False
+) -> tuple[probes.HeadRows, Tensor, tuple[Tensor, Tensor]]:
+    """The heads' known input, what the callable stores of it [ROWS * (Hq + Hkv), READ], and the q and k weights."""
     given = probes.head_rows(rng)
     q_weight, k_weight = (probes.norm_weight(probes.HEAD_DIM, rng) for _ in range(2))
     identity = torch.full([probes.WIDTH], 1.0 if norm.weight_offset == "none" else 0.0)
     weight = torch.cat([given.qk_weight, torch.zeros(probes.NUM_KV_HEADS * probes.HEAD_DIM, probes.WIDTH)])
-    calls = []
-    for eps in (probes.EPS_SMALL, probes.EPS_LARGE):
-        q, k, _ = _run(box, given.x, identity, weight, q_weight, k_weight, eps)
-        stored = torch.cat([q, k], dim=1).float().gather(2, given.places.expand(len(q), -1, -1))
-        calls.append(Call(given.rows(q_weight, k_weight, eps), stored.flatten(0, 1), q.dtype))
-    return calls
+    bias = given.packed_bias() if biased else None
+    q, k, _ = _run(box, given.x, identity, weight, q_weight, k_weight, eps, bias=bias)
+    stored = torch.cat([q, k], dim=1).gather(2, given.places.expand(len(q), -1, -1))
+    return given, stored.flatten(0, 1), (q_weight, k_weight)
 
 
 def _shared_words(rule: Rule) -> dict[str, str]:
@@ -388,20 +435,22 @@ def _plan_words(norm: Rule, head: Rule, fused_add: bool) -> dict[str, str]:
     return words | {name: getattr(norm, name) for name in ("scale", "matmul", "weight_offset", "eps", "root", "order")}
 
 
-def _bias(box: BlackBox, norm: Rule, rng: torch.Generator) -> str:
-    """`before`, `after`, or `before or after` the rounding of proj. Raises Fault if neither explains v."""
+def _bias(box: BlackBox, norm: Rule, head: Rule, rng: torch.Generator) -> str:
+    """`before` or `after` the rounding of proj, `before or after` if that is one, empty if neither explains all."""
     rows = probes.norm_rows(probes.WIDTH, rng)
-    call = _call_v(box, dataclasses.replace(rows, readout=probes.general_readout(rng, bias=True)))
-    ranking = _rank([norm.replace(bias=word) for word in ("before", "after")], [call])
-    if 1 - ranking.share > UNEXPLAINED:
-        raise Fault(
-            f"the callable adds its bias neither before nor after proj is rounded: {1 - ranking.share:.2%} differ"
-        )
-    return " or ".join(rule.bias for rule in ranking.left)
+    v = _call_v(box, dataclasses.replace(rows, readout=probes.general_readout(rng, bias=True)))
+    given, stored, weights = _stored_heads(box, norm, rng, probes.EPS_SMALL, biased=True)
+    words = []
+    for word in ("before", "after"):
+        proj = given.proj if word == "before" else round_to(given.proj, head.x)
+        heads = Call(given.rows(*weights, probes.EPS_SMALL, proj + given.bias[None]), stored)
+        if min(v.share(norm.replace(bias=word)), heads.share(head)) >= 1 - UNEXPLAINED:
+            words.append(word)
+    return " or ".join(words)
 
 
-def _control(box: BlackBox, words: dict[str, str], rng: torch.Generator) -> float:
-    """Share of q, k and v on Gaussian inputs that leave the plan's envelope."""
+def _control(box: BlackBox, words: dict[str, str], rng: torch.Generator) -> tuple[float, str]:
+    """Share of q, k and v on Gaussian inputs that leave the plan's envelope, and where they gather."""
     rows = (probes.NUM_Q_HEADS + 2 * probes.NUM_KV_HEADS) * probes.HEAD_DIM
     plan = CastPlan(**{name: word.split(" or ")[0] for name, word in words.items() if name in vars(CastPlan())})
     problem = Problem(
@@ -417,5 +466,5 @@ def _control(box: BlackBox, words: dict[str, str], rng: torch.Generator) -> floa
     weights = (problem.norm_weight, problem.qkv_weight, problem.q_norm_weight, problem.k_norm_weight)
     outputs = _run(box, problem.x, *weights, problem.eps)
     allowed = envelope(plan, problem)
-    wrong = torch.cat([outside(o, allowed[n]).flatten() for n, o in zip("qkv", outputs, strict=True)])
-    return wrong.double().mean().item()
+    wrong = torch.cat([outside(o, allowed[n]).flatten(1) for n, o in zip("qkv", outputs, strict=True)], dim=1)
+    return wrong.double().mean().item(), _concentrated(wrong)

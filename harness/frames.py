@@ -11,7 +11,8 @@ from harness.records import TABLES, check_table, load_runs
 TEXT_COLUMNS = set(
     "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
     "device source planted answered measure player where before after "
-    "unit claimed_text verdict why".split()
+    "unit claimed_text verdict why target kernel keywords declared ttir machine roundings matmul "
+    "not_followed matrix".split()
 )
 
 Frames = dict[str, pd.DataFrame]

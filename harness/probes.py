@@ -29,8 +29,8 @@ def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) ->
 
 
 def norm_weight(width: int, rng: torch.Generator) -> Tensor:
-    """[width] bf16 values in fp32, as stored: 0.1 to 100 in size, so that 1 + w needs more than bf16's eight bits."""
-    size = 10 ** (3 * torch.rand(width, generator=rng) - 1)
+    """[width] bf16 values in fp32, as stored: 0.001 to 100 in size, so that 1 + w needs up to 18 bits."""
+    size = 10 ** (5 * torch.rand(width, generator=rng) - 3)
     return round_to(size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1), "bf16-rne")
 
 
@@ -170,12 +170,19 @@ class HeadRows:
     qk_weight: Tensor  # [(Hq + Hkv) * HEAD_DIM, WIDTH]
     places: Tensor  # [Hq + Hkv, READ]
     proj: Tensor  # [ROWS, Hq + Hkv, READ], fp32
+    bias: Tensor  # [Hq + Hkv, READ], fp32: proj + bias has 10 bits too
 
-    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float) -> Rows:
+    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float, proj: Tensor | None = None) -> Rows:
         """The heads as rows of a norm, [ROWS * (Hq + Hkv), READ]; their x is proj."""
+        proj = self.proj if proj is None else proj
         weight = torch.cat([q_norm_weight.expand(NUM_Q_HEADS, -1), k_norm_weight.expand(NUM_KV_HEADS, -1)])
         weight = weight.gather(1, self.places).expand(ROWS, -1, -1)
-        return Rows(self.proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
+        return Rows(proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
+
+    def packed_bias(self) -> Tensor:
+        """The bias of all rows of the weight, V's zero."""
+        qk = torch.zeros(len(self.places), HEAD_DIM).scatter(1, self.places, self.bias)
+        return torch.cat([qk.flatten(), torch.zeros(NUM_KV_HEADS * HEAD_DIM)])
 
 
 def head_rows(rng: torch.Generator) -> HeadRows:
@@ -195,4 +202,5 @@ def head_rows(rng: torch.Generator) -> HeadRows:
     weight[head, places, first] = 1.0
     weight[head, places, second] = 2.0**-6
     proj = (x[:, first] + x[:, second] / 64) / 16
-    return HeadRows(x * 2**11, weight.flatten(0, 1), places, proj)
+    bias = (2 * integers(0, 20, [heads, READ], rng) + 1) / 64 / 16
+    return HeadRows(x * 2**11, weight.flatten(0, 1), places, proj, bias)

@@ -45,6 +45,10 @@ TABLES: dict[str, tuple[str, ...]] = {
         "run_id case source where before after measure measured unit measured_low measured_high claimed claimed_low "
         "claimed_high claimed_text verdict why share_differ max_ulp signed_bias growth status reason".split()
     ),
+    "audit": tuple(
+        "run_id target kernel plan keywords declared ttir machine roundings matmul not_followed fused expanded matrix "
+        "registers spills shared status reason".split()
+    ),
     "fingerprints": tuple(
         "run_id source kind planted answered share_equal runner_up_share_equal seconds status reason".split()
     ),
@@ -59,6 +63,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "implementations": ("implementation", "kind", "how"),
     "budget": ("weights", "layer", "tokens", "plan", "backend", "measure", "player"),
     "cases": ("case", "source", "measure"),
+    "audit": ("target", "kernel", "plan", "keywords"),
     "fingerprints": ("source", "kind", "planted"),
 }
 

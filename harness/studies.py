@@ -164,6 +164,7 @@ def study_sentences(folder: Path) -> list[str]:
         *_sentence(folder, "fingerprints", confusion_sentence),
         *_sentence(folder, "budget", largest_share_sentence),
         *_sentence(folder, "cases", case_sentence),
+        *_sentence(folder, "audit", audit_sentence),
     ]
 
 
@@ -227,11 +228,49 @@ def _cases(frame: pd.DataFrame) -> str:
     )
 
 
+def audit_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a kernel and target."""
+    keywords = frame["keywords"].where(frame["keywords"] == "", " " + frame["keywords"])
+    return pd.DataFrame(
+        {
+            "target": frame["target"],
+            "kernel": frame["kernel"] + keywords,
+            "plan": frame["plan"],
+            "declared": frame["declared"],
+            "found in machine code, elements a thread": frame["machine"],
+            "fused": frame["fused"],
+            "matrix instructions": frame["matrix"],
+            "registers": frame["registers"],
+            "spills, bytes": frame["spills"],
+            "SMEM, bytes": frame["shared"],
+            "status": frame["status"] + frame["reason"].where(frame["reason"] == "", ": " + frame["reason"]),
+        }
+    )
+
+
+def audit_sentence(frame: pd.DataFrame) -> str:
+    counts = frame["status"].value_counts()
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return (
+        f"**Static audit:** of {len(frame)} kernels compiled for {', '.join(frame['target'].unique())}: {said}. "
+        f"Fused multiply-adds that the source does not have: {int(frame['fused'].sum())}."
+    )
+
+
+def _audit(frame: pd.DataFrame) -> str:
+    return (
+        "## Static audit\n\nEvery kernel compiled ahead of time (`python -m harness audit`). `declared`: the roundings that the plan "
+        "asks of this kernel. An `ok` says that each was found in TTIR where it belongs and followed into the machine code, and "
+        f"that there is no other.\n\n{markdown(audit_table(frame))}"
+    )
+
+
 SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "implementations": _implementations,
     "fingerprints": _fingerprints,
     "budget": _budget,
     "cases": _cases,
+    "audit": _audit,
 }
 
 
