@@ -132,7 +132,9 @@ def test_help_is_quick() -> None:
         result = command("--help")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 1.5 and result.returncode == 0
-    for name in ("bench", "errors", "amplify", "speed", "gpu", "report", "plans", "doctor", "identify", "audit", "survey"):
+    for (
+        name
+    ) in "bench errors amplify speed budget gpu identify survey cases confusion audit report plans doctor".split():
         assert re.search(rf"\b{name}\b", result.stdout), name
 
 

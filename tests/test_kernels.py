@@ -394,7 +394,7 @@ def test_arrows_point_down(folder: str, allowed: set[str]):
 
 @pytest.mark.parametrize("name", ["hf", "bf16-statistics"])
 def test_massive_activations(name: str) -> None:
-    """From layer 2 on one value of the first token is 1800 times the others' rms, and four channels are large in all."""
+    """From layer 2 on one value of the first token is 1800 times the others' rms, four channels are large in all."""
     plan = PLANS[name].plan
     problem = synthetic_problem("qwen3-0.6b", layer=8, tokens=8)
     assert problem.x[0].abs().max() > 1000 * problem.x[1:].float().square().mean().sqrt()
