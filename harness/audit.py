@@ -17,7 +17,6 @@ left of it is not looked at.
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -55,6 +54,7 @@ from harness.audit_text import (
     rounding_operations,
     ttir_graph,
 )
+from harness.blackbox import load
 from kernels.checks import KEEP, RNE
 from variants.catalogue import plan_named
 from variants.plan import CastPlan
@@ -743,17 +743,7 @@ def audit_foreign(
 
 def imported(module_function: str) -> triton.JITFunction:
     """The kernel of that name. Raises ValueError where there is none, RuntimeError where it is interpreted."""
-    module, _, name = module_function.partition(":")
-    if not module or not name:
-        raise ValueError(
-            f"a kernel is named MODULE:FUNCTION, as in kernels.head_norm:head_norm_kernel, not {module_function!r}"
-        )
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever a module does when it is imported
-        raise ValueError(f"module {module!r} cannot be imported: {reason(error)}") from error
-    if found is None:
-        raise ValueError(f"module {module!r} has no {name!r}")
+    found = load(module_function)
     while not isinstance(found, triton.JITFunction) and type(found).__module__.startswith("triton.runtime.auto"):
         found = found.fn  # under triton.autotune and triton.heuristics
     if type(found).__module__.startswith("triton.runtime.interpreter"):
