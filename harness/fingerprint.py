@@ -141,12 +141,21 @@ def _rejects(a: Rule, b: Rule, calls: Sequence[Call]) -> bool:
     return as_a >= TELLING and as_a > 4 * as_b
 
 
+def _concentrated(wrong: Tensor) -> str:
+    """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED of it; empty if nowhere."""
+    for name, shares in (("row", wrong.double().mean(1)), ("column", wrong.double().mean(0))):
+        if shares.max() > CONCENTRATED:
+            return f"they gather in {name} {int(shares.argmax())}, {shares.max():.0%} of it"
+    return ""
+
+
 @dataclass(frozen=True)
 class Ranking:
     best: Rule
     share: float
     runner_up: float | None  # None if nothing was rejected
     left: list[Rule]  # rules that the best does not reject, itself first
+    gathered: str  # where the elements gather that the best does not explain; empty if nowhere
 
 
 def _rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
@@ -159,7 +168,8 @@ def _rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     best = ordered[0]
     left = [rule for rule in ordered[1:] if not _rejects(best, rule, calls)]
     rejected = [shares[rule] for rule in ordered[1:] if rule not in left] or [s for s in rough.values() if s < 1]
-    return Ranking(best, shares[best], max(rejected, default=None), [best, *left])
+    gathered = _concentrated(torch.cat([call.wrong(best) for call in calls]))
+    return Ranking(best, shares[best], max(rejected, default=None), [best, *left], gathered)
 
 
 def _classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:
@@ -216,19 +226,6 @@ def _difference(a: dict[str, str], b: dict[str, str]) -> str:
     return ", ".join(f"{name}={a[name]} against {b[name]}" for name in a if a[name] != b[name])
 
 
-def _concentrated(wrong: Tensor) -> str:
-    """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED of it; empty if nowhere."""
-    for name, shares in (("row", wrong.double().mean(1)), ("column", wrong.double().mean(0))):
-        if shares.max() > CONCENTRATED:
-            return f"they gather in {name} {int(shares.argmax())}, {shares.max():.0%} of it"
-    return ""
-
-
-def _gathered(rule: Rule, calls: Sequence[Call]) -> str:
-    """Where the elements gather that the rule does not explain, in all calls together."""
-    return _concentrated(torch.cat([call.wrong(rule) for call in calls]))
-
-
 def _answer(groups: list[list[dict[str, str]]], share: float, runner_up: float | None, evidence: str = "") -> Answer:
     candidates = [_merged(group) for group in groups]
     if len(candidates) == 1:
@@ -283,9 +280,8 @@ def _norm(box: BlackBox) -> Answer:
     _check_repeats(main[0], call(rows))
     ranking = _rank(norm_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
     nearest = named(ranking.best)
-    gathered = _gathered(ranking.best, main)
-    if 1 - ranking.share > UNEXPLAINED or gathered:
-        return _none(nearest, ranking.share, ranking.runner_up, gathered or _by_eps(ranking.best, main))
+    if 1 - ranking.share > UNEXPLAINED or ranking.gathered:
+        return _none(nearest, ranking.share, ranking.runner_up, ranking.gathered or _by_eps(ranking.best, main))
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     groups = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
     for count in (len(rows.x), 4):  # the same number of rows, and another
@@ -317,9 +313,9 @@ def _chain(box: BlackBox) -> Answer:
         v, qk = 1 - norm_ranking.share, 1 - head_ranking.share
         where = f"{v:.2%} of v, which shows the input norm, and {qk:.2%} of q and k"
         return _none(nearest, share, runner_up, where)
-    gathered = _gathered(norm_ranking.best, norm_calls[:2])
-    if gathered:
-        return _none(nearest, share, runner_up, f"of v, {gathered}")
+    if norm_ranking.gathered or head_ranking.gathered:
+        where = f"v: {norm_ranking.gathered}" if norm_ranking.gathered else f"q and k: {head_ranking.gathered}"
+        return _none(nearest, share, runner_up, where)
     groups = [
         [_plan_words(a, b, fused_add) for a in norm_group for b in head_group if _fit(a, b)]
         for norm_group in norms
