@@ -95,6 +95,9 @@ class BlackBox:
                 raise Fault(
                     f"the callable returned {output.dtype}, expected torch.bfloat16 or torch.float32 throughout"
                 )
+            wrong = 1 - output.isfinite().double().mean().item()
+            if wrong:
+                raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
 
 
 def load(target: str) -> Callable[..., Any]:
