@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,7 @@ class Rows:
     def _kept(self) -> dict[tuple[str, ...], Tensor]:
         return {}
 
-    def remembered(self, key: tuple[str, ...], make: functools.partial[Tensor]) -> Tensor:
+    def remembered(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -136,15 +136,16 @@ def mean_of_squares(rule: Rule, rows: Rows) -> Tensor:
         mean = squares.sum(-1, keepdim=True) / rows.width
         return round_to(mean.to(torch.float32), rule.variance).to(torch.float64)
 
-    return rows.remembered(("variance", rule.x, rule.statistics, rule.variance), functools.partial(make))
+    return rows.remembered(("variance", rule.x, rule.statistics, rule.variance), make)
 
 
-def scalar(rule: Rule, variance: Tensor, eps: float) -> Tensor:
-    """fp32 of variance's shape: what multiplies x (root `rsqrt`), or divides it (`sqrt`)."""
+def scalar(rule: Rule, variance: Tensor, eps: float | Tensor) -> Tensor:
+    """fp32 of variance's shape, eps in float64: what multiplies x (root `rsqrt`), or divides it (`sqrt`)."""
     if rule.eps == "float64":
         under = variance + eps
     else:
-        added = round_to(torch.tensor(eps), RNE if rule.eps == "bf16" else KEEP).to(torch.float64)
+        added = torch.as_tensor(eps, dtype=torch.float32)
+        added = round_to(added, RNE if rule.eps == "bf16" else KEEP).to(torch.float64)
         under = (variance + added).to(torch.float32)
         under = round_to(under, KEEP if rule.eps == "float32" else RNE).to(torch.float64)
     if rule.root == "rsqrt":
@@ -153,12 +154,21 @@ def scalar(rule: Rule, variance: Tensor, eps: float) -> Tensor:
     return root if rule.root == "sqrt" else round_to(1 / root, rule.rstd)
 
 
-def two_step(rule: Rule, variance: Tensor, eps: float) -> Tensor:
+def two_step(rule: Rule, variance: Tensor, eps: float | Tensor) -> Tensor:
     """scalar as 1 / sqrt in two fp32 roundings: what many implementations call rsqrt; an ulp off in one of four."""
     if rule.root != "rsqrt":
         return scalar(rule, variance, eps)
     root = scalar(rule.replace(root="sqrt", rstd=KEEP), variance, eps)
     return round_to(1 / root, rule.rstd)
+
+
+def _root_key(rule: Rule) -> tuple[str, ...]:
+    return (rule.x, rule.statistics, rule.variance, rule.eps, rule.root, rule.rstd)
+
+
+def factor_of(rule: Rule, rows: Rows) -> Tensor:
+    """[R, 1] fp32: scalar of the rows."""
+    return rows.remembered(("scalar", *_root_key(rule)), lambda: scalar(rule, mean_of_squares(rule, rows), rows.eps))
 
 
 def applied_weight(rule: Rule, rows: Rows) -> Tensor:
@@ -168,11 +178,9 @@ def applied_weight(rule: Rule, rows: Rows) -> Tensor:
 
 def predict(rule: Rule, rows: Rows) -> Tensor:
     """What an implementation of the rule returns: [R, D] fp32, or [R, N] with a readout."""
-    x, variance, weight = source(rule, rows), mean_of_squares(rule, rows), applied_weight(rule, rows)
-    key = ("scalar", rule.x, rule.statistics, rule.variance, rule.eps, rule.root, rule.rstd)
-    factor = rows.remembered(key, functools.partial(scalar, rule, variance, rows.eps))
+    x, factor, weight = source(rule, rows), factor_of(rule, rows), applied_weight(rule, rows)
     if rule.scale == "prologue" or rows.readout is None:
-        key = ("product", *key[1:], rule.order, rule.normed, rule.weight_offset)
+        key = ("product", *_root_key(rule), rule.order, rule.normed, rule.weight_offset)
         product = rows.remembered(key, functools.partial(_normalised, rule, x, factor, weight))
     if rows.readout is None:
         return round_to(product, rule.out)
@@ -183,7 +191,7 @@ def predict(rule: Rule, rows: Rows) -> Tensor:
         accumulated = _read(rule, round_to(x * weight, rule.hidden), rows.readout)
     else:
         accumulated = _read(rule, x, _folded(rows.readout, weight))
-    return _stored(rule, _scaled(rule, accumulated, factor), rows.readout)
+    return _stored(rule, scaled(rule, accumulated, factor), rows.readout)
 
 
 def _stored(rule: Rule, value: Tensor, readout: Readout) -> Tensor:
@@ -192,16 +200,17 @@ def _stored(rule: Rule, value: Tensor, readout: Readout) -> Tensor:
     return round_to(value, rule.out)
 
 
-def _scaled(rule: Rule, value: Tensor, factor: Tensor) -> Tensor:
+def scaled(rule: Rule, value: Tensor, factor: Tensor) -> Tensor:
+    """value by the factor of scalar, in one fp32 rounding."""
     return value / factor if rule.root == "sqrt" else value * factor
 
 
 def _normalised(rule: Rule, x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
     if rule.order == "(x*w)*rstd":
-        return _scaled(rule, x * weight, factor)
+        return scaled(rule, x * weight, factor)
     if rule.order == "x*(rstd*w)":
         return x * (factor * weight)
-    return round_to(_scaled(rule, x, factor), rule.normed) * weight
+    return round_to(scaled(rule, x, factor), rule.normed) * weight
 
 
 def _read(rule: Rule, hidden: Tensor, readout: Readout) -> Tensor:

@@ -4,8 +4,8 @@ It is called with rows whose sums are exact in any order (harness.probes), and w
 with what every rule of the family (harness.family) would store. First the roundings are found; then, among rules that
 differ by fp32 ulps only, rows are searched on which these store different bits. At last Gaussian rows must agree too.
 
-A rule is rejected where another explains more than four in five of the elements on which the two differ, at least
-TELLING of them: so a few wrong elements, from approximate instructions or noise, decide nothing.
+A rule is rejected where another explains more than four in five of what tells the two apart, at least TELLING votes of
+it: so a few wrong elements, from approximate instructions or noise, decide nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from torch import Tensor
 
 from harness import probes
 from harness.blackbox import BlackBox, Fault
-from harness.family import EPS_BF16, Readout, Rows, Rule, arithmetic, norm_rules, predict, projected_rules
+from harness.family import (
+    EPS_BF16,
+    Readout,
+    Rows,
+    Rule,
+    arithmetic,
+    factor_of,
+    mean_of_squares,
+    norm_rules,
+    predict,
+    projected_rules,
+)
 from kernels.checks import KEEP, RNE, RTZ, STORAGE
 from variants.envelope import envelope, outside
 from variants.plan import CastPlan
@@ -34,9 +45,9 @@ UNEXPLAINED = 0.005
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
 CONCENTRATED = 0.1
 TELLING = 6
-SEARCHES = 12
-ENOUGH = 60  # telling elements of every pair, after which more would not decide either
-MISSES = 3  # searches without a telling row, after which rules count as the same
+SEARCHES = 24
+ENOUGH = 30  # votes on every pair, after which more would not decide either
+MISSES = 8  # searches in a row without a telling one, after which rules count as the same
 CLOSE = 4 * 2.0**-23  # fp32 ulps; the least rounding of the family is 2^-9
 SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
 
@@ -125,14 +136,21 @@ def _share(rule: Rule, calls: Sequence[Call]) -> float:
     return sum(call.share(rule) for call in calls) / len(calls)
 
 
-def _votes(a: Rule, b: Rule, calls: Sequence[Call]) -> tuple[int, int, int]:
-    """Elements on which the two rules differ, and how many of them the callable stores as a, as b."""
-    votes = torch.zeros(3, dtype=torch.long)
+def _votes(a: Rule, b: Rule, calls: Sequence[Call]) -> tuple[float, float, float]:
+    """What tells the two rules apart, and how much of it the callable stores as a, as b. An element on which they
+    differ is one vote; if they differ in the factor of its row, all elements of that variance share one, because an
+    implementation's root is right or wrong for all of them at once."""
+    votes = torch.zeros(3, dtype=torch.float64)
     for call in calls:
         stored_a, stored_b = predict(a, call.rows), predict(b, call.rows)
         differ = stored_a != stored_b
-        as_a, as_b = (differ & (stored == call.stored) for stored in (stored_a, stored_b))
-        votes += torch.stack([differ.sum(), as_a.sum(), as_b.sum()])
+        counts = torch.stack([differ, differ & (stored_a == call.stored), differ & (stored_b == call.stored)]).sum(-1)
+        roots = (factor_of(a, call.rows) != factor_of(b, call.rows)).flatten() & (counts[0] > 0)
+        votes += counts[:, ~roots].sum(-1)
+        if roots.any():
+            number, group = mean_of_squares(a, call.rows).flatten()[roots].unique(return_inverse=True)
+            shared = torch.zeros(3, len(number), dtype=torch.float64).index_add(1, group, counts[:, roots].double())
+            votes += (shared / shared[0]).sum(-1)
     return tuple(votes.tolist())
 
 
@@ -196,6 +214,7 @@ def _refine(
         if rows is None:
             misses += 1
             continue
+        misses = 0
         calls.append(call(rows))
         left = [b for b in left if not any(_rejects(a, b, calls) for a in left)]
         if all(_votes(a, b, calls)[0] >= ENOUGH for i, a in enumerate(left) for b in left[:i]):
@@ -252,7 +271,8 @@ def _evidence(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
     differ, first, second = _votes(groups[0][0], groups[1][0], calls)
     return (
         ". The probe that would decide, rows on which they store different bits, was given: of the "
-        f"{differ} elements that tell the first two apart, {first} are stored as by the first, {second} by the second"
+        f"{differ:g} roots or products that tell the first two apart, {first:.3g} are stored as by the first, "
+        f"{second:.3g} as by the second"
     )
 
 

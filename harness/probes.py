@@ -12,13 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.family import Readout, Rows, Rule, mean_of_squares, predict, scalar, two_step
+from harness.family import Readout, Rows, Rule, mean_of_squares, predict, scalar, scaled, two_step
+from kernels.checks import KEEP, RNE
 from variants.spec import round_to
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
 EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
 VARYING = 8  # channels whose sizes change from row to row of the pool that is searched; the others change places
 POOL = 1 << 17
+EPS_TRIED, BOUNDARIES = 32, 1 << 12
 LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
 
 
@@ -62,19 +64,31 @@ def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
 def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
     """ROWS rows on which the rules store different bits, or None if the search finds no such row.
 
-    Rows of the pool share the values of all channels but VARYING. Only those are used on which 1 / sqrt in one
-    rounding and in two agree, so that it does not matter how an implementation computes it. eps is EPS_LARGE.
+    Rows of the pool share the values of all channels but VARYING, and each has the first so many of those: a rounded
+    variance has few values, of which such rows take most. Only rows are used on which 1 / sqrt in one rounding and in
+    two agree, so that it does not matter how an implementation computes it. Every seed has an eps near EPS_LARGE; where
+    variance and normed are rounded, so that few pairs of them are left, the best of EPS_TRIED. Where rstd is rounded
+    every other seed gives _boundary_rows.
     """
     rng = torch.Generator().manual_seed(seed)
+    if seed % 2 == 0 and all(rule.rstd != KEEP for rule in rules):
+        rows = _boundary_rows(rules, width, rng)
+        return rows and dataclasses.replace(rows, readout=readout)
+    several = EPS_LARGE * 2 ** (2 * torch.rand(EPS_TRIED, generator=rng, dtype=torch.float64) - 1)
+    few = all(KEEP not in (rule.variance, rule.normed) for rule in rules)
+    eps = max(several.tolist(), key=lambda eps: _telling_pairs(rules, eps)) if few else several[0].item()
     shared = integers(64, 256, [width - VARYING], rng) / 64
     varying = torch.randint(64, 256, [POOL, VARYING], generator=rng).float() / 64
     scale = 2.0 ** torch.randint(-3, 4, [POOL, 1], generator=rng)
-    agree, differ = _factors(rules, shared, varying, scale.flatten(), width)
+    count = torch.randint(len(shared) // 4, len(shared) + 1, [POOL, 1], generator=rng)
+    agree, differ = _factors(rules, shared, count.flatten(), varying, scale.flatten(), width, eps)
     order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:LOOKED_AT]
     order = order[agree[order]]
+    held = torch.where(torch.arange(len(shared)) < count[order], shared, 0)
     turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)
-    x = torch.cat([varying[order], shared[turned]], dim=1) * scale[order]  # each row meets the weights otherwise
-    rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
+    held = held.gather(1, turned)  # each row meets the weights otherwise
+    x = torch.cat([varying[order], held], dim=1) * scale[order]
+    rows = Rows(x, norm_weight(width, rng), eps, width, readout=readout)
     stored = [predict(rule, rows) for rule in rules]
     counts = [(stored[i] != stored[j]).sum(1) for i in range(len(rules)) for j in range(i)]
     chosen = _most_telling(counts)
@@ -84,18 +98,53 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     return dataclasses.replace(rows, x=x[chosen])
 
 
+def _telling_pairs(rules: Sequence[Rule], eps: float) -> int:
+    """Pairs of a bf16 variance, 2^-6 to 2^7, and a bf16 value of which two rules store another normed."""
+    variance = (torch.arange(128, 256)[:, None] * 2.0 ** torch.arange(-13, 0)).double().reshape(-1, 1)
+    agree = torch.ones(variance.shape, dtype=torch.bool)
+    normed = []
+    for rule in rules:
+        factor = scalar(rule, variance, eps)
+        agree &= factor == two_step(rule, variance, eps)
+        normed.append(round_to(scaled(rule, torch.arange(128, 256).float(), factor), rule.normed))
+    differ = torch.stack([other != normed[0] for other in normed]).any(0)
+    return int((differ & agree).sum())
+
+
+def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> Rows | None:
+    """One row in ROWS orders, with an eps that brings variance + eps so near a boundary of rstd's rounding that two
+    rules store another rstd; None if none was found."""
+    pool = Rows(integers(64, 256, [BOUNDARIES, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
+    variances = [mean_of_squares(rule, pool) for rule in rules]
+    boundary = torch.randint(128, 256, [BOUNDARIES, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
+    root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
+    ulps = torch.randn([BOUNDARIES, 1], generator=rng, dtype=torch.float64)
+    eps = root.square() * (1 + ulps * 2.0**-24) - variances[0]
+    factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]
+    agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE)
+    for rule, variance, factor in zip(rules, variances, factors, strict=True):
+        agree &= factor == two_step(rule, variance, eps)
+    differ = sum((a != b).long() for i, a in enumerate(factors) for b in factors[:i]) * agree
+    best = int(differ.argmax())
+    if not differ[best]:
+        return None
+    orders = torch.rand(ROWS, width, generator=rng).argsort(1)
+    return dataclasses.replace(pool, x=pool.x[best][orders], eps=eps[best].item())
+
+
 def _factors(
-    rules: Sequence[Rule], shared: Tensor, varying: Tensor, scale: Tensor, width: int
+    rules: Sequence[Rule], shared: Tensor, count: Tensor, varying: Tensor, scale: Tensor, width: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do two rules' factors differ?"""
     agree = torch.ones(len(varying), dtype=torch.bool)
     differ = torch.zeros(len(varying), dtype=torch.bool)
     factors: dict[str, Tensor] = {}
     for rule in rules:
-        fixed, squares = (round_to(part.square(), rule.statistics).double().sum(-1) for part in (shared, varying))
-        variance = round_to(((squares + fixed) / width * scale**2).float(), rule.variance).double()
-        factor = scalar(rule, variance, EPS_LARGE)
-        agree &= factor == two_step(rule, variance, EPS_LARGE)
+        held, free = (round_to(part.square(), rule.statistics).double() for part in (shared, varying))
+        total = held.cumsum(0)[count - 1] + free.sum(-1)
+        variance = round_to((total / width * scale**2).float(), rule.variance).double()
+        factor = scalar(rule, variance, eps)
+        agree &= factor == two_step(rule, variance, eps)
         differ |= factors.setdefault(rule.root, factor) != factor
     return agree, differ
 
