@@ -199,6 +199,8 @@ def identify(
         raise typer.Exit(1)
 
 
+# A Hugging Face model's own rounding, one rounding a norm, fp32 through the matmul and beyond, deferred, truncation.
+MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 
@@ -273,6 +275,40 @@ def audit(
         rows = records.rows("audit")
     if any(row["status"] in ("red", "failed") for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def model(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or qwen3-0.6b (calibrated).")
+    ],
+    plans: Annotated[str, typer.Option(help="Plans by name, with commas (see `plans`).")] = MODEL_PLANS,
+    backend: Annotated[str, typer.Option(help="eager, inductor, triton, triton-separate or spec.")] = "eager",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, blank lines between prompts.")] = None,
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each prompt.", min=2)] = 128,
+    passages: Annotated[int, typer.Option(help="How many of the eight fixed passages to read.", min=1, max=8)] = 8,
+    results: ResultsFolder = None,
+    device: DeviceName = "",
+) -> None:
+    """Does a language model notice? Every plan inside a real model, against float64 and against eager bf16."""
+    import hashlib
+
+    device = _device(device)
+    from harness.impact import arms, sweep_model, texts
+    from harness.language_model import load
+
+    if prompts is not None and not prompts.is_file():
+        raise ValueError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
+    lm = load(source, device)
+    names = plans.split(",")
+    arms(lm, names, backend)  # raises what does not fit, before work starts
+    found = texts(lm, prompts, tokens, passages)
+    read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts else ""
+    settings = {"model": lm.name, "plans": names, "backend": backend, "prompts": read, "tokens": tokens}
+    records = _records("model", results, device, **settings, passages=passages)
+    sweep_model(lm, names, backend, found, records)
+    records.finish()
+    _print_study(records, "model_tokens")
 
 
 @app.command()

@@ -12,7 +12,7 @@ TEXT_COLUMNS = set(
     "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
     "device source planted answered measure player where before after "
     "unit claimed_text verdict why target kernel keywords declared ttir machine roundings matmul "
-    "not_followed matrix".split()
+    "not_followed matrix text arm".split()
 )
 
 Frames = dict[str, pd.DataFrame]

@@ -49,6 +49,14 @@ TABLES: dict[str, tuple[str, ...]] = {
         "run_id target kernel plan keywords declared ttir machine roundings matmul not_followed fused expanded matrix "
         "registers spills shared status reason".split()
     ),
+    "model_layers": tuple(
+        "run_id model weights text prompt arm backend reference layer max_abs rms rel_rms cosine status reason".split()
+    ),
+    "model_tokens": tuple(
+        "run_id model weights text prompt tokens arm backend reference logit_max kl_mean kl_max top1 top5 dlogp_p50 "
+        "dlogp_p99 dlogp_max parts_at nll seconds status reason".split()
+    ),
+    "model_dlogp": tuple("run_id model weights text prompt arm backend reference above tokens status reason".split()),
     "fingerprints": tuple(
         "run_id source kind planted answered share_equal runner_up_share_equal seconds status reason".split()
     ),
@@ -64,6 +72,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "budget": ("weights", "layer", "tokens", "plan", "backend", "measure", "player"),
     "cases": ("case", "source", "measure"),
     "audit": ("target", "kernel", "plan", "keywords"),
+    "model_layers": ("model", "weights", "text", "prompt", "arm", "reference", "layer"),
+    "model_tokens": ("model", "weights", "text", "prompt", "arm", "reference"),
+    "model_dlogp": ("model", "weights", "text", "prompt", "arm", "reference", "above"),
     "fingerprints": ("source", "kind", "planted"),
 }
 

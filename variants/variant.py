@@ -17,7 +17,7 @@ from variants.spec import check_offset, spec
 # Compiled once per plan and shape; PyTorch's own limit of 8 is meant for one function, not for a family.
 torch._dynamo.config.recompile_limit = 1024
 
-BACKENDS = ("spec", "triton", "triton-separate", "inductor")
+BACKENDS = ("spec", "eager", "triton", "triton-separate", "inductor")
 
 
 def triton_flags(plan: CastPlan) -> dict[str, str]:
@@ -66,6 +66,9 @@ def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
     """
     if backend == "spec":
         return tuple(spec(plan, problem).outputs().values())
+    if backend == "eager":
+        check_offset(plan, problem)
+        return plan_eager(plan, problem, plan_weight(plan, problem))
     if backend in ("triton", "triton-separate"):
         return run_triton(plan, problem, separate=backend == "triton-separate")
     if backend == "inductor":

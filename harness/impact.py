@@ -1,0 +1,361 @@
+"""Does it matter? A language model with a variant attached, against itself in float64 and in eager bf16.
+
+Every arm reads the same tokens in one pass: a prompt, and behind it the greedy continuation that eager bf16 chose for
+it. So one pass shows the hidden state after every layer, the logits, what a token's log probability changes by, and
+the first token of the continuation that the arm would not have chosen: up to there greedy generation agrees.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor, nn
+
+from harness.attach import attached, decoder_layers, fitted
+from harness.language_model import LanguageModel, norms, precision_for
+from harness.progress import track
+from harness.records import Records
+from variants.catalogue import plan_named
+
+PASSAGES = Path(__file__).parent / "data" / "passages.txt"
+CONTINUATION = 32  # greedy tokens behind a prompt
+CHUNK = 32  # positions whose logits are compared at once
+BINS = [10 ** (i / 4) for i in range(-28, 5)]  # lower edges of |difference of log p|, nats; below the first: 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """layers: hidden state after every layer, [S, D] each; logits [S, V]."""
+
+    layers: list[Tensor]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Says:
+    """What logits [S, V] say of the next token: log_p [S, V] float64, and the five most likely tokens [S, 5]."""
+
+    logits: Tensor
+    log_p: Tensor
+    top5: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Says:
+        return cls(logits, logits.to(torch.float64).log_softmax(-1), logits.topk(5, -1).indices)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to run the model. within: a context in which the model runs that way. batch: copies of the tokens.
+    decoded: the continuation one token at a time behind a cache, as it was generated."""
+
+    name: str
+    backend: str
+    within: Callable[[], AbstractContextManager[None]]
+    batch: int = 1
+    decoded: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """source: `passages` or `prompts`; ids: token ids of the prompt."""
+
+    source: str
+    number: int
+    ids: list[int]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a UTF-8 text file, with blank lines between them. Raises ValueError if there are none."""
+    prompts = [" ".join(part.split()) for part in path.read_text(encoding="utf-8").split("\n\n")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: write some text, with blank lines between prompts")
+    return prompts
+
+
+def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -> list[Text]:
+    """The first of the fixed passages, whose perplexity is measured, and the prompts of a file; at most so many tokens
+    of each.
+
+    Raises ValueError for a prompt that does not fit into the model's context.
+    """
+    context = lm.config.max_position_embeddings - CONTINUATION
+    found = []
+    for source, path in (("passages", PASSAGES), ("prompts", prompts)):
+        listed = read_prompts(path) if path else []
+        for number, prompt in enumerate(listed[:passages] if source == "passages" else listed):
+            ids = lm.encode(prompt)
+            if len(ids) > context:
+                raise ValueError(
+                    f"prompt {number + 1} of {path} has {len(ids)} tokens: the model reads {context}, and "
+                    f"{CONTINUATION} more that it writes"
+                )
+            found.append(Text(source, number, ids[:tokens]))
+    return found
+
+
+# ---------------------------------------------------------------- arms
+
+
+def arms(lm: LanguageModel, plans: Sequence[str], backend: str) -> list[Arm]:
+    """Eager first, then yardsticks, then every plan on that backend. Raises what fitted raises."""
+    model = lm.model
+    listed = [
+        Arm("eager", "eager", nullcontext),
+        Arm("eager, batch of 2", "eager", nullcontext, batch=2),
+        Arm("eager, token by token", "eager", nullcontext, decoded=True),
+        Arm("one ulp on K", "eager", lambda: one_ulp_on_k(model)),
+        Arm("float32", "eager", lambda: in_precision(model, torch.float32)),
+        Arm("4-bit weights", "eager", four_bit(model)),
+    ]
+    for name in plans:
+        plan = fitted(plan_named(name), lm.config.model_type)
+        listed.append(Arm(name, backend, functools.partial(attached, model, plan, backend)))
+    return listed
+
+
+@contextmanager
+def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The bf16 model with its weights widened to that dtype, arithmetic in it; for float64 the norms too, which
+    transformers runs in float32. Gemma's embedding scale stays the bf16 number that it was trained with."""
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
+    scales = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
+    kept = [module.embed_scale for module in scales]
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        for module in scales:
+            module.embed_scale = module.embed_scale.to(torch.bfloat16).to(dtype)
+        for module in norms(model) if dtype == torch.float64 else []:
+            module.forward = functools.partial(_float64_norm, module)
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+        for module, scale in zip(scales, kept, strict=True):
+            module.embed_scale = scale
+        for module in norms(model):
+            module.__dict__.pop("forward", None)
+
+
+def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + norm.weight)
+
+
+@contextmanager
+def one_ulp_on_k(model: nn.Module) -> Iterator[None]:
+    """Every element of K, before its rotary embedding, one bf16 ulp up or down at random."""
+    handles = []
+    for number, layer in enumerate(decoder_layers(model)):
+        attention = layer.self_attn
+        last = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+        handles.append(last.register_forward_hook(functools.partial(_one_ulp, number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    step = torch.randint(0, 2, output.shape, generator=rng, dtype=torch.int16).to(output.device) * 2 - 1
+    moved = (output.contiguous().view(torch.int16) + step).view(torch.bfloat16)
+    return torch.where(output == 0, output, moved)
+
+
+def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights."""
+
+    @functools.cache
+    def quantised() -> list[tuple[nn.Parameter, Tensor]]:
+        kind = gguf.GGMLQuantizationType.Q4_0
+        matrices = [m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
+        return [
+            (w, torch.from_numpy(gguf.dequantize(gguf.quantize(w.detach().float().cpu().numpy(), kind), kind)).to(w))
+            for w in matrices
+        ]
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        own = [(weight, weight.data) for weight, _ in quantised()]
+        try:
+            for weight, data in quantised():
+                weight.data = data
+            yield
+        finally:
+            for weight, data in own:
+                weight.data = data
+
+    return within
+
+
+# ---------------------------------------------------------------- passes
+
+
+@torch.no_grad()
+def forward(model: nn.Module, ids: Sequence[int], batch: int = 1, decoded: int = 0) -> Pass:
+    """One pass over the tokens, the last `decoded` of them one at a time behind a cache; of copies in a batch, the
+    first."""
+    layers: list[list[Tensor]] = [[] for _ in decoder_layers(model)]
+
+    def keep(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    hooks = [functools.partial(keep, kept) for kept in layers]
+    handles = [layer.register_forward_hook(hook) for layer, hook in zip(decoder_layers(model), hooks, strict=True)]
+    tokens = torch.tensor([list(ids)] * batch, device=next(model.parameters()).device)
+    cache, logits = None, []
+    try:
+        for part in tokens.split([len(ids) - decoded] + [1] * decoded, dim=1):
+            out = model(part, past_key_values=cache, use_cache=decoded > 0)
+            cache = out.past_key_values
+            logits.append(out.logits[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Pass([torch.cat(parts) for parts in layers], torch.cat(logits))
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
+    """The most likely tokens behind ids, one at a time with a cache, as generation runs."""
+    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    out, chosen = model(tokens, use_cache=True), []
+    for _ in range(count):
+        token = out.logits[:, -1:].argmax(-1)
+        chosen.append(token.item())
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    return chosen
+
+
+def layer_errors(actual: Tensor, reference: Tensor) -> dict[str, float]:
+    """Errors of one layer's hidden state [S, D]; rel_rms: rms over tokens of (rms error / rms of the reference)."""
+    actual, reference = actual.to(torch.float64), reference.to(torch.float64)
+    error = actual - reference
+    relative = error.square().mean(-1).sqrt() / reference.square().mean(-1).sqrt()
+    return {
+        "max_abs": error.abs().max().item(),
+        "rms": error.square().mean().sqrt().item(),
+        "rel_rms": relative.square().mean().sqrt().item(),
+        "cosine": torch.cosine_similarity(actual, reference, dim=-1).mean().item(),
+    }
+
+
+def token_errors(actual: Says, reference: Says, ids: Sequence[int]) -> tuple[dict[str, float], Tensor]:
+    """What a model says otherwise than the reference, and |difference of log p| of each next token [S - 1].
+
+    kl: of the reference's distribution from the actual one, nats. top1, top5: share of positions with the same most
+    likely token, and mean share of the five most likely that are common.
+    """
+    largest, kl = [], []
+    for at in range(0, len(actual.logits), CHUNK):
+        part = slice(at, at + CHUNK)
+        largest.append((actual.logits[part].to(torch.float64) - reference.logits[part].to(torch.float64)).abs().amax())
+        log_a, log_r = actual.log_p[part], reference.log_p[part]
+        kl.append((log_r.exp() * (log_r - log_a)).sum(-1))
+    common = (actual.top5[:, :, None] == reference.top5[:, None, :]).any(-1)
+    change = (following(actual.log_p, ids) - following(reference.log_p, ids)).abs()
+    row = {
+        "logit_max": max(largest).item(),
+        "kl_mean": torch.cat(kl).mean().item(),
+        "kl_max": torch.cat(kl).max().item(),
+        "top1": (actual.top5[:, 0] == reference.top5[:, 0]).double().mean().item(),
+        "top5": common.double().mean().item(),
+        "dlogp_p50": change.quantile(0.5).item(),
+        "dlogp_p99": change.quantile(0.99).item(),
+        "dlogp_max": change.max().item(),
+    }
+    return row, change
+
+
+def following(log_p: Tensor, ids: Sequence[int]) -> Tensor:
+    """log p of each next token, [len(ids) - 1]: log_p [S, V] at position i is of ids[i + 1]."""
+    return log_p[: len(ids) - 1].gather(1, torch.tensor(list(ids[1:]), device=log_p.device)[:, None])[:, 0]
+
+
+def parting(logits: Tensor, prompt: int, continuation: Sequence[int]) -> int:
+    """Tokens of the continuation before the first that logits [S, V] would not choose; all of them if none."""
+    chosen = logits[prompt - 1 : prompt - 1 + len(continuation)].argmax(-1).tolist()
+    return next((i for i, (a, b) in enumerate(zip(chosen, continuation, strict=True)) if a != b), len(continuation))
+
+
+# ---------------------------------------------------------------- the study
+
+
+def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: list[Text], records: Records) -> None:
+    """Rows of every sequence and arm, against the truth and against eager."""
+    listed = arms(lm, plans, backend)
+    device = next(lm.model.parameters()).device.type
+    dtype = precision_for(lm.config, device)
+    for text in track(found, "passages and prompts"):
+        key = {"model": lm.name, "weights": lm.weights, "text": text.source, "prompt": text.number}
+        todo = [arm for arm in listed if not records.has("model_tokens", **key, arm=arm.name, reference="eager")]
+        if todo:
+            _sweep_sequence(lm, todo, text, dtype, records, key)
+
+
+def _sweep_sequence(
+    lm: LanguageModel, todo: list[Arm], text: Text, dtype: torch.dtype, records: Records, key: dict[str, object]
+) -> None:
+    model, prompt = lm.model, len(text.ids)
+    continuation = greedy(model, text.ids, CONTINUATION)
+    ids = [*text.ids, *continuation]
+    with in_precision(model, dtype):
+        truth = forward(model, ids)
+    eager = forward(model, ids)
+    references = {
+        str(dtype).removeprefix("torch."): (truth, Says.of(truth.logits)),
+        "eager": (eager, Says.of(eager.logits)),
+    }
+    for arm in todo:
+        start = time.perf_counter()
+        try:
+            with arm.within():
+                result = (
+                    eager if arm.name == "eager" else forward(model, ids, arm.batch, CONTINUATION if arm.decoded else 0)
+                )
+        except (RuntimeError, ValueError) as error:
+            row = {"arm": arm.name, "backend": arm.backend, "reference": "eager", "status": "failed"}
+            records.add("model_tokens", **key, **row, reason=str(error))
+            continue
+        says = Says.of(result.logits)
+        shared = {
+            "nll": -following(says.log_p, text.ids).mean().item(),
+            "parts_at": parting(result.logits, prompt, continuation),
+            "seconds": time.perf_counter() - start,
+        }
+        for name, reference in references.items():
+            row = {**key, "arm": arm.name, "backend": arm.backend, "reference": name}
+            _record(records, row, (result, says), reference, ids, shared)
+
+
+def _record(
+    records: Records,
+    key: dict[str, object],
+    result: tuple[Pass, Says],
+    reference: tuple[Pass, Says],
+    ids: list[int],
+    shared: dict[str, object],
+) -> None:
+    """Rows of one arm against one reference; that of the tokens comes last and says that the others are there."""
+    for layer, (actual, expected) in enumerate(zip(result[0].layers, reference[0].layers, strict=True)):
+        if not records.has("model_layers", **key, layer=layer):
+            records.add("model_layers", **key, layer=layer, **layer_errors(actual, expected))
+    row, change = token_errors(result[1], reference[1], ids)
+    counts = torch.histogram(change.cpu(), torch.tensor([-1.0, *BINS, float("inf")], dtype=torch.float64)).hist
+    for edge, count in zip([0.0, *BINS], counts.tolist(), strict=True):
+        if count and not records.has("model_dlogp", **key, above=edge):
+            records.add("model_dlogp", **key, above=edge, tokens=int(count))
+    if not records.has("model_tokens", **key):
+        records.add("model_tokens", **key, tokens=len(ids), **row, **shared)
