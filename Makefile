@@ -9,10 +9,10 @@ ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test compare study gpu report lint format clean
+.PHONY: help bench test test-real compare study models gpu report lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of python -m harness"
 
 $(READY): requirements.txt
@@ -40,6 +40,12 @@ study: $(READY)  ## fingerprints of public implementations, error budget, cases 
 	$(BIN)/python -m harness budget --tokens 64 $(WHERE)
 	$(BIN)/python -m harness cases $(WHERE)
 	$(BIN)/python -m harness audit $(WHERE)
+
+models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)
+	$(BIN)/python -m harness models
+
+test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
+	$(BIN)/python -m pytest -q tests/real -o addopts="" $(ARGS)
 
 gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
 	$(PYTHON) -m harness gpu $(WHERE) $(ARGS)

@@ -312,6 +312,14 @@ def model(
 
 
 @app.command()
+def models() -> None:
+    """Fetch Gemma 3 270M, a real model with q and k norms, into models/."""
+    from harness.gemma import fetch
+
+    print(f"{fetch()} is ready: python -m harness model {fetch()}")
+
+
+@app.command()
 def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
 ) -> None:

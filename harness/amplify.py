@@ -31,7 +31,7 @@ def amplification(problem: Problem, chain: Chain, truth: Chain) -> dict[str, flo
     before = error_stats(actual=k_before(problem, chain), reference=k_before(problem, truth))
     after = error_stats(actual=chain.k, reference=truth.k)
     predicted, measured = channel_gains(problem, chain, truth)
-    logits, true_logits = attention_logits(problem, chain), attention_logits(problem, truth)
+    logits, true_logits = attention_logits(chain.q, chain.k), attention_logits(truth.q, truth.k)
     causal = true_logits.isfinite()
     error = (logits - true_logits)[causal]
     weights, true_weights = logits.softmax(-1), true_logits.softmax(-1)
@@ -70,10 +70,10 @@ def channel_gains(problem: Problem, chain: Chain, truth: Chain) -> tuple[Tensor,
     return predicted.nan_to_num(), (behind / arriving).nan_to_num()
 
 
-def attention_logits(problem: Problem, chain: Chain) -> Tensor:
-    """q.k / sqrt(Dh), [Hq, T, T] float64, -inf above the diagonal."""
-    k = chain.k.repeat_interleave(problem.num_q_heads // problem.num_kv_heads, dim=1)
-    logits = torch.einsum("qhd,khd->hqk", chain.q, k) / math.sqrt(problem.head_dim)
+def attention_logits(q: Tensor, k: Tensor) -> Tensor:
+    """q.k / sqrt(Dh), [Hq, T, T] float64, -inf above the diagonal; q [T, Hq, Dh], k [T, Hkv, Dh]."""
+    k = k.to(torch.float64).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q.to(torch.float64), k) / math.sqrt(q.shape[-1])
     return logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -math.inf)
 
 

@@ -153,8 +153,7 @@ def squared_errors(problem: Problem, q: Tensor, k: Tensor, *, reference: Chain, 
     """MEASURES of q [T, Hq, Dh] and k [T, Hkv, Dh] against a chain, K's relative to the size of the exact heads."""
     head_error = (k - reference.k).square().mean(-1)
     relative = torch.where(head_error == 0, 0.0, head_error / exact.k.square().mean(-1))
-    logits = attention_logits(problem, dataclasses.replace(reference, q=q, k=k))
-    true_logits = attention_logits(problem, reference)
+    logits, true_logits = attention_logits(q, k), attention_logits(reference.q, reference.k)
     causal = torch.ones_like(logits[0], dtype=torch.bool).tril()
     logit_error = (logits - true_logits)[:, causal]
     return dict(zip(MEASURES, (relative.mean().item(), logit_error.square().mean().item()), strict=True))

@@ -10,15 +10,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
 from torch import Tensor, nn
 
+from harness.amplify import attention_logits
 from harness.attach import attached, decoder_layers, fitted
+from harness.errors import error_stats
 from harness.language_model import LanguageModel, norms, precision_for
 from harness.progress import track
 from harness.records import Records
@@ -32,9 +35,12 @@ BINS = [10 ** (i / 4) for i in range(-28, 5)]  # lower edges of |difference of l
 
 @dataclass(frozen=True)
 class Pass:
-    """layers: hidden state after every layer, [S, D] each; logits [S, V]."""
+    """Of every layer: hidden, the state behind it [S, D]; q and k, as they leave their norm [S, H, Dh], before rotary
+    embedding. logits [S, V]."""
 
-    layers: list[Tensor]
+    hidden: list[Tensor]
+    q: list[Tensor]
+    k: list[Tensor]
     logits: Tensor
 
 
@@ -53,14 +59,11 @@ class Says:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to run the model. within: a context in which the model runs that way. batch: copies of the tokens.
-    decoded: the continuation one token at a time behind a cache, as it was generated."""
+    """A way to run the model: token ids -> what it computes of them."""
 
     name: str
     backend: str
-    within: Callable[[], AbstractContextManager[None]]
-    batch: int = 1
-    decoded: bool = False
+    run: Callable[[Sequence[int]], Pass]
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,25 @@ def arms(lm: LanguageModel, plans: Sequence[str], backend: str) -> list[Arm]:
     """Eager first, then yardsticks, then every plan on that backend. Raises what fitted raises."""
     model = lm.model
     listed = [
-        Arm("eager", "eager", nullcontext),
-        Arm("eager, batch of 2", "eager", nullcontext, batch=2),
-        Arm("eager, token by token", "eager", nullcontext, decoded=True),
-        Arm("one ulp on K", "eager", lambda: one_ulp_on_k(model)),
-        Arm("float32", "eager", lambda: in_precision(model, torch.float32)),
-        Arm("4-bit weights", "eager", four_bit(model)),
+        Arm("eager", "eager", lambda ids: forward(model, ids)),
+        Arm("eager, batch of 2", "eager", lambda ids: forward(model, ids, batch=2)),
+        Arm("eager, token by token", "eager", lambda ids: forward(model, ids, decoded=CONTINUATION)),
+        Arm("one ulp on K", "eager", _within(model, lambda: one_ulp_on_k(model))),
+        Arm("float32", "eager", _within(model, lambda: in_precision(model, torch.float32))),
+        Arm("4-bit weights", "eager", _within(model, four_bit(model))),
     ]
     for name in plans:
         plan = fitted(plan_named(name), lm.config.model_type)
-        listed.append(Arm(name, backend, functools.partial(attached, model, plan, backend)))
+        listed.append(Arm(name, backend, _within(model, functools.partial(attached, model, plan, backend))))
     return listed
+
+
+def _within(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Callable[[Sequence[int]], Pass]:
+    def run(ids: Sequence[int]) -> Pass:
+        with context():
+            return forward(model, ids)
+
+    return run
 
 
 @contextmanager
@@ -147,19 +158,17 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + norm.weight)
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm_offset(norm) + norm.weight)
 
 
 @contextmanager
 def one_ulp_on_k(model: nn.Module) -> Iterator[None]:
     """Every element of K, before its rotary embedding, one bf16 ulp up or down at random."""
-    handles = []
-    for number, layer in enumerate(decoder_layers(model)):
-        attention = layer.self_attn
-        last = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
-        handles.append(last.register_forward_hook(functools.partial(_one_ulp, number)))
+    handles = [
+        last_of(layer, "k").register_forward_hook(functools.partial(_one_ulp, number))
+        for number, layer in enumerate(decoder_layers(model))
+    ]
     try:
         yield
     finally:
@@ -207,24 +216,67 @@ def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
 def forward(model: nn.Module, ids: Sequence[int], batch: int = 1, decoded: int = 0) -> Pass:
     """One pass over the tokens, the last `decoded` of them one at a time behind a cache; of copies in a batch, the
     first."""
-    layers: list[list[Tensor]] = [[] for _ in decoder_layers(model)]
-
-    def keep(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output)[0])
-
-    hooks = [functools.partial(keep, kept) for kept in layers]
-    handles = [layer.register_forward_hook(hook) for layer, hook in zip(decoder_layers(model), hooks, strict=True)]
     tokens = torch.tensor([list(ids)] * batch, device=next(model.parameters()).device)
     cache, logits = None, []
-    try:
+    with _taps(model) as taps:
         for part in tokens.split([len(ids) - decoded] + [1] * decoded, dim=1):
             out = model(part, past_key_values=cache, use_cache=decoded > 0)
             cache = out.past_key_values
             logits.append(out.logits[0])
+    return Pass(
+        **{name: [torch.cat(parts) for parts in layers] for name, layers in taps.items()}, logits=torch.cat(logits)
+    )
+
+
+@contextmanager
+def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
+    """What Pass calls hidden, q and k, of every layer a list that grows with every call."""
+    config, layers = model.config.get_text_config(), decoder_layers(model)
+    taps: dict[str, list[list[Tensor]]] = {name: [[] for _ in layers] for name in ("hidden", "q", "k")}
+
+    def hidden(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    def heads(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
+        if output.ndim == 3:  # a projection without a norm
+            output = output.unflatten(-1, (-1, head_size(config)))
+        elif config.model_type == "gemma3_text":  # heads before tokens
+            output = output.transpose(1, 2)
+        kept.append(output[0])
+
+    handles = []
+    for number, layer in enumerate(layers):
+        places = {"hidden": (layer, hidden), "q": (last_of(layer, "q"), heads), "k": (last_of(layer, "k"), heads)}
+        for name, (module, keep) in places.items():
+            handles.append(module.register_forward_hook(functools.partial(keep, taps[name][number])))
+    try:
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
-    return Pass([torch.cat(parts) for parts in layers], torch.cat(logits))
+
+
+def k_norm_max(layer: nn.Module) -> float | None:
+    """The largest factor that the layer's K norm applies; None without such a norm."""
+    norm = getattr(layer.self_attn, "k_norm", None)
+    if norm is None:
+        return None
+    return (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What the norm adds to its stored weight: Gemma's 1."""
+    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+
+
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def last_of(layer: nn.Module, name: str) -> nn.Module:
+    """What q or k comes from, before rotary embedding: its norm, or its projection in models without one."""
+    attention = layer.self_attn
+    return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
 
 
 @torch.no_grad()
@@ -239,16 +291,25 @@ def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def layer_errors(actual: Tensor, reference: Tensor) -> dict[str, float]:
-    """Errors of one layer's hidden state [S, D]; rel_rms: rms over tokens of (rms error / rms of the reference)."""
-    actual, reference = actual.to(torch.float64), reference.to(torch.float64)
-    error = actual - reference
-    relative = error.square().mean(-1).sqrt() / reference.square().mean(-1).sqrt()
+def layer_errors(actual: Pass, reference: Pass, layer: int) -> dict[str, float]:
+    """Errors of one layer's hidden state, of its K, and of its attention logits q.k / sqrt(Dh), causal, without
+    positions. rel_rms: rms over tokens (K: and heads) of (rms error / rms of the reference). cosine: mean of 1 - it."""
+    a, r = actual.hidden[layer].to(torch.float64), reference.hidden[layer].to(torch.float64)
+    error = a - r
+    relative = error.square().mean(-1).sqrt() / r.square().mean(-1).sqrt()
+    k = error_stats(actual=actual.k[layer], reference=reference.k[layer])
+    logits = attention_logits(actual.q[layer], actual.k[layer]) - attention_logits(
+        reference.q[layer], reference.k[layer]
+    )
     return {
         "max_abs": error.abs().max().item(),
         "rms": error.square().mean().sqrt().item(),
         "rel_rms": relative.square().mean().sqrt().item(),
-        "cosine": torch.cosine_similarity(actual, reference, dim=-1).mean().item(),
+        "cosine": torch.cosine_similarity(a, r, dim=-1).mean().item(),
+        "k_max_abs": k.max_abs,
+        "k_rel_rms": k.rel_rms,
+        "k_p99_ulp": k.p99_ulp,
+        "attention_logit_rms": logits.square().mean().sqrt().item(),
     }
 
 
@@ -294,68 +355,60 @@ def parting(logits: Tensor, prompt: int, continuation: Sequence[int]) -> int:
 
 
 def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: list[Text], records: Records) -> None:
-    """Rows of every sequence and arm, against the truth and against eager."""
+    """Rows of every text and arm, against the truth and against eager."""
     listed = arms(lm, plans, backend)
-    device = next(lm.model.parameters()).device.type
-    dtype = precision_for(lm.config, device)
+    dtype = precision_for(lm.config, next(lm.model.parameters()).device.type)
+    weights = [k_norm_max(layer) for layer in decoder_layers(lm.model)]
     for text in track(found, "passages and prompts"):
         key = {"model": lm.name, "weights": lm.weights, "text": text.source, "prompt": text.number}
         todo = [arm for arm in listed if not records.has("model_tokens", **key, arm=arm.name, reference="eager")]
-        if todo:
-            _sweep_sequence(lm, todo, text, dtype, records, key)
-
-
-def _sweep_sequence(
-    lm: LanguageModel, todo: list[Arm], text: Text, dtype: torch.dtype, records: Records, key: dict[str, object]
-) -> None:
-    model, prompt = lm.model, len(text.ids)
-    continuation = greedy(model, text.ids, CONTINUATION)
-    ids = [*text.ids, *continuation]
-    with in_precision(model, dtype):
-        truth = forward(model, ids)
-    eager = forward(model, ids)
-    references = {
-        str(dtype).removeprefix("torch."): (truth, Says.of(truth.logits)),
-        "eager": (eager, Says.of(eager.logits)),
-    }
-    for arm in todo:
-        start = time.perf_counter()
-        try:
-            with arm.within():
-                result = (
-                    eager if arm.name == "eager" else forward(model, ids, arm.batch, CONTINUATION if arm.decoded else 0)
-                )
-        except (RuntimeError, ValueError) as error:
-            row = {"arm": arm.name, "backend": arm.backend, "reference": "eager", "status": "failed"}
-            records.add("model_tokens", **key, **row, reason=str(error))
+        if not todo:
             continue
-        says = Says.of(result.logits)
-        shared = {
-            "nll": -following(says.log_p, text.ids).mean().item(),
-            "parts_at": parting(result.logits, prompt, continuation),
-            "seconds": time.perf_counter() - start,
-        }
-        for name, reference in references.items():
-            row = {**key, "arm": arm.name, "backend": arm.backend, "reference": name}
-            _record(records, row, (result, says), reference, ids, shared)
+        continuation = greedy(lm.model, text.ids, CONTINUATION)
+        ids = [*text.ids, *continuation]
+        with in_precision(lm.model, dtype):
+            truth = forward(lm.model, ids)
+        eager = forward(lm.model, ids)
+        passes = {str(dtype).removeprefix("torch."): truth, "eager": eager}
+        references = {name: (result, Says.of(result.logits)) for name, result in passes.items()}
+        for arm in todo:
+            row = {**key, "arm": arm.name, "backend": arm.backend}
+            try:
+                start = time.perf_counter()
+                result = eager if arm.name == "eager" else arm.run(ids)
+                seconds = time.perf_counter() - start
+            except (RuntimeError, ValueError) as error:
+                records.add("model_tokens", **row, reference="eager", status="failed", reason=str(error))
+                continue
+            _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights, seconds)
 
 
 def _record(
     records: Records,
     key: dict[str, object],
     result: tuple[Pass, Says],
-    reference: tuple[Pass, Says],
+    references: dict[str, tuple[Pass, Says]],
     ids: list[int],
-    shared: dict[str, object],
+    prompt: int,
+    k_norm_max: list[float | None],
+    seconds: float,
 ) -> None:
-    """Rows of one arm against one reference; that of the tokens comes last and says that the others are there."""
-    for layer, (actual, expected) in enumerate(zip(result[0].layers, reference[0].layers, strict=True)):
-        if not records.has("model_layers", **key, layer=layer):
-            records.add("model_layers", **key, layer=layer, **layer_errors(actual, expected))
-    row, change = token_errors(result[1], reference[1], ids)
-    counts = torch.histogram(change.cpu(), torch.tensor([-1.0, *BINS, float("inf")], dtype=torch.float64)).hist
-    for edge, count in zip([0.0, *BINS], counts.tolist(), strict=True):
-        if count and not records.has("model_dlogp", **key, above=edge):
-            records.add("model_dlogp", **key, above=edge, tokens=int(count))
-    if not records.has("model_tokens", **key):
-        records.add("model_tokens", **key, tokens=len(ids), **row, **shared)
+    """Rows of one arm on ids, `prompt` of them a prompt; k_norm_max: of every layer. That of its tokens against eager
+    comes last, and says that the others are there."""
+    made, says = result
+    nll = -following(says.log_p, ids[:prompt]).mean().item()
+    parts_at = parting(says.logits, prompt, ids[prompt:])
+    for name, (reference, said) in references.items():
+        row = {**key, "reference": name}
+        for layer, weight in enumerate(k_norm_max):
+            if not records.has("model_layers", **row, layer=layer):
+                found = layer_errors(made, reference, layer)
+                records.add("model_layers", **row, layer=layer, k_norm_max=weight, **found)
+        errors, change = token_errors(says, said, ids)
+        counts = torch.histogram(change.cpu(), torch.tensor([-1.0, *BINS, float("inf")], dtype=torch.float64)).hist
+        for edge, count in zip([0.0, *BINS], counts.tolist(), strict=True):
+            if count and not records.has("model_dlogp", **row, above=edge):
+                records.add("model_dlogp", **row, above=edge, tokens=int(count))
+        if not records.has("model_tokens", **row):
+            found = {**errors, "parts_at": parts_at, "nll": nll, "seconds": seconds}
+            records.add("model_tokens", **row, tokens=len(ids), **found)

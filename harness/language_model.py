@@ -28,12 +28,17 @@ ROPE_THETA, INTERMEDIATE, CONTEXT = 1e6, 3072, 40960  # Qwen3-0.6B's published c
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A bf16 model in evaluation mode, and what it is. encode: text -> token ids; weights: for the record."""
+    """A bf16 model in evaluation mode, and what it is. tokenizer: None reads text as UTF-8 bytes; weights: for the
+    record."""
 
     model: nn.Module
-    encode: Callable[[str], list[int]]
+    tokenizer: Any
     name: str
     weights: str
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokens that the model expects in front of one."""
+        return list(text.encode()) if self.tokenizer is None else self.tokenizer.encode(text)
 
     @property
     def config(self) -> Any:
@@ -53,7 +58,7 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
         config = calibrated_config()
         precision_for(config, device)
         model = calibrated_model(config).to(device).eval()
-        return LanguageModel(model, lambda text: list(text.encode()), source, "calibrated")
+        return LanguageModel(model, None, source, "calibrated")
     where, options = _where(source)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -71,9 +76,8 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     )
     if quantised:  # GGUF keeps eps as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
         set_eps(model, float(str(torch.tensor(model.config.rms_norm_eps, dtype=torch.float32).numpy())))
-        del model.config.quantization_config
-    weights = "GGUF, dequantised to bf16" if quantised else "checkpoint"
-    return LanguageModel(model.to(device).eval(), tokenizer.encode, Path(source).stem, weights)
+    weights = "GGUF, dequantised to bf16" if quantised else getattr(config, "made_from", "checkpoint")
+    return LanguageModel(model.to(device).eval(), tokenizer, Path(source).stem, weights)
 
 
 def set_eps(model: nn.Module, eps: float) -> None:

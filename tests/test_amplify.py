@@ -78,7 +78,7 @@ def test_flips_and_total_variation_by_hand() -> None:
     exact = truth(problem)
     swapped = with_k(exact, exact.k.flip(0))
     row = amplification(problem, swapped, exact)
-    logits = attention_logits(problem, exact)
+    logits = attention_logits(exact.q, exact.k)
     assert logits.shape == (16, 2, 2) and logits[:, 0, 1].isinf().all()
     p = logits[:, 1].softmax(-1)
     variation = (p[:, 0] - p[:, 1]).abs()  # swapping two keys swaps their two probabilities
@@ -89,7 +89,7 @@ def test_flips_and_total_variation_by_hand() -> None:
 
 def test_grouped_heads_share_a_key(problem: Problem) -> None:
     exact = truth(problem)
-    logits = attention_logits(problem, exact)
+    logits = attention_logits(exact.q, exact.k)
     by_hand = exact.q[5, 3] @ exact.k[2, 1] / 128**0.5  # query heads 2 and 3 read key head 1
     assert logits[3, 5, 2].item() == pytest.approx(by_hand.item(), rel=1e-12)
 
