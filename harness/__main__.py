@@ -294,6 +294,8 @@ def model(
     import hashlib
 
     device = _device(device)
+    from harness import impact_report
+    from harness.frames import load as load_records
     from harness.impact import arms, sweep_model, texts
     from harness.language_model import load
 
@@ -304,11 +306,18 @@ def model(
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts else ""
-    settings = {"model": lm.name, "plans": names, "backend": backend, "prompts": read, "tokens": tokens}
+    settings = {
+        "model": lm.name,
+        "weights": lm.weights,
+        "plans": names,
+        "backend": backend,
+        "prompts": read,
+        "tokens": tokens,
+    }
     records = _records("model", results, device, **settings, passages=passages)
     sweep_model(lm, names, backend, found, records)
     records.finish()
-    _print_study(records, "model_tokens")
+    print(impact_report.section(lm.name, load_records(records.folder, records.run_id)))
 
 
 @app.command()

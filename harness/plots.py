@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness import impact_report
 from harness.budget_plot import budget_bars
 from harness.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
+from harness.impact_plot import model_plots
 from harness.records import load_runs
 from variants.catalogue import PLANS
 
@@ -54,6 +56,8 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         budget = latest(folder, "budget")
         if budget is not None:
             figures["budget"] = (budget_bars(budget[1]), budget[0])
+        for model, (of_run, rows) in impact_report.studies(folder).items():
+            figures |= {f"model-{model}-{name}": (plot, of_run) for name, plot in model_plots(rows).items()}
         for name, (figure, of_run) in figures.items():
             if figure is None:
                 continue
@@ -67,9 +71,8 @@ def draw(folder: Path, run_id: str) -> list[Path]:
 
 def _label(run: dict) -> str:
     s, e = run["settings"], run["environment"]
-    weights = s["checkpoint"] or (
-        "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
-    )
+    drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
+    weights = s.get("weights") or s.get("checkpoint") or drawn
     where = e["gpu"]["name"] if "gpu" in e else e["processor"]
     return f"{s['model']}, {weights}; {s['tokens']} tokens; {where}; torch {e['versions']['torch']}"
 

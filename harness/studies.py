@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from harness import impact_report
 from harness.budget import largest_share_sentence
 from harness.frames import latest
 from harness.markdown import markdown
@@ -165,6 +166,7 @@ def study_sentences(folder: Path) -> list[str]:
         *_sentence(folder, "budget", largest_share_sentence),
         *_sentence(folder, "cases", case_sentence),
         *_sentence(folder, "audit", audit_sentence),
+        *impact_report.sentences(folder),
     ]
 
 
@@ -276,4 +278,5 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
 
 def study_sections(folder: Path) -> list[str]:
     """Sections of report.md, for the studies that the folder has."""
-    return [write(found[1]) for table, write in SECTIONS.items() if (found := latest(folder, table)) is not None]
+    found = [write(rows[1]) for table, write in SECTIONS.items() if (rows := latest(folder, table)) is not None]
+    return found + impact_report.sections(folder)
