@@ -200,7 +200,7 @@ def _amplified(model: str, frames: Frames) -> str:
     weights = table["largest K-norm weight"]
     if weights.isna().all():
         return ""
-    rank = {name: weights.corr(table[name], method="spearman") for name in table.columns}
+    rank = table.rank().corr()["largest K-norm weight"]
     lowest, highest = (table.loc[at] for at in (weights.idxmin(), weights.idxmax()))
     return (
         f"**{model}: what its K norms amplify.** Largest weights from {weights.min():.3g} to {weights.max():.3g} over "
