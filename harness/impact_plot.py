@@ -34,8 +34,8 @@ def style(frames: Frames, arm: str) -> dict[str, object]:
 
 def layers(frames: Frames) -> Figure:
     """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2))
-    figure.subplots_adjust(left=0.07, right=0.83, bottom=0.15, top=0.9, wspace=0.2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2))
+    figure.subplots_adjust(left=0.06, right=0.78, bottom=0.15, top=0.9, wspace=0.18)
     rows = against(frames["model_layers"], truth_name(frames))
     errors = rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
     drawn = [arm for arm in arms_of(frames) if arm in errors.index]
@@ -50,6 +50,7 @@ def layers(frames: Frames) -> Figure:
     right.set_title("… as a multiple of eager's error", loc="left")
     for axes in (left, right):
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for arm in set(drawn) - set(beside):
         left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
     _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})

@@ -95,7 +95,7 @@ def arm_table(frames: Frames) -> pd.DataFrame:
         table[f"Δ log p to eager, {column}"] = names.map(to_eager[f"dlogp_{column}"])
     table["Δ log p, max"] = names.map(largest)
     table["greedy: parted"] = names.map(partings["parted"].astype(str) + " of " + partings["of"].astype(str))
-    table["perplexity"] = names.map(perplexity(frames))
+    table["perplexity"] = names.map(perplexity(frames).map("{:.3f}".format))
     table["pass, s"] = names.map(to_eager["seconds"])
     return table
 
@@ -157,8 +157,10 @@ def _closest(model: str, frames: Frames) -> str:
         return ""
     best, likest = kl[plans].idxmin(), to_eager[plans].idxmin()
     seconds = against(frames["model_tokens"], "eager").groupby("arm")["seconds"].median()
+    by_text = against(frames["model_tokens"], truth).pivot(index=["text", "prompt"], columns="arm", values="kl_mean")
+    closer = int((by_text[best] < by_text["eager"]).sum())
     return (
-        f"**{model}: closest to {truth}** is `{best}`: KL {kl[best]:.2g} nats, eager {kl['eager']:.2g}, of the plans tried "
+        f"**{model}: closest to {truth}** is `{best}`: KL {kl[best]:.2g} nats, eager {kl['eager']:.2g} (nearer than eager on {closer} of {len(by_text)} texts), of the plans tried "
         f"`{kl[plans].idxmax()}` most with {kl[plans].max():.2g}; last hidden state {hidden[best]:.2g} of its size off, eager "
         f"{hidden['eager']:.2g}. Closest to eager is `{likest}`, KL {to_eager[likest]:.2g}. A pass with them takes "
         f"{seconds[best] / seconds['eager']:.2f} and {seconds[likest] / seconds['eager']:.2f} of eager's time, unfused in PyTorch "
@@ -204,7 +206,7 @@ def _amplified(model: str, frames: Frames) -> str:
     lowest, highest = (table.loc[at] for at in (weights.idxmin(), weights.idxmax()))
     return (
         f"**{model}: what its K norms amplify.** Largest weights from {weights.min():.3g} to {weights.max():.3g} over "
-        f"{len(table)} layers. Rank correlation with eager's error: K absolute {rank['K, max abs error']:+.2f}, attention logits "
+        f"{len(table)} layers. Rank correlation with eager's error, which depth adds to as well: K absolute {rank['K, max abs error']:+.2f}, attention logits "
         f"{rank['attention logits, rms error']:+.2f}; K relative {rank['K, relative rms error']:+.2f}, in ulps "
         f"{rank['K, p99 error in ulps']:+.2f}. Between the layers of the smallest and the largest weight: K absolute "
         f"{lowest['K, max abs error']:.2g} and {highest['K, max abs error']:.2g}, relative "
