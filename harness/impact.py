@@ -12,39 +12,28 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gguf
 import torch
 from torch import Tensor, nn
 
 from harness.amplify import attention_logits
 from harness.attach import attached, decoder_layers, fitted
 from harness.errors import error_stats
-from harness.language_model import LanguageModel, norms, precision_for
+from harness.language_model import LanguageModel, precision_for
+from harness.passes import Pass, forward, greedy, k_norm_max
 from harness.progress import track
 from harness.records import Records
+from harness.yardsticks import four_bit, in_precision, one_ulp_on_k
 from variants.catalogue import plan_named
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"
 CONTINUATION = 32  # greedy tokens behind a prompt
 CHUNK = 32  # positions whose logits are compared at once
 BINS = [10 ** (i / 4) for i in range(-28, 5)]  # lower edges of |difference of log p|, nats; below the first: 0
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Of every layer: hidden, the state behind it [S, D]; q and k, as they leave their norm [S, H, Dh], before rotary
-    embedding. logits [S, V]."""
-
-    hidden: list[Tensor]
-    q: list[Tensor]
-    k: list[Tensor]
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,162 +127,7 @@ def _within(model: nn.Module, context: Callable[[], AbstractContextManager[None]
     return run
 
 
-@contextmanager
-def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The bf16 model with its weights widened to that dtype, arithmetic in it; for float64 the norms too, which
-    transformers runs in float32. Gemma's embedding scale stays the bf16 number that it was trained with."""
-    own = [(parameter, parameter.data) for parameter in model.parameters()]
-    scales = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
-    kept = [module.embed_scale for module in scales]
-    try:
-        for parameter, data in own:
-            parameter.data = data.to(dtype)
-        for module in scales:
-            module.embed_scale = module.embed_scale.to(torch.bfloat16).to(dtype)
-        for module in norms(model) if dtype == torch.float64 else []:
-            module.forward = functools.partial(_float64_norm, module)
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
-        for module, scale in zip(scales, kept, strict=True):
-            module.embed_scale = scale
-        for module in norms(model):
-            module.__dict__.pop("forward", None)
-
-
-def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (norm_offset(norm) + norm.weight)
-
-
-@contextmanager
-def one_ulp_on_k(model: nn.Module) -> Iterator[None]:
-    """Every element of K, before its rotary embedding, one bf16 ulp up or down at random."""
-    handles = [
-        last_of(layer, "k").register_forward_hook(functools.partial(_one_ulp, number))
-        for number, layer in enumerate(decoder_layers(model))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    step = torch.randint(0, 2, output.shape, generator=rng, dtype=torch.int16).to(output.device) * 2 - 1
-    moved = (output.contiguous().view(torch.int16) + step).view(torch.bfloat16)
-    return torch.where(output == 0, output, moved)
-
-
-def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights."""
-
-    @functools.cache
-    def quantised() -> list[tuple[nn.Parameter, Tensor]]:
-        kind = gguf.GGMLQuantizationType.Q4_0
-        matrices = [m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
-        return [
-            (w, torch.from_numpy(gguf.dequantize(gguf.quantize(w.detach().float().cpu().numpy(), kind), kind)).to(w))
-            for w in matrices
-        ]
-
-    @contextmanager
-    def within() -> Iterator[None]:
-        own = [(weight, weight.data) for weight, _ in quantised()]
-        try:
-            for weight, data in quantised():
-                weight.data = data
-            yield
-        finally:
-            for weight, data in own:
-                weight.data = data
-
-    return within
-
-
-# ---------------------------------------------------------------- passes
-
-
-@torch.no_grad()
-def forward(model: nn.Module, ids: Sequence[int], batch: int = 1, decoded: int = 0) -> Pass:
-    """One pass over the tokens, the last `decoded` of them one at a time behind a cache; of copies in a batch, the
-    first."""
-    tokens = torch.tensor([list(ids)] * batch, device=next(model.parameters()).device)
-    cache, logits = None, []
-    with _taps(model) as taps:
-        for part in tokens.split([len(ids) - decoded] + [1] * decoded, dim=1):
-            out = model(part, past_key_values=cache, use_cache=decoded > 0)
-            cache = out.past_key_values
-            logits.append(out.logits[0])
-    return Pass(
-        **{name: [torch.cat(parts) for parts in layers] for name, layers in taps.items()}, logits=torch.cat(logits)
-    )
-
-
-@contextmanager
-def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
-    """What Pass calls hidden, q and k, of every layer a list that grows with every call."""
-    config, layers = model.config.get_text_config(), decoder_layers(model)
-    taps: dict[str, list[list[Tensor]]] = {name: [[] for _ in layers] for name in ("hidden", "q", "k")}
-
-    def hidden(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output)[0])
-
-    def heads(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
-        if output.ndim == 3:  # a projection without a norm
-            output = output.unflatten(-1, (-1, head_size(config)))
-        elif config.model_type == "gemma3_text":  # heads before tokens
-            output = output.transpose(1, 2)
-        kept.append(output[0])
-
-    handles = []
-    for number, layer in enumerate(layers):
-        places = {"hidden": (layer, hidden), "q": (last_of(layer, "q"), heads), "k": (last_of(layer, "k"), heads)}
-        for name, (module, keep) in places.items():
-            handles.append(module.register_forward_hook(functools.partial(keep, taps[name][number])))
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def k_norm_max(layer: nn.Module) -> float | None:
-    """The largest factor that the layer's K norm applies; None without such a norm."""
-    norm = getattr(layer.self_attn, "k_norm", None)
-    if norm is None:
-        return None
-    return (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
-
-
-def norm_offset(norm: nn.Module) -> float:
-    """What the norm adds to its stored weight: Gemma's 1."""
-    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
-
-
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def last_of(layer: nn.Module, name: str) -> nn.Module:
-    """What q or k comes from, before rotary embedding: its norm, or its projection in models without one."""
-    attention = layer.self_attn
-    return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
-
-
-@torch.no_grad()
-def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
-    """The most likely tokens behind ids, one at a time with a cache, as generation runs."""
-    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    out, chosen = model(tokens, use_cache=True), []
-    for _ in range(count):
-        token = out.logits[:, -1:].argmax(-1)
-        chosen.append(token.item())
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-    return chosen
+# ---------------------------------------------------------------- errors
 
 
 def layer_errors(actual: Pass, reference: Pass, layer: int) -> dict[str, float]:

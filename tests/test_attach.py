@@ -23,7 +23,8 @@ from harness.attach import (
     layer_problem,
     reference_plan,
 )
-from harness.impact import forward, greedy, last_of, parting
+from harness.impact import parting
+from harness.passes import forward, greedy, last_of
 from variants.catalogue import PLANS, plan_named
 from variants.envelope import envelope, outside
 from variants.variant import run

@@ -18,20 +18,15 @@ from test_attach import IDS, differing, modules, tiny_model
 from test_cli import failure
 from torch import Tensor, nn
 
-from harness import impact, language_model
+from harness import impact, language_model, yardsticks
 from harness.attach import attached, decoder_layers, layer_problem
 from harness.impact import (
     Arm,
-    Pass,
     Says,
     Text,
     arms,
     following,
-    forward,
-    four_bit,
-    in_precision,
     layer_errors,
-    one_ulp_on_k,
     parting,
     read_prompts,
     sweep_model,
@@ -39,7 +34,9 @@ from harness.impact import (
     token_errors,
 )
 from harness.language_model import LanguageModel, precision_for
+from harness.passes import Pass, forward
 from harness.records import KEYS, Records
+from harness.yardsticks import four_bit, in_precision, one_ulp_on_k
 from variants.catalogue import plan_named
 from variants.spec import truth
 
@@ -226,7 +223,7 @@ def test_gemmas_float64_norm_and_embedding() -> None:
 
 
 def test_norms_left_in_float32_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(impact, "norms", lambda model: [])
+    monkeypatch.setattr(yardsticks, "norms", lambda model: [])
     with pytest.raises(AssertionError):
         test_float64_is_the_exact_model("qwen3")
 
@@ -260,7 +257,7 @@ def test_one_ulp_moves_every_element_of_k_by_one_and_nothing_else(kind: str) -> 
     assert torch.equal(moved.q[0], own.q[0]) and torch.equal(moved.logits, again.logits)
     assert differing(moved.logits, own.logits) > 0.1
     zeros = torch.tensor([0.0, -0.0, 1.0]).bfloat16()
-    kept = impact._one_ulp(0, model, (), zeros)
+    kept = yardsticks._one_ulp(0, model, (), zeros)
     assert torch.equal(kept[:2].view(torch.int16), zeros[:2].view(torch.int16)) and kept[2] != 1
     assert_untouched(model, before)
 

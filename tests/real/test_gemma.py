@@ -8,8 +8,10 @@ import torch
 from harness import gemma
 from harness.attach import attached, decoder_layers, fitted, layer_problem, reference_plan
 from harness.checkpoint import load_layer
-from harness.impact import Pass, Says, forward, greedy, in_precision, k_norm_max, parting, token_errors
+from harness.impact import Says, parting, token_errors
 from harness.language_model import LanguageModel, load
+from harness.passes import Pass, forward, greedy, k_norm_max
+from harness.yardsticks import in_precision
 from variants.catalogue import plan_named
 from variants.envelope import envelope, outside
 from variants.spec import truth
