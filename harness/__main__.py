@@ -199,7 +199,7 @@ def identify(
         raise typer.Exit(1)
 
 
-# A Hugging Face model's own rounding, one rounding a norm, fp32 through the matmul and beyond, deferred, truncation.
+# Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
 MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -296,8 +296,7 @@ def model(
     device = _device(device)
     from harness import impact_report
     from harness.attach import check_backend
-    from harness.frames import load as load_records
-    from harness.impact import arms, sweep_model, texts
+    from harness.impact import CONTINUATION, arms, sweep_model, texts
     from harness.language_model import load
     from variants.catalogue import plan_named
 
@@ -307,7 +306,7 @@ def model(
     for name in names:
         plan_named(name)
     check_backend(backend)
-    lm = load(source, device)
+    lm = load(source, device, tokens + CONTINUATION)
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts else ""
@@ -322,7 +321,8 @@ def model(
     records = _records("model", results, device, **settings, passages=passages)
     sweep_model(lm, names, backend, found, records)
     records.finish()
-    print(impact_report.section(lm.name, load_records(records.folder, records.run_id)))
+    (study,) = [study for study in impact_report.studies(records.folder) if study.run_id == records.run_id]
+    print(impact_report.section(study))
 
 
 @app.command()
@@ -330,7 +330,8 @@ def models() -> None:
     """Fetch Gemma 3 270M, a real model with q and k norms, into models/."""
     from harness.gemma import fetch
 
-    print(f"{fetch()} is ready: python -m harness model {fetch()}")
+    folder = fetch()
+    print(f"{folder} is ready: python -m harness model {folder}")
 
 
 @app.command()

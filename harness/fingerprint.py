@@ -4,8 +4,8 @@ It is called with rows whose sums are exact in any order (harness.probes), and w
 with what every rule of the family (harness.family) would store. First the roundings are found; then, among rules that
 differ by fp32 ulps only, rows are searched on which these store different bits. At last Gaussian rows must agree too.
 
-A rule is rejected where another explains more than four in five of what tells the two apart, at least TELLING votes of
-it: so a few wrong elements, from approximate instructions or noise, decide nothing.
+A rule is rejected where another has more than four times its votes of what tells the two apart, and at least TELLING:
+so a few wrong elements, from approximate instructions or noise, decide nothing.
 """
 
 from __future__ import annotations

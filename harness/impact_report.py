@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from harness.frames import Frames, load
+from harness.frames import Frames, best_backend, latest, load
 from harness.markdown import markdown
 from harness.records import load_runs
 from variants.catalogue import PLANS
 
-CASTS = ("one-rounding", "cast-after-matmul")  # cast before the matmul, and after it
+YARDSTICKS = ("eager, token by token", "one ulp on K", "float32", "4-bit weights")
 
 
-def studies(folder: Path) -> dict[str, tuple[str, Frames]]:
-    """Model -> run_id and frames of its newest finished study; real weights before drawn ones."""
-    found: dict[str, tuple[str, Frames]] = {}
+@dataclass(frozen=True)
+class Study:
+    """One run of `model`: its name, its entry of environment.json, its records."""
+
+    model: str
+    run_id: str
+    run: dict[str, Any]
+    frames: Frames
+
+    @property
+    def drawn(self) -> bool:
+        return self.run["settings"]["weights"] == "calibrated"
+
+
+def studies(folder: Path) -> list[Study]:
+    """The newest finished study of every model; real weights before drawn ones."""
+    found: dict[str, Study] = {}
     for run_id, run in load_runs(folder).items():
         if "finished" in run and run.get("command") == "model":
-            frames = load(folder, run_id)
-            if len(frames["model_tokens"]):
-                found[run["settings"]["model"]] = (run_id, frames)
-    return dict(sorted(found.items(), key=lambda item: _weights(item[1][1]) == "calibrated"))
-
-
-def _weights(frames: Frames) -> str:
-    return frames["model_tokens"]["weights"].iloc[0]
+            model = run["settings"]["model"]
+            found[model] = Study(model, run_id, run, load(folder, run_id))
+    return sorted(found.values(), key=lambda study: study.drawn)
 
 
 def truth_name(frames: Frames) -> str:
@@ -92,11 +103,10 @@ def arm_table(frames: Frames) -> pd.DataFrame:
     table["top-1 equal to eager"] = names.map(to_eager["top1"])
     table["top-5 share of eager's"] = names.map(to_eager["top5"])
     for column in ("p50", "p99"):
-        table[f"Δ log p to eager, {column}"] = names.map(to_eager[f"dlogp_{column}"])
+        table[f"Δ log p, {column} of a text"] = names.map(to_eager[f"dlogp_{column}"])
     table["Δ log p, max"] = names.map(largest)
     table["greedy: parted"] = names.map(partings["parted"].astype(str) + " of " + partings["of"].astype(str))
     table["perplexity"] = names.map(perplexity(frames).map("{:.3f}".format))
-    table["pass, s"] = names.map(to_eager["seconds"])
     return table
 
 
@@ -112,9 +122,23 @@ def layer_table(frames: Frames) -> pd.DataFrame:
         "k_rel_rms": "K, relative rms error",
         "k_p99_ulp": "K, p99 error in ulps",
         "rel_rms": "hidden state, relative rms error",
-        "cosine": "hidden state, cosine",
+        "one_minus_cosine": "hidden state, 1 − cosine",
     }
     return means[list(names)].rename(columns=names)
+
+
+def difference(frame: pd.DataFrame, column: str, arm: str) -> tuple[float, float]:
+    """Mean over texts of (the arm's column less eager's), and its standard error; of one text, an infinite one."""
+    by_text = frame.pivot(index=["text", "prompt"], columns="arm", values=column)
+    pairs = by_text[arm] - by_text["eager"]
+    return pairs.mean(), pairs.sem() if len(pairs) > 1 else math.inf
+
+
+def given_depth(table: pd.DataFrame, column: str) -> float:
+    """Partial rank correlation of the column with the largest K-norm weight, the layer's number held fixed."""
+    ranks = table[["largest K-norm weight", column, "layer"]].rank().corr().to_numpy()
+    xy, xz, yz = ranks[0, 1], ranks[0, 2], ranks[1, 2]
+    return (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
 
 
 # ---------------------------------------------------------------- sentences
@@ -122,95 +146,122 @@ def layer_table(frames: Frames) -> pd.DataFrame:
 
 def sentences(folder: Path) -> list[str]:
     """Five sentences on each real model that was studied. What drawn weights say means nothing: they get a table only."""
-    writers = (_notice, _closest, _greedy, _perplexity, _amplified)
-    real = [(model, frames) for model, (_, frames) in studies(folder).items() if _weights(frames) != "calibrated"]
-    return [line for model, frames in real for write in writers if (line := write(model, frames))]
+    lines = []
+    for study in studies(folder):
+        if not study.drawn:
+            lines += [
+                _notice(study),
+                _closest(study, _times(folder)),
+                _greedy(study),
+                _perplexity(study),
+                _amplified(study),
+            ]
+    return [line for line in lines if line]
 
 
-def _said(row: pd.Series) -> str:
-    return f"{row['dlogp_p50']:.2g} (p99 {row['dlogp_p99']:.2g})"
-
-
-def _notice(model: str, frames: Frames) -> str:
-    rows = against(frames["model_tokens"], "eager").groupby("arm").mean(numeric_only=True)
-    yardsticks = [arm for arm in ("eager, token by token", "one ulp on K", "4-bit weights") if arm in rows.index]
-    casts = [arm for arm in CASTS if arm in rows.index]
-    if not casts:
-        return ""
-    plans = "; ".join(
-        f"`{arm}` {_said(rows.loc[arm])}, other first choice at {1 - rows.loc[arm, 'top1']:.1%} of positions"
-        for arm in casts
-    )
-    others = ", ".join(f"{arm} {_said(rows.loc[arm])}" for arm in yardsticks)
+def conditions(study: Study) -> str:
+    settings, tokens = study.run["settings"], study.frames["model_tokens"]
+    count = len(read_texts(tokens)[["text", "prompt"]].drop_duplicates())
     return (
-        f"**{model}: cast before or after the matmul?** Median change of a token's log probability against eager, nats: "
-        f"{plans}. Yardsticks: {others}."
+        f"{settings['weights']}; {count} texts of up to {settings['tokens']} tokens and the continuation that eager wrote; commit "
+        f"{study.run['environment']['commit']}, run {study.run_id}"
     )
 
 
-def _closest(model: str, frames: Frames) -> str:
-    truth = truth_name(frames)
-    hidden, kl = last_layer(frames, truth), against(frames["model_tokens"], truth).groupby("arm")["kl_mean"].mean()
-    to_eager = against(frames["model_tokens"], "eager").groupby("arm")["kl_mean"].mean()
+def _notice(study: Study) -> str:
+    rows = against(study.frames["model_tokens"], "eager").groupby("arm").mean(numeric_only=True)
+
+    def said(arm: str) -> str:
+        return (
+            f"{rows.loc[arm, 'dlogp_p50']:.2g} (p99 {rows.loc[arm, 'dlogp_p99']:.2g}, {1 - rows.loc[arm, 'top1']:.1%})"
+        )
+
+    plans = [plan for plan in plans_of(study.frames) if plan in rows.index]
+    equal = [plan for plan in plans if rows.loc[plan, "logit_max"] == 0]
+    moved = ", ".join(f"`{plan}` {said(plan)}" for plan in plans if plan not in equal)
+    beside = ", ".join(f"{arm} {said(arm)}" for arm in YARDSTICKS if arm in rows.index)
+    same = f"; {', '.join(f'`{plan}`' for plan in equal)}: what eager does, the same bits" if equal else ""
+    return (
+        f"**Does {study.model} notice?** ({conditions(study)}.) Change of a token's log probability against eager, nats: median "
+        f"(p99, share of other first choices), each a mean over texts. Plans: {moved}{same}. Yardsticks: {beside}."
+    )
+
+
+def _closest(study: Study, times: dict[str, float]) -> str:
+    frames, truth = study.frames, truth_name(study.frames)
+    rows, hidden = against(frames["model_tokens"], truth), last_layer(frames, truth)
     plans = [plan for plan in plans_of(frames) if plan in hidden.index]
-    if not plans or "eager" not in hidden.index:
+    if not plans:
         return ""
-    best, likest = kl[plans].idxmin(), to_eager[plans].idxmin()
-    seconds = against(frames["model_tokens"], "eager").groupby("arm")["seconds"].median()
-    by_text = against(frames["model_tokens"], truth).pivot(index=["text", "prompt"], columns="arm", values="kl_mean")
-    closer = int((by_text[best] < by_text["eager"]).sum())
+    kl = {plan: difference(rows, "kl_mean", plan) for plan in plans}
+    listed = ", ".join(f"`{plan}` {mean:+.1e} ± {error:.0e}" for plan, (mean, error) in kl.items() if error)
+    told = [
+        f"`{plan}` {'farther' if mean > 0 else 'nearer'}"
+        for plan, (mean, error) in kl.items()
+        if abs(mean) > 2 * error > 0
+    ]
+    near = ", ".join(f"`{plan}` {hidden[plan]:.3g}" for plan in plans)
+    took = ", ".join(f"`{plan}` {times[plan]:.2f}" for plan in plans if plan in times)
     return (
-        f"**{model}: closest to {truth}** is `{best}`: KL {kl[best]:.2g} nats, eager {kl['eager']:.2g} (nearer than eager on {closer} of {len(by_text)} texts), of the plans tried "
-        f"`{kl[plans].idxmax()}` most with {kl[plans].max():.2g}; last hidden state {hidden[best]:.2g} of its size off, eager "
-        f"{hidden['eager']:.2g}. Closest to eager is `{likest}`, KL {to_eager[likest]:.2g}. A pass with them takes "
-        f"{seconds[best] / seconds['eager']:.2f} and {seconds[likest] / seconds['eager']:.2f} of eager's time, unfused in PyTorch "
-        "on this machine."
+        f"**{study.model}, distance to {truth}:** KL of eager {rows[rows['arm'] == 'eager']['kl_mean'].mean():.2g} nats; of plans more or "
+        f"less than that, ± standard error over texts: {listed}. Beyond two standard errors: {', '.join(told) or 'none'}. Last "
+        f"layer's hidden state, relative error: eager {hidden['eager']:.3g}, {near}."
+        + (f" Time of one layer's chain in this machine's bench, as a multiple of eager's: {took}." if took else "")
     )
 
 
-def _greedy(model: str, frames: Frames) -> str:
-    table = parted(frames)
-    plans = [plan for plan in plans_of(frames) if plan in table.index]
+def _times(folder: Path) -> dict[str, float]:
+    """Plan -> its time over eager's in the newest bench, at the most tokens."""
+    found = latest(folder, "speed")
+    if found is None:
+        return {}
+    speed = found[1]
+    rows = speed[(speed["tokens"] == speed["tokens"].max()) & (speed["backend"] == best_backend(speed))]
+    return (1 / rows.set_index("plan")["speedup_vs_eager"]).dropna().to_dict()
+
+
+def _greedy(study: Study) -> str:
+    table = parted(study.frames)
+    plans = [plan for plan in plans_of(study.frames) if plan in table.index]
     if not plans:
         return ""
     listed = ", ".join(f"`{plan}` {table.loc[plan, 'parted']:.0f}" for plan in plans)
-    others = [
-        a for a in ("eager", "eager, token by token", "one ulp on K", "float32", "4-bit weights") if a in table.index
-    ]
-    beside = ", ".join(f"{arm} {table.loc[arm, 'parted']:.0f}" for arm in others)
-    length = int(against(frames["model_tokens"], "eager")["parts_at"].max())
+    beside = ", ".join(f"{arm} {table.loc[arm, 'parted']:.0f}" for arm in YARDSTICKS if arm in table.index)
+    length = int(against(study.frames["model_tokens"], "eager")["parts_at"].max())
     return (
-        f"**{model}: greedy text.** Of {table['of'].max():.0f} continuations of {length} tokens that eager wrote, so many part: "
-        f"{listed}; beside them {beside}."
+        f"**{study.model}, greedy text:** of {table['of'].max():.0f} continuations of {length} tokens that eager wrote, so many part: "
+        f"{listed}; {beside}. Eager itself, reading in one pass what it wrote token by token, parts in "
+        f"{table.loc['eager', 'parted']:.0f}: counts like that say nothing of a plan."
     )
 
 
-def _perplexity(model: str, frames: Frames) -> str:
-    found = perplexity(frames)
-    plans = found.reindex(plans_of(frames)).dropna()
-    if not len(plans) or "float32" not in found:
+def _perplexity(study: Study) -> str:
+    found, tokens = perplexity(study.frames), study.frames["model_tokens"]
+    rows = tokens[(tokens["text"] == "passages") & (tokens["reference"] == "eager") & (tokens["status"] == "ok")]
+    arms = [arm for arm in [*plans_of(study.frames), "float32", "4-bit weights"] if arm in found.index]
+    if not arms:
         return ""
-    four = f", 4-bit weights {found['4-bit weights']:.2f}" if "4-bit weights" in found else ""
+    pairs = {arm: difference(rows, "nll", arm) for arm in arms}
+    told = [f"{arm} {mean:+.2g} ± {error:.1g}" for arm, (mean, error) in pairs.items() if abs(mean) > 2 * error > 0]
+    plans = found.reindex(plans_of(study.frames)).dropna()
     return (
-        f"**{model}: perplexity** on the passages: float32 {found['float32']:.3f}, eager {found['eager']:.3f}, plans "
-        f"{plans.min():.3f} (`{plans.idxmin()}`) to {plans.max():.3f} (`{plans.idxmax()}`){four}."
+        f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}, float32 "
+        f"{found['float32']:.2f}, plans {plans.min():.2f} to {plans.max():.2f}. Beyond two standard errors of the difference to "
+        f"eager, nats a token: {', '.join(told) or 'none'}."
     )
 
 
-def _amplified(model: str, frames: Frames) -> str:
-    table = layer_table(frames)
+def _amplified(study: Study) -> str:
+    table = layer_table(study.frames)
     weights = table["largest K-norm weight"]
     if weights.isna().all():
         return ""
-    rank = table.rank().corr()["largest K-norm weight"]
-    lowest, highest = (table.loc[at] for at in (weights.idxmin(), weights.idxmax()))
+    names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
+    k, logits, relative, ulps = (given_depth(table, name) for name in names)
     return (
-        f"**{model}: what its K norms amplify.** Largest weights from {weights.min():.3g} to {weights.max():.3g} over "
-        f"{len(table)} layers. Rank correlation with eager's error, which depth adds to as well: K absolute {rank['K, max abs error']:+.2f}, attention logits "
-        f"{rank['attention logits, rms error']:+.2f}; K relative {rank['K, relative rms error']:+.2f}, in ulps "
-        f"{rank['K, p99 error in ulps']:+.2f}. Between the layers of the smallest and the largest weight: K absolute "
-        f"{lowest['K, max abs error']:.2g} and {highest['K, max abs error']:.2g}, relative "
-        f"{lowest['K, relative rms error']:.2g} and {highest['K, relative rms error']:.2g}."
+        f"**{study.model}, what its K norms amplify:** largest weights from {weights.min():.3g} to {weights.max():.3g} over "
+        f"{len(table)} layers. Rank correlation with eager's error, depth held fixed (errors grow with it): K absolute {k:+.2f}, "
+        f"attention logits {logits:+.2f}, K relative {relative:+.2f}, in ulps {ulps:+.2f}."
     )
 
 
@@ -219,20 +270,21 @@ def _amplified(model: str, frames: Frames) -> str:
 
 def sections(folder: Path) -> list[str]:
     """A section of report.md for each model."""
-    return [section(model, frames) for model, (_, frames) in studies(folder).items()]
+    return [section(study) for study in studies(folder)]
 
 
-def section(model: str, frames: Frames) -> str:
-    tokens = frames["model_tokens"]
-    texts, arms = tokens[["text", "prompt"]].drop_duplicates(), arms_of(frames)
-    failed = tokens[tokens["status"] != "ok"]
+def section(study: Study) -> str:
+    frames, model, truth = study.frames, study.model, truth_name(study.frames)
+    failed = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
     reasons = "".join(f"\n\n`{row.arm}` {row.status}: {row.reason}" for row in failed.itertuples())
     return (
-        f"## In a whole model: {model} ({_weights(frames)})\n\nEvery arm reads the same {len(texts)} texts and, behind each, the "
-        "greedy continuation that eager chose, in one pass. A continuation parts at the first token that the arm would not have "
-        f"chosen. Means over texts; the truth is the same model in {truth_name(frames)}; Δ log p is the absolute change of a "
-        f"token's log probability, nats. {len(arms)} arms.{reasons}\n\n{markdown(arm_table(frames))}\n\n"
+        f"## In a whole model: {model}\n\n{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
+        f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "
+        "continuation parts at the first token that the arm would not have chosen. Δ log p is the absolute change of a token's "
+        "log probability against eager, nats; quantiles are of one text, and all figures means over texts. Perplexity is that of "
+        "the passages. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark."
+        f"{reasons}\n\n{markdown(arm_table(frames))}\n\n"
         f"![error of each layer](plots/model-{model}-layers.png)\n\n![change of log p](plots/model-{model}-tokens.png)\n\n"
-        f"![where greedy text parts](plots/model-{model}-parting.png)\n\nEager against {truth_name(frames)}, layer by layer; "
-        f"attention logits without positions.\n\n{markdown(layer_table(frames))}"
+        f"![where greedy text parts](plots/model-{model}-parting.png)\n\nEager against {truth}, layer by layer; attention logits "
+        f"without positions, hidden states before the final norm.\n\n{markdown(layer_table(frames))}"
     )

@@ -45,8 +45,8 @@ class LanguageModel:
         return self.model.config.get_text_config()
 
 
-def load(source: str, device: str = "cpu") -> LanguageModel:
-    """The model of that name, checked before its weights are read.
+def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
+    """The model of that name, checked before its weights are read, to be run on so many tokens at once.
 
     source  a hub id such as Qwen/Qwen3-0.6B; a folder with config.json, safetensors and a tokenizer; a .gguf file; or
             `qwen3-0.6b`: Qwen3-0.6B's architecture with weights drawn to its published statistics, and no tokenizer
@@ -56,7 +56,7 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     """
     if source == CALIBRATED_MODEL:
         config = calibrated_config()
-        precision_for(config, device)
+        precision_for(config, device, tokens)
         model = calibrated_model(config).to(device).eval()
         return LanguageModel(model, None, source, "calibrated")
     where, options = _where(source)
@@ -65,7 +65,7 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = _read(source, "config.json", lambda: AutoConfig.from_pretrained(where, **options))
     check_architecture(config.get_text_config().model_type)
-    precision_for(config, device)
+    precision_for(config, device, tokens)
     tokenizer = _read(source, "a tokenizer", lambda: AutoTokenizer.from_pretrained(where, **options))
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
         raise ValueError(f"{source}: a tokenizer cannot be read: there is none, add tokenizer.json")
@@ -81,7 +81,13 @@ def load(source: str, device: str = "cpu") -> LanguageModel:
     if quantised:  # GGUF keeps eps as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
         set_eps(model, float(str(torch.tensor(model.config.rms_norm_eps, dtype=torch.float32).numpy())))
     weights = "GGUF, dequantised to bf16" if quantised else getattr(config, "made_from", "checkpoint")
-    return LanguageModel(model.to(device).eval(), tokenizer, Path(source).stem, weights)
+    return LanguageModel(model.to(device).eval(), tokenizer, name_of(source), weights)
+
+
+def name_of(source: str) -> str:
+    """What a model is called in records: a file's name without .gguf, a folder's name, a hub id without its owner."""
+    path = Path(source).expanduser()
+    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name
 
 
 def set_eps(model: nn.Module, eps: float) -> None:
@@ -124,9 +130,9 @@ def _read(source: str, what: str, read: Callable[[], Any]) -> Any:
         raise ValueError(f"{source}: {what} cannot be read: {first}") from error
 
 
-def precision_for(config: Any, device: str, loaded: bool = False) -> torch.dtype:
-    """float64 where the bf16 model, its 4-bit copy (in bf16 too) and a float64 copy fit into the free memory, float32
-    where that fits. loaded: the bf16 model is there already.
+def precision_for(config: Any, device: str, tokens: int, loaded: bool = False) -> torch.dtype:
+    """float64 where the bf16 model, its 4-bit copy (in bf16 too), a float64 copy and what is made of so many tokens'
+    logits fit into the free memory, float32 where that fits. loaded: the bf16 model is there already.
 
     Raises ValueError where neither does; nothing has been loaded by then.
     """
@@ -134,7 +140,8 @@ def precision_for(config: Any, device: str, loaded: bool = False) -> torch.dtype
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-    work = 2**30 + 8192 * config.get_text_config().vocab_size  # logits of 256 tokens three times, in up to float64
+    # Logits and log p of the truth, of eager and of an arm: 8 + 8, 2 + 8, 4 + 8 bytes, and the next arm's beside them.
+    work = 2**30 + 48 * tokens * config.get_text_config().vocab_size
     for dtype in (torch.float64, torch.float32):
         need = parameters * ((2 if loaded else 4) + dtype.itemsize) + work
         if need <= free:

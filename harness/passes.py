@@ -97,8 +97,9 @@ def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
     """The most likely tokens behind ids, one at a time with a cache, as generation runs."""
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     out, chosen = model(tokens, use_cache=True), []
-    for _ in range(count):
+    for left in reversed(range(count)):
         token = out.logits[:, -1:].argmax(-1)
         chosen.append(token.item())
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        if left:
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
     return chosen

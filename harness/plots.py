@@ -56,8 +56,9 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         budget = latest(folder, "budget")
         if budget is not None:
             figures["budget"] = (budget_bars(budget[1]), budget[0])
-        for model, (of_run, rows) in impact_report.studies(folder).items():
-            figures |= {f"model-{model}-{name}": (plot, of_run) for name, plot in model_plots(rows).items()}
+        for study in impact_report.studies(folder):
+            for name, plot in model_plots(study.frames).items():
+                figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
         for name, (figure, of_run) in figures.items():
             if figure is None:
                 continue
@@ -74,7 +75,8 @@ def _label(run: dict) -> str:
     drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
     weights = s.get("weights") or s.get("checkpoint") or drawn
     where = e["gpu"]["name"] if "gpu" in e else e["processor"]
-    return f"{s['model']}, {weights}; {s['tokens']} tokens; {where}; torch {e['versions']['torch']}"
+    more = " and 32 that eager wrote" if s.get("command") == "model" else ""
+    return f"{s['model']}, {weights}; {s['tokens']} tokens{more}; {where}; torch {e['versions']['torch']}"
 
 
 def pareto(frames: Frames) -> Figure | None:

@@ -135,7 +135,7 @@ def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> R
 def _factors(
     rules: Sequence[Rule], shared: Tensor, count: Tensor, varying: Tensor, scale: Tensor, width: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do two rules' factors differ?"""
+    """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do factors of the same root differ?"""
     agree = torch.ones(len(varying), dtype=torch.bool)
     differ = torch.zeros(len(varying), dtype=torch.bool)
     factors: dict[str, Tensor] = {}

@@ -50,12 +50,12 @@ TABLES: dict[str, tuple[str, ...]] = {
         "registers spills shared status reason".split()
     ),
     "model_layers": tuple(
-        "run_id model weights text prompt arm backend reference layer max_abs rms rel_rms cosine k_norm_max "
+        "run_id model weights text prompt arm backend reference layer max_abs rms rel_rms one_minus_cosine k_norm_max "
         "k_max_abs k_rel_rms k_p99_ulp attention_logit_rms status reason".split()
     ),
     "model_tokens": tuple(
         "run_id model weights text prompt tokens arm backend reference logit_max kl_mean kl_max top1 top5 dlogp_p50 "
-        "dlogp_p99 dlogp_max parts_at nll seconds status reason".split()
+        "dlogp_p99 dlogp_max parts_at nll status reason".split()
     ),
     "model_dlogp": tuple("run_id model weights text prompt arm backend reference above tokens status reason".split()),
     "fingerprints": tuple(

@@ -3,6 +3,7 @@ and from records whose figures are known."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -14,10 +15,15 @@ from test_language_model import saved
 
 from harness import __main__ as cli
 from harness import impact_report
-from harness.frames import Frames, load
+from harness.frames import load
 from harness.impact_plot import model_plots
 from harness.impact_report import (
+    Study,
+    against,
     arm_table,
+    conditions,
+    difference,
+    given_depth,
     last_layer,
     layer_table,
     parted,
@@ -47,24 +53,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_every_arm_and_finds_its_study(folder: Path) -> None:
-    ((model, (run_id, frames)),) = studies(folder).items()
-    assert model == "tiny" and truth_name(frames) == "float64"
+    (study,) = studies(folder)
+    frames = study.frames
+    assert study.model == "tiny" and truth_name(frames) == "float64"
     assert list(arm_table(frames)["arm"])[-2:] == list(PLANS) and len(arm_table(frames)) == 8
     assert set(frames["model_tokens"]["status"]) <= {"ok", "failed"}
-    assert load(folder, run_id)["model_tokens"].equals(frames["model_tokens"])
+    assert load(folder, study.run_id)["model_tokens"].equals(frames["model_tokens"])
 
 
 def test_the_section_shows_what_the_records_hold(folder: Path) -> None:
-    ((model, (_, frames)),) = studies(folder).items()
-    text = section(model, frames)
+    (study,) = studies(folder)
+    text = section(study)
     for arm in ("eager", "one ulp on K", *PLANS):
         assert f"| {arm} |" in text
     assert "in float64" in text and "| 0 |" in text.split("layer by layer")[1]
 
 
 def test_plots_are_drawn(folder: Path) -> None:
-    (_, frames) = studies(folder)["tiny"]
-    plots = model_plots(frames)
+    plots = model_plots(studies(folder)[0].frames)
     assert set(plots) == {"layers", "tokens", "parting"}
     assert all(isinstance(plot, Figure) and plot.axes[0].has_data() for plot in plots.values())
 
@@ -75,7 +81,7 @@ ARMS = ("eager", "one ulp on K", "float32", "4-bit weights", *PLANS)
 
 
 @pytest.fixture
-def known() -> Frames:
+def known() -> Study:
     """Two passages of every arm; figures of an arm grow with its place, and of the second passage they are larger."""
     tokens, layers, dlogp = [], [], []
     for place, arm in enumerate(ARMS):
@@ -96,51 +102,101 @@ def known() -> Frames:
                 tokens.append(same | row | {"tokens": 40})
                 dlogp.append(same | {"above": 0.0 if size == 0 else 0.1 * size, "tokens": 39})
                 for layer, weight in enumerate((10.0, 30.0, 20.0)):
-                    found = {"max_abs": 1.0, "rms": 1.0, "cosine": 1.0, "rel_rms": size * 3 + prompt}
+                    found = {"max_abs": 1.0, "rms": 1.0, "one_minus_cosine": 0.0, "rel_rms": size * 3 + prompt}
                     found |= {"k_max_abs": weight, "k_rel_rms": -weight, "k_p99_ulp": 1 / weight, "k_norm_max": weight}
                     layers.append(same | found | {"layer": layer, "attention_logit_rms": [1, 2, 3][layer]})
     frames = {"model_tokens": tokens, "model_layers": layers, "model_dlogp": dlogp}
-    return {name: pd.DataFrame(rows).reindex(columns=list(TABLES[name])) for name, rows in frames.items()}
+    tables = {name: pd.DataFrame(rows).reindex(columns=list(TABLES[name])) for name, rows in frames.items()}
+    settings = {"model": "m", "weights": "checkpoint", "tokens": 8}
+    return Study("m", "r1", {"settings": settings, "environment": {"commit": "c0ffee"}}, tables)
 
 
-def test_what_is_taken_over_texts(known: Frames) -> None:
-    assert last_layer(known, "float64")["eager"] == pytest.approx(math.sqrt((3**2 + 7**2) / 2))
-    assert perplexity(known)["float32"] == pytest.approx(math.exp(0.7))
-    table = parted(known)
+def test_what_is_taken_over_texts(known: Study) -> None:
+    frames = known.frames
+    assert last_layer(frames, "float64")["eager"] == pytest.approx(math.sqrt((3**2 + 7**2) / 2))
+    assert perplexity(frames)["float32"] == pytest.approx(math.exp(0.7))
+    table = parted(frames)
     assert table.loc["hf"].tolist() == [1, 2, 5] and table.loc["eager", "parted"] == 0
-    arms = arm_table(known).set_index("arm")
+    arms = arm_table(frames).set_index("arm")
     assert arms.loc["one-rounding", "KL to eager, nats"] == 6.5 and arms.loc["hf", "greedy: parted"] == "1 of 2"
-    assert arms.loc["one-rounding", "Δ log p, max"] == 7 and layer_table(known)["K, max abs error"].tolist() == [
-        10,
-        30,
-        20,
-    ]
+    assert arms.loc["one-rounding", "Δ log p, max"] == 7
+    assert layer_table(frames)["K, max abs error"].tolist() == [10, 30, 20]
 
 
-def test_sentences_say_those_figures(known: Frames, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(impact_report, "studies", lambda folder: {"m": ("r", known)})
-    notice, closest, greedy, surprise, amplified = sentences(tmp_path)
-    assert "`one-rounding` 6.5 (p99 6.5), other first choice at 65.0% of positions" in notice
-    assert "one ulp on K 2.5 (p99 2.5), 4-bit weights 4.5 (p99 4.5)" in notice
-    assert "is `hf`: KL 5.5 nats, eager 1.5" in closest and "takes 5.00 and 5.00 of eager's time" in closest
+def test_differences_are_paired_by_text(known: Study) -> None:
+    """Texts differ by one, arms by one: the difference has no error where that of the means would have."""
+    rows = against(known.frames["model_tokens"], "float64")
+    assert difference(rows, "kl_mean", "one ulp on K") == (1.0, 0.0)
+    rows = rows.assign(kl_mean=rows["kl_mean"] * rows["kl_mean"])  # 1, 4 of eager; 4, 9 of the other
+    assert difference(rows, "kl_mean", "one ulp on K") == pytest.approx((4.0, 1.0))
+    assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == (3.0, math.inf)
+
+
+def test_a_correlation_that_is_depth_alone_is_none() -> None:
+    depth = pd.Series(range(8), dtype=float)
+    wobble = pd.Series([1, -1, -1, 1, 1, -1, -1, 1.0])
+    table = pd.DataFrame({"layer": depth, "largest K-norm weight": depth + 1.5 * wobble})
+    table["goes with depth"] = depth + 1.5 * wobble[::-1].to_numpy()[[1, 0, 3, 2, 5, 4, 7, 6]]
+    table["goes with weight"] = table["largest K-norm weight"] * 3
+    assert given_depth(table, "goes with weight") == pytest.approx(1.0)
     assert (
-        "`hf` 1, `one-rounding` 1; beside them eager 0, one ulp on K 0" in greedy
-        and "Of 2 continuations of 32" in greedy
+        table["goes with depth"].corr(table["largest K-norm weight"])
+        > 0.4
+        > abs(given_depth(table, "goes with depth")) - 0.6
     )
-    assert "float32 2.014, eager 1.649" in surprise
-    assert "K absolute +1.00, attention logits +0.50; K relative -1.00, in ulps -1.00" in amplified
-    assert "K absolute 10 and 30" in amplified
 
 
-def test_drawn_weights_get_no_sentence(known: Frames, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    drawn = {name: frame.assign(weights="calibrated") for name, frame in known.items()}
-    monkeypatch.setattr(impact_report, "studies", lambda folder: {"m": ("r", drawn)})
+def test_sentences_say_those_figures(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    notice, closest, greedy, surprise, amplified = sentences(tmp_path)
+    assert "(checkpoint; 2 texts of up to 8 tokens" in notice and "commit c0ffee, run r1" in notice
+    assert "`hf` 5.5 (p99 5.5, 55.0%), `one-rounding` 6.5 (p99 6.5, 65.0%). Yardsticks: one ulp on K 2.5" in notice
+    assert (
+        "KL of eager 1.5 nats" in closest
+        and "relative error: eager 5.39, `hf` 18" in closest
+        and "Time of" not in closest
+    )
+    assert "`hf` 1, `one-rounding` 1; one ulp on K 0" in greedy and "of 2 continuations of 32" in greedy
+    assert "eager 1.65, float32 2.01, plans 2.46 to 2.72" in surprise
+    assert "largest weights from 10 to 30 over 3 layers" in amplified and "K absolute +1.00" in amplified
+
+
+def test_what_is_beyond_two_standard_errors_is_named(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokens = known.frames["model_tokens"]
+    nudged = (
+        tokens["kl_mean"] + 0.1 * tokens["prompt"] * (tokens["arm"] == "hf") - 20 * (tokens["arm"] == "one-rounding")
+    )
+    nudged += tokens["prompt"] * (tokens["arm"] == "one-rounding")
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens.assign(kl_mean=nudged)})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    closest = sentences(tmp_path)[1]
+    assert "Beyond two standard errors: `hf` farther, `one-rounding` nearer." in closest
+    wide = tokens["kl_mean"] + 30 * tokens["prompt"] * (tokens["arm"] == "hf")
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens.assign(kl_mean=wide)})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    assert "`hf` farther" not in sentences(tmp_path)[1]
+
+
+def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = known.frames["model_tokens"]
+    same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    assert "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path)[0]
+
+
+def test_drawn_weights_get_no_sentence(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = {**known.run, "settings": {**known.run["settings"], "weights": "calibrated"}}
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [dataclasses.replace(known, run=run)])
     assert sentences(tmp_path) == []
 
 
-def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passages(known: Frames) -> None:
-    tokens = known["model_tokens"]
-    asked = tokens.assign(text="prompts", kl_mean=77.0, nll=9.0)
-    both = {**known, "model_tokens": pd.concat([tokens, asked], ignore_index=True)}
+def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passages(known: Study) -> None:
+    tokens = known.frames["model_tokens"]
+    asked = tokens[tokens["prompt"] == 0].assign(text="prompts", kl_mean=77.0, nll=9.0)
+    both = {**known.frames, "model_tokens": pd.concat([tokens, asked], ignore_index=True)}
     table = arm_table(both).set_index("arm")
     assert table.loc["hf", "KL to eager, nats"] == 77 and table.loc["hf", "perplexity"] == f"{math.exp(0.9):.3f}"
+    assert "1 texts of up to" in conditions(dataclasses.replace(known, frames=both))

@@ -271,16 +271,39 @@ def test_float64_where_it_fits_else_float32(monkeypatch: pytest.MonkeyPatch) -> 
     """12 bytes a parameter or 8, and 1 GiB and logits on top, to the byte. Tied parameters count once."""
     config = tiny_config("qwen3")
     parameters = sum(parameter.numel() for parameter in tiny_model("qwen3").parameters())
-    work = 2**30 + 8192 * 64
+    work = 2**30 + 48 * 100 * 64
     for free, expected in ((12, torch.float64), (11.99, torch.float32), (8, torch.float32)):
         free_memory(monkeypatch, free * parameters + work)
-        assert precision_for(config, "cpu") == expected
+        assert precision_for(config, "cpu", 100) == expected
     free_memory(monkeypatch, 8 * parameters + work - 1)
     with pytest.raises(ValueError, match="float32 copies"):
-        precision_for(config, "cpu")
+        precision_for(config, "cpu", 100)
     config.tie_word_embeddings = True
     free_memory(monkeypatch, 8 * (parameters - 64 * 64) + work)
-    assert precision_for(config, "cpu") == torch.float32
+    assert precision_for(config, "cpu", 100) == torch.float32
+
+
+def test_more_tokens_need_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
+    folder = saved(tmp_path / "m")
+    free_memory(monkeypatch, 2**30 + 2**28)
+    with pytest.raises(ValueError, match="GiB are free"):
+        load(str(folder), tokens=2**28 // (48 * 64) + 1)
+    with pytest.raises(BaseException, match="weights were read"):
+        load(str(folder), tokens=2**27 // (48 * 64))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("Qwen/Qwen3-0.6B", "Qwen3-0.6B"), ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("x/y-1.5.gguf", "y-1.5")],
+)
+def test_a_model_keeps_its_whole_name(source: str, name: str) -> None:
+    assert language_model.name_of(source) == name
+
+
+def test_a_folder_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-0.6B").mkdir()
+    monkeypatch.chdir(tmp_path / "Qwen3-0.6B")
+    assert language_model.name_of(".") == language_model.name_of("../Qwen3-0.6B/") == "Qwen3-0.6B"
 
 
 # ---------------------------------------------------------------- the calibrated model

@@ -14,7 +14,11 @@ from harness.frames import latest
 from harness.implementations import Implementation
 from harness.records import TABLES, Records, load_runs
 from harness.studies import (
+    ANOTHER,
+    OPEN,
+    SAME_BITS,
     SECTIONS,
+    THAT,
     answer_words,
     case_sentence,
     confusion_sentence,
@@ -125,15 +129,20 @@ def test_confusion_counts_what_was_answered() -> None:
         known("identified", HF_WORDS, [ONE_WORDS]),  # a wrong answer
         known("undecided", HF_WORDS, [HF_WORDS, ONE_WORDS]),
         known("none", ONE_WORDS, [HF_WORDS]),
+        known("identified", HF_WORDS, [HF_WORDS | {"normed": "bf16-rne or fp32"}]),
+        known("undecided", HF_WORDS, [HF_WORDS | {"order": "a"}, HF_WORDS | {"order": "b"}]),
     ]
     frame = pd.DataFrame(rows)
     summary = confusion_summary(frame).iloc[0]
-    counts = ["plans", "that plan", "another plan", "undecided", "none of these", "error"]
-    assert [summary[name] for name in counts] == [4, 1, 1, 1, 1, 0]
+    counts = ["plans", THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"]
+    assert [summary[name] for name in counts] == [6, 1, 1, 1, 1, 1, 1, 0]
     table = confusion_table(frame).set_index("planted")
     assert table.loc["normed = bf16-rne", "bf16-rne"] == 1 and table.loc["normed = bf16-rne", "fp32"] == 1
     assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 1 and table.loc["normed = fp32", "none"] == 1
-    assert confusion_sentence(frame) == ("**The fingerprint** named 1 of 4 planted plans and named another in 1.")
+    assert confusion_sentence(frame) == (
+        "**The fingerprint** named 1 of 6 planted plans; 1 more with words of the same bits beside them; in 1 it left open an "
+        "fp32 step that plans do not fix; 3 it did not name."
+    )
 
 
 def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
