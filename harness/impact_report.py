@@ -194,7 +194,7 @@ def _closest(study: Study, times: dict[str, float]) -> str:
     if not plans:
         return ""
     kl = {plan: difference(rows, "kl_mean", plan) for plan in plans}
-    listed = ", ".join(f"`{plan}` {mean:+.1e} ± {error:.0e}" for plan, (mean, error) in kl.items() if error)
+    listed = ", ".join(f"`{plan}` {mean:+.1e} ± {error:.0e}" for plan, (mean, error) in kl.items() if mean)
     told = [
         f"`{plan}` {'farther' if mean > 0 else 'nearer'}"
         for plan, (mean, error) in kl.items()
@@ -242,7 +242,7 @@ def _perplexity(study: Study) -> str:
     if not arms:
         return ""
     pairs = {arm: difference(rows, "nll", arm) for arm in arms}
-    told = [f"{arm} {mean:+.2g} ± {error:.1g}" for arm, (mean, error) in pairs.items() if abs(mean) > 2 * error > 0]
+    told = [f"{arm} {mean:+.2g} ± {error:.1g}" for arm, (mean, error) in pairs.items() if abs(mean) > 2 * error]
     plans = found.reindex(plans_of(study.frames)).dropna()
     return (
         f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}, float32 "

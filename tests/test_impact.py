@@ -362,7 +362,7 @@ def test_a_sweep_writes_every_row(tmp_path: Path) -> None:
     lengths = {"passages": 12, "prompts": 8}
     assert counted == {key: lengths[key[2]] + 32 - 1 for key in wanted}  # every token but the first, once
     for row in tokens:
-        assert int(row["tokens"]) == lengths[row["text"]] + 32 and float(row["seconds"]) > 1e-4, row
+        assert int(row["tokens"]) == lengths[row["text"]] + 32, row
         if row["arm"] in ("eager", "hf") and row["reference"] == "eager":
             assert float(row["kl_max"]) < 1e-2 and 0 <= int(row["parts_at"]) <= 32
         if row["arm"] == "eager" and row["reference"] == "eager":
@@ -474,7 +474,7 @@ def test_wrong_arguments_end_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
-    monkeypatch.setattr(language_model, "load", lambda source, device: tiny_lm())
+    monkeypatch.setattr(language_model, "load", lambda source, device, tokens: tiny_lm())
     monkeypatch.setattr(impact, "sweep_model", lambda *arguments: pytest.fail("work has started"))
     assert words in failure(capsys, monkeypatch, "model", "tiny", *arguments, "--results", "results")
     assert not (tmp_path / "results").exists(), "a refused run left a results folder"

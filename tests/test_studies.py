@@ -137,11 +137,11 @@ def test_confusion_counts_what_was_answered() -> None:
     counts = ["plans", THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"]
     assert [summary[name] for name in counts] == [6, 1, 1, 1, 1, 1, 1, 0]
     table = confusion_table(frame).set_index("planted")
-    assert table.loc["normed = bf16-rne", "bf16-rne"] == 1 and table.loc["normed = bf16-rne", "fp32"] == 1
-    assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 1 and table.loc["normed = fp32", "none"] == 1
+    assert table.loc["normed = bf16-rne", "bf16-rne"] == 2 and table.loc["normed = bf16-rne", "fp32"] == 1
+    assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 2 and table.loc["normed = fp32", "none"] == 1
     assert confusion_sentence(frame) == (
-        "**The fingerprint** named 1 of 6 planted plans; 1 more with words of the same bits beside them; in 1 it left open an "
-        "fp32 step that plans do not fix; 3 it did not name."
+        "**The fingerprint** named 1 of 6 planted plans; 1 more with words of the same bits beside them; in 1 it left "
+        "open an fp32 step that plans do not fix; 3 it did not name."
     )
 
 
