@@ -181,9 +181,16 @@ def _notice(study: Study) -> str:
     moved = ", ".join(f"`{plan}` {said(plan)}" for plan in plans if plan not in equal)
     beside = ", ".join(f"{arm} {said(arm)}" for arm in YARDSTICKS if arm in rows.index)
     same = f"; {', '.join(f'`{plan}`' for plan in equal)}: what eager does, the same bits" if equal else ""
+    noise = rows["dlogp_p50"].get(YARDSTICKS[0], 0.0)
+    times = [rows.loc[plan, "dlogp_p50"] / noise for plan in plans if plan not in equal and noise]
+    ratio = (
+        f" The plans' medians are {min(times):.1f} to {max(times):.1f} times what eager changes in itself, token by token."
+        if times
+        else ""
+    )
     return (
         f"**Does {study.model} notice?** ({conditions(study)}.) Change of a token's log probability against eager, nats: median "
-        f"(p99, share of other first choices), each a mean over texts. Plans: {moved}{same}. Yardsticks: {beside}."
+        f"(p99, share of other first choices), each a mean over texts. Plans: {moved}{same}. Yardsticks: {beside}.{ratio}"
     )
 
 

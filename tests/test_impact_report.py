@@ -176,6 +176,15 @@ def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest
     assert "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path)[0]
 
 
+def test_plans_are_measured_by_what_eager_does_to_itself(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    assert "medians are 2.2 to 2.6 times what eager changes in itself" in sentences(tmp_path)[0]  # 5.5 and 6.5 of 2.5
+
+
 def test_drawn_weights_get_no_sentence(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = {**known.run, "settings": {**known.run["settings"], "weights": "calibrated"}}
     monkeypatch.setattr(impact_report, "studies", lambda folder: [dataclasses.replace(known, run=run)])
