@@ -51,7 +51,7 @@ def layers(frames: Frames) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    for arm in set(drawn) - set(beside):
+    for arm in (arm for arm in drawn if arm not in beside):
         left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
     _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})
     return figure

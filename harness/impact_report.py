@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.frames import Frames, best_backend, latest, load
+from harness.frames import Frames, best_backend, load
 from harness.markdown import markdown
 from harness.records import load_runs
 from variants.catalogue import PLANS
@@ -144,14 +144,15 @@ def given_depth(table: pd.DataFrame, column: str) -> float:
 # ---------------------------------------------------------------- sentences
 
 
-def sentences(folder: Path) -> list[str]:
-    """Five sentences on each real model that was studied. What drawn weights say means nothing: they get a table only."""
+def sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
+    """Five sentences on each real model that was studied. What drawn weights say means nothing: they get a table only.
+    speed: times of a bench, or none."""
     lines = []
     for study in studies(folder):
         if not study.drawn:
             lines += [
                 _notice(study),
-                _closest(study, _times(folder)),
+                _closest(study, _times(speed)),
                 _greedy(study),
                 _perplexity(study),
                 _amplified(study),
@@ -217,12 +218,10 @@ def _closest(study: Study, times: dict[str, float]) -> str:
     )
 
 
-def _times(folder: Path) -> dict[str, float]:
-    """Plan -> its time over eager's in the newest bench, at the most tokens."""
-    found = latest(folder, "speed")
-    if found is None:
+def _times(speed: pd.DataFrame) -> dict[str, float]:
+    """Plan -> its time over eager's in that bench, at the most tokens."""
+    if not len(speed):
         return {}
-    speed = found[1]
     rows = speed[(speed["tokens"] == speed["tokens"].max()) & (speed["backend"] == best_backend(speed))]
     return (1 / rows.set_index("plan")["speedup_vs_eager"]).dropna().to_dict()
 

@@ -160,7 +160,8 @@ def write_report(folder: Path, run_id: str) -> Path:
     )
     sections = [
         f"# Results\n\n{conditions(folder, run_id)}",
-        "## Findings\n\n" + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder)]),
+        "## Findings\n\n"
+        + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, frames["speed"])]),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
@@ -186,7 +187,7 @@ def readme_block(folder: Path, run_id: str) -> str:
     fingerprints of public implementations say."""
     frames = load(folder, run_id)
     table = plan_table(frames).drop(columns=["rounds", "K bias"])
-    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder)])
+    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, frames["speed"])])
     gemma = "The gemma plans run on the same weights stored as w − 1; their eager is Hugging Face's Gemma 3 code."
     body = f"{conditions(folder, run_id)} {gemma}\n\n{markdown(table)}\n\n### Findings\n\n{lines}"
     surveyed = latest(folder, "implementations")

@@ -160,15 +160,15 @@ def case_sentence(frame: pd.DataFrame) -> str:
     )
 
 
-def study_sentences(folder: Path) -> list[str]:
-    """A sentence of each study that the folder has."""
+def study_sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
+    """A sentence of each study that the folder has; speed: times of the bench that they stand beside."""
     return [
         *_sentence(folder, "implementations", implementation_sentence),
         *_sentence(folder, "fingerprints", confusion_sentence),
         *_sentence(folder, "budget", largest_share_sentence),
         *_sentence(folder, "cases", case_sentence),
         *_sentence(folder, "audit", audit_sentence),
-        *impact_report.sentences(folder),
+        *impact_report.sentences(folder, speed),
     ]
 
 

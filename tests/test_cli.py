@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 import harness.__main__ as cli
 from harness.doctor import checks, hub_package, interpreter, package_origin
 from harness.records import TABLES, load_runs
-from harness.report import BLOCK, readme_block, update_readme
+from harness.report import BLOCK, newest_run, readme_block, update_readme
 from variants.catalogue import PLANS
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,22 @@ def test_the_readme_shows_the_records() -> None:
     folder, run_id = match.groups()
     assert match.group(0) == readme_block(ROOT / folder, run_id).replace(str(ROOT) + "/", "")
     assert "finished" in load_runs(ROOT / folder)[run_id]
+
+
+def test_a_newer_bench_does_not_change_what_the_readme_says_of_an_older_one(tmp_path: Path) -> None:
+    folder, run_id = BLOCK.search((ROOT / "README.md").read_text()).groups()
+    copy = tmp_path / "cpu"
+    shutil.copytree(ROOT / folder, copy, ignore=shutil.ignore_patterns("plots"))
+    before = readme_block(copy, run_id)
+    runs = json.loads((copy / "environment.json").read_text())
+    runs["runs"]["29990101T000000"] = runs["runs"][run_id]
+    (copy / "environment.json").write_text(json.dumps(runs))
+    for table in ("errors", "amplification", "speed"):
+        rows = [line.split(",") for line in (copy / f"{table}.csv").read_text().splitlines()[1:]]
+        newer = [",".join(["29990101T000000", *(cell.replace("1", "3") for cell in row[1:])]) for row in rows]
+        with open(copy / f"{table}.csv", "a") as file:
+            file.write("\n".join(newer) + "\n")
+    assert newest_run(copy) == "29990101T000000" and readme_block(copy, run_id) == before
 
 
 def test_a_typed_number_in_the_readme_is_noticed(tmp_path: Path) -> None:

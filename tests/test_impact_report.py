@@ -36,6 +36,7 @@ from harness.impact_report import (
 from harness.records import TABLES
 
 PLANS = ("hf", "one-rounding")
+NO_BENCH = pd.DataFrame(columns=list(TABLES["speed"]))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_a_correlation_that_is_depth_alone_is_none() -> None:
 
 def test_sentences_say_those_figures(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
-    notice, closest, greedy, surprise, amplified = sentences(tmp_path)
+    notice, closest, greedy, surprise, amplified = sentences(tmp_path, NO_BENCH)
     assert "(checkpoint; 2 texts of up to 8 tokens" in notice and "commit c0ffee, run r1" in notice
     assert "`hf` 5.5 (p99 5.5, 55.0%), `one-rounding` 6.5 (p99 6.5, 65.0%). Yardsticks: one ulp on K 2.5" in notice
     assert "KL of eager 1.5 nats" in closest and "relative error: eager 5.39, `hf` 17.1" in closest
@@ -165,7 +166,19 @@ def test_what_is_beyond_two_standard_errors_is_named(
         moved = tokens["kl_mean"] + spread * tokens["prompt"] * (tokens["arm"] == "hf")
         study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens.assign(kl_mean=moved)})
         monkeypatch.setattr(impact_report, "studies", lambda folder, study=study: [study])
-        assert ("`hf` farther" in sentences(tmp_path)[1]) == named
+        assert ("`hf` farther" in sentences(tmp_path, NO_BENCH)[1]) == named
+
+
+def test_times_are_those_of_the_bench_that_is_given(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [
+        {"tokens": tokens, "plan": "hf", "backend": "inductor", "speedup_vs_eager": up}
+        for tokens, up in ((1, 9), (16, 2))
+    ]
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    closest = sentences(tmp_path, pd.DataFrame(rows))[1]
+    assert closest.endswith("Time of one layer's chain in this machine's bench, as a multiple of eager's: `hf` 0.50.")
 
 
 def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,7 +186,9 @@ def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest
     same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
     study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
     monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
-    assert "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path)[0]
+    assert (
+        "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path, NO_BENCH)[0]
+    )
 
 
 def test_plans_are_measured_by_what_eager_does_to_itself(
@@ -182,13 +197,15 @@ def test_plans_are_measured_by_what_eager_does_to_itself(
     tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
     study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens})
     monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
-    assert "medians are 2.2 to 2.6 times what eager changes in itself" in sentences(tmp_path)[0]  # 5.5 and 6.5 of 2.5
+    assert (
+        "medians are 2.2 to 2.6 times what eager changes in itself" in sentences(tmp_path, NO_BENCH)[0]
+    )  # 5.5 and 6.5 of 2.5
 
 
 def test_drawn_weights_get_no_sentence(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = {**known.run, "settings": {**known.run["settings"], "weights": "calibrated"}}
     monkeypatch.setattr(impact_report, "studies", lambda folder: [dataclasses.replace(known, run=run)])
-    assert sentences(tmp_path) == []
+    assert sentences(tmp_path, NO_BENCH) == []
 
 
 def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passages(known: Study) -> None:

@@ -179,7 +179,7 @@ def test_cases_and_budget_commands_fill_the_report(
     assert (frame["player"] == "order of sums").sum() == 4, "two plans, two measures"
     sections = study_sections(tmp_path)
     assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
-    assert len(study_sentences(tmp_path)) == 2
+    assert len(study_sentences(tmp_path, pd.DataFrame(columns=list(TABLES["speed"])))) == 2
     _, frame = latest(tmp_path, "cases")
     sentence = case_sentence(frame)
     assert f"of {len(frame)} claims" in sentence and "fit" in sentence
