@@ -295,10 +295,10 @@ def model(
 
     device = _device(device)
     from harness import impact_report
-    from harness.attach import check_backend
     from harness.impact import CONTINUATION, arms, sweep_model, texts
     from harness.language_model import load
     from variants.catalogue import plan_named
+    from variants.variant import check_backend
 
     if prompts is not None and not prompts.is_file():
         raise ValueError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")

@@ -16,7 +16,7 @@ from kernels.checks import KEEP
 from variants.catalogue import plan_named
 from variants.plan import CastPlan
 from variants.problem import Problem
-from variants.variant import BACKENDS, run
+from variants.variant import check_backend, run
 
 # model_type -> the plan by which transformers runs it. The layers of all of them have the same parts.
 REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "gemma"}
@@ -26,12 +26,6 @@ def check_architecture(model_type: str) -> None:
     """Raises ValueError for an architecture whose layers are built otherwise, or unknown."""
     if model_type not in REFERENCE_PLANS:
         raise ValueError(f"unsupported architecture {model_type!r}: supported are {', '.join(REFERENCE_PLANS)}")
-
-
-def check_backend(backend: str) -> None:
-    """Raises ValueError unless it is one of variants.variant.BACKENDS."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: backends are {', '.join(BACKENDS)}")
 
 
 def fitted(plan: CastPlan, model_type: str) -> CastPlan:

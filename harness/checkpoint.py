@@ -86,7 +86,7 @@ def load_layer(source: str, layer: int, model: str) -> tuple[Geometry, dict[str,
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_folder(partial(_local_file, path), source, layer)
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if path.is_file():
         if path.suffix == ".gguf" or _head(path).startswith(b"GGUF"):
             return _load_gguf(path, layer)
@@ -170,13 +170,13 @@ def _open_gguf(path: Path, size: int, modified: int) -> tuple[dict[str, object],
         raise ValueError(f"{path} has the unsupported GGUF architecture {arch!r}: supported are {known}")
     config = {key: values[f"{arch}.{name}"] for key, name in GGUF_CONFIG.items() if f"{arch}.{name}" in values}
     if "rms_norm_eps" in config:  # kept as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
-        config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
+        config["rms_norm_eps"] = shortest(config["rms_norm_eps"])
     return config | {"model_type": GGUF_MODEL_TYPES[arch]}, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Every tensor of the file, unread, and the file's metadata. safetensors checks the header against the size."""
-    _refuse_pickle(path)
+    refuse_pickle(path)
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -314,7 +314,12 @@ def _hub_file(repo: str, *names: str) -> Path:
     raise FileNotFoundError(problem)
 
 
-def _refuse_pickle(path: Path) -> None:
+def shortest(value: float) -> float:
+    """The shortest decimal of a number that was kept as float32: 1e-6 of 9.99999997e-7."""
+    return float(str(np.float32(value)))
+
+
+def refuse_pickle(path: Path) -> None:
     """Raises ValueError for a pickle, by suffix or, under another name, by its first bytes."""
     head = _head(path) if path.is_file() else b""
     # torch.save writes a zip, before 1.6 a bare pickle: \x80 and a protocol of 2 to 5. The length that opens a

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 from harness.attach import check_architecture, decoder_layers
-from harness.checkpoint import HUB_ID, PICKLES
+from harness.checkpoint import HUB_ID, refuse_pickle, shortest
 from harness.geometry import geometry_named
 from harness.problems import CALIBRATED_MODEL, heavy_tailed, k_norm_statistics, layer_statistics, residual_std
 
@@ -78,8 +78,8 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
     )
     if info["missing_keys"]:  # transformers would draw them
         raise ValueError(f"{source}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-    if quantised:  # GGUF keeps eps as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
-        set_eps(model, float(str(torch.tensor(model.config.rms_norm_eps, dtype=torch.float32).numpy())))
+    if quantised:  # GGUF keeps eps as float32
+        set_eps(model, shortest(model.config.rms_norm_eps))
     weights = "GGUF, dequantised to bf16" if quantised else getattr(config, "made_from", "checkpoint")
     return LanguageModel(model.to(device).eval(), tokenizer, name_of(source), weights)
 
@@ -105,8 +105,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 def _where(source: str) -> tuple[str, dict[str, Any]]:
     """What from_pretrained takes for it. Raises FileNotFoundError or ValueError."""
     path = Path(source).expanduser()
-    if path.suffix in PICKLES:
-        raise ValueError(f"{source} is a pickle, which can run code when opened: convert it to safetensors")
+    refuse_pickle(path)
     if path.is_dir():
         return str(path), {"local_files_only": True}
     if path.is_file() and path.suffix == ".gguf":

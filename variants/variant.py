@@ -58,12 +58,19 @@ def compiled_eager() -> Callable[[Problem], Outputs]:
     return torch.compile(eager, dynamic=False, fullgraph=True)
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless it is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: backends are {', '.join(BACKENDS)}")
+
+
 def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
     """q [T, Hq, Dh], k and v [T, Hkv, Dh] of that plan on one of BACKENDS.
 
     `spec` returns float64 tensors that hold the stored values; the others bf16, or float32 for plan.out='fp32'.
     Raises ValueError for an unknown backend or a plan and problem that do not fit together.
     """
+    check_backend(backend)
     if backend == "spec":
         return tuple(spec(plan, problem).outputs().values())
     if backend == "eager":
@@ -71,7 +78,5 @@ def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
         return plan_eager(plan, problem, plan_weight(plan, problem))
     if backend in ("triton", "triton-separate"):
         return run_triton(plan, problem, separate=backend == "triton-separate")
-    if backend == "inductor":
-        check_offset(plan, problem)
-        return compiled_plan(plan)(problem, plan_weight(plan, problem))
-    raise ValueError(f"unknown backend {backend!r}: backends are {', '.join(BACKENDS)}")
+    check_offset(plan, problem)
+    return compiled_plan(plan)(problem, plan_weight(plan, problem))
