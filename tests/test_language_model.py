@@ -349,9 +349,7 @@ def test_its_head_is_tied_and_its_frequencies_are_float32(calibrated: torch.nn.M
     frequencies = calibrated.model.rotary_emb.inv_freq
     expected = 1e6 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     relative = (frequencies.double() / expected - 1).abs().max().item()
-    assert (
-        frequencies.dtype == torch.float32 and relative <= 2 * 2**-23
-    )  # two fp32 steps; bf16: 2^-9
+    assert frequencies.dtype == torch.float32 and relative <= 2 * 2**-23  # two fp32 steps; bf16: 2^-9
     assert calibrated.dtype == torch.bfloat16 and calibrated.model.norm.weight.unique().tolist() == [1.0]
 
 
