@@ -178,7 +178,12 @@ def applied_weight(rule: Rule, rows: Rows) -> Tensor:
 
 def predict(rule: Rule, rows: Rows) -> Tensor:
     """What an implementation of the rule returns: [R, D] fp32, or [R, N] with a readout."""
-    x, factor, weight = source(rule, rows), factor_of(rule, rows), applied_weight(rule, rows)
+    return predict_with(rule, rows, factor_of(rule, rows))
+
+
+def predict_with(rule: Rule, rows: Rows, factor: Tensor) -> Tensor:
+    """predict, where the rows' factors [R, 1] are known."""
+    x, weight = source(rule, rows), applied_weight(rule, rows)
     if rule.scale == "prologue" or rows.readout is None:
         key = ("product", *_root_key(rule), rule.order, rule.normed, rule.weight_offset)
         product = rows.remembered(key, functools.partial(_normalised, rule, x, factor, weight))

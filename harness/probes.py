@@ -12,7 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.family import Readout, Rows, Rule, mean_of_squares, predict, scalar, scaled, two_step
+from harness.family import (
+    Readout,
+    Rows,
+    Rule,
+    mean_of_squares,
+    predict,
+    predict_with,
+    scalar,
+    scaled,
+    two_step,
+)
 from kernels.checks import KEEP, RNE
 from variants.spec import round_to
 
@@ -22,6 +32,10 @@ VARYING = 8  # channels whose sizes change from row to row of the pool that is s
 POOL = 1 << 17
 EPS_TRIED, BOUNDARIES = 32, 1 << 12
 LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
+# bf16 w of 2^-16 to 2^-4: 1 + w has 11 to 24 bits, so that products of three factors are not exact in fp32.
+FINE_WEIGHTS = (
+    torch.arange(128, 256) * 2.0 ** torch.arange(-23, -11)[:, None] * torch.tensor([1, -1])[:, None, None]
+).flatten()
 
 
 def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) -> Tensor:
@@ -68,12 +82,15 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     variance has few values, of which such rows take most. Only rows are used on which 1 / sqrt in one rounding and in
     two agree, so that it does not matter how an implementation computes it. Every seed has an eps near EPS_LARGE; where
     variance and normed are rounded, so that few pairs of them are left, the best of EPS_TRIED. Where rstd is rounded
-    every other seed gives _boundary_rows.
+    every other seed gives _boundary_rows, and those between _order_rows where an order is in question.
     """
     rng = torch.Generator().manual_seed(seed)
-    if seed % 2 == 0 and all(rule.rstd != KEEP for rule in rules):
-        rows = _boundary_rows(rules, width, rng)
-        return rows and dataclasses.replace(rows, readout=readout)
+    if all(rule.rstd != KEEP for rule in rules):
+        if seed % 2 == 0:
+            rows = _boundary_rows(rules, width, rng)
+            return rows and dataclasses.replace(rows, readout=readout)
+        if len({rule.order for rule in rules}) > 1:
+            return _order_rows(rules, width, rng, readout)
     several = EPS_LARGE * 2 ** (2 * torch.rand(EPS_TRIED, generator=rng, dtype=torch.float64) - 1)
     few = all(KEEP not in (rule.variance, rule.normed) for rule in rules)
     eps = max(several.tolist(), key=lambda eps: _telling_pairs(rules, eps)) if few else several[0].item()
@@ -94,7 +111,8 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     chosen = _most_telling(counts)
     if not len(chosen):
         return None
-    chosen = torch.cat([chosen, torch.arange(ROWS)])[:ROWS]
+    others = torch.arange(len(x))
+    chosen = torch.cat([chosen, others[~torch.isin(others, chosen)]])[:ROWS]
     return dataclasses.replace(rows, x=x[chosen])
 
 
@@ -130,6 +148,42 @@ def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> R
         return None
     orders = torch.rand(ROWS, width, generator=rng).argsort(1)
     return dataclasses.replace(pool, x=pool.x[best][orders], eps=eps[best].item())
+
+
+def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout: Readout | None) -> Rows | None:
+    """Rows on which products of the same three factors, taken in another order, are stored as other bits; None if none
+    was found.
+
+    Where rstd is rounded, orders differ by an fp32 ulp, which bf16 shows of one product in thousands. So all values are
+    tried with FINE_WEIGHTS and each row's rstd, and what tells two rules apart gets a column of its own.
+    """
+    x = torch.zeros(ROWS, width)
+    for row in x:  # in another number of channels each, so that their rstd differ
+        filled = torch.randperm(width, generator=rng)[: int(torch.randint(width // 4, width, [1], generator=rng))]
+        row[filled] = integers(128, 256, [len(filled)], rng) / 128
+    rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
+    factors = torch.stack([scalar(rule, mean_of_squares(rule, rows), EPS_LARGE) for rule in rules])  # [rules, ROWS, 1]
+    values = torch.arange(128, 256).float() / 128
+    pairs = Rows(values.repeat_interleave(len(FINE_WEIGHTS))[None], FINE_WEIGHTS.repeat(128)[None], EPS_LARGE, width)
+    if readout is not None:
+        pairs = dataclasses.replace(pairs, readout=identity_readout(pairs.x.shape[1]))
+    columns = torch.randperm(width if readout is None else len(readout.channel), generator=rng)
+    found = False
+    for row, factor, free in zip(x, factors.unbind(1), columns.view(ROWS, -1).tolist(), strict=True):
+        if (factor != factor[0]).any():
+            continue
+        pairs = dataclasses.replace(pairs)  # what it remembers is of another row's rstd
+        stored = [predict_with(rule, pairs, factor[:1]) for rule in rules]
+        telling = torch.cat([other != stored[0] for other in stored]).any(0).nonzero()[:, 0]
+        placed: list[int] = []
+        for pair in telling[torch.randperm(len(telling), generator=rng)].tolist():
+            places = [p for p in (row.abs() == pairs.x[0, pair]).nonzero()[:, 0].tolist() if p not in placed]
+            if free and places:
+                placed.append(free.pop())
+                row[[placed[-1], places[0]]] = row[[places[0], placed[-1]]]
+                rows.weight[placed[-1]] = pairs.weight[0, pair]
+                found = True
+    return dataclasses.replace(rows, x=x) if found else None
 
 
 def _factors(
@@ -180,10 +234,10 @@ def general_readout(rng: torch.Generator, *, bias: bool = False) -> Readout:
     return Readout(channel, first, other, second, values)
 
 
-def identity_readout() -> Readout:
-    """HEAD_DIM columns that read the first channels as they are."""
-    channel, zero = torch.arange(HEAD_DIM), torch.zeros(HEAD_DIM)
-    return Readout(channel, zero + 1, (channel + 1) % WIDTH, zero)
+def identity_readout(columns: int = HEAD_DIM) -> Readout:
+    """So many columns, which read the first channels as they are."""
+    channel, zero = torch.arange(columns), torch.zeros(columns)
+    return Readout(channel, zero + 1, channel, zero)
 
 
 def cancelling_rows(rule: Rule, rng: torch.Generator) -> Rows:
