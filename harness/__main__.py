@@ -129,7 +129,8 @@ def amplify(settings: Settings, records: Records) -> None:
 @on_selection
 def budget(settings: Settings, records: Records) -> None:
     """How much of each plan's error each of its roundings makes: exact Shapley values."""
-    from harness.budget import largest_share_sentence, sweep_budget
+    from harness.budget_report import largest_share_sentence
+    from harness.budget_rows import sweep_budget
     from harness.frames import load
 
     sweep_budget(settings, records)
@@ -256,7 +257,9 @@ def audit(
 ) -> None:
     """Does the compiled code hold the roundings that the plan declares? Needs no GPU; exits with 1 if a row is red."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.audit import TARGETS, audit_all, audit_foreign, check_target
+    from harness.aot import TARGETS
+    from harness.audit import audit_all, check_target
+    from harness.audit_foreign import audit_foreign
 
     targets = (target,) if target else tuple(TARGETS)
     for name in targets:

@@ -22,21 +22,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from harness.amplify import attention_logits
-from harness.frames import own
-from harness.precision import by_storage, problem_at
-from harness.progress import track
-from harness.records import Records
-from harness.settings import Settings
 from kernels.checks import BOUNDARIES, KEEP, RNE
-from variants.catalogue import plan_named
 from variants.plan import CastPlan
 from variants.problem import Problem
 from variants.spec import Chain, applied_weight, check_offset, matmul_operand, spec, store, truth
@@ -51,11 +44,6 @@ ORDER_OF_SUMS = "order of sums"
 PLAYERS = tuple(
     "x weight_offset statistics variance rstd normed hidden scale matmul proj head_rstd head_normed out".split()
 )
-LABELS = {
-    "scale": "W·w_in folded",
-    "matmul": "operand cut to tf32",
-    "weight_offset": "1 + w",
-}  # of players that are choices
 
 
 @dataclass(frozen=True)
@@ -264,155 +252,3 @@ def order_of_sums(plan: CastPlan, problem: Problem, backend: str = "triton") -> 
     added = squared_errors(problem, q, k, reference=chain, exact=exact)
     total = squared_errors(problem, chain.q, chain.k, reference=exact, exact=exact)
     return {measure: (added[measure], total[measure]) for measure in MEASURES}
-
-
-def sweep_budget(settings: Settings, records: Records) -> None:
-    """Rows of every plan on every layer; and, on the first layer, of what its kernel adds to its spec."""
-    s = settings
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices of a few MB: two threads took seven times as long beside another process
-    try:
-        for layer in track(s.layers, "error budget"):
-            for _, names in by_storage(s.plans):
-                problem = problem_at(s, layer, s.tokens, names[0])
-                _add_rows(records, problem, names, "spec", budget_rows)
-    finally:
-        torch.set_num_threads(threads)
-    for name in track(s.plans, "kernels against specs"):
-        problem = problem_at(s, s.layers[0], s.kernel_tokens, name)
-        _add_rows(records, problem, [name], "triton", order_rows)
-
-
-def _add_rows(
-    records: Records,
-    problem: Problem,
-    names: list[str],
-    backend: str,
-    rows_of: Callable[[list[str], Problem], Iterator[dict[str, object]]],
-) -> None:
-    """The rows of those plans that have none yet. The last row of a plan says that it is complete."""
-    last = {"measure": MEASURES[-1], "player": ORDER_OF_SUMS if backend != "spec" else FP32}
-    todo = [name for name in names if not records.has("budget", **_key(problem, name, backend), **last)]
-    for row in rows_of(todo, problem):
-        if not records.has("budget", **row):
-            records.add("budget", **row)
-
-
-def budget_rows(names: Iterable[str], problem: Problem) -> Iterator[dict[str, object]]:
-    """Rows of budget.csv of named plans on one problem: one for each measure and player, and one for fp32 arithmetic.
-
-    A plan's `shapley` of one measure sum to its `total`, its `share` to 1. Raises what budget raises.
-    """
-    errors = Errors(problem)
-    for name in names:
-        for measure, b in budget(plan_named(name), problem, errors).items():
-            for player, value in b.all_parts().items():
-                key = {**_key(problem, name, "spec"), "measure": measure, "player": player}
-                yield {**key, "shapley": value, "share": b.share(value), "total": b.total}
-
-
-def order_rows(names: Iterable[str], problem: Problem, backend: str = "triton") -> Iterator[dict[str, object]]:
-    """Rows of budget.csv of what that backend adds to the specs of named plans on one problem.
-
-    They have no `shapley` and no `share`: this is no part of the plan's error. `total` is that error on the same
-    tokens, and `kernel_vs_spec_share` relative to it. Raises what variants.variant.run raises.
-    """
-    for name in names:
-        for measure, (added, total) in order_of_sums(plan_named(name), problem, backend).items():
-            key = {**_key(problem, name, backend), "measure": measure, "player": ORDER_OF_SUMS}
-            yield {
-                **key,
-                "total": total,
-                "kernel_vs_spec": added,
-                "kernel_vs_spec_share": added / total if total else 0.0,
-            }
-
-
-def _key(problem: Problem, plan: str, backend: str) -> dict[str, object]:
-    return {
-        "model": problem.model,
-        "weights": problem.weights,
-        "layer": problem.layer,
-        "tokens": problem.tokens,
-        "plan": plan,
-        "backend": backend,
-    }
-
-
-def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Plan x player: share of the plan's squared error, mean over layers, each counting alike; NaN: no player of it.
-
-    Plans in falling order of their total (its mean over layers), players in the order of the chain, then fp32.
-    """
-    rows = _parts(frame, measure)
-    shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
-    order = rows.groupby("plan")["total"].mean().sort_values(ascending=False, kind="stable").index
-    return shares.loc[order, [player for player in (*PLAYERS, FP32) if player in shares.columns]]
-
-
-def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
-    """Plan -> rms error, over layers."""
-    return _parts(frame, measure).groupby("plan")["total"].mean() ** 0.5
-
-
-def kernel_share(frame: pd.DataFrame) -> tuple[float, str] | None:
-    """The largest kernel_vs_spec_share and its plan; None where no kernel was measured."""
-    rows = own(frame[frame["player"] == ORDER_OF_SUMS])
-    if not len(rows):
-        return None
-    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
-    return worst["kernel_vs_spec_share"], worst["plan"]
-
-
-def largest_share_sentence(frame: pd.DataFrame) -> str:
-    """One sentence in Markdown, from the rows of budget_rows and order_rows; empty where there are none."""
-    whose = {"k_rel_ms": "K's", "logit_ms": "the logits'"}
-    clauses = [c for c in (_clause(mean_shares(frame, measure), whose[measure]) for measure in MEASURES) if c]
-    if not clauses:
-        return ""
-    rows = _parts(frame, MEASURES[0])
-    layers = sorted(rows["layer"].unique())
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
-    sentence = (
-        f"**Error budget** ({where}, {rows['tokens'].iloc[0]} tokens; besides the store, `out`): {'; '.join(clauses)}"
-    )
-    kernel = kernel_share(frame)
-    if kernel is not None:
-        sentence += f"; order of sums comes on top, at most {kernel[0]:.1g} of a plan's squared error (`{kernel[1]}`)"
-    return sentence + "."
-
-
-def leader(shares: pd.DataFrame) -> tuple[str, int, int] | None:
-    """The player that, besides the store, makes the largest part of most plans; of how many plans; out of how many.
-
-    Counted are plans in which any but the store makes 1 % or more; None if there are none. shares: mean_shares(...).
-    """
-    others = shares.drop(columns=["out", FP32], errors="ignore")
-    counted = others[others.max(axis=1) >= 0.01]
-    if not counted.size:
-        return None
-    leaders = counted.idxmax(axis=1).value_counts()
-    return leaders.index[0], int(leaders.iloc[0]), len(counted)
-
-
-def _clause(shares: pd.DataFrame, whose: str) -> str:
-    others = shares.drop(columns=["out", FP32], errors="ignore")
-    if not others.size:
-        return ""
-    plan, player = others.stack().idxmax()
-    clause = (
-        f"the largest part of {whose} squared error is {_quoted(player)} in `{plan}`, {others.loc[plan, player]:.0%}"
-    )
-    if "hf" in others.index:
-        hf = others.loc["hf"].dropna()
-        most, least = hf.idxmax(), hf.idxmin()
-        clause += f" (in `hf` from {_quoted(least)}, {hf[least]:.0%}, to {_quoted(most)}, {hf[most]:.0%})"
-    return clause
-
-
-def _parts(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    return own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
-
-
-def _quoted(player: str) -> str:
-    return LABELS.get(player, f"`{player}`")

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from harness.budget import FP32, LABELS, MEASURES, kernel_share, leader, mean_shares, root_totals
+from harness.budget import FP32, MEASURES
+from harness.budget_report import LABELS, kernel_share, leader, mean_shares, root_totals
 
 # Okabe and Ito's colours; grey for the store, which every plan with bf16 outputs has. Hatched: the rarer rounding of
 # two at the same step (operand: hidden, folded weight, tf32; weights and residual; the mean of squares).
@@ -34,7 +35,7 @@ VISIBLE = 0.003  # of a bar: about one pixel
 
 
 def budget_bars(frame: pd.DataFrame) -> Figure | None:
-    """Two panels of stacked bars, K and logits, from the rows of harness.budget; None where there are none.
+    """Two panels of stacked bars, K and logits, from the rows of harness.budget_rows; None where there are none.
 
     One bar a plan, in falling order of K's error; parts below zero to the left of zero.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness import impact_report
-from harness.budget import largest_share_sentence
+from harness.budget_report import largest_share_sentence
 from harness.frames import latest
 from harness.markdown import markdown
 

@@ -23,8 +23,10 @@ import triton.language as tl
 
 import harness.aot
 from harness.aot import TARGETS, cases, compile_head_norm, compile_norm_qkv
-from harness.audit import COLUMNS, audit_all, audit_case, audit_compiled, audit_foreign
-from harness.audit_text import machine_roundings, ptx_graph
+from harness.audit import COLUMNS, audit_all, audit_case, audit_compiled
+from harness.audit_foreign import audit_foreign
+from harness.audit_ptx import ptx_graph
+from harness.audit_roundings import machine_roundings
 from variants.catalogue import PLANS
 
 ROOT = Path(__file__).parent.parent

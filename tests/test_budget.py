@@ -23,21 +23,20 @@ from harness.budget import (
     Budget,
     Errors,
     budget,
-    budget_rows,
-    largest_share_sentence,
-    mean_shares,
     order_of_sums,
-    order_rows,
     part,
     players,
     shapley,
     squared_errors,
     subsets,
 )
+from harness.budget_report import largest_share_sentence, mean_shares
+from harness.budget_rows import budget_rows, order_rows
 from harness.errors import error_stats
 from harness.exact import exact_problem
 from harness.problems import synthetic_problem
 from harness.records import TABLES
+from harness.threads import one_thread
 from kernels.checks import BOUNDARIES, KEEP, RNE, RTZ
 from tests.support import assert_bit_equal, random_problem
 from variants.catalogue import PLANS, plan_named
@@ -53,12 +52,10 @@ Game = Mapping[frozenset[str], float]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def alone():
     """Thousands of small operations: a second thread on a busy machine makes them ten times slower, not faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @cache
@@ -381,7 +378,7 @@ def test_a_rounding_that_makes_up_for_another_keeps_its_sign_in_the_rows(monkeyp
     """A truncated variance makes rstd and K too large, a truncated store makes K too small, and by more."""
     plan = CastPlan(hidden=KEEP, matmul="fp32", variance=RTZ, out=RTZ)
     problem = small(head_norm=False, residual=False, bias=False, tokens=33, hidden_size=200)
-    monkeypatch.setattr(module, "plan_named", lambda name: plan)
+    monkeypatch.setattr("harness.budget_rows.plan_named", lambda name: plan)
     rows = pd.DataFrame(budget_rows(["compensating"], problem))
     for _, measured in rows.groupby("measure"):
         shares = measured.set_index("player")["share"]

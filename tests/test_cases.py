@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import harness.cases as cases
-from harness.cases import CASES, Case, Claim, Figure, Thread, Way, exponent, hidden, run_cases, verdict, verdict_of
+from harness.case import Case, Claim, Figure, Thread, Way, described, hidden, printed, verdict
+from harness.cases import CASES, run_cases, verdict_of
+from harness.cases_draw import near_one, normal
+from harness.cases_figures import changes, exponent, magnitude_bias, share, share_by_row, ulps
+from harness.cases_residual import accumulated, shrink, summed
+from harness.cases_stack import depth_exponent, exact_step, stack, stack_inputs
+from harness.cases_sums import bf16_sum, fp32_sum
 from harness.errors import error_stats
 from kernels.checks import KEEP, RNE, RTZ
 from variants.catalogue import HF, ONE_ROUNDING
@@ -157,7 +163,7 @@ def test_three_times_a_figure_that_fits_does_not(rows: list[dict]) -> None:
 
 
 def test_the_range_of_a_claim_holds_what_prints_as_it() -> None:
-    claim = cases.printed("", 0.41, 0.01)
+    claim = printed("", 0.41, 0.01)
     assert f"{claim.low + 1e-9:.2f}" == f"{claim.high - 1e-9:.2f}" == "0.41"
     assert f"{claim.low - 1e-9:.2f}" == "0.40" and f"{claim.high + 1e-9:.2f}" == "0.42"
     for c in CASES:
@@ -208,7 +214,7 @@ def test_swapped_sides_flip_what_is_signed() -> None:
 def test_the_same_side_twice_has_no_effect_and_does_not_fit(side: int) -> None:
     seen = 0
     for c in CASES:
-        if c.figure.pick not in (cases.share, cases.share_by_row) or not c.claim.value > 0:
+        if c.figure.pick not in (share, share_by_row) or not c.claim.value > 0:
             continue
         seen += 1
         m = dataclasses.replace(c, sides=(c.sides[side],) * 2, draws=1).measure()
@@ -240,20 +246,20 @@ def test_truncation_loses_a_share_of_the_mantissa() -> None:
     """1/2 ulp on average, 2^-8 / mantissa; over log-uniform mantissas 1 / mantissa averages 1 / (2 ln 2)."""
     rng = torch.Generator().manual_seed(0)
     value = torch.rand(1 << 18, generator=rng, dtype=torch.float64).exp2().float().double()
-    lost = cases.magnitude_bias(store(value, RNE), store(value, RTZ)).item()
+    lost = magnitude_bias(store(value, RNE), store(value, RTZ)).item()
     assert lost == pytest.approx(-(2.0**-8) / (2 * math.log(2)), rel=0.01)
-    assert cases.share(store(value, RNE), store(value, RTZ)).item() == pytest.approx(0.5, abs=0.005)
+    assert share(store(value, RNE), store(value, RTZ)).item() == pytest.approx(0.5, abs=0.005)
 
 
 def test_the_residual_shrinks_by_half_of_calls_times_the_loss_of_one() -> None:
     """Call k's loss is a share of the residual as it was then, k / n of its final square: the sum is (n + 1) / 2."""
     c = case("change of the residual's mean magnitude")
     inputs = c.draw(torch.Generator().manual_seed(5))[0]
-    before = cases.accumulated(c.sides[0], inputs)
+    before = accumulated(c.sides[0], inputs)
     late = [{"x": x, "residual": r} for x, r in zip(inputs["calls"][40:], before[39:], strict=False)]
-    pairs = [(cases.summed(c.sides[0], i), cases.summed(c.sides[1], i)) for i in late]
+    pairs = [(summed(c.sides[0], i), summed(c.sides[1], i)) for i in late]
     one = sum(((a - b) * b.sign()).sum().item() for b, a in pairs) / sum(b.abs().sum().item() for b, _ in pairs)
-    shrunk = cases.shrink(before, cases.accumulated(c.sides[1], inputs))
+    shrunk = shrink(before, accumulated(c.sides[1], inputs))
     assert shrunk[-1].item() == pytest.approx(one * 73 / 2, rel=0.1)
     assert shrunk[-1].item() > 0.6 * one * 72, "the losses of all calls do not add up"
     assert exponent(shrunk.abs()) == pytest.approx(1.0, abs=0.1)
@@ -283,7 +289,7 @@ def test_a_row_strays_far_beyond_its_number_of_elements() -> None:
     """4,096 elements of a row share one rstd: their share of differing ones strays like that of some 30 elements."""
     c = case("elements that differ in one row of 4,096")
     inputs = c.draw(torch.Generator().manual_seed(0))[0]
-    by_row = cases.share_by_row(*(c.run(side, inputs) for side in c.sides))
+    by_row = share_by_row(*(c.run(side, inputs) for side in c.sides))
     independent = math.sqrt(by_row.mean().item() * (1 - by_row.mean().item()) / 4096)
     assert by_row.std().item() > 8 * independent
 
@@ -291,12 +297,12 @@ def test_a_row_strays_far_beyond_its_number_of_elements() -> None:
 def test_sums_by_hand() -> None:
     ones = torch.ones(2, 16 * 300, dtype=torch.bfloat16)
     for storage in (RNE, RTZ):  # a lane stops at 256, where 1 is half an ulp: 16 lanes of 256, not of 300
-        assert cases.bf16_sum(storage, ones).tolist() == [[4096.0]] * 2
+        assert bf16_sum(storage, ones).tolist() == [[4096.0]] * 2
     few = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.bfloat16)
-    assert cases.fp32_sum(1, few).tolist() == cases.fp32_sum(4, few).tolist() == [[30.0]]
+    assert fp32_sum(1, few).tolist() == fp32_sum(4, few).tolist() == [[30.0]]
     big = torch.tensor([[4096.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16)  # 2^24 + 1 is no fp32 number
-    assert cases.fp32_sum(1, big).item() == 2.0**24
-    assert cases.fp32_sum(2, big).item() == 2.0**24 + 2
+    assert fp32_sum(1, big).item() == 2.0**24
+    assert fp32_sum(2, big).item() == 2.0**24 + 2
 
 
 def test_exponents_of_known_growth() -> None:
@@ -308,13 +314,13 @@ def test_what_the_stack_makes_of_each_error_alone() -> None:
     """Said in case 17's words: a coherent factor of every norm grows as the stream, a root; rounding it, linearly."""
     c = case("exponent of the growth of a coherent error")
     inputs = c.draw(torch.Generator().manual_seed(3))[0]
-    exact = cases.stack(c.sides[0], inputs)
-    scaled = cases.stack(c.sides[1], inputs)
+    exact = stack(c.sides[0], inputs)
+    scaled = stack(c.sides[1], inputs)
     added = (exact - inputs["x"].double())[-1]  # what all deltas made: 0.3 % too large, and no more after 36 layers
     along = ((scaled - exact)[-1] * added).sum() / added.square().sum()
     assert along.item() == pytest.approx(0.003, rel=0.15)
-    rounded = cases.stack(Way("stream in bf16", lambda *args: store(cases.exact_step(*args), RNE)), inputs)
-    growth = {name: cases.depth_exponent(s - exact).item() for name, s in (("scaled", scaled), ("rounded", rounded))}
+    rounded = stack(Way("stream in bf16", lambda *args: store(exact_step(*args), RNE)), inputs)
+    growth = {name: depth_exponent(s - exact).item() for name, s in (("scaled", scaled), ("rounded", rounded))}
     assert 0.4 < growth["scaled"] < 0.65 and 0.85 < growth["rounded"] < 1.15
     assert exponent(exact.square().mean((1, 2)).sqrt()) == pytest.approx(0.5, abs=0.05)
 
@@ -332,21 +338,21 @@ def test_products_to_nearest_by_enumeration() -> None:
 
 def test_the_norm_is_hugging_faces() -> None:
     rng = torch.Generator().manual_seed(0)
-    x, weight = cases.normal(rng, 64, 512), cases.near_one(rng, 512)
+    x, weight = normal(rng, 64, 512), near_one(rng, 512)
     expected = eager_norm(x, weight, 1e-6, False).double()
-    differing = cases.share(expected, hidden(HF, x=x, weight=weight)).item()
-    assert differing < 1e-3 < cases.share(expected, hidden(ONE_ROUNDING, x=x, weight=weight)).item()
+    differing = share(expected, hidden(HF, x=x, weight=weight)).item()
+    assert differing < 1e-3 < share(expected, hidden(ONE_ROUNDING, x=x, weight=weight)).item()
 
 
 def test_changes_are_those_of_error_stats() -> None:
     rng = torch.Generator().manual_seed(0)
-    x, weight = cases.normal(rng, 32, 256), cases.near_one(rng, 256)
+    x, weight = normal(rng, 32, 256), near_one(rng, 256)
     before, after = (hidden(plan, x=x, weight=weight) for plan in (HF, ONE_ROUNDING.replace(hidden=RTZ)))
     stats = error_stats(actual=after.unsqueeze(1), reference=before.unsqueeze(1))
-    changes = cases._changes(before, after)
-    assert changes["share_differ"] == pytest.approx(1 - stats.share_equal)
-    assert changes["max_ulp"] == stats.max_ulp > 0
-    assert changes["signed_bias"] == pytest.approx(stats.signed_mean) and stats.signed_mean < 0
+    changed = changes(before, after)
+    assert changed["share_differ"] == pytest.approx(1 - stats.share_equal)
+    assert changed["max_ulp"] == stats.max_ulp > 0
+    assert changed["signed_bias"] == pytest.approx(stats.signed_mean) and stats.signed_mean < 0
 
 
 def test_ulps_are_those_of_the_side_before() -> None:
@@ -354,28 +360,28 @@ def test_ulps_are_those_of_the_side_before() -> None:
     after = before - torch.tensor(
         [2.0**-8, 2.0**-7, 2.0**-5, 1.0]
     )  # below a power of two, where ulps are half as large
-    assert cases.ulps(before, after).tolist() == [0.5, 0.5, 1.0]
+    assert ulps(before, after).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_a_stack_of_a_plan_is_its_spec_layer_by_layer() -> None:
     """One step by hand: norm, rounded; projection, rounded; sum, rounded."""
-    inputs = cases.stack_inputs(1)(torch.Generator().manual_seed(0))[0]
+    inputs = stack_inputs(1)(torch.Generator().manual_seed(0))[0]
     x, projection = inputs["x"].double(), inputs["projections"][0].double()
     normed = hidden(ONE_ROUNDING, x=inputs["x"], weight=inputs["norms"][0])
     by_hand = store(x + store(normed @ projection.T, RNE), RNE)
-    assert torch.equal(cases.stack(ONE_ROUNDING, inputs)[0], by_hand)
+    assert torch.equal(stack(ONE_ROUNDING, inputs)[0], by_hand)
 
 
 def test_sides_in_words() -> None:
-    assert cases.described(HF) == "hf" and cases.described(Way("a sum", torch.sum)) == "a sum"
-    assert cases.described(ONE_ROUNDING.replace(x=RTZ)) == "one-rounding with x=bf16-rtz"
+    assert described(HF) == "hf" and described(Way("a sum", torch.sum)) == "a sum"
+    assert described(ONE_ROUNDING.replace(x=RTZ)) == "one-rounding with x=bf16-rtz"
 
 
 def test_a_new_case_needs_no_more_than_its_fields() -> None:
     made = Case(
         Thread(99, "nowhere #1", "out"),
         sides=(Way("as it is", lambda v: v.double()), Way("in bf16", lambda v: store(v.double(), RNE))),
-        figure=Figure("elements that differ", "share", cases.share),
+        figure=Figure("elements that differ", "share", share),
         claim=Claim("all of them", 1.0, 1.0, 1.0),
         why="fp32 values are hardly ever bf16 values",
         draw=lambda rng: [{"v": torch.randn(1000, generator=rng)}],

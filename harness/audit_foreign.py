@@ -1,0 +1,101 @@
+"""The audit of other people's kernels, which have no plan: what they round, and what their compiler made of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from harness.aot import TARGETS, Compiled, check_compilable, resources
+from harness.audit import COLUMNS, Row, check_target, examine, reason
+from harness.audit_flow import Flow
+from harness.blackbox import load
+
+TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
+OPTIONS = ("num_warps", "num_stages")
+
+
+def audit_foreign(
+    module_function: str, target: str, signature: str, constants: Iterable[str] = (), *, fp_fusion: bool = True
+) -> Row:
+    """What a kernel without a plan rounds, and what its compiler made of it: the columns of audit_case.
+
+    module_function   `MODULE:FUNCTION`, a @triton.jit kernel; importing the module runs it
+    signature         types of the arguments that are no constants, in order: `*bf16,*bf16,i32,fp32`; `:16` behind one
+                      says that it is divisible by 16
+    constants         `NAME=VALUE` for tl.constexpr arguments without default, for other arguments that are always the
+                      same (`bias_ptr=None`), and for num_warps and num_stages
+    fp_fusion         as the kernel is launched; True is Triton's default up to 3.9
+
+    Here a rounding is named by what is rounded, and that by what it was computed from (see Flow): `unclassified` where
+    it is nothing of the chain. status is `reported`, or `red` where the machine code lacks a rounding of TTIR, or has
+    another; fused multiply-adds alone make no row red, where fp_fusion asks for them.
+
+    Raises ValueError with one sentence for what does not fit, RuntimeError for an interpreted kernel.
+    """
+    check_target(target)
+    constants = list(constants)
+    source, options = foreign_source(imported(module_function), signature, constants)
+    names = {"target": target, "kernel": module_function, "plan": "", "keywords": " ".join([signature, *constants])}
+    row = dict.fromkeys(COLUMNS) | names
+    try:
+        built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": fp_fusion})
+    except Exception as error:  # a compiler fails in its own ways
+        return row | {"status": "failed", "reason": reason(error)}
+    asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
+    binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
+    compiled = Compiled(module_function, target, asm, binary, built.metadata.shared, *resources(asm, binary))
+    found, faults = examine(compiled, Flow(asm["ttir"]), {}, fp_fusion)
+    return row | found | {"status": "red" if faults else "reported", "reason": "; ".join(faults), "declared": ""}
+
+
+def imported(module_function: str) -> triton.JITFunction:
+    """The kernel of that name. Raises ValueError where there is none, RuntimeError where it is interpreted."""
+    found = load(module_function)
+    while not isinstance(found, triton.JITFunction) and type(found).__module__.startswith("triton.runtime.auto"):
+        found = found.fn  # under triton.autotune and triton.heuristics
+    if type(found).__module__.startswith("triton.runtime.interpreter"):
+        check_compilable(found)
+    if not isinstance(found, triton.JITFunction):
+        raise ValueError(f"{module_function} is a {type(found).__name__}, not a function under @triton.jit")
+    return found
+
+
+def foreign_source(
+    fn: triton.JITFunction, signature: str, constants: Iterable[str]
+) -> tuple[ASTSource, dict[str, int]]:
+    """The kernel with its types and constants, and the options among these. Raises ValueError as audit_foreign does."""
+    values = dict(parsed_constant(each) for each in constants)
+    options = {name: values.pop(name) for name in OPTIONS if name in values}
+    if unknown := sorted(values.keys() - set(fn.arg_names)):
+        raise ValueError(f"{fn.__name__} has no argument {', '.join(unknown)}: it has {', '.join(fn.arg_names)}")
+    values = {p.name: p.default for p in fn.params if p.is_constexpr and p.has_default} | values
+    if missing := [p.name for p in fn.params if p.is_constexpr and p.name not in values]:
+        raise ValueError(f"{fn.__name__} needs a value for {', '.join(missing)}: give {missing[0]}=VALUE")
+    names = [name for name in fn.arg_names if name not in values]
+    types = [each.strip() for each in signature.split(",")] if signature.strip() else []
+    if len(types) != len(names):
+        raise ValueError(f"{fn.__name__} needs {len(names)} types, for {', '.join(names)}; {len(types)} are given")
+    if wrong := [each for each in types if not TYPE.fullmatch(each)]:
+        raise ValueError(
+            f"unknown type {wrong[0]!r}: types are written like *bf16, *fp32, i32, fp32, with :16 for divisible"
+        )
+    kinds = dict(zip(names, (each.removesuffix(":16") for each in types), strict=True))
+    divisible = {name for name, each in zip(names, types, strict=True) if each.endswith(":16")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in divisible}
+    source = ASTSource(fn, {name: kinds.get(name, "constexpr") for name in fn.arg_names}, values, attrs)
+    return source, options
+
+
+def parsed_constant(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise ValueError(f"a constant is written NAME=VALUE, not {text!r}")
+    try:
+        return name.strip(), ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name.strip(), value  # a word

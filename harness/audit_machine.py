@@ -1,0 +1,159 @@
+"""Machine code against TTIR: each rounding is found again, none is added, none comes too late, and nothing is fused.
+
+The line table says which of TTIR's roundings one of machine code is; where it lost the place, the kind of operation
+that is rounded does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from harness.audit_flow import Edge, Flow
+from harness.audit_graph import NOWHERE, Node, Place, origins, spot
+from harness.audit_roundings import FLOAT, MATRIX_RESULT, Rounding, is_fused
+from harness.audit_words import titled
+
+WORDS = {"arith.mulf": {"fmul"}, "arith.addf": {"fadd"}, "arith.subf": {"fsub", "fadd"}}
+WORDS |= {"arith.divf": {"fdiv", "fmul"}, "tt.precise_divf": {"fdiv"}}  # the former by the reciprocal of a constant
+READ = re.compile(rf"({'|'.join(FLOAT)}|bfe|iadd|and|or|shr|select|bytes|cmp|bfi)$")  # as a number or its bits
+ROOTED = ("arith.divf", "tt.precise_divf")
+EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rounding of TTIR, to be found again."""
+
+    boundary: str
+    kind: str
+    places: frozenset[Place]
+    source: Node
+    role: str
+    always: bool  # nothing reads the source unrounded
+    redundant: bool  # what comes in is rounded already
+    spared: str  # what a conversion of Triton's own may leave out
+
+
+def sites_of(flow: Flow, names: dict[Rounding, str]) -> list[Site]:
+    """Every rounding of TTIR, with its boundary by names (else the role of what is rounded)."""
+    edges_of: dict[Node, list[Edge]] = defaultdict(list)
+    uses: dict[Rounding, list[tuple[Edge, int]]] = defaultdict(list)
+    for edge in flow.edges:
+        if not (edge.sink.op == "tt.dot" and edge.operand == 2):  # a sum that goes on is no reader of it
+            edges_of[edge.source].append(edge)
+        for index, rounding in enumerate(edge.roundings):
+            uses[rounding].append((edge, index))
+    sites = []
+    for rounding, used in uses.items():
+        edge = used[0][0]
+        always = all(each.roundings for each in edges_of[edge.source]) and all(index == 0 for _, index in used)
+        redundant = all(index and each.roundings[index - 1].kind.startswith("bf16") for each, index in used)
+        boundary = names.get(rounding, edge.role)
+        spared = "without NaN" if rounding.node.op == "tt.fp_to_fp" else ""
+        sites.append(Site(boundary, rounding.kind, rounding.places, edge.source, edge.role, always, redundant, spared))
+    return sites
+
+
+def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding]) -> tuple[Counter, list[str]]:
+    """(elements rounded at each boundary in machine code, what it does otherwise than TTIR, one sentence each)."""
+    counts, faults, matched = Counter(), [], defaultdict(list)
+    for rounding in sorted(found, key=lambda each: not each.places):  # those that lost their place in a move come last
+        if rounding.places:
+            here = [site for site in sites if site.places & rounding.places]
+        else:
+            alike = [site for site in sites if shape(site.source) & shape(rounding.value)]
+            here = [site for site in alike if not matched[site]] or alike
+        same = [site for site in here if rounding.kind == site.kind or rounding.kind == f"{site.kind} {site.spared}"]
+        for site in same:  # the line table does not tell two calls from one another that one helper makes
+            matched[site].append(rounding)
+        if same:
+            counts[same[0].boundary] += 1
+        elif here:
+            faults.append(
+                f"machine code: {titled(here[0].boundary)} is rounded {rounding.kind}, TTIR says {here[0].kind}"
+            )
+        else:
+            where = spot(max(rounding.places, default=NOWHERE))
+            faults.append(f"machine code: a value is rounded {rounding.kind} where TTIR does not, {where}")
+    for site in sites:
+        elusive = "unknown" in site.kind or site.kind.endswith(
+            "rtz without NaN"
+        )  # a shift, after memory none of a float
+        if not matched[site] and not site.redundant and not elusive:
+            faults.append(f"machine code: {titled(site.boundary)} is not rounded, TTIR says {site.kind}")
+        elif site.always:
+            rounded = [each for other in sites if other.source is site.source for each in matched[other]]
+            faults += unrounded(site, nodes, rounded)
+    return counts, [f"{fault} ({n} times)" if n > 1 else fault for fault, n in Counter(faults).items()]
+
+
+def shape(node: Node) -> set[tuple[str, bool, bool]]:
+    """Operations that compute a value, in words of machine code: each with whether it squares and divides by a root."""
+    found = set()
+    for each in origins(node):
+        squares = len(each.args) > 1 and each.args[0] is each.args[1]
+        found |= {(word, squares, divides_by_root(each)) for word in WORDS.get(each.op, {each.op})}
+    return found
+
+
+def divides_by_root(node: Node) -> bool:
+    """Whether a quotient comes from a root, with nothing between but what AMD expands the two into."""
+    seen, todo = set(), [node] if node.op in ("fdiv", *ROOTED) else []
+    while todo:
+        for arg in todo.pop().args:
+            if isinstance(arg, Node) and arg not in seen:
+                if "sqrt" in arg.op:
+                    return True
+                seen.add(arg)
+                todo += [arg] if arg.op not in ("fadd", "phi", "arith.addf") and len(seen) < 100 else []
+    return False
+
+
+def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[str]:
+    """Elements of a value, which TTIR always rounds, that machine code computes and does not round, or reads before."""
+    inputs = {origin for rounding in rounded for origin in origins(rounding.value)}
+    if site.source.op == "tt.dot":  # and there is one in a kernel, or its results are added up
+        values = {rounding.value for rounding in rounded}
+        lost = [n for n in nodes if is_product(n) and n not in values and any(READ.match(u.op) for u in n.users)]
+        inputs |= {node for node in nodes if MATRIX_RESULT.match(node.op)}
+    else:
+        words = WORDS.get(site.source.op, ())
+        computed = {node for node in nodes if node.op in words and node.place == site.source.place != NOWHERE}
+        lost = [
+            n for n in computed - inputs if any(user.place != n.place for user in readers(n))
+        ]  # no step of a quotient
+    faults = [f"machine code: elements of {titled(site.role)} left unrounded: {len(lost)}"] if lost else []
+    inputs -= {rounding.node for rounding in rounded}  # arithmetic in a narrow type
+    early = [n for n in inputs if any(user.op in FLOAT and user.place != n.place for user in readers(n))]
+    if early:
+        faults.append(f"machine code: elements of {titled(site.role)} read before they are rounded: {len(early)}")
+    return faults
+
+
+def is_product(node: Node) -> bool:
+    """Whether this is one element of what matrix instructions return."""
+    found = origins(node) if node.op in ("phi", "part") else ()
+    return bool(found) and all(MATRIX_RESULT.match(each.op) for each in found)
+
+
+def readers(node: Node) -> set[Node]:
+    """What reads a value, through merges and packing."""
+    found, seen, todo = set(), {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user.op not in ("phi", "pack", "part"):
+                found.add(user)
+            elif user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return found
+
+
+def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
+    """(fused multiply-adds that TTIR does not ask for, the number of those it does: products, quotients, roots)."""
+    asked = {node.place for node in flow.nodes if EXPANDED.fullmatch(node.op)} - {NOWHERE}
+    all_ = [node for node in nodes if is_fused(node)]
+    extra = [node for node in all_ if node.place not in asked]
+    return extra, len(all_) - len(extra)

@@ -1,0 +1,96 @@
+"""The error budget in figures and a sentence, from the rows of harness.budget_rows as a data frame.
+
+Rows of kernels are kept out of every mean: they are no part of a plan's error.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from harness.budget import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
+from harness.frames import own
+
+LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
+
+
+def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Plan x player: share of the plan's squared error, mean over layers, each counting alike; NaN: no player of it.
+
+    Plans in falling order of their total (its mean over layers), players in the order of the chain, then fp32.
+    """
+    rows = _parts(frame, measure)
+    shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    order = rows.groupby("plan")["total"].mean().sort_values(ascending=False, kind="stable").index
+    return shares.loc[order, [player for player in (*PLAYERS, FP32) if player in shares.columns]]
+
+
+def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
+    """Plan -> rms error, over layers."""
+    return _parts(frame, measure).groupby("plan")["total"].mean() ** 0.5
+
+
+def kernel_share(frame: pd.DataFrame) -> tuple[float, str] | None:
+    """The largest kernel_vs_spec_share and its plan; None where no kernel was measured."""
+    rows = own(frame[frame["player"] == ORDER_OF_SUMS])
+    if not len(rows):
+        return None
+    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
+    return worst["kernel_vs_spec_share"], worst["plan"]
+
+
+def largest_share_sentence(frame: pd.DataFrame) -> str:
+    """One sentence in Markdown, from the rows of budget_rows and order_rows; empty where there are none."""
+    whose = {"k_rel_ms": "K's", "logit_ms": "the logits'"}
+    clauses = [c for c in (_clause(mean_shares(frame, measure), whose[measure]) for measure in MEASURES) if c]
+    if not clauses:
+        return ""
+    rows = _parts(frame, MEASURES[0])
+    layers = sorted(rows["layer"].unique())
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
+    sentence = (
+        f"**Error budget** ({where}, {rows['tokens'].iloc[0]} tokens; besides the store, `out`): {'; '.join(clauses)}"
+    )
+    kernel = kernel_share(frame)
+    if kernel is not None:
+        sentence += f"; order of sums comes on top, at most {kernel[0]:.1g} of a plan's squared error (`{kernel[1]}`)"
+    return sentence + "."
+
+
+def leader(shares: pd.DataFrame) -> tuple[str, int, int] | None:
+    """The player that, besides the store, makes the largest part of most plans; of how many plans; out of how many.
+
+    Counted are plans in which any but the store makes 1 % or more; None if there are none. shares: mean_shares(...).
+    """
+    others = _besides_store(shares)
+    counted = others[others.max(axis=1) >= 0.01]
+    if not counted.size:
+        return None
+    leaders = counted.idxmax(axis=1).value_counts()
+    return leaders.index[0], int(leaders.iloc[0]), len(counted)
+
+
+def _clause(shares: pd.DataFrame, whose: str) -> str:
+    others = _besides_store(shares)
+    if not others.size:
+        return ""
+    plan, player = others.stack().idxmax()
+    clause = (
+        f"the largest part of {whose} squared error is {_quoted(player)} in `{plan}`, {others.loc[plan, player]:.0%}"
+    )
+    if "hf" in others.index:
+        hf = others.loc["hf"].dropna()
+        most, least = hf.idxmax(), hf.idxmin()
+        clause += f" (in `hf` from {_quoted(least)}, {hf[least]:.0%}, to {_quoted(most)}, {hf[most]:.0%})"
+    return clause
+
+
+def _besides_store(shares: pd.DataFrame) -> pd.DataFrame:
+    return shares.drop(columns=["out", FP32], errors="ignore")
+
+
+def _parts(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    return own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
+
+
+def _quoted(player: str) -> str:
+    return LABELS.get(player, f"`{player}`")
