@@ -48,6 +48,7 @@ TELLING = 6
 SEARCHES = 24
 ENOUGH = 30  # votes on every pair, after which more would not decide either
 MISSES = 8  # searches in a row without a telling one, after which rules count as the same
+CONTROLS = 16  # roots next to a boundary of a rounded rstd; if more than an eighth of them are an ulp off, eps is open
 CLOSE = 4 * 2.0**-23  # fp32 ulps; the least rounding of the family is 2^-9
 SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
 
@@ -204,8 +205,9 @@ def _classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:
 
 def _refine(
     rules: Sequence[Rule], width: int, calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None
-) -> list[list[Rule]]:
-    """What is left of the rules after calls on searched rows, in groups between which no search found a difference."""
+) -> tuple[list[list[Rule]], str]:
+    """What is left of the rules after calls on searched rows, in groups between which no search found a difference; and
+    what makes their eps doubtful, or an empty text."""
     left, misses = list(rules), 0
     for seed in range(SEARCHES):
         if len(left) == 1 or misses == MISSES:
@@ -219,7 +221,23 @@ def _refine(
         left = [b for b in left if not any(_rejects(a, b, calls) for a in left)]
         if all(_votes(a, b, calls)[0] >= ENOUGH for i, a in enumerate(left) for b in left[:i]):
             break
-    return _classes(left, calls)
+    doubt = ""
+    if len({rule.eps for rule in left}) < len({rule.eps for rule in rules}) and all(r.rstd != KEEP for r in left):
+        doubt = _doubtful_roots(left, width, call, readout)
+    if doubt:
+        left += [rule for rule in rules if rule not in left and any(rule.replace(eps=r.eps) == r for r in left)]
+    return _classes(left, calls), doubt
+
+
+def _doubtful_roots(rules: Sequence[Rule], width: int, call: Callable[[Rows], Call], readout: Readout | None) -> str:
+    """Whether an implementation's roots are not those of the rules, in words; empty if they are. An ulp of a rounded
+    rstd shows at a boundary only, where a root that is off by an ulp looks like another eps."""
+    found = [probes.control_rows(rules, width, seed, readout) for seed in range(CONTROLS)]
+    controls = [call(rows) for rows in found if rows is not None]
+    wrong = sum(all(control.share(rule) < 0.5 for rule in rules) for control in controls)
+    if wrong <= len(controls) / 8:
+        return ""
+    return f". Of {len(controls)} roots next to a boundary of their rounding {wrong} are an fp32 ulp off"
 
 
 # ---------------------------------------------------------------- answers
@@ -303,7 +321,7 @@ def _norm(box: BlackBox) -> Answer:
     if 1 - ranking.share > UNEXPLAINED or ranking.gathered:
         return _none(nearest, ranking.share, ranking.runner_up, ranking.gathered or _by_eps(ranking.best, main))
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    groups = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
+    groups, doubt = _refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
     for count in (len(rows.x), 4):  # the same number of rows, and another
         control = call(Rows(probes.gaussian([count, rows.width], rng), rows.weight, probes.EPS_SMALL, rows.width))
         share = control.share(groups[0][0])
@@ -312,7 +330,7 @@ def _norm(box: BlackBox) -> Answer:
             return _none(nearest, share, ranking.runner_up, why)
     share = max(_share(group[0], main) for group in groups)
     words = [[named(rule) for rule in group] for group in groups]
-    return _answer(words, share, ranking.runner_up, _evidence(groups, calls))
+    return _answer(words, share, ranking.runner_up, doubt or _evidence(groups, calls))
 
 
 # ---------------------------------------------------------------- the whole chain
@@ -321,7 +339,7 @@ def _norm(box: BlackBox) -> Answer:
 def _chain(box: BlackBox) -> Answer:
     rng = torch.Generator().manual_seed(0)
     fused_add, biased = box.takes("residual"), box.takes("bias")
-    norms, norm_calls, norm_ranking = _input_norm(box, rng)
+    norms, evidence, norm_ranking = _input_norm(box, rng)
     norm = norms[0][0]
     head_calls = _head_calls(box, norm, rng)
     head_ranking = _rank(norm_rules(outs=_outs(head_calls[0].dtype), xs=STORAGE, roots=("rsqrt",)), head_calls)
@@ -356,12 +374,12 @@ def _chain(box: BlackBox) -> Answer:
         why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: "
         why += gathered or "its matmul or sums are not fp32, or q, k and v do not read one hidden"
         return _none(nearest, share, runner_up, why)
-    return _answer(groups, share, runner_up, _evidence(norms, norm_calls))
+    return _answer(groups, share, runner_up, evidence)
 
 
-def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], list[Call], Ranking]:
-    """The norm before the matmul and the matmul's operands, seen through v: groups of rules left, and the calls that
-    left them, and the ranking before."""
+def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], str, Ranking]:
+    """The norm before the matmul and the matmul's operands, seen through v: groups of rules left, what was said of the
+    first two, and the ranking before."""
     fused_add = box.takes("residual")
     rows = probes.norm_rows(probes.WIDTH, rng, residual=fused_add)
     rows = dataclasses.replace(rows, readout=probes.general_readout(rng))
@@ -369,12 +387,12 @@ def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], 
     _check_repeats(main[0], _call_v(box, rows))
     ranking = _rank(projected_rules(outs=_outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
     if 1 - ranking.share > UNEXPLAINED:
-        return [ranking.left], main, ranking
+        return [ranking.left], "", ranking
     calls = [_call_v(box, probes.cancelling_rows(ranking.best, rng))]
     left = [b for b in ranking.left if not any(_rejects(a, b, calls) for a in ranking.left)]
     variants = [v for rule in left for v in arithmetic(rule)]
-    groups = _refine(variants, probes.WIDTH, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
-    return groups, calls, ranking
+    groups, doubt = _refine(variants, probes.WIDTH, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
+    return groups, doubt or _evidence(groups, calls), ranking
 
 
 def _call_v(box: BlackBox, rows: Rows) -> Call:

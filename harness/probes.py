@@ -132,22 +132,48 @@ def _telling_pairs(rules: Sequence[Rule], eps: float) -> int:
 def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> Rows | None:
     """One row in ROWS orders, with an eps that brings variance + eps so near a boundary of rstd's rounding that two
     rules store another rstd; None if none was found."""
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 1.0)
+    differ = sum((a != b).long() for i, a in enumerate(factors) for b in factors[:i]) * agree
+    return _in_orders(pool, eps, int(differ.argmax()), rng) if differ.any() else None
+
+
+def control_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+    """One row in ROWS orders, of which all rules, whose rstd is rounded, store the same rstd, and a root that is an
+    fp32 ulp off another: so it shows whether an implementation's roots are what the rules say. None if none was found.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 4.0)
+    rule = rules[0].replace(rstd=KEEP, root="rsqrt" if rules[0].root == "rsqrt" else "sqrt")
+    root = scalar(rule, mean_of_squares(rules[0], pool), eps)
+    beside = [torch.nextafter(root, root * far) for far in (0.5, 2.0)]
+    critical = sum((round_to(near, rules[0].rstd) != round_to(root, rules[0].rstd)).long() for near in beside)
+    critical *= agree & torch.stack([factor == factors[0] for factor in factors]).all(0)
+    rows = _in_orders(pool, eps, int(critical.argmax()), rng) if critical.any() else None
+    return rows and dataclasses.replace(rows, readout=readout)
+
+
+def _near_boundaries(
+    rules: Sequence[Rule], width: int, rng: torch.Generator, ulps: float
+) -> tuple[Rows, Tensor, list[Tensor], Tensor]:
+    """BOUNDARIES rows, an eps for each that brings its root to about so many ulps from a boundary of rstd's rounding,
+    the factor by each rule, and whether one and two roundings of the root agree for all of them; [BOUNDARIES, 1]."""
     pool = Rows(integers(64, 256, [BOUNDARIES, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
     variances = [mean_of_squares(rule, pool) for rule in rules]
     boundary = torch.randint(128, 256, [BOUNDARIES, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
     root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
-    ulps = torch.randn([BOUNDARIES, 1], generator=rng, dtype=torch.float64)
-    eps = root.square() * (1 + ulps * 2.0**-24) - variances[0]
+    off = ulps * torch.randn([BOUNDARIES, 1], generator=rng, dtype=torch.float64)
+    eps = root.square() * (1 + off * 2.0**-24) - variances[0]
     factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]
     agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE)
     for rule, variance, factor in zip(rules, variances, factors, strict=True):
         agree &= factor == two_step(rule, variance, eps)
-    differ = sum((a != b).long() for i, a in enumerate(factors) for b in factors[:i]) * agree
-    best = int(differ.argmax())
-    if not differ[best]:
-        return None
-    orders = torch.rand(ROWS, width, generator=rng).argsort(1)
-    return dataclasses.replace(pool, x=pool.x[best][orders], eps=eps[best].item())
+    return pool, eps, factors, agree
+
+
+def _in_orders(pool: Rows, eps: Tensor, place: int, rng: torch.Generator) -> Rows:
+    """That row of the pool in ROWS orders of its channels, with its eps."""
+    orders = torch.rand(ROWS, pool.width, generator=rng).argsort(1)
+    return dataclasses.replace(pool, x=pool.x[place][orders], eps=eps[place].item())
 
 
 def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout: Readout | None) -> Rows | None:

@@ -19,7 +19,7 @@ from harness.blackbox import BlackBox
 from harness.family import Rule, arithmetic, norm_rules, predict
 from harness.fingerprint import UNEXPLAINED, identify
 from harness.probes import EPS_LARGE, norm_rows
-from kernels.checks import RNE, RTZ
+from kernels.checks import KEEP, RNE, RTZ
 from variants.catalogue import HF, ONE_ROUNDING, PLANS
 from variants.eager import eager_norm
 from variants.plan import CastPlan
@@ -92,6 +92,33 @@ def test_fp32_arithmetic_is_named(rule: Rule) -> None:
     assert answer.status == "identified", answer
     assert {name: answer.candidates[0][name] for name in ("eps", "root", "order")} == {
         "eps": rule.eps, "root": rule.root, "order": rule.order}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", list(arithmetic(Rule(rstd=RTZ, weight_offset=KEEP)))[:3], ids=lambda rule: rule.order)
+def test_an_order_is_named_where_it_shows_in_one_product_of_thousands(rule: Rule) -> None:
+    """Three factors of 8, 8 and 18 bits: fp32 rounds them once or twice, an ulp that bf16 hardly ever shows."""
+
+    def fn(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return predict(rule, family.Rows(x.float(), weight.float(), eps, x.shape[1])).bfloat16()
+
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "identified" and answer.candidates[0]["order"] == rule.order, answer
+
+
+@pytest.mark.parametrize("seed", [982451653, 1234567891])
+def test_a_wrong_root_is_not_taken_for_another_eps(seed: int) -> None:
+    """Every root an ulp off, up or down by a hash of it that treats all boundaries of bf16 alike. Where eps in float32
+    and in float64 lead to different sides of a boundary, this kernel stores what eps in float64 would."""
+
+    def fn(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        bits = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).view(torch.int32)
+        step = 2 * ((bits.long() * seed >> 13) % 2) - 1
+        return (x.float() * (bits + step.int()).view(torch.float32).bfloat16().float() * weight.float()).bfloat16()
+
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "undecided" and "an fp32 ulp off" in answer.reason, answer
+    assert {c["eps"] for c in answer.candidates} == {"float32", "float64"}
+    assert all(c["rstd"] == RNE and c["normed"] == KEEP for c in answer.candidates)
 
 
 # ---------------------------------------------------------------- outside the family
