@@ -1,16 +1,19 @@
 """The kernels compiled ahead of time, for GPUs that are not there.
 
-A launch specialises a kernel on its arguments: pointers and sizes divisible by 16, strides equal to 1. The same
-is declared here (contiguous tensors), since loads are vectorised and pipelined only then: without it another
-kernel would be compiled than the one that is launched.
+A launch specialises a kernel on its arguments: pointers and sizes divisible by 16, strides equal to 1, pointers that
+are None; not on what the kernel names in do_not_specialize (tokens and heads). The same is declared here (contiguous
+tensors), since loads are vectorised and pipelined only then: without it another kernel would be compiled than the
+one that is launched.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.config import Config, candidates, default_config, unsupported
 from kernels.head_norm import BLOCK_M, head_norm_kernel
-from kernels.norm_qkv import block_sizes, norm_qkv_kernel
+from kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from kernels.rms_norm import rms_norm_kernel, row_blocks
+from kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
 from variants.catalogue import PLANS
 from variants.plan import CastPlan
 
@@ -59,47 +65,100 @@ def compile_norm_qkv(
     tokens: int = 64,
     bias: bool = False,
     residual: bool = False,
+    config: Config | None = None,
 ) -> Compiled:
-    """The fused kernel of that plan, with the tiles of a launch.
+    """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
 
-    head_norm: `fused`, `later` (q and k are stored as proj) or `none`. Raises as compile_kernel does.
+    head_norm: `fused`, `later` (q and k are stored as proj) or `none`. tokens: for split-K, which has
+    another binary for one. The kernel of a config's pre-pass is compile_rms_norm's. Raises ValueError for
+    kernel='separate', which has no such kernel, and for a config that cannot express the plan; and as compile_kernel
+    does.
     """
-    blocks = block_sizes(head_dim, plan.matmul, interpreted=False)
+    config = config or default_config(head_dim, plan.matmul, interpreted=False)
+    if why := unsupported(config, plan.choices()):
+        raise ValueError(why)
+    if config.kernel == "separate":
+        raise ValueError(
+            "kernel='separate' has no matmul of its own: compile_rms_norm and compile_head_norm are its parts"
+        )
+    blocks = launch_blocks(config, head_dim, interpreted=False)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    residual_in_kernel = residual and config.prepass != "hidden"
     constants = {
         **{name.upper(): word for name, word in plan.choices().items()},
-        **{"HQ": 16, "HKV": 8, "DH": head_dim, "HAS_RESIDUAL": residual, "HAS_BIAS": bias, "HEAD_NORM": head_norm},
+        **{"DH": head_dim, "HAS_RESIDUAL": residual_in_kernel, "HAS_BIAS": bias, "HEAD_NORM": head_norm},
+        "PREPASS": config.prepass,
         "INTERPRETED": False,
         **blocks,
     }
     qk = element(plan.proj if head_norm == "later" else plan.out)
-    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out)}
-    return compile_kernel(norm_qkv_kernel, target, constants, pointers, tokens, options)
+    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
+    has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
+    given = {"residual_ptr": residual_in_kernel, "bias_ptr": bias, "rstd_ptr": has_rstd}
+    given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none")
+    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    if config.kernel == "fused":
+        return compile_kernel(norm_qkv_kernel, target, constants, pointers, options)
+    constants |= {**statistics_blocks(tokens, config.block_m), "STAGES": config.num_stages, "TOGETHER": TOGETHER}
+    pointers |= {"sums_ptr": "fp32", "squares_ptr": "fp32", "counter_ptr": "i32"}
+    return compile_kernel(split_k_kernel, target, constants, pointers, options)
 
 
-def compile_head_norm(plan: CastPlan, target: str, *, head_dim: int = 128, tokens: int = 64) -> Compiled:
-    """The head norm as a kernel of its own, over proj as that plan stores it. Raises as compile_kernel does."""
+def compile_rms_norm(
+    plan: CastPlan, target: str, *, stores: str = "hidden", hidden_size: int = 4096, residual: bool = False
+) -> Compiled:
+    """The norm of a pre-pass, or of kernel='separate'. stores: `rstd`, `hidden` or `both`."""
+    names = {param.name for param in getattr(rms_norm_kernel, "params", ())}
+    constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
+    blocks = row_blocks(hidden_size, interpreted=False)
+    options = {"num_warps": blocks.pop("num_warps")}
+    constants |= {"HAS_RESIDUAL": residual, **blocks}
+    given = {"residual_ptr": residual, "rstd_ptr": stores != "hidden", "hidden_ptr": stores != "rstd"}
+    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    return compile_kernel(rms_norm_kernel, target, constants, {"rstd_ptr": "fp32"}, options)
+
+
+def compile_head_norm(
+    plan: CastPlan, target: str, *, head_dim: int = 128, tokens: int = 64, packed: bool = False
+) -> Compiled:
+    """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch.
+
+    One binary serves every number of tokens. Raises as compile_kernel does.
+    """
     names = {param.name for param in getattr(head_norm_kernel, "params", ())}
     constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
     constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
-    pointers = {"proj_ptr": element(plan.proj), "out_ptr": element(plan.out)}
-    return compile_kernel(head_norm_kernel, target, constants, pointers, tokens, {})
+    constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
+    out = element(plan.out)
+    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out}
+    return compile_kernel(head_norm_kernel, target, constants, pointers, {})
 
 
 def compile_kernel(
-    fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str], tokens: int, options: dict[str, int]
+    fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str], options: dict[str, int]
 ) -> Compiled:
-    """fn for one of TARGETS, on contiguous tensors: bf16 where pointers names no other type.
+    """fn for one of TARGETS, on contiguous tensors: bf16 where pointers names no other type, None where constants do.
 
     Raises RuntimeError where the kernels were imported interpreted, ValueError where constants are not the
     kernel's compile-time arguments, KeyError for an unknown target, and what Triton raises.
     """
     check_compilable(fn)
+    source = kernel_source(fn, target, constants, pointers)
+    built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
+    asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
+    binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
+    registers, spills = resources(asm, binary)
+    return Compiled(fn.__name__, target, asm, binary, built.metadata.shared, registers, spills)
+
+
+def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str]) -> ASTSource:
+    """fn, specialised as a launch specialises it; arguments as in compile_kernel, whose errors it raises."""
     wanted = {param.name for param in fn.params if param.is_constexpr}
-    if wanted != set(constants):
+    if wanted != {name for name in constants if not name.endswith("_ptr")}:
         raise ValueError(f"compile-time arguments of {fn.__name__} differ: {sorted(wanted ^ set(constants))}")
     signature, attrs, constants = {}, {}, dict(constants)
-    for index, name in enumerate(fn.arg_names):
+    for index, param in enumerate(fn.params):
+        name = param.name
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("stride_") and name.endswith("k"):  # x, residual and weights are contiguous along D
@@ -107,16 +166,11 @@ def compile_kernel(
         else:
             pointer = name.endswith("_ptr")
             signature[name] = f"*{pointers.get(name, 'bf16')}" if pointer else "fp32" if name == "eps" else "i32"
-            if name != "eps" and (name != "T" or tokens % 16 == 0):
+            if name != "eps" and not param.do_not_specialize:
                 attrs[(index,)] = [["tt.divisibility", 16]]
             if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
                 attrs[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(fn, signature, constants, attrs)
-    built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
-    asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
-    binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
-    registers, spills = resources(asm, binary)
-    return Compiled(fn.__name__, target, asm, binary, built.metadata.shared, registers, spills)
+    return ASTSource(fn, signature, constants, attrs)
 
 
 def check_compilable(fn: Any) -> None:
@@ -155,7 +209,33 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "head_norm", name, {}
     for name in ("hf", "fp32"):
         yield "norm_qkv", name, {"head_norm": "later"}
-        yield "norm_qkv", name, {"tokens": 1}
     for name in ("hf", "deferred"):
         yield "norm_qkv", name, {"head_dim": 256, "residual": True}
     yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
+
+
+COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
+
+
+def config_cases(
+    targets: Iterable[str] = tuple(TARGETS),
+    plans: Iterable[str] = ("hf", "deferred"),
+    head_dims: Iterable[int] = (128,),
+) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(kernel of COMPILERS, plan, target, keywords): each binary that the candidates of decode and prefill need, once.
+
+    keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary.
+    """
+    for target, name, head_dim in itertools.product(targets, plans, head_dims):
+        seen = set()
+        for tokens in (1, 16, 64, 256):
+            for config in candidates(tokens, 4096, 32, head_dim):
+                config = dataclasses.replace(config, splits=1)
+                case = (config, tokens == 1)
+                if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan.choices()):
+                    continue
+                seen.add(case)
+                yield "norm_qkv", name, target, {"config": config, "head_dim": head_dim, "tokens": tokens}
+        for stores in ("rstd", "hidden", "both"):
+            yield "rms_norm", name, target, {"stores": stores}
+        yield "head_norm", name, target, {"head_dim": head_dim, "packed": True}

@@ -53,17 +53,22 @@ def store_head(ptrs, value, mask):
         tl.store(ptrs, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "HQ"])
 def head_norm_kernel(
     proj_ptr,  # [T, H, DH] bf16 or fp32
     weight_ptr,  # [DH] bf16
-    out_ptr,  # [T, H, DH] bf16 or fp32
+    out_ptr,  # [T, HQ, DH] bf16 or fp32
+    k_weight_ptr,  # [DH] bf16, of the heads from HQ on; None where all heads have one weight
+    k_out_ptr,  # [T, H - HQ, DH] as out; None with k_weight_ptr
     T,
+    HQ,
     eps,
     stride_pm,
     stride_ph,
     stride_om,
     stride_oh,
+    stride_km,
+    stride_kh,
     DH: tl.constexpr,
     STATISTICS: tl.constexpr,
     VARIANCE: tl.constexpr,
@@ -81,9 +86,17 @@ def head_norm_kernel(
     proj = widen(
         tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask, other=0.0)
     )
-    weight = applied_weight(tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0), WEIGHT_OFFSET)
+    stored = tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
+    if k_weight_ptr is not None:
+        if head >= HQ:
+            stored = tl.load(k_weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
+    weight = applied_weight(stored, WEIGHT_OFFSET)
     out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
-    store_head(out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :], out, mask)
+    out_ptrs = out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :]
+    if k_out_ptr is not None:
+        if head >= HQ:
+            out_ptrs = k_out_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :]
+    store_head(out_ptrs, out, mask)
 
 
 def head_norm(
@@ -124,24 +137,45 @@ def head_norm(
     check_eps(eps)
     check_device("proj", proj, head_norm_kernel)
     out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
-    if tokens:
-        head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
-            proj,
-            weight.contiguous(),
-            out,
-            tokens,
-            eps,
-            proj.stride(0),
-            proj.stride(1),
-            out.stride(0),
-            out.stride(1),
-            DH=head_dim,
-            **{name.upper(): word for name, word in flags.items()},
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=triton.next_power_of_2(head_dim),
-            enable_fp_fusion=False,
-        )
+    launch_head_norm(proj, weight, out, flags, eps)
     return out
+
+
+def launch_head_norm(
+    proj: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    flags: dict[str, str],
+    eps: float,
+    k_weight: Tensor | None = None,
+    k_out: Tensor | None = None,
+) -> None:
+    """head_norm of proj [T, H, Dh] without its checks; with k_weight and k_out, q's and k's heads in one launch.
+
+    out [T, Hq, Dh] takes the first heads, k_out [T, H - Hq, Dh] those behind; both may lie where proj lies.
+    """
+    tokens, heads, head_dim = proj.shape
+    if tokens == 0:
+        return
+    names = ("statistics", "variance", "head_rstd", "head_normed", "out", "weight_offset")
+    head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
+        proj,
+        weight.contiguous(),
+        out,
+        None if k_weight is None else k_weight.contiguous(),
+        k_out,
+        tokens,
+        out.shape[1],
+        float(eps),
+        *proj.stride()[:2],
+        *out.stride()[:2],
+        *(out if k_out is None else k_out).stride()[:2],
+        DH=head_dim,
+        **{name.upper(): flags[name] for name in names},
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=False,
+    )
 
 
 def check_device(name: str, tensor: Tensor, kernel: object) -> bool:

@@ -18,67 +18,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chain import finish_head, multiply, row_rstd, row_squares
 from kernels.checks import check_flags, check_inputs
-from kernels.head_norm import check_device, head_norm, normalize_head, output_tensor, rsqrt_rn, store_head
-from kernels.rounding import applied_weight, narrow, round_to, truncate_tf32, widen
+from kernels.config import Config, default_config, head_block, unsupported
+from kernels.head_norm import check_device, launch_head_norm, output_tensor
+from kernels.rms_norm import launch_rms_norm
+from kernels.separate import launch_separate
+from kernels.split_k import launch_split_k
 
 
-@triton.jit
-def load_x(
-    x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk,
-    HAS_RESIDUAL: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
-    """[M, K] fp32: x, or x + residual rounded as X says; zero outside."""
-    mask = (offs_m < T)[:, None] & (offs_k < D)[None, :]
-    x = widen(tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0))
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_k[None, :] * stride_rk
-        x = round_to(x + widen(tl.load(residual_ptrs, mask=mask, other=0.0)), X)
-    return x
-
-
-@triton.jit
-def row_rstd(sum_of_squares, D, eps, VARIANCE: tl.constexpr, RSTD: tl.constexpr):
-    """[M] fp32: rstd of rows whose squares add up to sum_of_squares."""
-    variance = round_to(tl.div_rn(sum_of_squares, D.to(tl.float32)), VARIANCE)
-    return round_to(rsqrt_rn(variance + eps), RSTD)
-
-
-@triton.jit
-def dot(hidden, weight, acc, MATMUL: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc [M, N] fp32 + hidden [M, K] fp32 @ weight [K, N] bf16, operands in the precision of MATMUL.
-
-    Interpreted, operands stay fp32: products of bf16 or tf32 values are exact there, so only the order of
-    the sums differs. tf32x3 needs two products here, not three: a bf16 weight has no tf32 remainder.
-    """
-    if MATMUL == "bf16":
-        if INTERPRETED:
-            return tl.dot(hidden, widen(weight), acc, input_precision="ieee")
-        return tl.dot(narrow(hidden), weight, acc)
-    wide = widen(weight)
-    if MATMUL == "fp32":
-        return tl.dot(hidden, wide, acc, input_precision="ieee")
-    high = truncate_tf32(hidden)
-    acc = tl.dot(high, wide, acc, input_precision="tf32")
-    if MATMUL == "tf32x3":
-        acc = tl.dot(truncate_tf32(hidden - high), wide, acc, input_precision="tf32")
-    return acc
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["T", "HQ", "HKV"])  # one binary for all models of a head size
 def norm_qkv_kernel(
     x_ptr,  # [T, D] bf16
-    residual_ptr,  # [T, D] bf16
+    residual_ptr,  # [T, D] bf16, or None
     norm_weight_ptr,  # [D] bf16
     qkv_weight_ptr,  # [H * DH, D] bf16, rows q, k, v
-    bias_ptr,  # [H * DH] bf16
-    q_norm_ptr,  # [DH] bf16
-    k_norm_ptr,  # [DH] bf16
+    bias_ptr,  # [H * DH] bf16, or None
+    q_norm_ptr,  # [DH] bf16, or None
+    k_norm_ptr,  # [DH] bf16, or None
+    rstd_ptr,  # [T] fp32, or None
     q_ptr,  # [T, HQ, DH] bf16 or fp32
     k_ptr,  # [T, HKV, DH] bf16 or fp32
     v_ptr,  # [T, HKV, DH] bf16 or fp32
     T,
     D,
+    HQ,
+    HKV,
     eps,
     stride_xm,
     stride_xk,
@@ -92,12 +57,10 @@ def norm_qkv_kernel(
     stride_kh,
     stride_vm,
     stride_vh,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
     DH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HEAD_NORM: tl.constexpr,  # `none`, `fused`, or `later`: q and k are stored as proj, for head_norm to finish
+    HEAD_NORM: tl.constexpr,
     X: tl.constexpr,
     STATISTICS: tl.constexpr,
     VARIANCE: tl.constexpr,
@@ -111,6 +74,7 @@ def norm_qkv_kernel(
     SCALE: tl.constexpr,
     MATMUL: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
+    PREPASS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # power of two >= DH
@@ -118,65 +82,30 @@ def norm_qkv_kernel(
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)  # [N] channels of this head
-    rows = head * DH + offs_n  # [N] rows of W
-    sum_of_squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     rstd = tl.zeros([BLOCK_M], dtype=tl.float32)
-
-    if SCALE == "prologue":  # hidden needs rstd, so the rows are read twice
-        for start in range(0, D, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-            x = load_x(
-                x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
-            )
-            sum_of_squares += tl.sum(round_to(x * x, STATISTICS), axis=1)
+    if PREPASS != "none":
+        if rstd_ptr is not None:
+            rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < T, other=0.0)
+    elif SCALE == "prologue":  # hidden needs rstd, so the rows are read twice
+        sum_of_squares = row_squares(
+            x_ptr, residual_ptr, offs_m, T, D, stride_xm, stride_xk, stride_rm, stride_rk,
+            HAS_RESIDUAL, X, STATISTICS, BLOCK_M, BLOCK_K, None,
+        )  # fmt: skip
         rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        x = load_x(
-            x_ptr, residual_ptr, offs_m, offs_k, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X
-        )
-        hidden = x
-        if SCALE == "prologue":
-            hidden = round_to(hidden * rstd[:, None], NORMED)
-        else:
-            sum_of_squares += tl.sum(round_to(x * x, STATISTICS), axis=1)
-        if SCALE != "folded":
-            norm_weight = tl.load(norm_weight_ptr + offs_k, mask=offs_k < D, other=0.0)
-            hidden = round_to(hidden * applied_weight(norm_weight, WEIGHT_OFFSET)[None, :], HIDDEN)
-        weight_ptrs = qkv_weight_ptr + rows[None, :] * stride_wn + offs_k[:, None] * stride_wk
-        weight = tl.load(weight_ptrs, mask=(offs_k < D)[:, None] & (offs_n < DH)[None, :], other=0.0)  # [K, N]
-        acc = dot(hidden, weight, acc, MATMUL, INTERPRETED)
+    acc, sum_of_squares = multiply(
+        x_ptr, residual_ptr, norm_weight_ptr, qkv_weight_ptr, rstd, offs_m, head, 0, D, T, D,
+        stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, DH, HAS_RESIDUAL, X, STATISTICS,
+        NORMED, HIDDEN, SCALE, MATMUL, WEIGHT_OFFSET, PREPASS, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
-    if SCALE != "prologue":
+    if SCALE != "prologue" and PREPASS == "none":
         rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
-        acc = acc * rstd[:, None]
-    if HAS_BIAS:
-        acc += widen(tl.load(bias_ptr + rows, mask=offs_n < DH, other=0.0))[None, :]
-    proj = round_to(acc, PROJ)
-
-    mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
-    if head >= HQ + HKV:
-        v_ptrs = v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh + offs_n[None, :]
-        store_head(v_ptrs, round_to(proj, OUT), mask)
-    else:
-        if HEAD_NORM == "none":
-            out = round_to(proj, OUT)
-        elif HEAD_NORM == "later":
-            out = proj
-        else:
-            if head < HQ:
-                stored = tl.load(q_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
-            else:
-                stored = tl.load(k_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
-            weight = applied_weight(stored, WEIGHT_OFFSET)
-            out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
-        if head < HQ:
-            store_head(q_ptr + offs_m[:, None] * stride_qm + head * stride_qh + offs_n[None, :], out, mask)
-        else:
-            store_head(k_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :], out, mask)
+    finish_head(
+        acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, offs_m, head, T, HQ, HKV, eps,
+        stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM, STATISTICS,
+        VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, OUT, SCALE, WEIGHT_OFFSET, BLOCK_N,
+    )  # fmt: skip
 
 
 def norm_qkv(
@@ -206,6 +135,7 @@ def norm_qkv(
     weight_offset: str = "none",
     separate_head_norm: bool = False,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm -> QKV -> head norm of T tokens, rounding where the flags say.
 
@@ -225,11 +155,16 @@ def norm_qkv(
     weight_offset  `none`; `fp32` or `bf16-rne` for norm weights stored as w - 1 (Gemma), the type of 1 + w
     separate_head_norm   True: the head norm runs as a second kernel, over proj as stored. Same function
     out            (q, k, v) to write to, last dimension contiguous; or None
+    config         how the launch is cut into programs (kernels.config); None: default_config. Same function up to
+                   the order of fp32 sums; unsupported(config, flags) says which plans it cannot express
 
-    Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for out_storage='fp32'.
-    Run to run deterministic. Tiles do not depend on T, so a row's bits do not depend on its batch, for one
-    memory layout; separate_head_norm may add a head's squares in another order. On a CPU it runs only interpreted
-    (TRITON_INTERPRET=1 set before the import). Raises ValueError for inputs that do not fit.
+    Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for out_storage='fp32'. Contiguous, but
+    for kernel='separate', whose new outputs are views of one tensor [T, (Hq + 2 Hkv) * Dh].
+    Run to run deterministic (kernel='separate': as far as cuBLAS is). Tiles do not depend on T, so a row's bits do
+    not depend on its batch, for one memory layout and one config; separate_head_norm may add a head's squares in
+    another order. Launches with kernel='split-k' share counters and must be ordered on a device, as in one stream;
+    the first one cannot be captured into a CUDA graph. On a CPU it runs only interpreted (TRITON_INTERPRET=1 set
+    before the import). Raises ValueError for inputs that do not fit and for a config that cannot express the flags.
     """
     flags = {
         "x": x_storage,
@@ -254,80 +189,101 @@ def norm_qkv(
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
     heads = (num_q_heads, num_kv_heads, num_kv_heads)
-    out = out or (None, None, None)
+    config = config or default_config(head_dim, matmul, interpreted)
+    if why := unsupported(config, flags):
+        raise ValueError(why)
+    packed = None
+    if config.kernel == "separate" and out is None:
+        packed = torch.empty(tokens, sum(heads), head_dim, dtype=torch.bfloat16, device=x.device)
+        out = packed.split(heads, dim=1)
     q, k, v = (
         output_tensor(name, given, (tokens, count, head_dim), out_storage, like=x)
-        for name, given, count in zip(("q", "k", "v"), out, heads, strict=True)
+        for name, given, count in zip(("q", "k", "v"), out or (None, None, None), heads, strict=True)
     )
-    later = separate_head_norm and q_norm_weight is not None
-    q_store, k_store = (output_tensor("proj", None, tuple(t.shape), proj, like=x) if later else t for t in (q, k))
     if tokens == 0:
         return q, k, v
-    blocks = block_sizes(head_dim, matmul, interpreted)
-    grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), sum(heads))
-    norm_qkv_kernel[grid](
-        x,
-        x if residual is None else residual,
-        norm_weight.contiguous(),
-        qkv_weight,
-        norm_weight if bias is None else bias.contiguous(),
-        norm_weight if q_norm_weight is None else q_norm_weight.contiguous(),
-        norm_weight if k_norm_weight is None else k_norm_weight.contiguous(),
-        q_store,
-        k_store,
-        v,
-        tokens,
-        hidden_size,
-        eps,
-        *x.stride(),
-        *(x if residual is None else residual).stride(),
-        *qkv_weight.stride(),
-        *q_store.stride()[:2],
-        *k_store.stride()[:2],
-        *v.stride()[:2],
-        HQ=num_q_heads,
-        HKV=num_kv_heads,
-        DH=head_dim,
-        HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None,
-        HEAD_NORM="none" if q_norm_weight is None else "later" if later else "fused",
-        **{name.upper(): word for name, word in flags.items()},
-        INTERPRETED=interpreted,
-        **blocks,
-        enable_fp_fusion=False,
+    norm_weight, bias, q_norm_weight, k_norm_weight = (
+        None if weight is None else weight.contiguous() for weight in (norm_weight, bias, q_norm_weight, k_norm_weight)
     )
+    if config.kernel == "separate":
+        launch_separate(
+            x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, (q, k, v), packed, flags, eps
+        )
+        return q, k, v
+
+    rstd_row = None
+    if config.prepass != "none":
+        x, residual, rstd_row = launch_prepass(x, residual, norm_weight, config, flags, eps)
+    later = separate_head_norm and q_norm_weight is not None
+    q_store, k_store = (output_tensor("proj", None, tuple(t.shape), proj, like=x) if later else t for t in (q, k))
+    arguments = {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "norm_weight_ptr": norm_weight,
+        "qkv_weight_ptr": qkv_weight,
+        "bias_ptr": bias,
+        "q_norm_ptr": q_norm_weight,
+        "k_norm_ptr": k_norm_weight,
+        "rstd_ptr": rstd_row,
+        "q_ptr": q_store,
+        "k_ptr": k_store,
+        "v_ptr": v,
+        "T": tokens,
+        "D": hidden_size,
+        "HQ": num_q_heads,
+        "HKV": num_kv_heads,
+        "eps": float(eps),
+        **strides("x", x, "mk"),
+        **strides("r", x if residual is None else residual, "mk"),
+        **strides("w", qkv_weight, "nk"),
+        **strides("q", q_store, "mh"),
+        **strides("k", k_store, "mh"),
+        **strides("v", v, "mh"),
+        "DH": head_dim,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_BIAS": bias is not None,
+        "HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused",
+        **{name.upper(): word for name, word in flags.items()},
+        "PREPASS": config.prepass,
+        "INTERPRETED": interpreted,
+    }
+    blocks = launch_blocks(config, head_dim, interpreted)
+    if config.kernel == "split-k":
+        launch_split_k(arguments, config, sum(heads), blocks)
+    else:
+        grid = (triton.cdiv(tokens, config.block_m), sum(heads))
+        norm_qkv_kernel[grid](**arguments, **blocks, enable_fp_fusion=False)
     if later:
         for store, weight, result in ((q_store, q_norm_weight, q), (k_store, k_norm_weight, k)):
-            head_norm(
-                store,
-                weight,
-                eps,
-                statistics=statistics,
-                variance=variance,
-                head_rstd=head_rstd,
-                head_normed=head_normed,
-                out_storage=out_storage,
-                weight_offset=weight_offset,
-                out=result,
-            )
+            launch_head_norm(store, weight, result, flags, eps)
     return q, k, v
 
 
-def block_sizes(head_dim: int, matmul: str, interpreted: bool) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps and num_stages of a launch.
+def launch_prepass(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, config: Config, flags: dict[str, str], eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the main kernel reads after its pre-pass: x or hidden [T, D], the residual, and rstd [T] fp32, or None
+    where hidden has it already. Folded without residual, hidden is x itself."""
+    rstd = hidden = None
+    if config.prepass == "rstd" or flags["scale"] != "prologue":
+        rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if config.prepass == "hidden" and (flags["scale"] != "folded" or residual is not None):
+        hidden = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    launch_rms_norm(x, residual, norm_weight, hidden, rstd, flags, eps)
+    if config.prepass == "hidden":
+        x, residual = x if hidden is None else hidden, None
+    return x, residual, rstd
 
-    They do not depend on the number of tokens: smaller tiles for fewer tokens would mean other matrix instructions
-    and other sums, and a row's bits would change with its batch. Operands wider than bf16 take smaller tiles,
-    because they wait in shared memory at 4 bytes. The interpreter's cost is per operation, whatever the tile.
-    """
-    block_n = max(16, triton.next_power_of_2(head_dim))
-    if interpreted:
-        return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 256}
-    if matmul != "bf16":
-        return {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if block_n >= 256:  # at BLOCK_K 64 three stages of W pass gfx942's 64 KiB, and on four warps the accumulator spills
-        return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+
+def strides(letter: str, tensor: Tensor, dims: str) -> dict[str, int]:
+    """The first strides of a tensor as the kernels' arguments, stride_xm and so on; one letter a dimension."""
+    return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=False)}
+
+
+def launch_blocks(config: Config, head_dim: int, interpreted: bool) -> dict[str, int]:
+    """Tiles and options of a launch of the fused or the split-K kernel."""
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": head_block(head_dim), "BLOCK_K": config.block_k}
+    return blocks if interpreted else {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, weight_offset: str = "none") -> Tensor:

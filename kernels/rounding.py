@@ -21,8 +21,11 @@ def widen(x):
 
 @triton.jit
 def narrow(x):
-    """bf16 of an fp32 tensor that holds bf16 values already (see round_to); takes the upper 16 bits."""
-    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    """bf16 of an fp32 tensor that holds bf16 values already (see round_to); takes the upper 16 bits. bf16 passes."""
+    if x.dtype == tl.bfloat16:
+        return x
+    else:
+        return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

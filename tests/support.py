@@ -6,8 +6,12 @@ that a wrong kernel is caught by one, so a net takes the kernels as an argument.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +23,9 @@ from torch import Tensor
 
 import kernels.norm_qkv
 import kernels.rounding
+import kernels.split_k
 from harness.exact import exact_problem
+from kernels.config import Config
 from variants.catalogue import PLANS
 from variants.eager import eager, plan_weight
 from variants.envelope import Interval, envelope, outside
@@ -41,17 +47,41 @@ class Kernels:
 
     norm_qkv: ModuleType
     rounding: ModuleType
+    split_k: ModuleType
 
     def run(
-        self, plan: CastPlan, problem: Problem, *, separate: bool = False, out: Outputs | None = None
+        self,
+        plan: CastPlan,
+        problem: Problem,
+        *,
+        separate: bool = False,
+        config: Config | None = None,
+        out: Outputs | None = None,
     ) -> dict[str, Tensor]:
-        """q, k, v by name. Plan and problem need not agree about the weight offset: a mutation may move it."""
+        """q, k, v by name. Plan and problem need not agree about the weight offset: a mutation may move it.
+
+        Memory that a launch allocates holds NaN at first.
+        """
         inputs = {**problem.inputs(), "qkv_weight": plan_weight(plan, problem)}
-        outputs = self.norm_qkv.norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, out=out)
+        flags = {**triton_flags(plan), "separate_head_norm": separate, "config": config}
+        with poisoned_memory():
+            outputs = self.norm_qkv.norm_qkv(**inputs, **flags, out=out)
         return dict(zip("qkv", outputs, strict=True))
 
 
-KERNELS = Kernels(kernels.norm_qkv, kernels.rounding)
+KERNELS = Kernels(kernels.norm_qkv, kernels.rounding, kernels.split_k)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, which PyTorch does under deterministic algorithms."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan(), "the test's own premise"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # ---------------------------------------------------------------- comparing
@@ -175,13 +205,20 @@ def random_case(plan: CastPlan, **geometry: object) -> tuple[Problem, dict[str, 
 SMALL = {"tokens": 33, "hidden_size": 200, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 
 
-def check_exact(kernels: Kernels, plan: CastPlan | str, *, separate: bool | None = None, **geometry: int) -> None:
+def check_exact(
+    kernels: Kernels,
+    plan: CastPlan | str,
+    *,
+    separate: bool | None = None,
+    config: Config | None = None,
+    **geometry: int,
+) -> None:
     """Equals the spec bit for bit where no sum depends on its order. separate None: both ways."""
     plan = PLANS[plan].plan if isinstance(plan, str) else plan
     problem, expected = exact_case(plan, **(geometry or SMALL))
     ways = (False, True) if separate is None and problem.has_head_norm else (bool(separate),)
     for way in ways:
-        for name, actual in kernels.run(plan, problem, separate=way).items():
+        for name, actual in kernels.run(plan, problem, separate=way, config=config).items():
             assert_bit_equal(actual=actual, expected=expected[name], what=f"{'separate' if way else 'fused'} {name}:")
 
 
@@ -190,11 +227,63 @@ def check_exact_fp32(kernels: Kernels, plan: str, **options: object) -> None:
     check_exact(kernels, PLANS[plan].plan.replace(out="fp32"), **options)
 
 
-def check_envelope(kernels: Kernels, plan: CastPlan | str, *, separate: bool = False, **geometry: object) -> None:
+def check_envelope(
+    kernels: Kernels,
+    plan: CastPlan | str,
+    *,
+    separate: bool = False,
+    config: Config | None = None,
+    **geometry: object,
+) -> None:
     """Lies in the plan's envelope on Gaussian data with bias and residual."""
     plan = PLANS[plan].plan if isinstance(plan, str) else plan
     problem, allowed = random_case(plan, **geometry)
-    assert_inside(actual=kernels.run(plan, problem, separate=separate), allowed=allowed)
+    assert_inside(actual=kernels.run(plan, problem, separate=separate, config=config), allowed=allowed)
+
+
+def check_again(kernels: Kernels, plan: str, *, config: Config, **geometry: object) -> None:
+    """A second launch on other data is as right as the first, a third on the first's data gives the first's bits, and
+    every counter is zero afterwards."""
+    plan = PLANS[plan].plan
+    problem, allowed = random_case(plan, **geometry)
+    other, other_allowed = random_case(plan, **geometry, seed=1)
+    first, second, third = (kernels.run(plan, each, config=config) for each in (problem, other, problem))
+    assert_inside(actual=first, allowed=allowed)
+    assert_inside(actual=second, allowed=other_allowed)
+    for name, actual in third.items():
+        assert_bit_equal(actual=actual, expected=first[name], what=name)
+    counters = kernels.split_k.counters(problem.x.device, kernels.split_k.COUNTERS)
+    assert config.kernel != "split-k" or not counters.any(), "counters differ from zero"
+
+
+@contextlib.contextmanager
+def shuffled_programs(seed: int) -> Iterator[None]:
+    """The interpreter runs the programs of each launch in a random order: on a GPU any may come first."""
+    builder, rng, order = triton.runtime.interpreter.interpreter_builder, random.Random(seed), []
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        if not order:
+            order.extend(itertools.product(*map(range, builder.grid_dim)))
+            rng.shuffle(order)
+        type(builder).set_grid_idx(builder, *order.pop())
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx
+
+
+def check_order(kernels: Kernels, plan: str, *, config: Config, **geometry: object) -> None:
+    """Bits do not depend on the order in which programs run."""
+    plan = PLANS[plan].plan
+    problem, _allowed = random_case(plan, **geometry)
+    expected = KERNELS.run(plan, problem, config=config)
+    for seed in range(3):
+        with shuffled_programs(seed):
+            outputs = kernels.run(plan, problem, config=config)
+        for name, actual in outputs.items():
+            assert_bit_equal(actual=actual, expected=expected[name], what=name)
 
 
 def check_nonfinite(kernels: Kernels, plan: str) -> None:
@@ -216,16 +305,25 @@ def check_nonfinite(kernels: Kernels, plan: str) -> None:
 GUARD = 64  # tokens before and after: a block of any launch configuration
 
 
-def check_memory(kernels: Kernels, plan: CastPlan | str = "hf", *, separate: bool = False, tokens: int = 5) -> None:
+def check_memory(
+    kernels: Kernels,
+    plan: CastPlan | str = "hf",
+    *,
+    separate: bool = False,
+    config: Config | None = None,
+    tokens: int = 5,
+) -> None:
     """Writes every element of outputs that are views of a larger poisoned buffer, and nothing else of the buffer;
     reads nothing beside x and residual, around which all is NaN."""
     plan = PLANS[plan].plan if isinstance(plan, str) else plan
     problem = random_problem(tokens=tokens, weight_offset=plan.weight_offset != "none")
-    expected = KERNELS.run(plan, problem, separate=separate)  # a kernel that writes outside must not run unguarded
+    expected = KERNELS.run(
+        plan, problem, separate=separate, config=config
+    )  # a kernel that writes outside must not run unguarded
     inside = {name: guarded(getattr(problem, name), 1)[1] for name in ("x", "residual")}
     guards = {name: guarded(torch.full_like(value, NAN), 1) for name, value in expected.items()}
     views = tuple(view for _buffer, view in guards.values())
-    actual = kernels.run(plan, problem.replace(**inside), separate=separate, out=views)
+    actual = kernels.run(plan, problem.replace(**inside), separate=separate, config=config, out=views)
     for (name, (buffer, view)), given in zip(guards.items(), views, strict=True):
         assert actual[name] is given, f"{name} is not the tensor that was given"
         assert not view.isnan().any(), f"{name}: {int(view.isnan().sum())} elements not written"

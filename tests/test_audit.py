@@ -93,7 +93,7 @@ class Planted:
     also: tuple[str, str] = ("", "")  # a second change of the same file
 
 
-QKV, HEAD, ROUNDING = "norm_qkv.py", "head_norm.py", "rounding.py"
+QKV, HEAD, ROUNDING = "chain.py", "head_norm.py", "rounding.py"
 NORMED, OUT = "round_to(hidden * rstd[:, None], NORMED)", "round_to(head_normed * weight[None, :], OUT)"
 ACC, IEEE = "dot(hidden, weight, acc, MATMUL, INTERPRETED)", 'dot(hidden, wide, acc, input_precision="ieee")'
 NAN_LINE = "    rounded = tl.where(is_nan, bits | 0x00400000, rounded)\n"
@@ -216,7 +216,7 @@ PLANTED = {
         "hf",
         kept("head_sum", "head_variance"),
     ),
-    "the accumulator": in_qkv(f"acc = {ACC}", f"acc = round_to({ACC}, OUT)", "hf", kept("proj", "proj")),
+    "the accumulator": in_qkv(f"acc = {ACC}", f"acc = round_to({ACC}, 'bf16-rne')", "hf", kept("proj", "proj")),
     # another product
     "a tf32 dot for fp32": in_qkv(
         IEEE,

@@ -6,6 +6,7 @@ kernels with one line changed. A net that such a kernel passes would prove nothi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -22,17 +23,20 @@ from support import (
     assert_bit_equal,
     assert_inside,
     check_addressing,
+    check_again,
     check_envelope,
     check_exact,
     check_exact_fp32,
     check_memory,
     check_nonfinite,
+    check_order,
     check_rounding,
     exact_case,
     random_case,
 )
 
 from kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, RTZ
+from kernels.config import Config
 from variants.catalogue import PLANS
 from variants.plan import CastPlan
 
@@ -140,31 +144,45 @@ def rounding(word: str) -> Callable[[Kernels], None]:
     return functools.partial(check_rounding, word=word)
 
 
-QKV, HEAD, ROUNDING = "norm_qkv.py", "head_norm.py", "rounding.py"
+CHAIN, QKV, HEAD, ROUNDING = "chain.py", "norm_qkv.py", "head_norm.py", "rounding.py"
+SPLIT, RMS, SEPARATE = "split_k.py", "rms_norm.py", "separate.py"
 NAN_LINE = "    rounded = tl.where(is_nan, bits | 0x00400000, rounded)\n"
 TOKENS = "    mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]\n"
 NO_TOKENS = "    mask = (offs_m >= 0)[:, None] & (offs_n < DH)[None, :]\n"
 V_PTRS = "v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh"
 X_PTRS = "x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk"
 
+SPLIT_K = Config("split-k", block_m=16, block_k=16, splits=3)  # 72 channels are five steps, in shares of 2, 2, 1
+RSTD, STORED = Config("fused", "rstd", 16, 32), Config("fused", "hidden", 16, 32)
+BLOCKS = {"tokens": 17, "hidden_size": 72, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 16}
+STORE_SUMS = "tl.store(sums_ptrs + split * BLOCK_M * BLOCK_N, acc, mask=mask)"
+BIAS = "tl.load(bias_ptr + head * DH + offs_n).to(tl.float32)[None, :]"
+
+
+def with_config(net: Callable[..., None], plan: str, config: Config, **options: object) -> Callable[[Kernels], None]:
+    return functools.partial(net, plan=plan, config=config, **{**BLOCKS, **options})
+
+
 MUTATIONS = {
     # a rounding dropped
-    "x not rounded": Mutation(QKV, ", mask=mask, other=0.0)), X)", ", mask=mask, other=0.0)), 'fp32')", inside("fp32")),
+    "x not rounded": Mutation(
+        CHAIN, ", mask=mask, other=0.0)), X)", ", mask=mask, other=0.0)), 'fp32')", inside("fp32")
+    ),
     "squares not rounded": Mutation(
-        QKV, "round_to(x * x, STATISTICS)", "(x * x)", inside("bf16-statistics", residual=False), count=2
+        CHAIN, "round_to(x * x, STATISTICS)", "(x * x)", inside("bf16-statistics", residual=False), count=2
     ),
     "variance not rounded": Mutation(
-        QKV, "D.to(tl.float32)), VARIANCE)", "D.to(tl.float32)), 'fp32')", inside("bf16-statistics")
+        CHAIN, "D.to(tl.float32)), VARIANCE)", "D.to(tl.float32)), 'fp32')", inside("bf16-statistics")
     ),
     "rstd not rounded": Mutation(
-        QKV, "rsqrt_rn(variance + eps), RSTD)", "rsqrt_rn(variance + eps), 'fp32')", exact("rstd-rounded")
+        CHAIN, "rsqrt_rn(variance + eps), RSTD)", "rsqrt_rn(variance + eps), 'fp32')", exact("rstd-rounded")
     ),
     "normed not rounded": Mutation(
-        QKV, "round_to(hidden * rstd[:, None], NORMED)", "(hidden * rstd[:, None])", exact("hf")
+        CHAIN, "round_to(hidden * rstd[:, None], NORMED)", "(hidden * rstd[:, None])", exact("hf")
     ),
-    "hidden not rounded": Mutation(QKV, "[None, :], HIDDEN)", "[None, :], 'fp32')", exact_fp32("bf16-operand")),
-    "proj not rounded": Mutation(QKV, "round_to(acc, PROJ)", "acc", inside("hf")),
-    "v not rounded": Mutation(QKV, "round_to(proj, OUT)", "proj", exact("fp32"), count=2),
+    "hidden not rounded": Mutation(CHAIN, "[None, :], HIDDEN)", "[None, :], 'fp32')", exact_fp32("bf16-operand")),
+    "proj not rounded": Mutation(CHAIN, "round_to(acc, PROJ)", "acc", inside("hf")),
+    "v not rounded": Mutation(CHAIN, "round_to(proj, OUT)", "proj", exact("fp32"), count=2),
     "head squares not rounded": Mutation(
         HEAD, "round_to(proj * proj, STATISTICS)", "(proj * proj)", inside("bf16-statistics")
     ),
@@ -183,44 +201,128 @@ MUTATIONS = {
     "tf32 not truncated": Mutation(ROUNDING, "& 0xFFFFE000", "& 0xFFFFFFFF", exact_fp32("fp32-tf32")),
     "tf32 a bit shorter": Mutation(ROUNDING, "& 0xFFFFE000", "& 0xFFFFC000", rounding("tf32")),
     "remainder of tf32 left out": Mutation(
-        QKV, "tl.dot(truncate_tf32(hidden - high)", "tl.dot(truncate_tf32(high - high)", exact("fp32-tf32x3")
+        CHAIN, "tl.dot(truncate_tf32(hidden - high)", "tl.dot(truncate_tf32(high - high)", exact("fp32-tf32x3")
     ),
     # arithmetic
-    "eps dropped": Mutation(QKV, "variance + eps", "variance", exact_fp32("fp32")),
+    "eps dropped": Mutation(CHAIN, "variance + eps", "variance", exact_fp32("fp32")),
     "head eps dropped": Mutation(HEAD, "variance + eps", "variance", exact_fp32("fp32")),
-    "mean over one channel more": Mutation(QKV, "D.to(tl.float32)", "(D + 1).to(tl.float32)", exact("hf")),
+    "mean over one channel more": Mutation(CHAIN, "D.to(tl.float32)", "(D + 1).to(tl.float32)", exact("hf")),
     "head mean over one channel more": Mutation(HEAD, "DH * 1.0", "(DH + 1) * 1.0", exact("hf")),
-    "bias dropped": Mutation(QKV, "if HAS_BIAS:", "if False:", inside("hf")),
-    "residual dropped": Mutation(QKV, "if HAS_RESIDUAL:", "if False:", inside("hf")),
+    "bias dropped": Mutation(CHAIN, "if HAS_BIAS:", "if False:", inside("hf")),
+    "residual dropped": Mutation(CHAIN, "if HAS_RESIDUAL:", "if False:", inside("hf")),
     "rstd applied twice": Mutation(
-        QKV, "acc = acc * rstd[:, None]", "acc = acc * rstd[:, None] * rstd[:, None]", exact("deferred")
+        CHAIN, "acc = acc * rstd[:, None]", "acc = acc * rstd[:, None] * rstd[:, None]", exact("deferred")
     ),
-    "rstd not applied": Mutation(QKV, "acc = acc * rstd[:, None]", "pass", exact("folded")),
+    "rstd not applied": Mutation(CHAIN, "acc = acc * rstd[:, None]", "pass", exact("folded")),
     "weight offset dropped": Mutation(ROUNDING, "1.0 + widen(w)", "widen(w)", exact("gemma")),
-    "k normed with q's weight": Mutation(QKV, "tl.load(k_norm_ptr", "tl.load(q_norm_ptr", exact("hf")),
-    "v normed and stored as k": Mutation(QKV, "if head >= HQ + HKV:", "if head >= HQ + 2 * HKV:", check_memory),
-    "k stored as v": Mutation(QKV, "if head >= HQ + HKV:", "if head >= HQ:", check_memory),
+    "k normed with q's weight": Mutation(CHAIN, "tl.load(k_norm_ptr", "tl.load(q_norm_ptr", exact("hf")),
+    "v normed and stored as k": Mutation(CHAIN, "if head >= HQ + HKV:", "if head >= HQ + 2 * HKV:", check_memory),
+    "k stored as v": Mutation(CHAIN, "if head >= HQ + HKV:", "if head >= HQ:", check_memory),
     "an infinity hidden": Mutation(
-        QKV,
+        CHAIN,
         "rsqrt_rn(variance + eps), RSTD",
         "rsqrt_rn(tl.minimum(variance, 3e38) + eps), RSTD",
         functools.partial(check_nonfinite, plan="fp32"),
     ),
     # memory
-    "v one head too far": Mutation(QKV, V_PTRS, V_PTRS.replace("HKV)", "HKV + 1)"), check_memory),
-    "tokens not masked": Mutation(QKV, TOKENS, NO_TOKENS, check_memory),
+    "v one head too far": Mutation(CHAIN, V_PTRS, V_PTRS.replace("HKV)", "HKV + 1)"), check_memory),
+    "tokens not masked": Mutation(CHAIN, TOKENS, NO_TOKENS, check_memory),
     "tokens of the head norm not masked": Mutation(
         HEAD,
-        "offs_n[None, :], out, mask)",
-        "offs_n[None, :], out, mask | (offs_n < DH)[None, :])",
+        "store_head(out_ptrs, out, mask)",
+        "store_head(out_ptrs, out, mask | (offs_n < DH)[None, :])",
         functools.partial(check_memory, separate=True),
     ),
-    "channels of x not masked": Mutation(QKV, "(offs_k < D)[None, :]", "(offs_k >= 0)[None, :]", check_memory),
+    "channels of x not masked": Mutation(
+        CHAIN, "(offs_k < D)[None, :]", "(offs_k >= 0)[None, :]", check_memory, count=2
+    ),
     "x's channels taken as contiguous": Mutation(
-        QKV, X_PTRS, X_PTRS.removesuffix(" * stride_xk"), inside("hf", layout="every second channel")
+        CHAIN, X_PTRS, X_PTRS.removesuffix(" * stride_xk"), inside("hf", layout="every second channel"), count=2
     ),
     "addresses of 32 bits": Mutation(QKV, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", check_addressing),
-}
+    # split-K
+    "sums without the last share": Mutation(
+        SPLIT, "tl.range(0, splits, loop", "tl.range(0, splits - 1, loop", with_config(check_exact, "hf", SPLIT_K)
+    ),
+    "a share of squares counted twice": Mutation(
+        SPLIT, "sum_of_squares += squares", "sum_of_squares += 2 * squares", with_config(check_exact, "folded", SPLIT_K)
+    ),
+    "squares of the own share alone": Mutation(
+        SPLIT, "squares_ptrs + other * BLOCK_M", "squares_ptrs + split * BLOCK_M",
+        with_config(check_exact, "deferred", SPLIT_K),
+    ),
+    "shares overlap": Mutation(
+        SPLIT, "tl.minimum(begin + share, D)", "tl.minimum(begin + share + 1, D)",
+        with_config(check_exact, "hf", SPLIT_K),
+    ),
+    "shares leave a step out": Mutation(
+        SPLIT, "tl.cdiv(tl.cdiv(D, BLOCK_K), splits) * BLOCK_K", "tl.cdiv(D, BLOCK_K) // splits * BLOCK_K",
+        with_config(check_exact, "hf", SPLIT_K),
+    ),
+    "counter not reset": Mutation(
+        SPLIT, "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, arrived)",
+        with_config(check_again, "hf", SPLIT_K),
+    ),
+    "counter reset to one": Mutation(  # with a share of nothing the sums are complete one arrival early
+        SPLIT, "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, 1)",
+        with_config(check_again, "hf", dataclasses.replace(SPLIT_K, splits=6)),
+    ),
+    "finished by the last but one": Mutation(
+        SPLIT, "arrived == splits - 1", "arrived == splits - 2", with_config(check_exact, "hf", SPLIT_K)
+    ),
+    "finished by the last share, not the last to arrive": Mutation(
+        SPLIT, "arrived == splits - 1", "split == splits - 1", with_config(check_order, "hf", SPLIT_K)
+    ),
+    "blocks of tokens share memory": Mutation(
+        SPLIT, "cell = block * tl.num_programs(1) + head", "cell = head", with_config(check_order, "hf", SPLIT_K)
+    ),
+    "bias added by each share": Mutation(
+        SPLIT, STORE_SUMS, STORE_SUMS.replace("acc,", f"acc + {BIAS},"), with_config(check_envelope, "hf", SPLIT_K)
+    ),
+    "all tokens scaled by the first one's rstd": Mutation(
+        SPLIT, "rows = 1 if tokens == 1 else block_m", "rows = 1", with_config(check_envelope, "hf", SPLIT_K)
+    ),
+    "rows of the first block in all": Mutation(
+        SPLIT, "block * BLOCK_M + tl.arange(0, BLOCK_R)", "tl.arange(0, BLOCK_R)",
+        with_config(check_envelope, "hf", SPLIT_K),
+    ),
+    # pre-pass
+    "rstd not rounded before": Mutation(
+        RMS, "D, eps, VARIANCE, RSTD)", 'D, eps, VARIANCE, "fp32")', with_config(check_exact, "rstd-rounded", RSTD)
+    ),
+    "squares not rounded before": Mutation(
+        RMS, "round_to(x * x, STATISTICS)", "(x * x)",
+        with_config(check_envelope, "bf16-statistics", RSTD, hidden_size=200, residual=False),
+    ),
+    "normed not rounded before": Mutation(
+        RMS, "offs_k, D, NORMED,", 'offs_k, D, "fp32",', with_config(check_exact, "hf", STORED)
+    ),
+    "hidden cut off before": Mutation(
+        RMS, "NORMED, HIDDEN, SCALE, WEIGHT_OFFSET)\n    mask", 'NORMED, "fp32", SCALE, WEIGHT_OFFSET)\n    mask',
+        with_config(check_exact_fp32, "bf16-operand", STORED),
+    ),
+    "residual lost where x is hidden": Mutation(
+        QKV, 'flags["scale"] != "folded" or residual is not None', 'flags["scale"] != "folded"',
+        with_config(check_envelope, "folded", STORED),
+    ),
+    "rstd of the first token for all": Mutation(
+        QKV, "rstd_ptr + offs_m", "rstd_ptr + 0 * offs_m", with_config(check_envelope, "deferred", STORED)
+    ),
+    # cuBLAS and separate norms
+    "v normed": Mutation(
+        SEPARATE, "proj[:, : heads[0] + heads[1]]", "proj", with_config(check_exact, "hf", Config("separate"))
+    ),
+    "q's and k's weights exchanged": Mutation(
+        HEAD, "head >= HQ:\n            stored", "head < HQ:\n            stored",
+        with_config(check_exact, "hf", Config("separate")),
+    ),
+    "bias left out of addmm": Mutation(
+        SEPARATE, "torch.addmm(bias,", "torch.addmm(0 * bias,", with_config(check_envelope, "hf", Config("separate"))
+    ),
+    "v not copied": Mutation(
+        SEPARATE, "else (2,)", "else ()", functools.partial(check_memory, config=Config("separate"))
+    ),
+}  # fmt: skip
 
 
 def mutated(mutation: Mutation | None, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
@@ -237,7 +339,7 @@ def mutated(mutation: Mutation | None, name: str, folder: Path, monkeypatch: pyt
         (package / source.name).write_text(text.replace("from kernels.", f"from {name}."))
     monkeypatch.syspath_prepend(folder)
     try:
-        return Kernels(importlib.import_module(f"{name}.norm_qkv"), importlib.import_module(f"{name}.rounding"))
+        return Kernels(*(importlib.import_module(f"{name}.{file}") for file in ("norm_qkv", "rounding", "split_k")))
     finally:
         for module in [module for module in sys.modules if module.split(".")[0] == name]:
             del sys.modules[module]
@@ -251,6 +353,8 @@ NETS = {
     "nonfinite": functools.partial(check_nonfinite, plan="fp32"),
     "memory": functools.partial(check_memory, separate=True),
     "addressing": check_addressing,
+    "again": with_config(check_again, "hf", SPLIT_K),
+    "order": with_config(check_order, "hf", SPLIT_K),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.config import Config
 from kernels.norm_qkv import norm_qkv
 from variants.eager import Outputs, eager, plan_eager, plan_weight
 from variants.plan import CastPlan
@@ -32,16 +33,19 @@ def run_triton(
     *,
     qkv_weight: Tensor | None = None,
     separate: bool = False,
+    config: Config | None = None,
     out: Outputs | None = None,
 ) -> Outputs:
     """q, k, v of the Triton kernels: compiled on a GPU, interpreted on a CPU.
 
     qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own.
+    config: how the launch is cut into programs, None for the default; unsupported(config, plan.choices()) says whether
+    it can express the plan. Raises ValueError where it cannot, or where plan and problem do not fit together.
     """
     check_offset(plan, problem)
     weight = plan_weight(plan, problem) if qkv_weight is None else qkv_weight
     inputs = {**problem.inputs(), "qkv_weight": weight}
-    return norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, out=out)
+    return norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, config=config, out=out)
 
 
 @functools.cache

@@ -1,0 +1,157 @@
+"""Config: how a launch is cut into programs. Every config of a plan is the same numerical function, up to the order
+of fp32 sums; where values are rounded is not decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+KERNELS = ("fused", "split-k", "separate")
+PREPASSES = ("none", "rstd", "hidden")
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is cut into programs.
+
+    kernel      `fused`: one program a block of tokens and a head. `split-k`: several programs a head, each over a
+                share of D, the last to arrive sums up: for few tokens. `separate`: RMSNorm, cuBLAS, head norm
+    prepass     `none`; `rstd` or `hidden`: a kernel before stores rstd [T] fp32, or hidden [T, D] bf16 (and rstd,
+                where the plan applies it after the matmul), which the main kernel then loads. Not for `separate`
+    block_m     tokens of a program; block_k: channels of a step, both powers of two of at least 16
+    num_warps, num_stages   as Triton's
+    splits      shares of D, for `split-k`
+
+    `separate` has no tiles to choose. Raises ValueError with one sentence for what contradicts itself.
+    """
+
+    kernel: str = "fused"
+    prepass: str = "none"
+    block_m: int = 64
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kernel", KERNELS), ("prepass", PREPASSES), ("num_warps", (1, 2, 4, 8, 16))):
+            if getattr(self, name) not in allowed:
+                words = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {words}, not {getattr(self, name)!r}")
+        for name in ("block_m", "block_k"):
+            if getattr(self, name) < 16 or getattr(self, name) & (getattr(self, name) - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, not {getattr(self, name)}")
+        for name in ("num_stages", "splits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.splits > 1 and self.kernel != "split-k":
+            raise ValueError(f"only kernel='split-k' divides D: kernel={self.kernel!r} needs splits=1")
+        if self.prepass != "none" and self.kernel == "separate":
+            raise ValueError(
+                f"kernel='separate' always stores hidden first: prepass must be 'none', not {self.prepass!r}"
+            )
+
+    def __str__(self) -> str:
+        if self.kernel == "separate":
+            return self.kernel
+        before = "" if self.prepass == "none" else f" after {self.prepass}"
+        shares = f", {self.splits} splits" if self.kernel == "split-k" else ""
+        tiles = f"{self.block_m} x {self.block_k}{shares}, {self.num_warps} warps, {self.num_stages} stages"
+        return f"{self.kernel}{before} {tiles}"
+
+
+def unsupported(config: Config, flags: dict[str, str]) -> str:
+    """Why this config cannot express a plan, in one sentence; empty where it can.
+
+    flags: a word for each boundary and choice of the chain (BOUNDARIES and CHOICES of kernels.checks), not checked.
+    """
+    if config.prepass == "hidden" and flags["matmul"] != "bf16":
+        return (
+            f"prepass='hidden' stores bf16, and matmul={flags['matmul']!r} multiplies hidden as fp32: "
+            "prepass must be 'none' or 'rstd'"
+        )
+    if config.kernel != "separate":
+        return ""
+    wanted = {"scale": ("prologue",), "matmul": ("bf16",), "proj": ("bf16-rne",), "out": ("bf16-rne", "bf16-rtz")}
+    for name, words in wanted.items():
+        if flags[name] not in words:
+            return (
+                "kernel='separate' stores hidden, proj and out as bf16, and cuBLAS rounds to nearest: "
+                f"{name} must be {' or '.join(map(repr, words))}, not {flags[name]!r}"
+            )
+    return ""
+
+
+def head_block(head_dim: int) -> int:
+    """BLOCK_N: channels of a tile that holds one head."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def default_config(head_dim: int, matmul: str, interpreted: bool) -> Config:
+    """The config of a launch that is given none.
+
+    It does not depend on the number of tokens: smaller tiles for fewer tokens would mean other matrix instructions
+    and other sums, and a row's bits would change with its batch. Operands wider than bf16 take smaller tiles,
+    because they wait in shared memory at 4 bytes. The interpreter's cost is per operation, whatever the tile.
+    """
+    if interpreted:
+        return Config(block_m=64, block_k=256)
+    if matmul != "bf16":
+        return Config(block_m=32, block_k=32, num_warps=4, num_stages=2)
+    if head_block(head_dim) >= 256:  # at block_k 64 three stages of W pass gfx942's 64 KiB; on four warps it spills
+        return Config(block_m=64, block_k=32, num_warps=8, num_stages=3)
+    return Config(block_m=64, block_k=64, num_warps=4, num_stages=3)
+
+
+def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tuple[Config, ...]:
+    """At most eight configs worth timing for that shape on a GPU like an H200, most promising first.
+
+    heads: of q, k and v together. Sized by arithmetic for 132 processors with 227 KiB of shared memory each; whether
+    one is fast, only a timing says, and not all can express every plan: see unsupported. With heads of 128 the 163 KiB
+    of an A100 hold them all; the 64 KiB of an AMD gfx942 hold two: after hidden 128 x 64 and after rstd 64 x 64, with
+    three stages.
+    """
+    narrow = head_block(head_dim) < 256  # heads of 256 halve the step, so that a stage of W keeps its 16 or 32 KiB
+    if tokens > 128:
+        found = [
+            Config("fused", "hidden", 128, 64 if narrow else 32, 8, 4),
+            Config("fused", "hidden", 128, 64 if narrow else 32, 8, 3),
+            Config("fused", "hidden", 128, 128 if narrow else 64, 8, 3),
+            Config("fused", "hidden", 64, 64 if narrow else 32, 4 if narrow else 8, 4),
+            Config("fused", "rstd", 128, 64 if narrow else 32, 8, 3),
+            Config("fused", "rstd", 64, 64 if narrow else 32, 4 if narrow else 8, 3),
+        ]
+        if triton.cdiv(tokens, 128) * heads < PROCESSORS:
+            block_k = 64 if narrow else 32
+            splits = split_shares(tokens, hidden_size, heads, 64, block_k, 2 * PROCESSORS)
+            found.append(Config("split-k", "hidden", 64, block_k, 4 if narrow else 8, 4, splits))
+        return (*found, Config("separate"))
+    block_m = min(64, max(16, triton.next_power_of_2(tokens)))
+    long, short = (128, 64) if narrow else (64, 32)
+    warps = 4 if narrow and block_m < 64 else 8
+    found = []
+    for block_k, num_warps, stages, programs in (
+        (long, 8, 4, PROCESSORS),
+        (long, 8, 3, 2 * PROCESSORS),
+        (short, warps, 4, 2 * PROCESSORS),
+        (short, warps, 4, 4 * PROCESSORS),
+    ):
+        splits = split_shares(tokens, hidden_size, heads, block_m, block_k, programs)
+        found.append(Config("split-k", "none", block_m, block_k, num_warps, stages, splits))
+    splits = split_shares(tokens, hidden_size, heads, block_m, long, 2 * PROCESSORS)
+    found.append(Config("split-k", "hidden", block_m, long, 8, 3, splits))
+    if block_m == 64:
+        found.append(Config("fused", "hidden", 64, short, 4 if narrow else 8, 4))
+    else:
+        found.append(Config("split-k", "rstd", block_m, long, 8, 3, splits))
+    return (*dict.fromkeys(found), Config("separate"))
+
+
+def split_shares(tokens: int, hidden_size: int, heads: int, block_m: int, block_k: int, programs: int) -> int:
+    """Shares of D that make at most so many programs, each with a step to do; at least 1."""
+    cells, steps = triton.cdiv(tokens, block_m) * heads, triton.cdiv(hidden_size, block_k)
+    longest = triton.cdiv(steps, max(1, min(steps, programs // cells)))
+    return triton.cdiv(steps, longest)

@@ -1,0 +1,65 @@
+"""RMSNorm, QKV projection and head norm as three kernels, the projection by cuBLAS: where fusion would lose."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.head_norm import launch_head_norm
+from kernels.rms_norm import launch_rms_norm
+
+
+@contextlib.contextmanager
+def fp32_sums(device: torch.device) -> Iterator[None]:
+    """cuBLAS may not round partial sums to bf16, which PyTorch allows it by default: proj is rounded once."""
+    matmul = torch.backends.cuda.matmul
+    allowed = device.type == "cuda" and matmul.allow_bf16_reduced_precision_reduction
+    if not allowed:
+        yield
+        return
+    split_k = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", True)
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True if split_k else (True, False)
+
+
+def launch_separate(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    bias: Tensor | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    packed: Tensor | None,
+    flags: dict[str, str],
+    eps: float,
+) -> None:
+    """norm_qkv's launch of three kernels. packed [T, Hq + 2 Hkv, Dh] bf16 where outputs are its parts: cuBLAS writes
+    there, q and k are normed in place and v is done. None: proj has memory of its own, and v is copied."""
+    heads = tuple(out.shape[1] for out in outputs)
+    hidden = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    launch_rms_norm(x, residual, norm_weight, hidden, None, flags, eps)
+    proj = packed
+    if proj is None:
+        proj = torch.empty(x.shape[0], sum(heads), outputs[0].shape[2], dtype=torch.bfloat16, device=x.device)
+    rows = proj.view(x.shape[0], -1)
+    with fp32_sums(x.device):
+        if bias is None:
+            torch.mm(hidden, qkv_weight.T, out=rows)
+        else:
+            torch.addmm(bias, hidden, qkv_weight.T, out=rows)
+    copied = range(3) if q_norm_weight is None else (2,)
+    if q_norm_weight is not None:
+        q, k, _v = outputs
+        launch_head_norm(proj[:, : heads[0] + heads[1]], q_norm_weight, q, flags, eps, k_norm_weight, k)
+    if packed is None:
+        parts = proj.split(heads, dim=1)
+        for i in copied:
+            outputs[i].copy_(parts[i])
