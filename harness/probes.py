@@ -132,7 +132,7 @@ def _telling_pairs(rules: Sequence[Rule], eps: float) -> int:
 def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> Rows | None:
     """One row in ROWS orders, with an eps that brings variance + eps so near a boundary of rstd's rounding that two
     rules store another rstd; None if none was found."""
-    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 1.0)
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, BOUNDARIES, 1.0)
     differ = sum((a != b).long() for i, a in enumerate(factors) for b in factors[:i]) * agree
     return _in_orders(pool, eps, int(differ.argmax()), rng) if differ.any() else None
 
@@ -142,7 +142,7 @@ def control_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     fp32 ulp off another: so it shows whether an implementation's roots are what the rules say. None if none was found.
     """
     rng = torch.Generator().manual_seed(seed)
-    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 4.0)
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 4 * ROWS, 4.0)
     rule = rules[0].replace(rstd=KEEP, root="rsqrt" if rules[0].root == "rsqrt" else "sqrt")
     root = scalar(rule, mean_of_squares(rules[0], pool), eps)
     beside = [torch.nextafter(root, root * far) for far in (0.5, 2.0)]
@@ -153,15 +153,15 @@ def control_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
 
 
 def _near_boundaries(
-    rules: Sequence[Rule], width: int, rng: torch.Generator, ulps: float
+    rules: Sequence[Rule], width: int, rng: torch.Generator, count: int, ulps: float
 ) -> tuple[Rows, Tensor, list[Tensor], Tensor]:
-    """BOUNDARIES rows, an eps for each that brings its root to about so many ulps from a boundary of rstd's rounding,
-    the factor by each rule, and whether one and two roundings of the root agree for all of them; [BOUNDARIES, 1]."""
-    pool = Rows(integers(64, 256, [BOUNDARIES, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
+    """So many rows, an eps for each that brings its root to about so many ulps from a boundary of rstd's rounding, the
+    factor by each rule, and whether one and two roundings of the root agree for all of them; [count, 1]."""
+    pool = Rows(integers(64, 256, [count, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
     variances = [mean_of_squares(rule, pool) for rule in rules]
-    boundary = torch.randint(128, 256, [BOUNDARIES, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
+    boundary = torch.randint(128, 256, [count, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
     root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
-    off = ulps * torch.randn([BOUNDARIES, 1], generator=rng, dtype=torch.float64)
+    off = ulps * torch.randn([count, 1], generator=rng, dtype=torch.float64)
     eps = root.square() * (1 + off * 2.0**-24) - variances[0]
     factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]
     agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE)
@@ -203,8 +203,10 @@ def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout
         telling = torch.cat([other != stored[0] for other in stored]).any(0).nonzero()[:, 0]
         placed: list[int] = []
         for pair in telling[torch.randperm(len(telling), generator=rng)].tolist():
+            if not free:
+                break
             places = [p for p in (row.abs() == pairs.x[0, pair]).nonzero()[:, 0].tolist() if p not in placed]
-            if free and places:
+            if places:
                 placed.append(free.pop())
                 row[[placed[-1], places[0]]] = row[[places[0], placed[-1]]]
                 rows.weight[placed[-1]] = pairs.weight[0, pair]
