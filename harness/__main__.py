@@ -27,6 +27,12 @@ app = typer.Typer(
 )
 
 
+# Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
+MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
+ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
+DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+
+
 def select(
     model: Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")] = "",
     checkpoint: Annotated[
@@ -153,28 +159,75 @@ def speed(settings: Settings, records: Records) -> None:
 
 
 @app.command()
-@functools.partial(on_selection, device="cuda")
-def gpu(settings: Settings, records: Records) -> None:
-    """Everything that wants a CUDA device: compiled kernels against their specs, their times, fingerprints of public
-    implementations."""
+def gpu(
+    results: ResultsFolder = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts, three layers.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every measurement; touch no GPU.")] = False,
+) -> None:
+    """Everything that wants a CUDA device: checks, errors, the grid of speeds, fingerprints. Continues where it was."""
+    from harness import grid
+
+    if dry_run:
+        print("\n".join(grid.listing(quick)))
+        return
+    settings, records = select(device="cuda", results=results, short=quick)
+    records.note(command="gpu")
+    from harness.gpu import sweep_gpu
+    from harness.gpu_checks import check_eager, check_interpreter, check_kernels
     from harness.precision import sweep_kernels, sweep_precision
+    from harness.rig_cuda import Cuda, DeviceLost
     from harness.speed import sweep_speed
     from harness.survey import survey_implementations
 
-    sweep_precision(settings, records)
-    sweep_kernels(settings, records)
-    sweep_speed(settings, records)
-    survey_implementations(records, "cuda")
+    device = Cuda()
+    try:
+        check_kernels(records, device)
+        check_eager(records, device)
+        check_interpreter(records, device)
+        sweep_precision(settings, records)
+        sweep_kernels(settings, records)
+        sweep_gpu(grid.points(quick), records, device, quick)
+        sweep_speed(settings, records)
+        if not quick:
+            survey_implementations(records, "cuda")
+    except DeviceLost as error:
+        raise ValueError(f"{error}; what was measured is kept, the same command goes on from there") from None
     records.finish()
-    red = [row for table in ("errors", "speed") for row in records.rows(table) if row["status"] in ("red", "failed")]
+    tables = ("errors", "speed", "gpu_checks", "gpu_speed")
+    red = [row for table in tables for row in records.rows(table) if row["status"] in ("red", "failed")]
     for row in red:
-        print(f"{row['plan']} {row['backend']} {row['status']}: {row['reason']}", file=sys.stderr)
+        print(f"{row.get('arm') or row['plan']} {row['status']}: {row['reason']}", file=sys.stderr)
     try:
         _write_report(records.folder)
     except ImportError as error:
         print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
     if red:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    results: ResultsFolder = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts.")] = False,
+) -> None:
+    """Time every config of the kernels on this GPU, and write the fastest into kernels/dispatch.csv."""
+    device = _device("cuda")
+    from harness import grid
+    from harness.rig_cuda import Cuda, DeviceLost
+    from harness.tune import tune as tuned
+    from kernels.dispatch import TABLE, read_table, write_table
+
+    records = _records("tune", results, device, quick=quick)
+    try:
+        found = tuned([p for p in grid.points(quick) if p.regime == grid.COLD], records, Cuda())
+    except DeviceLost as error:
+        raise ValueError(f"{error}; what was measured is kept, the same command goes on from there") from None
+    records.finish()
+    table = read_table()
+    for key, configs in found.items():
+        table.setdefault(key, {}).update(configs)
+    write_table(table)
+    print(f"wrote {sum(map(len, found.values()))} configs to {TABLE}")
 
 
 @app.command()
@@ -198,12 +251,6 @@ def identify(
     print(json.dumps(answer.as_dict()) if json_ else summary(answer))
     if answer.status == "error":
         raise typer.Exit(1)
-
-
-# Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
-MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
-ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
-DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 
 
 @app.command()

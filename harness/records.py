@@ -58,6 +58,17 @@ TABLES: dict[str, tuple[str, ...]] = {
         "dlogp_p99 dlogp_max parts_at nll status reason".split()
     ),
     "model_dlogp": tuple("run_id model weights text prompt arm backend reference above tokens status reason".split()),
+    "gpu_checks": tuple("run_id plan config check share_equal max_ulp status reason".split()),
+    "gpu_points": tuple("run_id model tokens regime status reason".split()),
+    "gpu_speed": tuple(
+        "run_id model tokens regime kind arm function config copies cold rounds laps bytes flops floor_us p10_us "
+        "p50_us p90_us gbps tflops roofline_share p1 speedup_p1_p10 speedup_p1_p50 speedup_p1_p90 noise_p10 noise_p90 "
+        "sm_mhz memory_mhz watts celsius slowed_by status reason".split()
+    ),
+    "tuning": tuple(
+        "run_id model tokens scale config kernel prepass block_m block_k num_warps num_stages splits cold p10_us "
+        "p50_us p90_us speedup_separate noise_p10 noise_p90 status reason".split()
+    ),
     "fingerprints": tuple(
         "run_id source kind planted answered share_equal runner_up_share_equal seconds status reason".split()
     ),
@@ -76,6 +87,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model_layers": ("model", "weights", "text", "prompt", "arm", "reference", "layer"),
     "model_tokens": ("model", "weights", "text", "prompt", "arm", "reference"),
     "model_dlogp": ("model", "weights", "text", "prompt", "arm", "reference", "above"),
+    "gpu_checks": ("plan", "config", "check"),
+    "gpu_points": ("model", "tokens", "regime"),
+    "gpu_speed": ("model", "tokens", "regime", "arm"),
+    "tuning": ("model", "tokens", "scale", "config"),
     "fingerprints": ("source", "kind", "planted"),
 }
 

@@ -150,9 +150,11 @@ def write_report(folder: Path, run_id: str) -> Path:
     t = tables(folder, run_id)
     run = load_runs(folder)[run_id]
     ceilings = run.get("ceilings")
+    rate = (ceilings or {}).get("fp32_flops_per_s")
+    fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
     limits = (
-        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16 and "
-        f"{ceilings['fp32_flops_per_s'] / 1e12:.2f} TFLOP/s fp32 matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
+        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16"
+        f"{fp32} matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
         f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on {run['environment']['threads']} "
         "threads; a second busy process multiplies CPU times."
         if ceilings and len(frames["speed"])

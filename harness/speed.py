@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,16 +16,18 @@ from harness.environment import last_cache_bytes
 from harness.precision import problem_at
 from harness.progress import track
 from harness.records import Records
+from harness.rig import Arm, Outcome, laps_for, measure, spread
+from harness.rig_cuda import Cuda
+from harness.rig_limits import ceilings as gpu_ceilings
+from harness.rig_outputs import bits_differ, values_differ
 from harness.settings import Settings
 from harness.timing import (
     Ceilings,
-    count_bytes,
-    count_flops,
-    graph_timer,
     interleaved_times,
     keep_freed_memory,
     measure_ceilings,
     rotating,
+    work_of,
 )
 from variants.catalogue import plan_named
 from variants.eager import eager, plan_weight
@@ -43,7 +44,8 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         return
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
     keep_freed_memory()
-    ceilings = measure_ceilings(s.device)
+    gpu = Cuda() if s.device == "cuda" else None
+    ceilings = measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
     weights = {name: _stored_weights(plan_named(name), problems) for name in s.plans}
@@ -53,25 +55,48 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         at = [p.replace(x=x) for p in problems]
         arms = dict(_speed_arms(s, at, weights))
         red = {f"{r['plan']}/{r['backend']}": r for r in records.rows("errors") if r["status"] in ("red", "failed")}
-        ready, failed = _warmed({n: arm for n, arm in arms.items() if n not in red}, len(at), s.device)
-        failed |= {arm: ("red", f"not timed: {row['reason']}") for arm, row in red.items()}
-        times = interleaved_times(ready, s.device, s.speed_budget_s)
+        outcomes = {arm: Outcome("red", f"not timed: {row['reason']}") for arm, row in red.items() if arm in arms}
+        fit = {name: arm for name, arm in arms.items() if name not in red}
+        outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
         for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
-            _add_speed(records, s, arm, at, times, failed, ceilings)
+            _add_speed(records, s, arm, at, outcomes, ceilings)
+
+
+def _gpu_ceilings(gpu: Cuda) -> Ceilings:
+    found = gpu_ceilings(gpu)
+    if found["reason"]:
+        raise ValueError(f"the GPU's own limits could not be measured: {found['reason']}")
+    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
+
+
+def _timed_on_cpu(arms: dict[str, Callable[[int], object]], count: int, s: Settings) -> dict[str, Outcome]:
+    """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
+    ready, outcomes = {}, {}
+    turn = itertools.cycle(range(count))
+    for name, call in track(list(arms.items()), "compiling"):
+        try:
+            call(0)
+            ready[name] = rotating(call, turn)
+        except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
+            outcomes[name] = Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
+    times = interleaved_times(ready, s.speed_budget_s)
+    return outcomes | {name: Outcome("ok", seconds=spread(values)) for name, values in times.items()}
+
+
+def _timed_on_gpu(
+    arms: dict[str, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
+) -> dict[str, Outcome]:
+    own = [Arm(name, call, bits_differ if "/triton" in name else values_differ) for name, call in arms.items()]
+    laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
+    return measure(own, gpu, copies=len(problems), laps=laps, baseline="hf/eager").outcomes
 
 
 def _add_speed(
-    records: Records,
-    s: Settings,
-    arm: str,
-    problems: list[Problem],
-    times: dict[str, list[float]],
-    failed: dict[str, tuple[str, str]],
-    ceilings: Ceilings,
+    records: Records, s: Settings, arm: str, problems: list[Problem], outcomes: dict[str, Outcome], ceilings: Ceilings
 ) -> None:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
     plan, backend = arm.split("/")
-    problem = problems[0]
+    problem, outcome = problems[0], outcomes[arm]
     row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, "plan": plan, "backend": backend}
     if records.has("speed", **{name: row[name] for name in ("tokens", "plan", "backend")}):
         return
@@ -80,23 +105,20 @@ def _add_speed(
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + (
         ", CUDA graph" if s.device == "cuda" else ""
     )
-    row |= {"bytes": count_bytes(problem), "flops": count_flops(problem)}
-    if arm in failed:
-        status, reason = failed[arm]
-        records.add("speed", **row, status=status, reason=reason)
+    row |= dataclasses.asdict(work_of(problem))
+    if outcome.seconds is None:
+        records.add("speed", **row, status=outcome.status, reason=outcome.reason)
         return
-    p10, p50, p90 = np.quantile(times[arm], [0.1, 0.5, 0.9])
+    p50 = outcome.seconds.p50
     baselines = {"speedup_vs_eager": "hf/eager", "speedup_vs_compile": "hf/torch.compile"}
     records.add(
         "speed",
         **row,
-        p10_us=p10 * 1e6,
-        p50_us=p50 * 1e6,
-        p90_us=p90 * 1e6,
+        **{f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()},
         gbps=row["bytes"] / p50 / 1e9,
         tflops=row["flops"] / p50 / 1e12,
         roofline_share=ceilings.floor_s(problem) / p50,
-        **{column: float(np.median(times[base])) / p50 for column, base in baselines.items() if base in times},
+        **{c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds},
     )
 
 
@@ -120,8 +142,9 @@ def _speed_arms(
     for name in s.plans:
         plan = plan_named(name)
         own = [_as_stored(plan, p) for p in problems]
-        yield f"{name}/inductor", partial(_inductor_call, plan, own, weights[name])
-        if s.device == "cuda":
+        if s.device == "cpu":  # where Triton would run interpreted
+            yield f"{name}/inductor", partial(_inductor_call, plan, own, weights[name])
+        else:
             yield f"{name}/triton", partial(_triton_call, plan, own, weights[name], separate=False)
             yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights[name], separate=True)
 
@@ -132,21 +155,6 @@ def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i:
 
 def _triton_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int, *, separate: bool) -> object:
     return run_triton(plan, problems[i], qkv_weight=weights[i], separate=separate)
-
-
-def _warmed(
-    arms: dict[str, Callable[[int], object]], count: int, device: str
-) -> tuple[dict[str, Callable[[], object]], dict[str, tuple[str, str]]]:
-    """Arms that ran once, ready to be timed, and those that failed, with status and reason."""
-    ready, failed = {}, {}
-    turn = itertools.cycle(range(count))
-    for name, call in track(list(arms.items()), "compiling"):
-        try:
-            call(0)
-            ready[name] = graph_timer(call, count) if device == "cuda" else rotating(call, turn)
-        except Exception as error:  # whatever a compiler or a driver raises belongs into the row, not on the screen
-            failed[name] = ("failed", f"{type(error).__name__}: {str(error)[:200]}")
-    return ready, failed
 
 
 def _rotation(problems: list[Problem], device: str) -> list[Problem]:

@@ -1,8 +1,8 @@
-"""Times of one call and the machine's own limits, measured in the same process.
+"""Times of one call on a CPU and the machine's own limits, measured in the same process. harness.rig is for GPUs.
 
-CPU: torch.utils.benchmark. GPU: CUDA events around the replay of a CUDA graph. Arms are interleaved, one
-measurement of each in turn, so that a machine that slows down slows all of them. Weights rotate: every call, of
-whatever arm, reads the next ones, so that none finds its weights in the cache where the last call left them.
+Arms are interleaved, one measurement of each in turn, so that a machine that slows down slows all of them. Weights
+rotate: every call, of whatever arm, reads the next ones, so that none finds its weights in the cache where the last
+call left them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch.utils import benchmark
 
+from harness.work import Work, chain_work
 from variants.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
-REPLAYS = 10  # of a CUDA graph between two events, so that the host's latency at the first is spread thin
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,18 @@ class Ceilings:
 
     bytes_per_s: float
     bf16_flops_per_s: float
-    fp32_flops_per_s: float
+    fp32_flops_per_s: float = 0.0  # where it was measured
 
     def floor_s(self, problem: Problem) -> float:
         """Seconds below which no implementation of the chain can run here, by bytes or by FLOPs."""
-        rate = max(self.bf16_flops_per_s, self.fp32_flops_per_s)
-        return max(count_bytes(problem) / self.bytes_per_s, count_flops(problem) / rate)
+        return work_of(problem).floor_s(self.bytes_per_s, max(self.bf16_flops_per_s, self.fp32_flops_per_s))
 
 
-def count_bytes(problem: Problem) -> int:
-    """Fewest bytes the chain moves: every input read once, q, k and v written once, all in bf16."""
+def work_of(problem: Problem) -> Work:
+    """What the chain needs at least on that problem."""
     p = problem
-    elements = p.x.numel() + p.qkv_weight.numel() + p.norm_weight.numel() + p.tokens * p.qkv_weight.shape[0]
-    optional = (p.residual, p.bias, p.q_norm_weight, p.k_norm_weight)
-    return 2 * (elements + sum(t.numel() for t in optional if t is not None))
-
-
-def count_flops(problem: Problem) -> int:
-    """Operations of the matmul, two a multiply-add; the norms' are below 1 % of them at every shape here."""
-    return 2 * problem.tokens * problem.qkv_weight.numel()
+    small = [t for t in (p.norm_weight, p.residual, p.bias, p.q_norm_weight, p.k_norm_weight) if t is not None]
+    return chain_work(p.tokens, p.hidden_size, p.qkv_weight.shape[0], sum(t.numel() for t in small))
 
 
 def keep_freed_memory() -> None:
@@ -63,26 +56,26 @@ def keep_freed_memory() -> None:
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def measure_ceilings(device: str) -> Ceilings:
-    """Medians of a large copy and of large square matmuls on random data (zeros run faster on GPUs)."""
-    size, n = (1 << 31, 8192) if device == "cuda" else (1 << 28, 2048)
-    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+def measure_ceilings() -> Ceilings:
+    """Medians of a large copy and of large square matmuls on random data, on the CPU."""
+    size, n = 1 << 28, 2048
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8)
     target = torch.empty_like(source)
     copy_s = _median_s(partial(target.copy_, source))
     del source, target
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
         rates[dtype] = 2 * n**3 / _median_s(partial(torch.mm, a, b))
     return Ceilings(2 * size / copy_s, rates[torch.bfloat16], rates[torch.float32])
 
 
-def interleaved_times(arms: dict[str, Callable[[], object]], device: str, budget_s: float) -> dict[str, list[float]]:
-    """Seconds of each arm, taken in turns until the budget is spent (10 to 50 rounds).
-
-    On a CPU a value is one call. On a GPU an arm must be graph_timer's function, whose value is a mean of calls.
-    """
-    measure = {name: _one_call(arm, device) for name, arm in arms.items()}
+def interleaved_times(arms: dict[str, Callable[[], object]], budget_s: float) -> dict[str, list[float]]:
+    """Seconds of single calls of each arm, taken in turns until the budget is spent (10 to 50 rounds)."""
+    timers = {
+        name: benchmark.Timer("arm()", globals={"arm": arm}, num_threads=torch.get_num_threads())
+        for name, arm in arms.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in arms}
     start = time.monotonic()
     for done in range(MAX_ROUNDS):
@@ -90,7 +83,7 @@ def interleaved_times(arms: dict[str, Callable[[], object]], device: str, budget
             break
         names = list(arms) if done % 2 == 0 else list(reversed(arms))  # A B ... B A
         for name in names:
-            times[name].append(measure[name]())
+            times[name].append(timers[name].timeit(1).median)
     return times
 
 
@@ -99,40 +92,6 @@ def rotating(call: Callable[[int], object], turn: Iterator[int]) -> Callable[[],
     return lambda: call(next(turn))
 
 
-def graph_timer(call: Callable[[int], object], count: int) -> Callable[[], float]:
-    """Captures call(0) ... call(count - 1) in one CUDA graph. The function replays it 10 times: mean seconds a call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # whatever compiles or loads at a first call does so here, not while capturing
-        for i in range(count):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            call(i)
-
-    def replay() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / (count * REPLAYS)
-
-    replay()
-    return replay
-
-
-def _one_call(arm: Callable[[], object], device: str) -> Callable[[], float]:
-    if device == "cuda":
-        return arm  # graph_timer's functions time themselves
-    timer = benchmark.Timer("arm()", globals={"arm": arm}, num_threads=torch.get_num_threads())
-    return lambda: timer.timeit(1).median
-
-
 def _median_s(call: Callable[[], object]) -> float:
-    """torch.utils.benchmark synchronizes with the device by itself."""
     timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.adaptive_autorange(min_run_time=0.2, max_run_time=2.0).median

@@ -12,13 +12,15 @@ import torch
 import harness.precision
 import harness.speed
 from harness.environment import describe, last_cache_bytes
+from harness.geometry import geometry_named
 from harness.plots import draw
 from harness.precision import problem_at, sweep_kernels, sweep_precision
 from harness.records import KEYS, TABLES, Records
 from harness.report import write_report
 from harness.settings import Settings
 from harness.speed import sweep_speed
-from harness.timing import Ceilings, count_bytes, count_flops, interleaved_times, rotating
+from harness.timing import Ceilings, interleaved_times, rotating, work_of
+from harness.work import layer_work
 from variants.catalogue import PLANS
 
 CPU = Settings(
@@ -96,11 +98,13 @@ def test_times_are_measured_and_consistent(run: Path) -> None:
 
 def test_bytes_and_flops_by_hand() -> None:
     problem = problem_at(CPU, 0, 3)
-    assert count_flops(problem) == 2 * 3 * 1024 * 4096
-    assert count_bytes(problem) == 2 * (3 * 1024 + 4096 * 1024 + 1024 + 3 * 4096 + 128 + 128)
+    work = work_of(problem)
+    assert work.flops == 2 * 3 * 1024 * 4096
+    assert work.bytes == 2 * (3 * 1024 + 4096 * 1024 + 1024 + 3 * 4096 + 128 + 128)
+    assert work == layer_work(geometry_named("qwen3-0.6b"), 3), "by sizes alone"
     slow_memory, slow_matmul = Ceilings(1e6, 1e15, 1e12), Ceilings(1e15, 1e6, 2e6)
-    assert slow_memory.floor_s(problem) == count_bytes(problem) / 1e6
-    assert slow_matmul.floor_s(problem) == count_flops(problem) / 2e6
+    assert slow_memory.floor_s(problem) == work.bytes / 1e6
+    assert slow_matmul.floor_s(problem) == work.flops / 2e6
 
 
 def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
@@ -210,7 +214,7 @@ def test_calls_of_all_arms_rotate_through_the_same_weights() -> None:
     read: list[int] = []
     turn = itertools.cycle(range(5))
     arms = {name: rotating(read.append, turn) for name in ("a", "b")}
-    interleaved_times(arms, "cpu", 0.0)
+    interleaved_times(arms, 0.0)
     assert read[:12] == [0, 1, 2, 3, 4] * 2 + [0, 1] and len(read) >= 2 * 10
 
 

@@ -1,0 +1,149 @@
+"""What must hold before a kernel of a GPU is timed, and what the GPU's own arithmetic does.
+
+Every plan as every config that a launch may take: bit-equal to its spec on inputs whose sums are exact, inside its
+envelope on a layer with drawn weights. Eager with cuBLAS as it is set by default, and told to add in fp32. And how many
+bits compiled kernels share with the same kernels interpreted on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness import peers
+from harness.environment import ROOT
+from harness.errors import error_stats
+from harness.exact import exact_problem
+from harness.problems import synthetic_problem
+from harness.progress import track
+from harness.records import Records
+from harness.rig_cuda import Cuda, reason_of
+from kernels.config import Config, unsupported
+from kernels.dispatch import fallback, read_table
+from variants.catalogue import PLANS
+from variants.eager import Outputs, eager
+from variants.envelope import envelope, outside
+from variants.plan import CastPlan
+from variants.problem import Problem
+from variants.spec import spec
+from variants.variant import run_triton
+
+TOKENS = 70  # of the checks: more than one tile of 64 or of 16, and not whole ones
+EXACT, DRAWN, EAGER, INTERPRETER = "exact", "envelope", "eager", "interpreter"
+DEFAULT = "default"  # the config of a launch that is given none
+
+
+def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
+    """Every config that a launch of the plan may take on some shape and some GPU, by its words."""
+    flags = plan.choices()
+    listed = [config for configs in read_table().values() for config in configs.values()]
+    fit = {str(c): c for c in [fallback(head_dim, flags), *listed] if not unsupported(c, flags)}
+    return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
+
+
+def check_kernels(records: Records, gpu: Cuda) -> None:
+    """Two rows for each plan and config: exact inputs, and drawn ones. Raises DeviceLost if the context broke."""
+    for name in track(list(PLANS), "checks"):
+        plan = PLANS[name].plan
+        for words, config in configs_of(plan).items():
+            for check in (EXACT, DRAWN):
+                key = {"plan": name, "config": words, "check": check}
+                if not records.has("gpu_checks", **key):
+                    records.add("gpu_checks", **key, **checked(plan, config, check, gpu))
+
+
+def red_plans(records: Records) -> dict[str, str]:
+    """plan -> reason, of those that a check found wrong in some config."""
+    rows = [row for row in records.rows("gpu_checks") if row["check"] in (EXACT, DRAWN) and row["status"] != "ok"]
+    return {row["plan"]: f"{row['config']}, {row['check']}: {row['reason']}" for row in rows}
+
+
+def checked(plan: CastPlan, config: Config | None, check: str, gpu: Cuda) -> dict[str, object]:
+    """share_equal, status and reason of one check of one config, None for the default one."""
+    try:
+        problem = problem_for(plan, check, gpu.device)
+        expected = spec(plan, problem).outputs()
+        outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
+        again = run_triton(plan, problem, config=config)
+    except Exception as error:  # no compile, no launch, no memory: a row, and on
+        return {"status": "failed", "reason": reason_of(gpu, "a check", error)}
+    equal = torch.cat([(outputs[n].double() == expected[n]).flatten() for n in "qkv"])
+    if check == EXACT:
+        wrong, what = int((~equal).sum()), "differ from the spec where no sum depends on order"
+    else:
+        bounds = envelope(plan, problem)
+        wrong, what = sum(int(outside(outputs[n], bounds[n]).sum()) for n in "qkv"), "lie outside the envelope"
+    reason = f"{wrong} of {equal.numel()} elements {what}" if wrong else ""
+    if not all(torch.equal(a, b) for a, b in zip(outputs.values(), again, strict=True)):
+        reason += "; two runs differ"
+    share = equal.double().mean().item()
+    return {"share_equal": share, "status": "red" if reason else "ok", "reason": reason.removeprefix("; ")}
+
+
+def problem_for(plan: CastPlan, check: str, device: str) -> Problem:
+    """The problem of a check: heads of 128 as the models of the grid have them."""
+    if check == EXACT:
+        return exact_problem(plan, tokens=TOKENS, hidden_size=1024, head_dim=128).to(device)
+    return synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=plan.weight_offset != "none").to(device)
+
+
+# ---------------------------------------------------------------- the GPU's own arithmetic
+
+
+def check_eager(records: Records, gpu: Cuda) -> None:
+    """Eager against the spec of its plan, with partial sums in bf16 allowed (PyTorch's default) and not."""
+    plan = PLANS["hf"].plan
+    problem = problem_for(plan, DRAWN, gpu.device)
+    for setting in peers.REDUCTIONS:
+        key = {"plan": "hf", "config": setting, "check": EAGER}
+        if records.has("gpu_checks", **key):
+            continue
+        try:
+            with peers.bf16_reduction(setting):
+                outputs = eager(problem)
+        except Exception as error:  # a setting that this PyTorch does not know
+            records.add("gpu_checks", **key, status="failed", reason=reason_of(gpu, "eager", error))
+            continue
+        records.add("gpu_checks", **key, **_compared(outputs, tuple(spec(plan, problem).outputs().values())))
+
+
+def check_interpreter(records: Records, gpu: Cuda) -> None:
+    """Compiled kernels against the same kernels interpreted: sums in another order, and nothing else."""
+    todo = [n for n in PLANS if not records.has("gpu_checks", plan=n, config=DEFAULT, check=INTERPRETER)]
+    if not todo:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "harness.gpu_checks", folder, *todo]
+        child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        for name in todo:
+            key = {"plan": name, "config": DEFAULT, "check": INTERPRETER}
+            path = Path(folder) / f"{name}.pt"
+            if not path.exists():
+                lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+                records.add("gpu_checks", **key, status="failed", reason=lines[-1])
+                continue
+            plan = PLANS[name].plan
+            interpreted = torch.load(path, weights_only=True)
+            compiled = run_triton(plan, problem_for(plan, DRAWN, gpu.device))
+            records.add("gpu_checks", **key, **_compared(tuple(t.cpu() for t in compiled), interpreted))
+
+
+def _compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, object]:
+    """Of q, k and v together: share of equal bits, and the largest difference in ulps."""
+    rows = [error_stats(actual=a, reference=b.double()) for a, b in zip(actual, expected, strict=True)]
+    sizes = [a.numel() for a in actual]
+    share = sum(row.share_equal * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+    return {"share_equal": share, "max_ulp": max(row.max_ulp for row in rows)}
+
+
+if __name__ == "__main__":  # the interpreter's half of check_interpreter, in a process of its own
+    for plan_name in sys.argv[2:]:
+        outputs = run_triton(PLANS[plan_name].plan, problem_for(PLANS[plan_name].plan, DRAWN, "cpu"))
+        torch.save(list(outputs), Path(sys.argv[1]) / f"{plan_name}.pt")

@@ -1,0 +1,114 @@
+"""What `make gpu` measures: points of the grid, their arms, and what each needs at least. Touches no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.geometry import Geometry, geometry_named
+from harness.peers import HEADS, MATMUL, NORM, P2
+from harness.peers_parts import MATMULS, NORMS, OWN_KERNEL
+from harness.work import Work, heads_work, layer_work, matmul_work, norm_work
+from variants.catalogue import PLANS
+
+MODELS = (
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-30b-a3b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-14b",
+    "qwen3-235b-a22b",
+    "qwen3-32b",
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The models and token counts that goals are set for; compiled peers, hot rows and chains of layers are measured there.
+GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), (1, 16, 256, 4096)
+QUICK_MODELS = ("qwen3-0.6b", "qwen3-8b")
+COLD, HOT, LAYERS = "cold", "hot", "layers"  # weights rotate over 3 x L2; one weight; every layer has its own
+# Of an H200: copy bandwidth and bf16 matmul on random data, as others measured them. A run takes what it measures.
+ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S = 4.3e12, 790e12
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape at one number of tokens: its arms are timed in turns, and share one noise floor."""
+
+    model: str
+    tokens: int
+    regime: str = COLD
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_named(self.model)
+
+    @property
+    def compiled_peers(self) -> tuple[str, ...]:
+        """torch.compile at the goals' points alone, since its tuning takes seconds a shape; its dependent launches at
+        the smallest model, where launches weigh most."""
+        if self.regime != COLD or self.model not in GOAL_MODELS or self.tokens not in (1, 256, 4096):
+            return ()
+        return P2[: 2 if self.model == GOAL_MODELS[0] else 1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. kind: `part` of P1, `peer` or `own`."""
+
+    point: Point
+    kind: str
+    arm: str
+    work: Work
+
+    def floor_s(self) -> float:
+        return self.work.floor_s(ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S)
+
+
+def points(quick: bool = False) -> list[Point]:
+    """All points, those that say most first, so that a run that is stopped has them."""
+    first = [Point(model, tokens) for model in QUICK_MODELS for tokens in GOAL_TOKENS]
+    if quick:
+        return first
+    cold = [Point(model, tokens) for model in MODELS for tokens in TOKENS]
+    more = [Point(m, t, regime) for m in GOAL_MODELS for regime in (LAYERS, HOT) for t in GOAL_TOKENS]
+    return [*first, *(point for point in cold if point not in first), *more]
+
+
+def own_plans(point: Point) -> tuple[str, ...]:
+    """Every plan where weights are cold; else one of each place where rstd may be applied.
+
+    An fp32 matmul runs without tensor cores, tens of milliseconds a call at thousands of tokens: to 256 tokens only.
+    """
+    if point.regime != COLD:
+        return ("one-rounding", "deferred", "folded")
+    return tuple(name for name, named in PLANS.items() if named.plan.matmul != "fp32" or point.tokens <= 256)
+
+
+def rows(point: Point, quick: bool = False) -> Iterator[Row]:
+    """The measurements of a point. Which chains P1 is made of is decided by the times of its parts: `best` here.
+    quick: without compiled peers."""
+    g, tokens = point.geometry, point.tokens
+    if point.regime == COLD:
+        yield from (Row(point, "part", NORM + name, norm_work(g, tokens)) for name in NORMS)
+        yield from (Row(point, "part", HEADS + name, heads_work(g, tokens)) for name in (*NORMS, OWN_KERNEL))
+        yield from (Row(point, "part", MATMUL + name, matmul_work(g, tokens)) for name in MATMULS)
+    chain = layer_work(g, tokens)
+    yield Row(point, "peer", "P1 best", chain)
+    yield Row(point, "peer", "eager", chain)
+    yield from (Row(point, "peer", name, chain) for name in (() if quick else point.compiled_peers))
+    yield from (Row(point, "own", name, chain) for name in own_plans(point))
+
+
+def listing(quick: bool = False) -> Iterator[str]:
+    """The plan of a run, one line a measurement."""
+    yield (
+        f"# floor: bytes at {ASSUMED_BYTES_PER_S / 1e12:g} TB/s or FLOPs at {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s, "
+        "the larger; assumed for an H200. A run measures its own limits. No row has a time before it ran."
+    )
+    yield f"{'model':16} {'tokens':>6} {'regime':6} {'kind':4} {'MB':>9} {'GFLOP':>9} {'floor_us':>9}  arm"
+    for point in points(quick):
+        for row in rows(point, quick):
+            yield (
+                f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:4} {row.work.bytes / 1e6:9.2f} "
+                f"{row.work.flops / 1e9:9.2f} {row.floor_s() * 1e6:9.2f}  {row.arm}"
+            )

@@ -1,0 +1,330 @@
+"""The grid, its sweep, tuning and dispatch, on a fake CUDA device whose clock is a script."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from support import ROOT
+
+import harness.gpu
+from harness import gpu_checks, grid, tune
+from harness.geometry import GEOMETRIES, Geometry
+from harness.gpu import sweep_gpu
+from harness.grid import COLD, HOT, LAYERS, Point
+from harness.records import Records
+from harness.rig import AGAIN, Arm
+from harness.rig_cuda import DeviceLost
+from kernels import dispatch
+from kernels.checks import BOUNDARIES, CHOICES
+from kernels.config import Config
+from kernels.dispatch import chosen, fallback, read_table, write_table
+from variants.catalogue import PLANS, plan_named
+
+TINY = Geometry(64, 2, 1, 3)  # heads of 128, as drawn K-norm weights need
+SHAPE = (64, 2, 1, 128)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model small enough for the interpreter, limits that need no GPU, and few plans."""
+    monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
+    monkeypatch.setattr(grid, "TOKENS", (1, 4))
+    monkeypatch.setattr(grid, "PLANS", {name: PLANS[name] for name in ("one-rounding", "deferred", "fp32")})
+    monkeypatch.setattr(harness.gpu, "ceilings", lambda gpu: LIMITS)
+    monkeypatch.setattr(harness.gpu, "read_ceiling", lambda gpu, weights: {"bytes_per_s": 2e12, "seconds": 1e-6})
+    monkeypatch.setattr(harness.gpu, "launch_costs", lambda gpu: {"per_kernel_s": 1e-6})
+    monkeypatch.setattr(harness.gpu, "gpu_state", lambda: {"sm_mhz": 1980.0, "slowed_by": "none"})
+    monkeypatch.setattr(dispatch, "_committed", lambda: {})
+    monkeypatch.setattr(harness.gpu, "HOT_COPIES", 2)
+
+
+LIMITS = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14, "reason": ""}
+
+
+def records_in(folder: Path) -> Records:
+    return Records(folder, {"command": "gpu"}, {"commit": "test"})
+
+
+def rows(folder: Path, table: str) -> list[dict[str, str]]:
+    with open(folder / f"{table}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+
+def test_the_grid_is_the_issues():
+    points = grid.points()
+    cold = [p for p in points if p.regime == COLD]
+    assert len(set(points)) == len(points)
+    assert {(p.model, p.tokens) for p in cold} == {(m, t) for m in grid.MODELS for t in grid.TOKENS} | {
+        (m, t) for m in grid.QUICK_MODELS for t in grid.GOAL_TOKENS
+    }
+    assert {p.regime for p in points} == {COLD, HOT, LAYERS}
+    quick = grid.points(quick=True)
+    assert points[: len(quick)] == quick, "a run that is stopped has the quick points"
+
+
+@pytest.mark.parametrize(("model", "megabytes", "at_1", "at_4096"), [
+    ("qwen3-0.6b", 8.4, 1.95, 43.5), ("qwen3-1.7b", 16.8, 3.90, 87), ("qwen3-30b-a3b", 21.0, 4.88, 109),
+    ("qwen3-4b", 31.5, 7.32, 163), ("qwen3-8b", 50.3, 11.7, 261), ("qwen3-14b", 73.4, 17.1, 381),
+    ("qwen3-235b-a22b", 75.5, 17.6, 391), ("qwen3-32b", 104.9, 24.4, 544),
+])  # fmt: skip
+def test_floors_as_published(model: str, megabytes: float, at_1: float, at_4096: float):
+    """Weight bytes and floors in us at 4.3 TB/s and 790 TFLOP/s, computed elsewhere by hand."""
+    for tokens, floor_us in ((1, at_1), (4096, at_4096)):
+        (row,) = [row for row in grid.rows(Point(model, tokens)) if row.arm == "P1 best"]
+        assert row.floor_s() * 1e6 == pytest.approx(floor_us, rel=0.01)
+        assert 2 * row.point.geometry.rows * row.point.geometry.hidden_size / 1e6 == pytest.approx(megabytes, rel=0.01)
+
+
+def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
+    command = [sys.executable, "-m", "harness", "gpu", "--dry-run"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "assumed" in lines[0] and lines[1].split()[-3:] == ["GFLOP", "floor_us", "arm"]
+    for model in grid.MODELS:
+        for plan in PLANS:
+            (line,) = [line for line in lines if line.split()[:3] == [model, "16", COLD] and line.endswith(f"  {plan}")]
+            assert float(line.split()[6]) > 0
+    assert len(lines) == len(set(lines)), "a measurement is listed twice"
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+def labelled(monkeypatch: pytest.MonkeyPatch, faults: dict[str, Exception] | None = None) -> None:
+    """Lets the fake device know arms by name, and break those that have a fault."""
+    real = harness.gpu.measure
+
+    def measure(arms, gpu, **options):
+        named = []
+        for arm in arms:
+
+            def call(i, arm=arm):
+                return arm.call(i)
+
+            call.label = arm.name
+            if arm.name in (faults or {}):
+                call.fails_at_capture = faults[arm.name]
+            named.append(dataclasses.replace(arm, call=call))
+        return real(named, gpu, **options)
+
+    monkeypatch.setattr(harness.gpu, "measure", measure)
+
+
+def seconds_by(times: dict[str, float]) -> FakeCuda:
+    return FakeCuda(lambda name, now: times.get(name.split(AGAIN)[0], 1e-4))
+
+
+def test_a_point_has_a_row_for_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch, {"deferred": RuntimeError("no such instruction")})
+    own = "P1 own kernels | cuBLAS"
+    gpu = seconds_by({own: 4e-5, "one-rounding": 2e-5, "fp32": 8e-5, "P4 cuBLAS": 1e-5})
+    sweep_gpu([Point("tiny", 4)], records_in(tmp_path), gpu)
+    found = {row["arm"]: row for row in rows(tmp_path, "gpu_speed")}
+    parts = {name for name in found if found[name]["kind"] == "part"}
+    assert {"norm eager", "norm quack rmsnorm", "heads head_norm kernel", "P4 cuBLAS"} <= parts
+    assert found["norm quack rmsnorm"]["status"] in ("not installed", "not applicable")
+    assert {own, "eager", "one-rounding", "fp32"} <= found.keys()
+    assert float(found["one-rounding"]["p50_us"]) == pytest.approx(20)
+    assert float(found["one-rounding"]["speedup_p1_p50"]) == pytest.approx(2), "over the best P1, not the slowest"
+    assert float(found["fp32"]["speedup_p1_p50"]) == pytest.approx(0.5), "losses are printed"
+    assert found["one-rounding"]["p1"] == own and found["one-rounding"]["config"] == "separate"
+    assert found["deferred"]["status"] == "failed" and "no such instruction" in found["deferred"]["reason"]
+    assert found["deferred"]["p50_us"] == "" and found["fp32"]["cold"] == "True"
+    work = [row.work for row in grid.rows(Point("tiny", 4)) if row.arm == "fp32"][0]
+    floor_us = max(work.bytes / 2e12, work.flops / 1e14) * 1e6
+    assert float(found["fp32"]["roofline_share"]) == pytest.approx(floor_us / 80, rel=1e-4)
+    assert float(found["fp32"]["sm_mhz"]) == 1980
+    noted = json.loads((tmp_path / "environment.json").read_text())["runs"]
+    assert next(iter(noted.values()))["limits"]["launch"] == {"per_kernel_s": 1e-6}
+
+
+def test_red_plans_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    records = records_in(tmp_path)
+    records.add("gpu_checks", plan="fp32", config="default", check="exact", status="red", reason="3 elements differ")
+    sweep_gpu([Point("tiny", 1)], records, seconds_by({}))
+    (row,) = [row for row in rows(tmp_path, "gpu_speed") if row["arm"] == "fp32"]
+    assert (row["status"], row["p50_us"]) == ("red", "") and "not timed: default, exact: 3 elements" in row["reason"]
+
+
+def test_an_impossible_time_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    gpu = seconds_by({"one-rounding": 1e-9})  # 8 KB of cold weights in a nanosecond
+    monkeypatch.setattr(FakeCuda, "name", lambda self: "NVIDIA H200")
+    sweep_gpu([Point("tiny", 1)], records_in(tmp_path), gpu)
+    (row,) = [row for row in rows(tmp_path, "gpu_speed") if row["arm"] == "one-rounding"]
+    assert row["status"] == "red" and "TB/s of cold memory" in row["reason"] and row["p50_us"] == ""
+
+
+def test_hot_rows_and_chains_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    sweep_gpu([Point("tiny", 1, HOT), Point("tiny", 1, LAYERS)], records_in(tmp_path), seconds_by({}))
+    found = {(row["regime"], row["arm"]): row for row in rows(tmp_path, "gpu_speed")}
+    assert found[HOT, "one-rounding"]["cold"] == "False"
+    assert found[LAYERS, "one-rounding"]["copies"] == str(TINY.num_layers)
+    assert not [row for row in found.values() if row["kind"] == "part"]
+
+
+def test_a_run_goes_on_where_it_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    points = [Point("tiny", 1), Point("tiny", 4)]
+    labelled(monkeypatch)
+    real = harness.gpu._sweep_point
+    monkeypatch.setattr(harness.gpu, "_sweep_point", lambda point, *rest: breaks(point, real, *rest))
+    with pytest.raises(DeviceLost):
+        sweep_gpu(points, records_in(tmp_path), seconds_by({}))
+    before = rows(tmp_path, "gpu_speed")
+    assert {row["tokens"] for row in before} == {"1"}
+    monkeypatch.setattr(harness.gpu, "_sweep_point", real)
+    sweep_gpu(points, records_in(tmp_path), seconds_by({}))
+    after = rows(tmp_path, "gpu_speed")
+    assert after[: len(before)] == before and {row["tokens"] for row in after[len(before) :]} == {"4"}
+    assert len({(row["tokens"], row["arm"]) for row in after}) == len(after)
+
+
+def breaks(point: Point, real, *rest) -> None:
+    if point.tokens == 4:
+        raise DeviceLost("an illegal memory access")
+    real(point, *rest)
+
+
+def test_a_point_that_does_not_fit_is_a_row_and_the_grid_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = harness.gpu.prepared
+
+    def prepared(point, gpu, limits):
+        if point.tokens == 1:
+            raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+        return real(point, gpu, limits)
+
+    monkeypatch.setattr(harness.gpu, "prepared", prepared)
+    labelled(monkeypatch)
+    sweep_gpu([Point("tiny", 1), Point("tiny", 4)], records_in(tmp_path), seconds_by({}))
+    status = {row["tokens"]: row["status"] for row in rows(tmp_path, "gpu_points")}
+    assert status == {"1": "failed", "4": "ok"}
+
+
+def test_weights_that_do_not_fill_the_caches_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    gpu = seconds_by({})
+    monkeypatch.setattr(gpu, "free_bytes", lambda: 350_000)  # room for one copy, own and folded
+    sweep_gpu([Point("tiny", 1)], records_in(tmp_path), gpu)
+    assert {row["cold"] for row in rows(tmp_path, "gpu_speed")} == {"False"}
+
+
+# ---------------------------------------------------------------- checks
+
+
+def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plans = {name: PLANS[name] for name in ("one-rounding", "deferred")}
+    monkeypatch.setattr(gpu_checks, "PLANS", plans)
+    monkeypatch.setattr(gpu_checks, "problem_for", small_problem)
+    records = records_in(tmp_path / "right")
+    gpu_checks.check_kernels(records, FakeCuda())
+    found = records.rows("gpu_checks")
+    assert {(row["plan"], row["config"]) for row in found} == {
+        ("one-rounding", "default"), ("one-rounding", "separate"), ("deferred", "default"),
+        ("deferred", str(fallback(128, plan_named("deferred").choices()))),
+    }  # fmt: skip
+    assert {row["status"] for row in found} == {"ok"} and not gpu_checks.red_plans(records)
+    run = gpu_checks.run_triton
+    wrong = {plan_named("one-rounding"): plan_named("hf"), plan_named("deferred"): plan_named("deferred")}
+    monkeypatch.setattr(gpu_checks, "run_triton", lambda plan, *rest, **options: run(wrong[plan], *rest, **options))
+    records = records_in(tmp_path / "wrong")
+    gpu_checks.check_kernels(records, FakeCuda())
+    assert set(gpu_checks.red_plans(records)) == {"one-rounding"}
+
+
+def small_problem(plan, check, device):
+    from support import random_problem
+
+    from harness.exact import exact_problem
+
+    if check == gpu_checks.EXACT:
+        return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16)
+    return random_problem(weight_offset=plan.weight_offset != "none")
+
+
+# ---------------------------------------------------------------- tuning and dispatch
+
+FLAGS = {**dict.fromkeys(BOUNDARIES, "fp32"), "hidden": "bf16-rne", "proj": "bf16-rne", "out": "bf16-rne"}
+FLAGS |= {name: words[0] for name, words in CHOICES.items()}
+
+
+def stand_in(setting, plan, name, config):
+    """An arm that costs the interpreter nothing."""
+    return Arm(name, lambda i: (torch.full([2, 4], float(i)),)), config
+
+
+def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    monkeypatch.setattr(tune, "checked", lambda *rest: {"status": "ok"})
+    monkeypatch.setattr(tune, "own_arm", stand_in)
+    one, two = Config("fused", block_m=16, block_k=64), Config("split-k", block_m=16, block_k=32, splits=2)
+    monkeypatch.setattr(tune, "candidates", lambda *shape: (one, two, Config("separate")))
+    times = {str(one): 3e-5, str(two): 2e-5, "separate": 2.5e-5}
+    table = tune.tune([Point("tiny", 4)], records_in(tmp_path / "a"), seconds_by(times))
+    assert table == {("Fake GPU", SHAPE, scale): {4: two} for scale in CHOICES["scale"]}
+    times = {str(one): 3e-5, str(two): 2.9e-5, "separate": 2.5e-5}
+    table = tune.tune([Point("tiny", 4)], records_in(tmp_path / "b"), seconds_by(times))
+    assert table["Fake GPU", SHAPE, "prologue"] == {4: Config("separate")}, "a fused config that loses was taken"
+    assert table["Fake GPU", SHAPE, "epilogue"] == {4: two}, "separate cannot apply rstd behind the matmul"
+    again = tune.tune([Point("tiny", 4)], records_in(tmp_path / "b"), seconds_by({}))
+    assert again == table, "measured twice"
+
+
+def test_a_config_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    monkeypatch.setattr(tune, "own_arm", stand_in)
+    one = Config("fused", block_m=16, block_k=16)
+    monkeypatch.setattr(tune, "candidates", lambda *shape: (one, Config("separate")))
+    monkeypatch.setattr(tune, "checked", lambda *rest: {"status": "red", "reason": "7 elements differ"})
+    table = tune.tune([Point("tiny", 4)], records_in(tmp_path), seconds_by({str(one): 1e-6}))
+    assert table == {("Fake GPU", SHAPE, "prologue"): {4: Config("separate")}}
+    assert {r["status"] for r in rows(tmp_path, "tuning") if r["config"] == str(one)} == {"red"}
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path: Path):
+    path = tmp_path / "dispatch.csv"
+    table = {
+        ("NVIDIA H200", SHAPE, "prologue"): {1: Config("split-k", splits=4), 16: Config("separate")},
+        ("NVIDIA H200", SHAPE, "folded"): {4096: Config("fused", "hidden", 128, 64, 8, 4)},
+    }
+    write_table(table, path)
+    assert read_table(path) == table and read_table(tmp_path / "none.csv") == {}
+    path.write_text(path.read_text().replace("splits", "shares"))
+    with pytest.raises(ValueError, match="must have the columns gpu, .*python -m harness tune"):
+        read_table(path)
+
+
+def test_dispatch_takes_the_next_larger_number_of_tokens():
+    one, two = Config("split-k", splits=4), Config("fused", "hidden", 128, 64, 8, 4)
+    table = {("H", SHAPE, "prologue"): {1: one, 16: two}}
+    for tokens, config in ((1, one), (2, two), (16, two), (17, two)):
+        assert dispatch.dispatch(table, "H", SHAPE, tokens, FLAGS) == config
+    assert dispatch.dispatch(table, "H", (128, 2, 1, 16), 1, FLAGS) is None
+    assert dispatch.dispatch(table, "H", SHAPE, 1, FLAGS | {"scale": "epilogue"}) is None
+    assert dispatch.dispatch(table, "H", SHAPE, 1, FLAGS | {"matmul": "tf32"}) is None
+
+
+def test_another_gpu_falls_back_and_says_so_once():
+    dispatch._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="no config for Another GPU.*`python -m harness tune`"):
+        assert chosen("Another GPU", SHAPE, 1, FLAGS) == Config("separate")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen("Another GPU", SHAPE, 1, FLAGS | {"scale": "epilogue"}).kernel == "fused"
+        assert chosen("Another GPU", SHAPE, 1, FLAGS | {"matmul": "fp32", "hidden": "fp32"}).kernel == "fused"
