@@ -9,7 +9,7 @@ ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-real compare study models gpu report lint format clean
+.PHONY: help bench test test-real compare study models gpu gpu-quick gpu-tune report lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -40,6 +40,7 @@ study: $(READY)  ## fingerprints of public implementations, error budget, cases 
 	$(BIN)/python -m harness budget --tokens 64 $(WHERE)
 	$(BIN)/python -m harness cases $(WHERE)
 	$(BIN)/python -m harness audit $(WHERE)
+	$(BIN)/python -m harness configs $(WHERE)
 
 models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)
 	$(BIN)/python -m harness models
@@ -49,6 +50,12 @@ test-real: models  ## check that a model with a variant attached says what it sh
 
 gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
 	$(PYTHON) -m harness gpu $(WHERE) $(ARGS)
+
+gpu-quick:  ## two models at four token counts, to see whether `make gpu` would run
+	$(PYTHON) -m harness gpu --quick $(WHERE) $(ARGS)
+
+gpu-tune:  ## time every tile of the kernels and write the fastest into kernels/dispatch.csv; then `make gpu` takes them
+	$(PYTHON) -m harness tune $(WHERE) $(ARGS)
 
 report: $(READY)  ## plots, report.md and the README's tables from the newest finished run
 	$(BIN)/python -m harness report $(WHERE)

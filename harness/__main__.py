@@ -328,6 +328,18 @@ def audit(
 
 
 @app.command()
+def configs(results: ResultsFolder = None) -> None:
+    """Registers, spills and shared memory of every tile that a launch may take. Needs no GPU."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from harness.configs import sweep_configs
+
+    records = _records("configs", results, "cpu")
+    sweep_configs(records)
+    records.finish()
+    _print_study(records, "configs")
+
+
+@app.command()
 def model(
     source: Annotated[
         str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or qwen3-0.6b (calibrated).")
@@ -492,11 +504,14 @@ def _print_study(records: Records, table: str) -> None:
 
 
 def _write_report(folder: Path) -> None:
+    from harness import gpu_plots, gpu_rows
     from harness.plots import draw
     from harness.report import newest_run, write_report
 
-    run_id = newest_run(folder)
+    run_id, gpu_run = newest_run(folder), gpu_rows.newest(folder)
     draw(folder, run_id)
+    if gpu_run:
+        gpu_plots.draw(folder, gpu_run.run_id)
     print(f"wrote {write_report(folder, run_id)} and {folder / 'plots'}")
 
 

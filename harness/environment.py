@@ -47,6 +47,7 @@ def describe(device: str) -> dict[str, Any]:
             "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
+            "driver": _driver(),
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
@@ -81,6 +82,15 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("" if clean else "+")
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip().split("\n")[0]
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ TEXT_COLUMNS = set(
     "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
     "device source planted answered measure player where before after "
     "unit claimed_text verdict why target kernel keywords declared ttir machine roundings matmul "
-    "not_followed matrix text arm".split()
+    "not_followed matrix text arm function config cold p1 slowed_by check prepass scale".split()
 )
 
 Frames = dict[str, pd.DataFrame]
@@ -24,7 +24,10 @@ def load(folder: Path, run_id: str) -> Frames:
     for table, columns in TABLES.items():
         path = folder / f"{table}.csv"
         check_table(path, columns)
-        frame = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=list(columns))
+        words = {column: str for column in columns if column in TEXT_COLUMNS}
+        frame = pd.DataFrame(columns=list(columns))
+        if path.exists():
+            frame = pd.read_csv(path, keep_default_na=False, dtype=words)
         frame = frame[frame["run_id"] == run_id]
         numbers = [column for column in columns if column not in TEXT_COLUMNS]
         frames[table] = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})

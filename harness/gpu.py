@@ -112,7 +112,7 @@ def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red:
     arms += [] if quick else peers.compiled_peers(setting.problems, point.compiled_peers)
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
     ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
-    measured = setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S)
+    measured = _plausible(setting, limits, "own", setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S))
     best = _best_chain(measured)
     write = functools.partial(_write, setting, records, limits, measured, best)
     for peer in arms:
@@ -180,7 +180,9 @@ def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits) -
         peers.matmul_peers(problems),
     ):
         ready = [peer.arm() for peer in kind if peer.call]
-        measured = setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S) if ready else None
+        measured = None
+        if ready:
+            measured = _plausible(setting, limits, "part", setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S))
         for peer in kind:
             outcome = measured.outcomes.get(peer.name) if measured else None
             outcome = outcome or Outcome(peer.status, peer.reason)
@@ -222,7 +224,7 @@ def _write(
     outcome: Outcome,
     work: Work,
 ) -> None:
-    """One row of gpu_speed. An impossible time turns it red."""
+    """One row of gpu_speed."""
     key = {**dataclasses.asdict(setting.point), "arm": arm}
     if records.has("gpu_speed", **key):
         return
@@ -231,22 +233,17 @@ def _write(
         **key, "kind": kind, "function": function, "config": config, "copies": len(setting.problems),
         "cold": setting.cold, **dataclasses.asdict(work), "floor_us": floor_s * 1e6,
     }  # fmt: skip
-    status, reason = outcome.status, outcome.reason
     if outcome.seconds:
-        seconds = outcome.seconds
-        wrong = implausible(limits.name, seconds.p50, _cold_bytes(setting, kind, arm), work.flops)
-        if wrong:
-            status, reason = "red", wrong
-        else:
-            row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(seconds).items()}
-            row |= {"gbps": work.bytes / seconds.p50 / 1e9, "tflops": work.flops / seconds.p50 / 1e12}
-            row |= {"roofline_share": floor_s / seconds.p50, **_against_best(measured, best, arm)}
+        p50 = outcome.seconds.p50
+        row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
+        row |= {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
+        row |= _against_best(measured, best, arm)
     if measured:
         noise = measured.noise
         row |= {"rounds": measured.rounds, "laps": measured.laps}
         row |= {"noise_p10": noise.p10, "noise_p90": noise.p90} if noise else {}
         row |= {name: measured.state.get(name) for name in STATE}
-    records.add("gpu_speed", **row, status=status, reason=reason)
+    records.add("gpu_speed", **row, status=outcome.status, reason=outcome.reason)
 
 
 STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
@@ -258,6 +255,17 @@ def _against_best(measured: Measurement | None, best: str | None, arm: str) -> d
         return {}
     speedup = dataclasses.asdict(ratios(measured.samples[best], measured.samples[arm]))
     return {"p1": best, **{f"speedup_p1_{name}": value for name, value in speedup.items()}}
+
+
+def _plausible(setting: Setting, limits: Limits, kind: str, measured: Measurement) -> Measurement:
+    """The measurement without the times that no such GPU can reach: those arms are red."""
+    outcomes = {}
+    for name, outcome in measured.outcomes.items():
+        flops = _work_of(setting.point, name).flops
+        cold = _cold_bytes(setting, kind, name)
+        wrong = outcome.seconds and implausible(limits.name, outcome.seconds.p50, cold, flops)
+        outcomes[name] = Outcome("red", wrong) if wrong else outcome
+    return dataclasses.replace(measured, outcomes=outcomes)
 
 
 def _cold_bytes(setting: Setting, kind: str, arm: str) -> float:

@@ -65,6 +65,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "p50_us p90_us gbps tflops roofline_share p1 speedup_p1_p10 speedup_p1_p50 speedup_p1_p90 noise_p10 noise_p90 "
         "sm_mhz memory_mhz watts celsius slowed_by status reason".split()
     ),
+    "configs": tuple("run_id kernel plan target keywords registers spills shared matrix status reason".split()),
     "tuning": tuple(
         "run_id model tokens scale config kernel prepass block_m block_k num_warps num_stages splits cold p10_us "
         "p50_us p90_us speedup_separate noise_p10 noise_p90 status reason".split()
@@ -90,6 +91,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gpu_checks": ("plan", "config", "check"),
     "gpu_points": ("model", "tokens", "regime"),
     "gpu_speed": ("model", "tokens", "regime", "arm"),
+    "configs": ("kernel", "plan", "target", "keywords"),
     "tuning": ("model", "tokens", "scale", "config"),
     "fingerprints": ("source", "kind", "planted"),
 }

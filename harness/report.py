@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.findings import findings
 from harness.frames import Frames, best_backend, latest, load, over_layers, own
+from harness.gpu_report import speed_table as gpu_speed_table
 from harness.markdown import markdown
 from harness.records import load_runs
 from harness.studies import implementation_groups, study_sections, study_sentences
@@ -16,6 +17,7 @@ from variants.catalogue import PLANS
 
 BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
 END = "<!-- generated: end -->"
+GPU_FOLDER = "h200"  # beside the CPU's results: where the README takes GPU times from
 BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- generated: end -->", re.DOTALL)
 
 
@@ -198,6 +200,7 @@ def readme_block(folder: Path, run_id: str) -> str:
             "\n\n### What public implementations do\n\nBy fingerprint, on this machine. What is not named is kept in fp32.\n\n"
             f"{markdown(implementation_groups(surveyed[1]))}"
         )
+    body += f"\n\n### Speed on a GPU\n\n{gpu_speed_table(folder.parent / GPU_FOLDER)}"
     return f"{BEGIN.format(folder=folder.as_posix(), run_id=run_id)}\n{body}\n{END}"
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness import impact_report
+from harness import gpu_findings, gpu_report, impact_report
 from harness.budget_report import largest_share_sentence
+from harness.configs import configs_section
 from harness.frames import latest
 from harness.markdown import markdown
 
@@ -169,6 +170,7 @@ def study_sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
         *_sentence(folder, "cases", case_sentence),
         *_sentence(folder, "audit", audit_sentence),
         *impact_report.sentences(folder, speed),
+        *gpu_findings.sentences(folder),
     ]
 
 
@@ -278,10 +280,12 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "budget": _budget,
     "cases": _cases,
     "audit": _audit,
+    "configs": configs_section,
 }
 
 
 def study_sections(folder: Path) -> list[str]:
     """Sections of report.md, for the studies that the folder has."""
     found = [write(rows[1]) for table, write in SECTIONS.items() if (rows := latest(folder, table)) is not None]
-    return found + impact_report.sections(folder)
+    gpu = gpu_report.section(folder)
+    return found + impact_report.sections(folder) + ([gpu] if gpu else [])
