@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from variants.variant import run_triton
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
 HOT_COPIES = 8
 SEPARATE = Config("separate")
+State = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,11 @@ class Setting:
     cold: bool
     laps: int
 
-    def measure(self, arms: Sequence[Arm], gpu: Cuda, baseline: str, budget_s: float) -> Measurement:
-        return measure(
-            arms, gpu, copies=len(self.problems), laps=self.laps, baseline=baseline, budget_s=budget_s, state=gpu_state
-        )
+    def measure(
+        self, arms: Sequence[Arm], gpu: Cuda, baseline: str, budget_s: float, state: State | None = None
+    ) -> Measurement:
+        copies = len(self.problems)
+        return measure(arms, gpu, copies=copies, laps=self.laps, baseline=baseline, budget_s=budget_s, state=state)
 
 
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str], quick: bool) -> None:
@@ -112,7 +114,7 @@ def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red:
     arms += [] if quick else peers.compiled_peers(setting.problems, point.compiled_peers)
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
     ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
-    measured = _plausible(setting, limits, "own", setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S))
+    measured = _plausible(setting, limits, "own", setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state))
     best = _best_chain(measured)
     write = functools.partial(_write, setting, records, limits, measured, best)
     for peer in arms:
@@ -173,24 +175,18 @@ def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits) -
     point, problems = setting.point, setting.problems
     if point.regime != COLD:
         return {}
-    seconds: dict[str, float] = {}
-    for kind in (
-        peers.norm_peers(problems),
-        peers.head_norm_peers(problems, plan_named("one-rounding")),
-        peers.matmul_peers(problems),
-    ):
-        ready = [peer.arm() for peer in kind if peer.call]
-        measured = None
-        if ready:
-            measured = _plausible(setting, limits, "part", setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S))
-        for peer in kind:
-            outcome = measured.outcomes.get(peer.name) if measured else None
-            outcome = outcome or Outcome(peer.status, peer.reason)
-            work = _work_of(point, peer.name)
-            _write(setting, records, limits, measured, None, peer.name, "part", peer.function, "", outcome, work)
-            if outcome.seconds:
-                seconds[peer.name] = outcome.seconds.p50
-    return seconds
+    parts = [
+        *peers.norm_peers(problems),
+        *peers.head_norm_peers(problems, plan_named("one-rounding")),
+        *peers.matmul_peers(problems),
+    ]
+    ready = [peer.arm() for peer in parts if peer.call]
+    measured = _plausible(setting, limits, "part", setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S))
+    for peer in parts:
+        outcome = measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
+        work = _work_of(point, peer.name)
+        _write(setting, records, limits, measured, None, peer.name, "part", peer.function, "", outcome, work)
+    return {name: outcome.seconds.p50 for name, outcome in measured.outcomes.items() if outcome.seconds}
 
 
 def _chains(setting: Setting, seconds: dict[str, float]) -> list[peers.Peer]:

@@ -27,7 +27,7 @@ from variants.problem import Problem
 COLD_CACHES = 3  # rotated weights must exceed this many times the L2 cache
 MEMORY_SHARE = 0.4  # of free memory, for copies of weights; outputs of all arms and workspaces need the rest
 GRAPH_S, GRAPH_CALLS = 1e-3, 256  # a replay costs a few us: laps of the rotation until the graph runs 1 ms
-SAMPLE_S = 2e-3  # replays of a graph between two events, so that their own resolution (0.5 us) is small
+SAMPLE_S = 1e-3  # replays of a graph between two events, so that their own resolution (0.5 us) is small
 MAX_REPLAYS = 500
 WARM_S = 0.2  # rounds that are not counted, so that clocks settle
 MIN_ROUNDS, MAX_ROUNDS = 10, 200
