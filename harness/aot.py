@@ -202,8 +202,9 @@ def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | Non
     return max(registers), sum(spills)
 
 
-def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(kernel, plan, keywords): both kernels of every plan, and a selection of the other tiles and inputs."""
+def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kernel of COMPILERS, plan, keywords): fused kernel and head norm of every plan, a selection of other tiles and
+    inputs, and of the kernels that configs ask for; split-K where a launch is not refused."""
     for name in PLANS:
         yield "norm_qkv", name, {}
         yield "head_norm", name, {}
@@ -212,6 +213,27 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name in ("hf", "deferred"):
         yield "norm_qkv", name, {"head_dim": 256, "residual": True}
     yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
+    some = ("hf", "deferred", "folded", "truncating", "bf16-statistics", "gemma")
+    for name in some:
+        yield "rms_norm", name, {"stores": "rstd"}
+        yield "rms_norm", name, {"stores": "hidden" if PLANS[name].plan.scale == "prologue" else "both", "residual": True}
+    for name in ("hf", "gemma"):
+        yield "norm_qkv", name, {"config": Config("fused", "rstd", 64, 64, 4, 3)}
+    yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
+    for name in ("hf", "deferred"):
+        yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
+    yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
+    for name in ("hf", "bf16-statistics", "gemma"):
+        yield "head_norm", name, {"packed": True}
+    if TARGETS[target].backend == "hip":
+        return
+    for name in some:
+        yield "norm_qkv", name, {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
+    yield "norm_qkv", "deferred", {"config": Config("split-k", "none", 64, 64, 8, 4), "residual": True}
+    yield "norm_qkv", "hf", {"config": Config("split-k", "none", 64, 64, 8, 4), "head_norm": "later", "bias": True}
+    yield "norm_qkv", "hf", {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
+    yield "norm_qkv", "deferred", {"config": Config("split-k", "hidden", 16, 128, 8, 3)}
+    yield "norm_qkv", "fp32-tf32x3", {"config": Config("split-k", "none", 32, 32, 4, 2)}
 
 
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}

@@ -23,12 +23,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from harness.aot import TARGETS, Compiled, cases, check_compilable, compile_head_norm, compile_norm_qkv
+from harness.aot import COMPILERS, TARGETS, Compiled, cases, check_compilable
 from harness.audit_amd import amdgcn_graph
 from harness.audit_flow import Flow
 from harness.audit_graph import NOWHERE, spot
 from harness.audit_machine import compare_machine, fused, sites_of
-from harness.audit_plan import compare_ttir, declared, resource_faults
+from harness.audit_plan import compare_ttir, declared, flow_of, part_of, resource_faults
 from harness.audit_ptx import ptx_graph
 from harness.audit_roundings import Rounding, machine_roundings
 from harness.audit_words import described, dot_precisions, listed, not_followed
@@ -78,17 +78,16 @@ def examine(
 
 def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any]) -> Row:
     """The findings about one compiled kernel of this repository: the columns of audit_case from status on."""
-    kernel = compiled.kernel.removesuffix("_kernel")
-    head_norm = keywords.get("head_norm", "fused")
-    flow = Flow(compiled.asm["ttir"], {"proj_ptr": "proj"} if kernel == "head_norm" else {})
-    wanted = {edge: declared(plan, head_norm, edge) for edge in flow.edges}
+    part = part_of(compiled.kernel.removesuffix("_kernel"), keywords)
+    flow = flow_of(compiled.asm["ttir"], plan, part)
+    wanted = {edge: declared(plan, part, edge) for edge in flow.edges}
     names = {
         rounding: name
         for edge, pairs in wanted.items()
         for rounding, (name, _) in zip(edge.roundings, pairs, strict=False)
     }
     row, faults = examine(compiled, flow, names)
-    faults = compare_ttir(flow, plan, kernel, head_norm) + faults + resource_faults(compiled, plan, kernel)
+    faults = compare_ttir(flow, plan, part) + faults + resource_faults(compiled, plan, part)
     if row["not_followed"]:
         faults.append(f"TTIR: the audit does not see through {row['not_followed']}")
     words = ", ".join(dict.fromkeys(f"{name} {kind}" for pairs in wanted.values() for name, kind in pairs))
@@ -113,15 +112,14 @@ def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any
     imported interpreted.
     """
     check_target(target)
-    compilers = {"norm_qkv": compile_norm_qkv, "head_norm": compile_head_norm}
-    if kernel not in compilers:
-        raise ValueError(f"unknown kernel {kernel!r}: kernels are {', '.join(compilers)}")
+    if kernel not in COMPILERS:
+        raise ValueError(f"unknown kernel {kernel!r}: kernels are {', '.join(COMPILERS)}")
     plan = plan_named(plan_name)
     check_compilable(norm_qkv_kernel)
     words = " ".join(f"{name}={value}" for name, value in keywords.items())
     row = {**dict.fromkeys(COLUMNS), "target": target, "kernel": kernel, "plan": plan_name, "keywords": words}
     try:
-        compiled = compilers[kernel](plan, target, **keywords)
+        compiled = COMPILERS[kernel](plan, target, **keywords)
     except Exception as error:  # a compiler fails in its own ways, and the other cases go on
         return row | {"status": "failed", "reason": reason(error)}
     return row | audit_compiled(compiled, plan, keywords)
@@ -135,7 +133,7 @@ def check_target(target: str) -> None:
 def audit_all(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
     """Every case of harness.aot.cases() for each of these targets, as rows; raises as audit_case does."""
     for target in targets:
-        for kernel, name, keywords in cases():
+        for kernel, name, keywords in cases(target):
             yield audit_case(target, kernel, name, keywords)
 
 

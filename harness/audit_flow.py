@@ -6,7 +6,7 @@ A value is named by what it was computed from, never by what the kernel calls it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.audit_graph import Node
@@ -25,6 +25,7 @@ NOT_FOLLOWED = re.compile(
     r"tt\.(extern_elementwise|elementwise_inline_asm|call|atomic_\w+|scan|dot_scaled|gather)|scf\.while|cf\.\w+"
 )
 LOADS = ("tt.load", "tt.descriptor_load")
+ROWS = {"x_ptr", "residual_ptr"}  # behind which the rows are of which a kernel before stored rstd
 Paths = tuple[tuple[Node, tuple[Rounding, ...]], ...]
 
 
@@ -47,11 +48,21 @@ class Flow:
     shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off), `load`, `product` of two loads where
     there is no matmul, `scalar`, and `` for anything else. Statistics of a matrix product, or of a load that `given`
     calls proj, are those of the head.
+
+    Memory: `given` is the role of what another kernel stored behind a pointer. What is loaded from `workspace` is what
+    this kernel stores behind the same pointer, whatever the address, with the roundings before the store. hidden: a
+    product of two loads is hidden, as it is before a matmul.
     """
 
-    def __init__(self, ttir: str, given: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, ttir: str, given: dict[str, str] | None = None, workspace: Iterable[str] = (), hidden: bool = False
+    ) -> None:
         self.nodes, self.given = ttir_graph(ttir), given or {}
-        self.scaled = "hidden" if any(node.op == "tt.dot" for node in self.nodes) else "product"
+        self.scaled = "hidden" if hidden or any(node.op == "tt.dot" for node in self.nodes) else "product"
+        self.stored: dict[str, list[Node | int]] = {name: [] for name in workspace}
+        for node in self.nodes:
+            for name in pointer_name(node).split(" or ") if node.op.endswith("store") else ():
+                self.stored.get(name, []).append(node.args[1])
         self._roles: dict[Node, str] = {}
         self._paths: dict[Node, Paths] = {}
         self.edges = list(self._edges())
@@ -83,7 +94,11 @@ class Flow:
         """Where a value that is only passed on comes from, and the rounding it gets here."""
         if PASSED.fullmatch(node.op):
             return node.args[1:] if node.op == "select" else node.args, None
+        if node.op in LOADS:
+            return self.stored.get(pointer_name(node), []), None
         before, after = types_of(node)
+        if node.op == "arith.addf" and after == "f32" and any(is_zero(arg) for arg in node.args):
+            return [arg for arg in node.args if not is_zero(arg)], None  # exact, but for the sign of a zero
         if node.op in ("arith.truncf", "tt.fp_to_fp") and width(after) < width(before):
             mode = "rtz" if "rounding = rtz" in node.text else "rne"
             return node.args, Rounding(f"{after}-{mode}", node.args[0], node, frozenset({node.place}))
@@ -207,7 +222,9 @@ class Flow:
             if isinstance(each, Node) and each not in seen:
                 seen.add(each)
                 if each.op in LOADS:
-                    found.add(pointer_name(each))
+                    name = pointer_name(each)
+                    todo += self.stored.get(name, [])
+                    found |= ROWS if self.given.get(name) == "rstd" else set() if name in self.stored else {name}
                 else:
                     todo += each.args
         return found
@@ -243,6 +260,13 @@ def cone_of_bits(node: Node | int) -> set[Node]:
     if node.op not in ("and", "or", "iadd", "shr", "shl", "select", "arith.trunci", "arith.extui", "arith.xori"):
         return set()
     return set().union(*(cone_of_bits(arg) for arg in node.args))
+
+
+def is_zero(node: Node | int) -> bool:
+    """Whether this is the constant 0.0, of any shape."""
+    while isinstance(node, Node) and node.op in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+        node = node.args[0]
+    return is_op(node, "arith.constant") and bool(re.match(r" *(dense<)?0\.0+e[+]00\b", node.text))
 
 
 def is_op(node: Node | int, op: str, constant: int | None = None) -> bool:

@@ -91,6 +91,8 @@ def _is_nan(condition: Node | int, value: Node) -> bool | None:
     if not isinstance(condition, Node) or condition.op not in ("cmp", "arith.cmpf"):
         return None
     text, (left, right) = condition.text, condition.args[:2]
+    if text.startswith("setp.ne") and right == 0 and _with_constant(left, "and", 1) is not None:
+        return _is_nan(bit_of(left, 0), value)
     if left is right and (left is value or left in value.args):
         unordered, ordered = re.search(r"\b(une|uno|nan)\b|_u_f32", text), re.search(r"\b(ord|num)\b|_o_f32", text)
         return True if unordered else False if ordered else None
@@ -102,6 +104,30 @@ def _is_nan(condition: Node | int, value: Node) -> bool | None:
             return True
         if left == INFINITY + 1 and _with_constant(right, "and", ABSOLUTE) is value:
             return False
+    return None
+
+
+def bit_of(word: Node | int | None, index: int) -> Node | int | None:
+    """The comparison that is that bit of a word, or 0 or 1; None where it is anything else.
+
+    LLVM packs comparisons of up to sixteen elements into one word and takes single bits of it again.
+    """
+    if isinstance(word, int):
+        return word >> index & 1
+    if not isinstance(word, Node) or index >= (16 if re.match(r"\w+\.[bsu]16\b", word.text) else 32):
+        return 0 if isinstance(word, Node) else None
+    if word.op == "select" and isinstance(word.args[1], int) and isinstance(word.args[2], int):
+        one, other = (bit_of(arg, index) for arg in word.args[1:])
+        return one if one == other else word.args[0] if one else None
+    if word.op in ("shl", "shr") and isinstance(word.args[1], int):
+        index += word.args[1] if word.op == "shr" else -word.args[1]
+        return bit_of(word.args[0], index) if index >= 0 else 0
+    if word.op in ("and", "or"):
+        passing = int(word.op == "and")
+        one, other = (bit_of(arg, index) for arg in word.args)
+        if 1 - passing in (one, other):
+            return 1 - passing
+        return one if other == passing else other if one == passing else None
     return None
 
 

@@ -126,8 +126,17 @@ def width(type_: str) -> int:
 
 
 def pointer_name(node: Node) -> str:
-    """The argument behind a load's or a store's pointer."""
-    each = node.args[0]
-    while isinstance(each, Node) and each.op != "arg" and each.args:
-        each = each.args[0]
-    return each.text.split()[0] if isinstance(each, Node) and each.op == "arg" else "?"
+    """The argument behind a load's or a store's pointer; `a or b` where branches choose between two."""
+    found, seen, todo = [], set(), [node.args[0]]
+    while todo:
+        each = todo.pop(0)
+        if each in seen:
+            continue
+        seen.add(each)
+        if isinstance(each, Node) and each.op in ("phi", "select"):
+            todo += each.args[1:] if each.op == "select" else each.args
+        elif isinstance(each, Node) and each.op != "arg" and each.args:
+            todo.append(each.args[0])
+        else:
+            found.append(each.text.split()[0] if isinstance(each, Node) and each.op == "arg" else "?")
+    return " or ".join(dict.fromkeys(found))

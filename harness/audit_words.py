@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from harness.audit_flow import LOADS, NOT_FOLLOWED, Edge, Flow
-from harness.audit_graph import spot
+from harness.audit_graph import Node, spot
 from harness.audit_roundings import Rounding
 from harness.audit_ttir import pointer_name, types_of
 
@@ -45,16 +45,35 @@ def described(flow: Flow) -> list[str]:
 
 
 def not_followed(flow: Flow) -> list[str]:
-    """Operations of TTIR that this audit cannot see through, and roundings that a loop carries around."""
-    operations = {id(node.args): node.op for node in flow.nodes}  # one for each, however many results it has
-    found = Counter(op for op in operations.values() if NOT_FOLLOWED.fullmatch(op))
+    """Operations of TTIR that this audit cannot see through, workspace that is read and never written, and roundings
+    that a loop carries around."""
+    operations = {id(node.args): node for node in flow.nodes}  # one for each, however many results it has
+    found = Counter(node.op for node in operations.values() if NOT_FOLLOWED.fullmatch(node.op) and not counts(node))
     words = [op if count == 1 else f"{count} x {op}" for op, count in found.items()]
+    loaded = dict.fromkeys(pointer_name(node) for node in flow.nodes if node.op in LOADS)
+    for pointer in loaded:
+        names = [name for name in pointer.split(" or ") if name in flow.stored]
+        if names and (len(pointer.split(" or ")) > 1 or not flow.stored[pointer]):
+            words.append(f"a load of {pointer} that no store matches")
     carried = [
         e
         for e in flow.edges
         if e.roundings and e.source in (s for s, _ in flow.paths(e.roundings[-1].node)) and e.sink is e.source
     ]
     return words + [f"a rounding that a loop carries around, of {e.role or e.source.op}" for e in carried]
+
+
+def counts(node: Node) -> bool:
+    """Whether this is an atomic that adds an integer constant, of whose result no float is made: a counter."""
+    if not node.op.startswith("tt.atomic_rmw") or types_of(node)[1][0] != "i" or not isinstance(node.args[1], int):
+        return False
+    seen, todo = set(), [node]
+    while todo:
+        for user in todo.pop().users:
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return not any(types_of(user)[1] in ("f16", "fp16", "bf16", "f32", "f64") for user in seen)
 
 
 def dot_precisions(flow: Flow) -> list[str]:

@@ -98,6 +98,7 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
             (line,) = [line for line in lines if line.split()[:3] == [model, "16", COLD] and line.endswith(f"  {plan}")]
             assert float(line.split()[6]) > 0
     assert len(lines) == len(set(lines)), "a measurement is listed twice"
+    assert len([line for line in lines if line.startswith("# not built")]) == len(grid.NOT_BUILT)
 
 
 # ---------------------------------------------------------------- the sweep
