@@ -216,12 +216,14 @@ def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     some = ("hf", "deferred", "folded", "truncating", "bf16-statistics", "gemma")
     for name in some:
         yield "rms_norm", name, {"stores": "rstd"}
-        yield "rms_norm", name, {"stores": "hidden" if PLANS[name].plan.scale == "prologue" else "both", "residual": True}
+        stores = "hidden" if PLANS[name].plan.scale == "prologue" else "both"
+        yield "rms_norm", name, {"stores": stores, "residual": True}
     for name in ("hf", "gemma"):
         yield "norm_qkv", name, {"config": Config("fused", "rstd", 64, 64, 4, 3)}
     yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
     for name in ("hf", "deferred"):
         yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
+    yield "rms_norm", "fp32-tf32x3", {"stores": "rstd"}
     yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
     for name in ("hf", "bf16-statistics", "gemma"):
         yield "head_norm", name, {"packed": True}

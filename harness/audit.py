@@ -13,6 +13,11 @@ does not show is which value comes out of memory again (shared memory above all)
 line comes first is known from TTIR alone. Rounding what is rounded already changes nothing and may be removed; what is
 left of it is not looked at.
 
+Memory joins kernels. What another kernel stored (rstd, hidden, proj) is taken at its word where it is loaded: the row
+of the kernel that stores it proves it, and no rounding may follow. Workspace, which holds split-K's sums, is followed
+within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
+programs and the counter of those that arrived are right, no row says.
+
 Texts become graphs in audit_ttir, audit_ptx and audit_amd (of audit_graph's nodes); audit_roundings finds the roundings
 in one, audit_flow names the values of TTIR. audit_plan then holds TTIR to the plan, audit_machine the machine code to
 TTIR. Here both become rows, in audit_foreign those of kernels without a plan.

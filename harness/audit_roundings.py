@@ -112,10 +112,10 @@ def bit_of(word: Node | int | None, index: int) -> Node | int | None:
 
     LLVM packs comparisons of up to sixteen elements into one word and takes single bits of it again.
     """
-    if isinstance(word, int):
-        return word >> index & 1
-    if not isinstance(word, Node) or index >= (16 if re.match(r"\w+\.[bsu]16\b", word.text) else 32):
-        return 0 if isinstance(word, Node) else None
+    if not isinstance(word, Node):
+        return None if word is None else word >> index & 1
+    if index >= (16 if re.match(r"\w+\.[bsu]16\b", word.text) else 32):
+        return 0
     if word.op == "select" and isinstance(word.args[1], int) and isinstance(word.args[2], int):
         one, other = (bit_of(arg, index) for arg in word.args[1:])
         return one if one == other else word.args[0] if one else None

@@ -22,11 +22,12 @@ import triton
 import triton.language as tl
 
 import harness.aot
-from harness.aot import TARGETS, cases, compile_head_norm, compile_norm_qkv
-from harness.audit import COLUMNS, audit_all, audit_case, audit_compiled
+from harness.aot import TARGETS, cases, compile_head_norm, compile_norm_qkv, compile_rms_norm
+from harness.audit import COLUMNS, audit_case, audit_compiled
 from harness.audit_foreign import audit_foreign
 from harness.audit_ptx import ptx_graph
 from harness.audit_roundings import machine_roundings
+from kernels.config import Config
 from variants.catalogue import PLANS
 
 ROOT = Path(__file__).parent.parent
@@ -52,14 +53,29 @@ def in_process(function: str, *args: str, cache: Path, **env: str) -> list[dict]
 # ---------------------------------------------------------------- the kernels as they are
 
 
+def chosen(target: str) -> list[tuple[str, str, dict]]:
+    """The cases of that target; of the kernels that configs ask for few but on sm_90: TTIR is the same everywhere."""
+    found = list(cases(target))
+    if target == "sm_90":
+        return found
+    few = [("rms_norm", {"stores"}), ("head_norm", {"packed"}), ("norm_qkv", {"config", "tokens"})]
+    return [
+        (kernel, plan, words)
+        for kernel, plan, words in found
+        if kernel != "rms_norm" and not words.keys() & {"config", "packed"}
+        or plan == "hf" and (kernel, set(words)) in few
+    ]  # fmt: skip
+
+
 def catalogue(target: str) -> Iterator[dict]:
-    yield from audit_all([target])
+    for kernel, plan, keywords in chosen(target):
+        yield audit_case(target, kernel, plan, keywords)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_rounds_as_its_plan_declares(target: str, tmp_path: Path):
     rows = in_process("catalogue", target, cache=tmp_path)
-    wanted = [(kernel, plan, " ".join(f"{k}={v}" for k, v in words.items())) for kernel, plan, words in cases()]
+    wanted = [(kernel, plan, " ".join(f"{k}={v}" for k, v in words.items())) for kernel, plan, words in chosen(target)]
     assert [(row["kernel"], row["plan"], row["keywords"]) for row in rows] == wanted
     assert not [row["reason"] for row in rows if row["status"] != "ok"]
     for row in rows:
@@ -67,12 +83,19 @@ def test_every_kernel_rounds_as_its_plan_declares(target: str, tmp_path: Path):
         plan = PLANS[row["plan"]].plan
         assert row["fused"] == 0 and row["not_followed"] == ""
         assert bool(row["matrix"]) == (row["kernel"] == "norm_qkv" and (plan.matmul != "fp32" or target == "gfx942"))
-        declared, found = ({word.split()[-2] for word in row[name].split(", ")} for name in ("declared", "ttir"))
-        assert declared == found  # the words of a boundary: `normed bf16-rne`, `2 x out bf16-rne`
-        in_code = {word.split()[0] for word in row["machine"].split(", ")}
-        assert in_code == found - (
-            {"out"} if row["keywords"].startswith("head_norm") and plan.proj != "fp32" else set()
+        declared, found = (
+            {word.split()[-2] for word in row[name].split(", ") if word} for name in ("declared", "ttir")
         )
+        assert declared == found  # the words of a boundary: `normed bf16-rne`, `2 x out bf16-rne`
+        in_code = {word.split()[0] for word in row["machine"].split(", ") if word}
+        assert in_code == found - ({"out"} if "head_norm=" in row["keywords"] and plan.proj != "fp32" else set())
+
+
+def test_split_k_is_audited_where_it_is_launched():
+    asked = {
+        target: [words["config"].kernel for _, _, words in cases(target) if "config" in words] for target in TARGETS
+    }
+    assert all(("split-k" in asked[target]) == (target != "gfx942") for target in TARGETS)
 
 
 # ---------------------------------------------------------------- faults in the source
@@ -230,9 +253,209 @@ PLANTED = {
 }
 
 
+RMS, FUSED, SPLIT = "rms_norm.py", "norm_qkv.py", "split_k.py"
+STORES_RSTD, STORES_HIDDEN, PACKED = {"stores": "rstd"}, {"stores": "hidden"}, {"packed": True}
+AFTER_RSTD = {"config": Config("fused", "rstd", 64, 64, 4, 3)}
+AFTER_HIDDEN = {"config": Config("fused", "hidden", 64, 64, 4, 3)}
+SHARES = {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
+SHARES_AFTER_RSTD = {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
+SMALL_SHARES = {"config": Config("split-k", "none", 32, 32, 4, 2)}
+STORE_RSTD, STORE_SUMS = "rstd_ptr + offs_m, rstd", "tl.store(sums_ptrs + split * BLOCK_M * BLOCK_N, acc, mask=mask)"
+ROUND_IN_SPLIT_K = ("import finish_head,", "import round_to, finish_head,")
+LOADED_HIDDEN = "other=0.0)\n        else:"
+CUT_OFF = r"\(bf16-rtz without NaN\)"
+
+
+def in_norm(file: str, old: str, new: str, plan: str, says: str, keywords: dict, **options: object) -> Planted:
+    return Planted(file, old, new, plan, says, "rms_norm", keywords, **options)
+
+
+def in_config(file: str, old: str, new: str, plan: str, says: str, keywords: dict, **options: object) -> Planted:
+    return Planted(file, old, new, plan, says, "norm_qkv", keywords, **options)
+
+
+PLANTED |= {
+    # the norm before the matmul
+    "norm: rstd": in_norm(
+        QKV, "eps), RSTD)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "rstd_ptr"), STORES_RSTD
+    ),
+    "norm: squares of the rest of a row": in_norm(
+        RMS,
+        "round_to(more * more, STATISTICS)",
+        "(more * more)",
+        "bf16-statistics",
+        lost("statistics", "sum"),
+        STORES_RSTD,
+    ),
+    "norm: hidden, so cut off": in_norm(
+        QKV, "[None, :], HIDDEN)", "[None, :], 'fp32')", "hf", instead("hidden", CUT_OFF, "hidden_ptr"), STORES_HIDDEN
+    ),
+    "norm: hidden of the deferred, so cut off": in_norm(
+        QKV,
+        "[None, :], HIDDEN)",
+        "[None, :], 'fp32')",
+        "deferred",
+        instead("hidden", CUT_OFF, "hidden_ptr"),
+        {"stores": "both"},
+    ),
+    "norm: x, so cut off": in_norm(
+        QKV,
+        "other=0.0)), X)",
+        "other=0.0)), 'fp32')",
+        "folded",
+        instead("x", CUT_OFF, "hidden_ptr"),
+        {"stores": "both", "residual": True},
+    ),
+    "norm: truncated": in_norm(
+        ROUNDING, NEAREST, "if False:", "hf", instead("hidden", r"\(bf16-rtz\)", "hidden_ptr"), STORES_HIDDEN
+    ),
+    "norm: hidden twice": in_norm(
+        RMS,
+        "narrow(hidden)",
+        "narrow(round_to(hidden, HIDDEN))",
+        "hf",
+        instead("hidden", r"twice \(bf16-rne, bf16-rne\)", "hidden_ptr"),
+        STORES_HIDDEN,
+    ),
+    "norm: a rounded rstd": in_norm(
+        RMS, STORE_RSTD, "rstd_ptr + offs_m, round_to(rstd, 'bf16-rne')", "hf", kept("rstd", "rstd_ptr"), STORES_RSTD
+    ),
+    "norm: the sum of squares for rstd": in_norm(
+        RMS,
+        STORE_RSTD,
+        "rstd_ptr + offs_m, sum_of_squares",
+        "hf",
+        "TTIR: sum is stored to rstd_ptr, due is rstd",
+        STORES_RSTD,
+    ),
+    # the fused kernel behind a pre-pass
+    "after rstd: normed": in_config(
+        QKV, NORMED, "(hidden * rstd[:, None])", "hf", lost("normed", "hidden"), AFTER_RSTD
+    ),
+    "after rstd: rstd rounded there": in_config(
+        QKV,
+        "hidden * rstd[:, None]",
+        "hidden * round_to(rstd, 'bf16-rne')[:, None]",
+        "hf",
+        kept("rstd", "normed"),
+        AFTER_RSTD,
+    ),
+    "after rstd: rstd computed again": in_config(
+        FUSED,
+        'if PREPASS != "none":\n        if',
+        'if PREPASS == "":\n        if',
+        "hf",
+        "TTIR: statistics is computed again",
+        AFTER_RSTD,
+    ),
+    "after hidden: hidden rounded again": in_config(
+        QKV,
+        LOADED_HIDDEN,
+        LOADED_HIDDEN.replace("else", "    hidden = round_to(widen(hidden), 'bf16-rne')\n        else"),
+        "hf",
+        kept("hidden", "proj"),
+        AFTER_HIDDEN,
+    ),
+    "after hidden: weighted again": in_config(
+        QKV, 'if PREPASS == "hidden":', "if False:", "deferred", kept("a value outside the chain", "proj"), AFTER_HIDDEN
+    ),
+    # split-K, and its way through memory
+    "split-K: rstd": in_config(QKV, "eps), RSTD)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "normed"), SHARES),
+    "split-K: normed twice": in_config(
+        QKV,
+        NORMED,
+        f"round_to({NORMED}, NORMED)",
+        "hf",
+        instead("normed", r"twice \(bf16-rne, bf16-rne\)", "hidden"),
+        SHARES_AFTER_RSTD,
+    ),
+    "split-K: proj": in_config(QKV, "round_to(acc, PROJ)", "acc", "hf", lost("proj", "head_statistics"), SHARES),
+    "split-K: truncated": in_config(
+        ROUNDING, NEAREST, "if False:", "hf", instead("hidden", r"\(bf16-rtz\)", "proj"), SHARES
+    ),
+    "split-K: shares stored in bf16": in_config(
+        SPLIT,
+        STORE_SUMS,
+        STORE_SUMS.replace("acc", "round_to(acc, 'bf16-rne')"),
+        "hf",
+        rf"{kept('proj', 'sums_ptr')}.*{kept('proj', 'proj')}",
+        SHARES,
+        also=ROUND_IN_SPLIT_K,
+    ),
+    "split-K: shares added up in bf16": in_config(
+        SPLIT,
+        "acc += tl.load(sums",
+        "acc = round_to(acc, 'bf16-rne') + tl.load(sums",
+        "hf",
+        kept("proj", "proj"),
+        SHARES,
+        also=ROUND_IN_SPLIT_K,
+    ),
+    "split-K: squares stored in bf16": in_config(
+        SPLIT,
+        "split * BLOCK_M, sum_of_squares",
+        "split * BLOCK_M, round_to(sum_of_squares, 'bf16-rne')",
+        "deferred",
+        kept("sum", "squares_ptr"),
+        SHARES,
+        also=ROUND_IN_SPLIT_K,
+    ),
+    "split-K: shares added up by atomics": in_config(
+        SPLIT,
+        STORE_SUMS,
+        "tl.atomic_add(sums_ptrs, acc, mask=mask)",
+        "hf",
+        "nothing is stored to sums_ptr.*does not see through tt.atomic_rmw, a load of sums_ptr that no store matches",
+        SHARES,
+    ),
+    "split-K: a counter that is added": in_config(
+        SPLIT,
+        "dtype=tl.float32)\n        sum_of_squares",
+        "dtype=tl.float32) + arrived.to(tl.float32)\n        sum_of_squares",
+        "hf",
+        "TTIR: the audit does not see through tt.atomic_rmw",
+        SHARES,
+    ),
+    "split-K: another workspace": in_config(
+        SPLIT,
+        "squares_ptr + cell",
+        "sums_ptr + cell",
+        "deferred",
+        "TTIR: sum is stored to sums_ptr, due is proj",
+        SHARES,
+    ),
+    "split-K: a tf32 dot for fp32": in_config(
+        QKV,
+        IEEE,
+        IEEE.replace("ieee", "tf32"),
+        "fp32",
+        "TTIR: the matmul is tf32, the plan says ieee; matrix",
+        SMALL_SHARES,
+    ),
+    # q's and k's heads in one launch
+    "packed: out, so cut off": Planted(
+        HEAD,
+        OUT,
+        "head_normed * weight[None, :]",
+        "hf",
+        instead("out", CUT_OFF, "k_out_ptr or out_ptr"),
+        keywords=PACKED,
+    ),
+    "packed: proj for out": Planted(
+        HEAD,
+        "store_head(out_ptrs, out, mask)",
+        "store_head(out_ptrs, proj, mask)",
+        "hf",
+        "TTIR: proj is stored to k_out_ptr, due is out; TTIR: proj is stored to out_ptr, due is out",
+        keywords=PACKED,
+    ),
+}
+
+
 def planted_for(target: str) -> dict[str, Planted]:
     """Where a rounding is, TTIR says, which is the same for every target: elsewhere the cheap half is enough."""
-    return {name: f for name, f in PLANTED.items() if target == "sm_90" or f.kernel == "head_norm" or "tf32" in f.plan}
+    cheap = {name for name, f in PLANTED.items() if f.kernel == "head_norm" or "tf32" in f.plan}
+    return {name: fault for name, fault in PLANTED.items() if target == "sm_90" or name in cheap}
 
 
 def planted(target: str) -> Iterator[dict]:
@@ -248,8 +471,9 @@ def planted(target: str) -> Iterator[dict]:
                     assert text.count(fault.old) == fault.count, f"{fault.old!r} stands {text.count(fault.old)} times"
                     text = text.replace(*fault.also).replace(fault.old, fault.new)
                 (package / source.name).write_text(text.replace("from kernels.", f"from {package.name}."))
-            harness.aot.norm_qkv_kernel = importlib.import_module(f"{package.name}.norm_qkv").norm_qkv_kernel
-            harness.aot.head_norm_kernel = importlib.import_module(f"{package.name}.head_norm").head_norm_kernel
+            for module in ("norm_qkv", "split_k", "rms_norm", "head_norm"):
+                kernel = f"{module}_kernel"
+                setattr(harness.aot, kernel, getattr(importlib.import_module(f"{package.name}.{module}"), kernel))
             case = (fault.kernel, fault.plan, fault.keywords) if fault else ("norm_qkv", "hf", {})
             yield {"fault": name, **audit_case(target, *case)}
 
@@ -345,6 +569,14 @@ def broken(target: str) -> Iterator[dict]:
         text = replace_one(r"(add\.s32 +\t%r\d+, %r\d+, )32767;", r"\g<1>32768;", which)(fused.asm[stage])
         changed = dataclasses.replace(fused, asm=fused.asm | {stage: text})
         yield {"fault": f"element {which}", **audit_compiled(changed, plan, {})}
+    if target == NVIDIA:
+        words = {"stores": "both"}
+        built = {"rms_norm": (compile_rms_norm(plan, target, **words), words)}
+        built["split_k"] = (compile_norm_qkv(plan, target, **SHARES), SHARES)
+        for kernel, (right, keywords) in built.items():
+            text = replace_one(r"(add\.s32 +\t%r\d+, %r\d+, )32767;", r"\g<1>32768;")(right.asm[stage])
+            changed = dataclasses.replace(right, asm=right.asm | {stage: text})
+            yield {"fault": kernel, **audit_compiled(changed, plan, keywords)}
     other = {"wgmma.mma_async": "mma.sync", "v_mfma_f32_32x32x8_bf16": "v_mfma_f32_32x32x8_f16"}
     text = fused.asm[stage]
     for name, new in other.items():
@@ -359,6 +591,10 @@ def test_faults_of_a_compiler_turn_red(target: str, tmp_path: Path):
     says = {name: pattern for name, (where, _, pattern) in BROKEN.items() if where == target}
     says |= {"resources": r"^1000000 bytes of shared memory, \w+ has \d+; 100 bytes of registers spilled"}
     says |= {"matrix": r"^matrix instructions \S+ where \S+ is due"}
+    if target == NVIDIA:
+        says |= dict.fromkeys(
+            ("rms_norm", "split_k"), r"^machine code: elements of (normed|hidden) left unrounded: 1( .2 times.)?$"
+        )
     elements = [row["reason"] for name, row in rows.items() if name.startswith("element")]
     if target == NVIDIA:
         single = r"machine code: elements of (\w+) left unrounded: 1"
@@ -527,7 +763,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path):
     wanted = {name: sentence for name, (_, sentence) in REFUSED.items()}
     wanted |= {
         "norm_qkv": "unknown target 'sm_70': .*",
-        "rope": "unknown kernel 'rope': kernels are norm_qkv, head_norm",
+        "rope": "unknown kernel 'rope': kernels are norm_qkv, rms_norm, head_norm",
     }
     assert says.keys() == wanted.keys()
     for name, sentence in wanted.items():
@@ -567,6 +803,19 @@ IDIOM = """\
 	and.b32 	%r9, %r8, -65536;
 	st.global.b32 	[%rd1], %r9;
 """
+TEST = "setp.gt.u32 	%p1, %r6, 2139095040"
+PACKED_TEST = """\
+setp.gt.u32 	%p2, %r6, 2139095040;
+	setp.gt.u32 	%p3, %r1, 2139095040;
+	selp.b16 	%rs1, -1, 0, %p2;
+	selp.b16 	%rs2, 1, 0, %p3;
+	shl.b16 	%rs3, %rs1, 3;
+	and.b16 	%rs4, %rs3, 15;
+	or.b16 	%rs5, %rs4, %rs2;
+	cvt.u32.u16 	%r10, %rs5;
+	shr.u32 	%r11, %r10, 3;
+	and.b32 	%r12, %r11, 1;
+	setp.ne.b32 	%p1, %r12, 0"""
 NEAR_MISSES = {
     "": ("", "", ["bf16-rne"]),
     "the upper half taken": ("and.b32 	%r9, %r8, -65536", "shr.u32 	%r9, %r8, 16", ["bf16-rne"]),
@@ -578,6 +827,16 @@ NEAR_MISSES = {
     "infinity taken for NaN": ("2139095040", "2139095039", ["bf16-rne without NaN"]),
     "the sign tested too": ("%r6, %r2, 2147483647", "%r6, %r2, -1", ["bf16-rne without NaN"]),
     "lower bits kept": ("%r9, %r8, -65536", "%r9, %r8, -32768", ["rne with lower bits kept"]),
+    "tests packed": (TEST, PACKED_TEST, ["bf16-rne"]),
+    "tests packed, another bit": (TEST, PACKED_TEST.replace("r10, 3", "r10, 2"), ["bf16-rne without NaN"]),
+    "tests packed, the bit masked": (TEST, PACKED_TEST.replace("15;", "7;"), ["bf16-rne without NaN"]),
+    "tests packed, the other element": (TEST, PACKED_TEST.replace("r10, 3", "r10, 0"), ["bf16-rne without NaN"]),
+    "tests packed, inverted": (TEST, PACKED_TEST.replace("setp.ne", "setp.eq"), ["bf16-rne without NaN"]),
+    "tests packed, beyond the word": (
+        TEST,
+        PACKED_TEST.replace("rs1, 3", "rs1, 16").replace("r10, 3", "r10, 16"),
+        ["bf16-rne without NaN"],
+    ),
     "not cut off": ("[%rd1], %r9", "[%rd1], %r8", ["rne with lower bits kept"]),
 }
 
