@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from harness.amplify import attention_logits
-from kernels.checks import BOUNDARIES, KEEP, RNE
+from kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES
 from variants.plan import CastPlan
 from variants.problem import Problem
-from variants.spec import Chain, applied_weight, check_offset, matmul_operand, spec, store, truth
+from variants.spec import Chain, applied_weight, check_offset, matmul_operand, rotated, spec, store, truth
 from variants.variant import run
 
 # k_rel_ms: mean over heads of (mean square of the head's error / of the head): the square of ErrorStats.rel_rms.
@@ -42,8 +42,8 @@ FP32 = "fp32 arithmetic"
 ORDER_OF_SUMS = "order of sums"
 # In the order of the chain: subsets that share a matmul come one after another, and it is computed once for them.
 PLAYERS = tuple(
-    "x weight_offset statistics variance rstd normed hidden scale matmul proj head_rstd head_normed out".split()
-)
+    "x weight_offset statistics variance rstd normed hidden scale matmul proj head_rstd head_normed".split()
+) + (*ROPE_BOUNDARIES, "out")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Budget:
 def players(plan: CastPlan, problem: Problem) -> list[str]:
     """Names of the plan's fields that round something on that problem, in the order of the chain.
 
-    x rounds only where there is a residual, head_rstd and head_normed only where there is a head norm. statistics
+    x rounds only where there is a residual, head_rstd and head_normed only where there is a head norm, those of RoPE
+    only where there are positions. statistics
     and variance are one player each for both norms, out for q, k and v.
     """
     rounding = {name for name in BOUNDARIES if getattr(plan, name) != KEEP}
@@ -90,6 +91,8 @@ def players(plan: CastPlan, problem: Problem) -> list[str]:
         rounding -= {"x"}
     if not problem.has_head_norm:
         rounding -= {"head_rstd", "head_normed"}
+    if problem.positions is None:
+        rounding -= {*ROPE_BOUNDARIES}
     words = {"weight_offset": (RNE,), "scale": ("folded",), "matmul": ("tf32", "tf32x3")}
     rounding |= {name for name, rounds in words.items() if getattr(plan, name) in rounds}
     return [name for name in PLAYERS if name in rounding]
@@ -179,7 +182,7 @@ class Errors:
         The matmul is the spec's own, v's rows included: without them a BLAS may sum in another order.
         """
         p = self.problem
-        behind = dict.fromkeys(("proj", "head_rstd", "head_normed", "out"), KEEP)
+        behind = dict.fromkeys(("proj", "head_rstd", "head_normed", *ROPE_BOUNDARIES, "out"), KEEP)
         if part.scale != "prologue":
             behind |= dict.fromkeys(("statistics", "variance", "rstd"), KEEP)
         proj = self.product(dataclasses.replace(part, **behind))
@@ -194,6 +197,9 @@ class Errors:
         q, k = qk.split([p.num_q_heads, p.num_kv_heads], dim=1)
         if p.has_head_norm:
             q, k = q * applied_weight(p.q_norm_weight, part), k * applied_weight(p.k_norm_weight, part)
+        if p.positions is not None:
+            cos, sin = (store(value.to(torch.float64), part.cos_sin) for value in p.cos_sin())
+            q, k = (rotated(store(value, part.unrotated), cos, sin, part) for value in (q, k))
         return store(q, part.out), store(k, part.out)
 
     def _product(self, part: Part) -> Tensor:

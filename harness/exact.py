@@ -6,7 +6,8 @@ In general two implementations differ by the order of their sums. Here no sum de
   sum is exact in fp32;
 - every row of W holds one power of two, so that a dot product is one exact product;
 - each Q and K head has two channels that are not zero, always fed by the same two magnitudes, so that its
-  sum of squares has two terms and is the same for every token.
+  sum of squares has two terms and is the same for every token. With positions they are the two of one pair of RoPE,
+  so that each rotated value is a sum of two products, which has no order.
 
 What is left is one rsqrt a problem and one a head, and those few are drawn until the correctly rounded rsqrt
 of the spec and the two roundings of 1 / sqrt(x) in fp32 agree. All else, elementwise, is IEEE arithmetic.
@@ -17,12 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.rope import with_positions
 from variants.plan import CastPlan
 from variants.problem import Problem
 from variants.spec import round_to, spec, store
 
 FIXED = 32  # channels that change sign but not place: those which Q and K heads read
 DRAWS = 200
+FIRST = 1000  # position of the first token: angles of many turns
 
 
 def exact_problem(
@@ -34,6 +37,7 @@ def exact_problem(
     num_kv_heads: int = 2,
     head_dim: int = 64,
     head_norm: bool = True,
+    rope: bool = False,
     seed: int = 0,
 ) -> Problem:
     """A problem on which Triton, PyTorch and Inductor must equal spec(plan) bit for bit.
@@ -46,7 +50,7 @@ def exact_problem(
     problem = Problem(
         x=_signed_permutations(tokens, hidden_size, rng),
         norm_weight=_weights(hidden_size, 0.5, 2.0, rng),
-        qkv_weight=_one_hot_rows(heads, num_kv_heads, head_dim, hidden_size, rng),
+        qkv_weight=_one_hot_rows(heads, num_kv_heads, head_dim, hidden_size, rope, rng),
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         q_norm_weight=_weights(head_dim, 0.5, 8.0, rng) if head_norm else None,
@@ -55,6 +59,7 @@ def exact_problem(
         model="exact",
         weights="exact",
     )
+    problem = with_positions(problem, FIRST) if rope else problem
     draws = iter(range(DRAWS))
     while not _agreeing(plan, problem.x.double(), problem.eps, plan.rstd).all() and next(draws, None) is not None:
         problem = problem.replace(eps=problem.eps * 1.5)
@@ -89,21 +94,26 @@ def _weights(size: int, low: float, high: float, rng: torch.Generator) -> Tensor
     return (low + (high - low) * torch.rand(size, generator=rng)).to(torch.bfloat16)
 
 
-def _one_hot_rows(heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, rng: torch.Generator) -> Tensor:
+def _one_hot_rows(
+    heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, pairs: bool, rng: torch.Generator
+) -> Tensor:
     weight = torch.zeros(heads, head_dim, hidden_size)
     for head in range(heads):
         if head < heads - num_kv_heads:
-            _draw_head(weight[head], rng)
+            _draw_head(weight[head], pairs, rng)
         else:
             columns = torch.randint(0, hidden_size, (head_dim,), generator=rng)
             weight[head, torch.arange(head_dim), columns] = _powers_of_two(head_dim, rng)
     return weight.reshape(-1, hidden_size).to(torch.bfloat16)
 
 
-def _draw_head(weight: Tensor, rng: torch.Generator) -> None:
-    """Fills a Q or K head's rows [Dh, D]: two rows that read one fixed channel each, the others zero."""
+def _draw_head(weight: Tensor, pairs: bool, rng: torch.Generator) -> None:
+    """Fills a Q or K head's rows [Dh, D]: two rows, with pairs i and i + Dh/2, that read one fixed channel each, the
+    others zero."""
     weight.zero_()
     rows = torch.randperm(weight.shape[0], generator=rng)[:2]
+    if pairs:
+        rows[1] = (rows[0] + weight.shape[0] // 2) % weight.shape[0]
     columns = torch.randperm(FIXED, generator=rng)[:2]
     weight[rows, columns] = _powers_of_two(2, rng).to(weight.dtype)
 
@@ -111,7 +121,7 @@ def _draw_head(weight: Tensor, rng: torch.Generator) -> None:
 def _redrawn(problem: Problem, heads: list[int], rng: torch.Generator) -> Tensor:
     weight = problem.qkv_weight.reshape(problem.num_heads, problem.head_dim, -1).clone()
     for head in heads:
-        _draw_head(weight[head], rng)
+        _draw_head(weight[head], problem.positions is not None, rng)
     return weight.reshape(problem.qkv_weight.shape)
 
 

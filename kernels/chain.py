@@ -6,7 +6,7 @@ Roundings stand here and in head_norm.py only, so that every way to cut a launch
 import triton
 import triton.language as tl
 
-from kernels.head_norm import normalize_head, rsqrt_rn, store_head
+from kernels.head_norm import normalize_head, rotate, rsqrt_rn, store_head
 from kernels.rounding import applied_weight, narrow, round_to, truncate_tf32, widen
 
 
@@ -125,15 +125,16 @@ def multiply(
 
 @triton.jit
 def finish_head(
-    acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, offs_m, head, T, HQ, HKV, eps,
-    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
+    acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head, T,
+    HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
     DH: tl.constexpr, HAS_BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, STATISTICS: tl.constexpr,
     VARIANCE: tl.constexpr, PROJ: tl.constexpr, HEAD_RSTD: tl.constexpr, HEAD_NORMED: tl.constexpr,
-    OUT: tl.constexpr, SCALE: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNROTATED: tl.constexpr, COS_SIN: tl.constexpr, PRODUCTS: tl.constexpr, OUT: tl.constexpr, SCALE: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores one head of q, k or v from the matmul's whole sum acc [M, N] fp32. rstd [M]: as scaled() did not use it.
 
-    HEAD_NORM: `none`, `fused`, or `later`: q and k are stored as proj, for head_norm to finish.
+    HEAD_NORM: `none`, `fused`, or `later`: q and k are stored as proj, for head_norm to finish, RoPE included.
     """
     offs_n = tl.arange(0, BLOCK_N)
     if SCALE != "prologue":
@@ -147,17 +148,18 @@ def finish_head(
         v_ptrs = v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh + offs_n[None, :]
         store_head(v_ptrs, round_to(proj, OUT), mask)
     else:
-        if HEAD_NORM == "none":
-            out = round_to(proj, OUT)
-        elif HEAD_NORM == "later":
-            out = proj
-        else:
+        out = proj
+        if HEAD_NORM == "fused":
             if head < HQ:
                 stored = tl.load(q_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
             else:
                 stored = tl.load(k_norm_ptr + offs_n, mask=offs_n < DH, other=0.0)
             weight = applied_weight(stored, WEIGHT_OFFSET)
-            out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
+            out = normalize_head(out, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED)
+        if HEAD_NORM != "later":
+            if cos_sin_ptr is not None:
+                out = rotate(out, positions_ptr, cos_sin_ptr, offs_m, T, DH, UNROTATED, COS_SIN, PRODUCTS, BLOCK_M)
+            out = round_to(out, OUT)
         if head < HQ:
             store_head(q_ptr + offs_m[:, None] * stride_qm + head * stride_qh + offs_n[None, :], out, mask)
         else:

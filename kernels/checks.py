@@ -12,8 +12,13 @@ RNE = "bf16-rne"
 RTZ = "bf16-rtz"
 STORAGE = (KEEP, RNE, RTZ)  # how a value is held: kept, rounded to nearest even, truncated
 
-# The values of the chain that may be rounded, in order.
-BOUNDARIES = ("x", "statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed", "out")
+# The values of the chain that may be rounded, in order; three of them exist only where q and k are rotated.
+ROPE_BOUNDARIES = ("unrotated", "cos_sin", "products")
+BOUNDARIES = (
+    *("x", "statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed"),
+    *ROPE_BOUNDARIES,
+    "out",
+)
 CHOICES = {
     "scale": ("prologue", "epilogue", "folded"),
     "matmul": ("bf16", "tf32", "tf32x3", "fp32"),
@@ -67,6 +72,8 @@ def check_inputs(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
 ) -> None:
     """Raises ValueError unless shapes, dtypes, devices, heads and eps fit together. Reads no element."""
     if x.ndim != 2 or x.shape[1] == 0:
@@ -96,6 +103,32 @@ def check_inputs(
     ):
         if tensor is not None:
             check_tensor(name, tensor, shape, like=x)
+    check_rope(positions, cos_sin_cache, x.shape[0], rows // heads, like=x)
+
+
+def check_rope(
+    positions: Tensor | None, cos_sin_cache: Tensor | None, tokens: int, head_dim: int, *, like: Tensor
+) -> None:
+    """Raises ValueError unless both are None or fit together. That positions lie within the cache is not checked,
+    since that would wait for the GPU."""
+    if (positions is None) != (cos_sin_cache is None):
+        raise ValueError("positions and cos_sin_cache must be given together, or neither")
+    if positions is None:
+        return
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(
+            "RoPE cuts a tile that holds one head into halves: the head size must be 16, 32, 64 and so on, not "
+            f"{head_dim}"
+        )
+    check_tensor("positions", positions, [tokens], like=like, dtype=torch.int64)
+    rows = cos_sin_cache.shape[0] if cos_sin_cache.ndim == 2 else "positions"
+    dtype = torch.bfloat16 if cos_sin_cache.dtype == torch.bfloat16 else torch.float32
+    check_tensor("cos_sin_cache", cos_sin_cache, [rows, head_dim], like=like, dtype=dtype)
+    if not cos_sin_cache.is_contiguous():
+        raise ValueError(
+            f"cos_sin_cache must be contiguous, cos in the first half of each row, not of strides "
+            f"{cos_sin_cache.stride()}"
+        )
 
 
 def check_eps(eps: float) -> None:

@@ -1,8 +1,15 @@
-"""RMSNorm over each head: the epilogue of the fused kernel, and a kernel of its own.
+"""RMSNorm over each head, and RoPE: the epilogue of the fused kernel, and a kernel of its own.
 
 head_rstd   = (mean(proj^2) + eps)^-1/2      over the Dh channels of one head
 head_normed = proj * head_rstd
-out         = head_normed * weight
+out         = head_normed * weight           or, where q and k are rotated, what is below
+
+unrotated   = head_normed * weight
+products    = unrotated[i] * cos[i], unrotated[i + Dh/2] * sin[i], and so on
+out[i]        = unrotated[i] * cos[i] - unrotated[i + Dh/2] * sin[i]          for i < Dh/2
+out[i + Dh/2] = unrotated[i + Dh/2] * cos[i] + unrotated[i] * sin[i]
+
+That is the half-split layout of Llama, Qwen and GPT-NeoX; RoFormer (arXiv 2104.09864) pairs neighbours instead.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import check_eps, check_flags, check_tensor
+from kernels.checks import ROPE_BOUNDARIES, check_eps, check_flags, check_rope, check_tensor
 from kernels.rounding import applied_weight, narrow, round_to, widen
 
 BLOCK_M = 16  # tokens of one program of head_norm_kernel
@@ -34,14 +41,36 @@ def normalize_head(
     VARIANCE: tl.constexpr,
     HEAD_RSTD: tl.constexpr,
     HEAD_NORMED: tl.constexpr,
-    OUT: tl.constexpr,
 ):
-    """[M, N] fp32: the head norm of a tile that holds whole heads, rounded as the flags say."""
+    """[M, N] fp32: the head norm of a tile that holds whole heads, rounded as the flags say; the result is not."""
     squares = round_to(proj * proj, STATISTICS)
     variance = round_to(tl.div_rn(tl.sum(squares, axis=1), DH * 1.0), VARIANCE)  # [M]
     head_rstd = round_to(rsqrt_rn(variance + eps), HEAD_RSTD)
     head_normed = round_to(proj * head_rstd[:, None], HEAD_NORMED)
-    return round_to(head_normed * weight[None, :], OUT)
+    return head_normed * weight[None, :]
+
+
+@triton.jit
+def rotate(
+    value, positions_ptr, cos_sin_ptr, offs_m, T,
+    DH: tl.constexpr, UNROTATED: tl.constexpr, COS_SIN: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """[M, DH] fp32: each channel turned together with that half a head away; the sums are not rounded.
+
+    In halves, because both share cos and sin: with whole tiles of either the fused kernel needed 255 registers a
+    thread and spilled on sm_90, where it needs 166 so.
+    """
+    HALF: tl.constexpr = DH // 2
+    value = round_to(value, UNROTATED)
+    first, second = tl.split(tl.permute(tl.reshape(value, [BLOCK_M, 2, HALF]), (0, 2, 1)))  # [M, HALF]
+    position = tl.load(positions_ptr + offs_m, mask=offs_m < T, other=0)  # [M] int64
+    cos_ptrs = cos_sin_ptr + position[:, None] * DH + tl.arange(0, HALF)[None, :]
+    mask = (offs_m < T)[:, None]
+    cos = round_to(widen(tl.load(cos_ptrs, mask=mask, other=0.0)), COS_SIN)
+    sin = round_to(widen(tl.load(cos_ptrs + HALF, mask=mask, other=0.0)), COS_SIN)
+    turned_first = round_to(first * cos, PRODUCTS) - round_to(second * sin, PRODUCTS)
+    turned_second = round_to(second * cos, PRODUCTS) + round_to(first * sin, PRODUCTS)
+    return tl.reshape(tl.permute(tl.join(turned_first, turned_second), (0, 2, 1)), [BLOCK_M, DH])
 
 
 @triton.jit
@@ -56,7 +85,9 @@ def store_head(ptrs, value, mask):
 @triton.jit(do_not_specialize=["T", "HQ"])
 def head_norm_kernel(
     proj_ptr,  # [T, H, DH] bf16 or fp32
-    weight_ptr,  # [DH] bf16
+    weight_ptr,  # [DH] bf16, or None: no norm, RoPE alone
+    positions_ptr,  # [T] int64, or None
+    cos_sin_ptr,  # [positions, DH] fp32 or bf16, cos in the first half of a row; None: no RoPE
     out_ptr,  # [T, HQ, DH] bf16 or fp32
     k_weight_ptr,  # [DH] bf16, of the heads from HQ on; None where all heads have one weight
     k_out_ptr,  # [T, H - HQ, DH] as out; None with k_weight_ptr
@@ -74,6 +105,9 @@ def head_norm_kernel(
     VARIANCE: tl.constexpr,
     HEAD_RSTD: tl.constexpr,
     HEAD_NORMED: tl.constexpr,
+    UNROTATED: tl.constexpr,
+    COS_SIN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     OUT: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,15 +117,19 @@ def head_norm_kernel(
     head = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)  # [N]
     mask = (offs_m < T)[:, None] & (offs_n < DH)[None, :]
-    proj = widen(
+    value = widen(
         tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask, other=0.0)
     )
-    stored = tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
-    if k_weight_ptr is not None:
-        if head >= HQ:
-            stored = tl.load(k_weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
-    weight = applied_weight(stored, WEIGHT_OFFSET)
-    out = normalize_head(proj, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED, OUT)
+    if weight_ptr is not None:
+        stored = tl.load(weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
+        if k_weight_ptr is not None:
+            if head >= HQ:
+                stored = tl.load(k_weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
+        weight = applied_weight(stored, WEIGHT_OFFSET)
+        value = normalize_head(value, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED)
+    if cos_sin_ptr is not None:
+        value = rotate(value, positions_ptr, cos_sin_ptr, offs_m, T, DH, UNROTATED, COS_SIN, PRODUCTS, BLOCK_M)
+    out = round_to(value, OUT)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :]
     if k_out_ptr is not None:
         if head >= HQ:
@@ -101,29 +139,38 @@ def head_norm_kernel(
 
 def head_norm(
     proj: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float = 1e-6,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
     *,
     statistics: str = "fp32",
     variance: str = "fp32",
     head_rstd: str = "fp32",
     head_normed: str = "fp32",
+    unrotated: str = "fp32",
+    cos_sin_storage: str = "fp32",
+    products: str = "fp32",
     out_storage: str = "bf16-rne",
     weight_offset: str = "none",
     out: Tensor | None = None,
 ) -> Tensor:
-    """RMSNorm of every head of proj [T, H, Dh] (bf16 or fp32, last dimension contiguous).
+    """RMSNorm of every head of proj [T, H, Dh] (bf16 or fp32, last dimension contiguous), and RoPE.
 
-    weight [Dh] bf16. Each of statistics, variance, head_rstd, head_normed and out_storage says where to
-    round: `fp32` (keep), `bf16-rne` or `bf16-rtz`. weight_offset: `none`, or `fp32` / `bf16-rne` for weights
-    stored as w - 1. Returns out [T, H, Dh]: bf16, or float32 for out_storage='fp32'.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    weight [Dh] bf16, or None: no norm. positions [T] int64 and cos_sin_cache [positions, Dh] fp32 or bf16, as
+    norm_qkv takes them, or neither: no RoPE. Each of statistics, variance, head_rstd, head_normed, unrotated,
+    cos_sin_storage, products and out_storage says where to round: `fp32` (keep), `bf16-rne` or `bf16-rtz`.
+    weight_offset: `none`, or `fp32` / `bf16-rne` for weights stored as w - 1. Returns out [T, H, Dh]: bf16, or
+    float32 for out_storage='fp32'. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     flags = {
         "statistics": statistics,
         "variance": variance,
         "head_rstd": head_rstd,
         "head_normed": head_normed,
+        "unrotated": unrotated,
+        "cos_sin": cos_sin_storage,
+        "products": products,
         "out": out_storage,
         "weight_offset": weight_offset,
     }
@@ -133,34 +180,38 @@ def head_norm(
     if proj.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"proj must be torch.bfloat16 or torch.float32, not {proj.dtype}")
     tokens, heads, head_dim = proj.shape
-    check_tensor("weight", weight, [head_dim], like=proj)
+    if weight is not None:
+        check_tensor("weight", weight, [head_dim], like=proj)
     check_eps(eps)
+    check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj)
     check_device("proj", proj, head_norm_kernel)
     out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
-    launch_head_norm(proj, weight, out, flags, eps)
+    launch_head_norm(proj, weight, out, flags, eps, (positions, cos_sin_cache))
     return out
 
 
 def launch_head_norm(
     proj: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     out: Tensor,
     flags: dict[str, str],
     eps: float,
+    rope: tuple[Tensor | None, Tensor | None],
     k_weight: Tensor | None = None,
     k_out: Tensor | None = None,
 ) -> None:
-    """head_norm of proj [T, H, Dh] without its checks; with k_weight and k_out, q's and k's heads in one launch.
+    """head_norm of proj [T, H, Dh] without its checks; with k_out, q's and k's heads in one launch.
 
-    out [T, Hq, Dh] takes the first heads, k_out [T, H - Hq, Dh] those behind; both may lie where proj lies.
+    rope: positions and cos_sin_cache, or two None. out [T, Hq, Dh] takes the first heads, k_out [T, H - Hq, Dh] those
+    behind; both may lie where proj lies.
     """
     tokens, heads, head_dim = proj.shape
     if tokens == 0:
         return
-    names = ("statistics", "variance", "head_rstd", "head_normed", "out", "weight_offset")
+    names = ("statistics", "variance", "head_rstd", "head_normed", *ROPE_BOUNDARIES, "out", "weight_offset")
     head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
         proj,
-        weight.contiguous(),
+        *(None if tensor is None else tensor.contiguous() for tensor in (weight, *rope)),
         out,
         None if k_weight is None else k_weight.contiguous(),
         k_out,

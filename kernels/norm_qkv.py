@@ -1,11 +1,11 @@
-"""RMSNorm -> QKV projection -> Q and K head norm in one kernel, one head per tile of N.
+"""RMSNorm -> QKV projection -> Q and K head norm (-> RoPE) in one kernel, one head per tile of N.
 
     rstd   = (mean(x^2) + eps)^-1/2
     hidden = x * rstd * w_in                    `prologue`
              x * w_in                           `epilogue` (deferred: rstd moves behind the matmul)
              x                                  `folded`   (w_in was folded into W ahead of time as well)
     proj   = hidden @ W^T (* rstd) (+ bias)
-    q, k   = proj * (mean(proj^2) + eps)^-1/2 * w_head        v = proj
+    q, k   = proj * (mean(proj^2) + eps)^-1/2 * w_head        v = proj        (and RoPE, see head_norm.py)
 
 rstd commutes with the matmul because it is one number a token (FlashNorm, arXiv 2407.09577); the roundings
 do not commute, and so the three are three numerical functions.
@@ -36,6 +36,8 @@ def norm_qkv_kernel(
     bias_ptr,  # [H * DH] bf16, or None
     q_norm_ptr,  # [DH] bf16, or None
     k_norm_ptr,  # [DH] bf16, or None
+    positions_ptr,  # [T] int64, or None
+    cos_sin_ptr,  # [positions, DH] fp32 or bf16, cos in the first half of a row; None: no RoPE
     rstd_ptr,  # [T] fp32, or None
     q_ptr,  # [T, HQ, DH] bf16 or fp32
     k_ptr,  # [T, HKV, DH] bf16 or fp32
@@ -70,6 +72,9 @@ def norm_qkv_kernel(
     PROJ: tl.constexpr,
     HEAD_RSTD: tl.constexpr,
     HEAD_NORMED: tl.constexpr,
+    UNROTATED: tl.constexpr,
+    COS_SIN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     OUT: tl.constexpr,
     SCALE: tl.constexpr,
     MATMUL: tl.constexpr,
@@ -102,9 +107,10 @@ def norm_qkv_kernel(
     if SCALE != "prologue" and PREPASS == "none":
         rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
     finish_head(
-        acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, offs_m, head, T, HQ, HKV, eps,
-        stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM, STATISTICS,
-        VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, OUT, SCALE, WEIGHT_OFFSET, BLOCK_N,
+        acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head,
+        T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM,
+        STATISTICS, VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, UNROTATED, COS_SIN, PRODUCTS, OUT, SCALE, WEIGHT_OFFSET,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -119,6 +125,8 @@ def norm_qkv(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float = 1e-6,
+    positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None,
     *,
     statistics: str = "fp32",
     variance: str = "fp32",
@@ -128,6 +136,9 @@ def norm_qkv(
     proj: str = "fp32",
     head_rstd: str = "fp32",
     head_normed: str = "fp32",
+    unrotated: str = "fp32",
+    cos_sin_storage: str = "fp32",
+    products: str = "fp32",
     out_storage: str = "bf16-rne",
     x_storage: str = "bf16-rne",
     scale: str = "prologue",
@@ -137,7 +148,7 @@ def norm_qkv(
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm -> QKV -> head norm of T tokens, rounding where the flags say.
+    """RMSNorm -> QKV -> head norm (-> RoPE) of T tokens, rounding where the flags say.
 
     x              [T, D] bf16, any strides, T >= 0
     norm_weight    [D] bf16, w_in; not read for scale='folded'
@@ -147,9 +158,13 @@ def norm_qkv(
     bias           [(Hq + 2 Hkv) * Dh] bf16 or None, added in fp32
     residual       [T, D] bf16 or None, added to x first
     eps            added to every mean of squares, > 0
+    positions      [T] int64, each below the rows of cos_sin_cache (not checked), or None: q and k are not rotated
+    cos_sin_cache  [positions, Dh] fp32 or bf16, contiguous: a row holds cos of Dh / 2 angles, then their sin, as in
+                   vLLM, SGLang and FlashInfer; or None. Channels i and i + Dh / 2 turn together
 
-    statistics, variance, rstd, normed, hidden, proj, head_rstd, head_normed, x_storage (of x + residual)
-    and out_storage: `fp32` keeps that value, `bf16-rne` rounds it to nearest even, `bf16-rtz` truncates it.
+    statistics, variance, rstd, normed, hidden, proj, head_rstd, head_normed, unrotated, cos_sin_storage, products,
+    x_storage (of x + residual) and out_storage: `fp32` keeps that value, `bf16-rne` rounds it to nearest even,
+    `bf16-rtz` truncates it. unrotated, cos_sin_storage and products have no effect without positions.
     scale          `prologue`, `epilogue` or `folded`: where rstd is applied (see the module's text)
     matmul         `bf16` (hidden must be rounded), `tf32`, `tf32x3` or `fp32`; fp32 accumulation in all
     weight_offset  `none`; `fp32` or `bf16-rne` for norm weights stored as w - 1 (Gemma), the type of 1 + w
@@ -176,6 +191,9 @@ def norm_qkv(
         "proj": proj,
         "head_rstd": head_rstd,
         "head_normed": head_normed,
+        "unrotated": unrotated,
+        "cos_sin": cos_sin_storage,
+        "products": products,
         "out": out_storage,
         "scale": scale,
         "matmul": matmul,
@@ -183,8 +201,9 @@ def norm_qkv(
     }
     check_flags(flags)
     check_inputs(
-        x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps
-    )
+        x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps,
+        positions, cos_sin_cache,
+    )  # fmt: skip
     interpreted = check_device("x", x, norm_qkv_kernel)
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
@@ -202,13 +221,16 @@ def norm_qkv(
     )
     if tokens == 0:
         return q, k, v
-    norm_weight, bias, q_norm_weight, k_norm_weight = (
-        None if weight is None else weight.contiguous() for weight in (norm_weight, bias, q_norm_weight, k_norm_weight)
+    norm_weight, bias, q_norm_weight, k_norm_weight, positions = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (norm_weight, bias, q_norm_weight, k_norm_weight, positions)
     )
+    rope = (positions, cos_sin_cache)
     if config.kernel == "separate":
         launch_separate(
-            x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, (q, k, v), packed, flags, eps
-        )
+            x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, rope, (q, k, v), packed,
+            flags, eps,
+        )  # fmt: skip
         return q, k, v
 
     rstd_row = None
@@ -224,6 +246,8 @@ def norm_qkv(
         "bias_ptr": bias,
         "q_norm_ptr": q_norm_weight,
         "k_norm_ptr": k_norm_weight,
+        "positions_ptr": positions,
+        "cos_sin_ptr": cos_sin_cache,
         "rstd_ptr": rstd_row,
         "q_ptr": q_store,
         "k_ptr": k_store,
@@ -255,7 +279,7 @@ def norm_qkv(
         norm_qkv_kernel[grid](**arguments, **blocks, enable_fp_fusion=False)
     if later:
         for store, weight, result in ((q_store, q_norm_weight, q), (k_store, k_norm_weight, k)):
-            launch_head_norm(store, weight, result, flags, eps)
+            launch_head_norm(store, weight, result, flags, eps, rope)
     return q, k, v
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, QKV projection and head norm as three kernels, the projection by cuBLAS: where fusion would lose."""
+"""RMSNorm, QKV projection and head norm (with RoPE) as three kernels, the projection by cuBLAS: where fusion loses."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def launch_separate(
     bias: Tensor | None,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
+    rope: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor, Tensor, Tensor],
     packed: Tensor | None,
     flags: dict[str, str],
@@ -55,10 +56,11 @@ def launch_separate(
             torch.mm(hidden, qkv_weight.T, out=rows)
         else:
             torch.addmm(bias, hidden, qkv_weight.T, out=rows)
-    copied = range(3) if q_norm_weight is None else (2,)
-    if q_norm_weight is not None:
+    finished = q_norm_weight is not None or rope[0] is not None
+    copied = (2,) if finished else range(3)
+    if finished:
         q, k, _v = outputs
-        launch_head_norm(proj[:, : heads[0] + heads[1]], q_norm_weight, q, flags, eps, k_norm_weight, k)
+        launch_head_norm(proj[:, : heads[0] + heads[1]], q_norm_weight, q, flags, eps, rope, k_norm_weight, k)
     if packed is None:
         parts = proj.split(heads, dim=1)
         for i in copied:

@@ -41,6 +41,8 @@ def split_k_kernel(
     bias_ptr,  # [H * DH] bf16, or None
     q_norm_ptr,  # [DH] bf16, or None
     k_norm_ptr,  # [DH] bf16, or None
+    positions_ptr,  # [T] int64, or None
+    cos_sin_ptr,  # [positions, DH] fp32 or bf16, cos in the first half of a row; None: no RoPE
     rstd_ptr,  # [T] fp32, or None
     q_ptr,  # [T, HQ, DH] bf16 or fp32
     k_ptr,  # [T, HKV, DH] bf16 or fp32
@@ -78,6 +80,9 @@ def split_k_kernel(
     PROJ: tl.constexpr,
     HEAD_RSTD: tl.constexpr,
     HEAD_NORMED: tl.constexpr,
+    UNROTATED: tl.constexpr,
+    COS_SIN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     OUT: tl.constexpr,
     SCALE: tl.constexpr,
     MATMUL: tl.constexpr,
@@ -136,9 +141,10 @@ def split_k_kernel(
         if SCALE != "prologue" and PREPASS == "none":
             rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
         finish_head(
-            acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, offs_m, head, T, HQ, HKV, eps,
-            stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM, STATISTICS,
-            VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, OUT, SCALE, WEIGHT_OFFSET, BLOCK_N,
+            acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head,
+            T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM,
+            STATISTICS, VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, UNROTATED, COS_SIN, PRODUCTS, OUT, SCALE, WEIGHT_OFFSET,
+            BLOCK_M, BLOCK_N,
         )  # fmt: skip
         tl.store(counter_ptr + cell, 0)  # seen by the next launch, which starts when all programs have ended
 

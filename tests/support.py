@@ -25,6 +25,7 @@ import kernels.norm_qkv
 import kernels.rounding
 import kernels.split_k
 from harness.exact import exact_problem
+from harness.rope import cos_sin_cache
 from kernels.config import Config
 from variants.catalogue import PLANS
 from variants.eager import eager, plan_weight
@@ -149,10 +150,12 @@ def random_problem(
     bias: bool = True,
     residual: bool = True,
     weight_offset: bool = False,
+    rope: bool = False,
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Problem:
-    """Gaussian x and weights, norm weights between 0.5 and 8 (96 for K); x and residual in that layout. On DEVICE."""
+    """Gaussian x and weights, norm weights between 0.5 and 8 (96 for K); x and residual in that layout; with rope the
+    tokens at scattered positions. On DEVICE."""
     rng = torch.Generator().manual_seed(seed)
     rows = (num_q_heads + 2 * num_kv_heads) * head_dim
 
@@ -162,6 +165,10 @@ def random_problem(
     def weight(size: int, high: float) -> Tensor:
         return (0.5 + (high - 0.5) * torch.rand(size, generator=rng) - int(weight_offset)).to(DEVICE, torch.bfloat16)
 
+    rotation = {}
+    if rope:
+        positions = torch.randint(0, 512, (tokens,), generator=rng).to(DEVICE)
+        rotation = {"positions": positions, "cos_sin_cache": cos_sin_cache(512, head_dim).to(DEVICE)}
     return Problem(
         x=laid_out(normal(tokens, hidden_size), layout),
         norm_weight=weight(hidden_size, 2.0),
@@ -173,6 +180,7 @@ def random_problem(
         bias=normal(rows) if bias else None,
         residual=laid_out(normal(tokens, hidden_size), layout) if residual else None,
         weight_offset=weight_offset,
+        **rotation,
     )
 
 
@@ -312,11 +320,12 @@ def check_memory(
     separate: bool = False,
     config: Config | None = None,
     tokens: int = 5,
+    rope: bool = False,
 ) -> None:
     """Writes every element of outputs that are views of a larger poisoned buffer, and nothing else of the buffer;
     reads nothing beside x and residual, around which all is NaN."""
     plan = PLANS[plan].plan if isinstance(plan, str) else plan
-    problem = random_problem(tokens=tokens, weight_offset=plan.weight_offset != "none")
+    problem = random_problem(tokens=tokens, rope=rope, weight_offset=plan.weight_offset != "none")
     expected = KERNELS.run(
         plan, problem, separate=separate, config=config
     )  # a kernel that writes outside must not run unguarded

@@ -36,8 +36,9 @@ from harness.errors import error_stats
 from harness.exact import exact_problem
 from harness.problems import synthetic_problem
 from harness.records import TABLES
+from harness.rope import with_positions
 from harness.threads import one_thread
-from kernels.checks import BOUNDARIES, KEEP, RNE, RTZ
+from kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
 from tests.support import assert_bit_equal, random_problem
 from variants.catalogue import PLANS, plan_named
 from variants.plan import CastPlan
@@ -202,6 +203,16 @@ def check_every_subset(errors_type: type[Errors], name: str, problem: Problem) -
 @pytest.mark.parametrize("name", PLANS)
 def test_every_subset_is_the_spec_of_its_plan_bit_for_bit(name: str) -> None:
     assert check_every_subset(Errors, name, fitting(name)) == 2 ** len(players(plan_named(name), fitting(name)))
+
+
+@pytest.mark.parametrize("name", ["hf", "one-rounding", "truncating", "folded"])
+def test_every_subset_with_positions_too(name: str) -> None:
+    problem = with_positions(small(), 1000)
+    rotated = players(plan_named(name), problem)
+    assert set(rotated) - set(players(plan_named(name), small())) == {
+        boundary for boundary in ROPE_BOUNDARIES if getattr(plan_named(name), boundary) != KEEP
+    }
+    check_every_subset(Errors, name, problem)
 
 
 def test_every_subset_without_head_norm_too() -> None:

@@ -35,7 +35,7 @@ from support import (
     random_case,
 )
 
-from kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, RTZ
+from kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
 from kernels.config import Config
 from variants.catalogue import PLANS
 from variants.plan import CastPlan
@@ -92,26 +92,32 @@ def held_to(plan: CastPlan, name: str, word: str) -> CastPlan:
     return plan if name == "out" else plan.replace(out="fp32")
 
 
-def check_flags_of(base: CastPlan, run_as: CastPlan) -> None:
+def check_flags_of(base: CastPlan, run_as: CastPlan, rope: bool) -> None:
     """Both nets of numbers, held to base, with the kernel run as another plan."""
-    problem, expected = exact_case(base, **TINY)
+    problem, expected = exact_case(base, rope=rope, **TINY)
     for name, actual in KERNELS.run(run_as, problem).items():
         assert_bit_equal(actual=actual.double(), expected=expected[name], what=name)
-    problem, allowed = random_case(base, **TINY)
+    problem, allowed = random_case(base, rope=rope, **TINY)
     assert_inside(actual=KERNELS.run(run_as, problem), allowed=allowed)
 
 
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_plan_itself_passes(plan: str):
+def test_the_plan_itself_passes(plan: str, rope: bool):
     for base in (PLANS[plan].plan, PLANS[plan].plan.replace(out="fp32")):
-        check_flags_of(base, base)
+        check_flags_of(base, base, rope)
 
 
 @pytest.mark.parametrize(("plan", "name", "word"), MOVES, ids=["-".join(move) for move in MOVES])
 def test_a_moved_choice_is_caught(plan: str, name: str, word: str):
     base = held_to(PLANS[plan].plan, name, word)
     with pytest.raises(AssertionError, match="elements (differ|outside)"):
-        check_flags_of(base, moved(base, name, word))
+        check_flags_of(base, moved(base, name, word), rope=name in ROPE_BOUNDARIES)
+
+
+def test_without_positions_the_boundaries_of_rope_have_no_effect():
+    for name in ROPE_BOUNDARIES:
+        check_flags_of(PLANS["fp32"].plan, PLANS["fp32"].plan.replace(**{name: RNE}), rope=False)
 
 
 # ---------------------------------------------------------------- source
@@ -128,8 +134,8 @@ class Mutation:
     count: int = 1  # how often the old text stands in the file
 
 
-def exact(plan: str) -> Callable[[Kernels], None]:
-    return functools.partial(check_exact, plan=plan, **TINY)
+def exact(plan: str, **options: object) -> Callable[[Kernels], None]:
+    return functools.partial(check_exact, plan=plan, **{**TINY, **options})
 
 
 def exact_fp32(plan: str, **options: object) -> Callable[[Kernels], None]:
@@ -182,7 +188,7 @@ MUTATIONS = {
     ),
     "hidden not rounded": Mutation(CHAIN, "[None, :], HIDDEN)", "[None, :], 'fp32')", exact_fp32("bf16-operand")),
     "proj not rounded": Mutation(CHAIN, "round_to(acc, PROJ)", "acc", inside("hf")),
-    "v not rounded": Mutation(CHAIN, "round_to(proj, OUT)", "proj", exact("fp32"), count=2),
+    "v not rounded": Mutation(CHAIN, "round_to(proj, OUT)", "proj", exact("fp32")),
     "head squares not rounded": Mutation(
         HEAD, "round_to(proj * proj, STATISTICS)", "(proj * proj)", inside("bf16-statistics")
     ),
@@ -191,7 +197,17 @@ MUTATIONS = {
     ),
     "head rstd not rounded": Mutation(HEAD, "eps), HEAD_RSTD)", "eps), 'fp32')", exact_fp32("rstd-rounded")),
     "head_normed not rounded": Mutation(HEAD, ", HEAD_NORMED)\n    return", ", 'fp32')\n    return", exact_fp32("hf")),
-    "out not rounded": Mutation(HEAD, "weight[None, :], OUT)", "weight[None, :], 'fp32')", exact("bf16-operand")),
+    "unrotated not rounded": Mutation(
+        HEAD, "round_to(value, UNROTATED)", "value", exact_fp32("one-rounding", rope=True)
+    ),
+    "cos and sin not rounded": Mutation(
+        HEAD, "0.0)), COS_SIN)", "0.0)), 'fp32')", exact_fp32("hf", rope=True), count=2
+    ),
+    "products not rounded": Mutation(
+        HEAD, "round_to(second * sin, PRODUCTS)", "second * sin", exact_fp32("hf", rope=True)
+    ),
+    "out not rounded": Mutation(CHAIN, "round_to(out, OUT)", "out", exact("bf16-operand")),
+    "out of a separate norm not rounded": Mutation(HEAD, "round_to(value, OUT)", "value", exact("bf16-operand")),
     # rounding itself
     "ties not to even": Mutation(ROUNDING, "0x7FFF + ((bits >> 16) & 1)", "0x7FFF", rounding("bf16-rne")),
     "ties away from zero": Mutation(ROUNDING, "0x7FFF + ((bits >> 16) & 1)", "0x8000", rounding("bf16-rne")),
@@ -218,6 +234,27 @@ MUTATIONS = {
     "k normed with q's weight": Mutation(CHAIN, "tl.load(k_norm_ptr", "tl.load(q_norm_ptr", exact("hf")),
     "v normed and stored as k": Mutation(CHAIN, "if head >= HQ + HKV:", "if head >= HQ + 2 * HKV:", check_memory),
     "k stored as v": Mutation(CHAIN, "if head >= HQ + HKV:", "if head >= HQ:", check_memory),
+    "turned the other way": Mutation(
+        HEAD, "cos, PRODUCTS) - round", "cos, PRODUCTS) + round", exact("fp32", rope=True)
+    ),
+    "pairs of neighbours": Mutation(
+        HEAD, "tl.reshape(value, [BLOCK_M, 2, HALF]), (0, 2, 1))", "tl.reshape(value, [BLOCK_M, HALF, 2]), (0, 1, 2))",
+        exact("fp32", rope=True),
+    ),
+    "halves exchanged": Mutation(
+        HEAD, "tl.join(turned_first, turned_second)", "tl.join(turned_second, turned_first)", exact("fp32", rope=True)
+    ),
+    "the angle of the first token for all": Mutation(
+        HEAD, "positions_ptr + offs_m", "positions_ptr + 0 * offs_m", exact("fp32", rope=True)
+    ),
+    "sin read as cos": Mutation(HEAD, "cos_ptrs + HALF", "cos_ptrs", exact("fp32", rope=True)),
+    "not rotated behind a separate norm": Mutation(
+        QKV, "flags, eps, rope)", "flags, eps, (None, None))", exact("fp32", rope=True, separate=True)
+    ),
+    "not rotated without a head norm": Mutation(
+        SEPARATE, "q_norm_weight is not None or rope[0] is not None", "q_norm_weight is not None",
+        with_config(check_exact, "hf", Config("separate"), rope=True, head_norm=False),
+    ),
     "an infinity hidden": Mutation(
         CHAIN,
         "rsqrt_rn(variance + eps), RSTD",
@@ -313,14 +350,14 @@ MUTATIONS = {
         SEPARATE, "proj[:, : heads[0] + heads[1]]", "proj", with_config(check_exact, "hf", Config("separate"))
     ),
     "q's and k's weights exchanged": Mutation(
-        HEAD, "head >= HQ:\n            stored", "head < HQ:\n            stored",
+        HEAD, "head >= HQ:\n                stored", "head < HQ:\n                stored",
         with_config(check_exact, "hf", Config("separate")),
     ),
     "bias left out of addmm": Mutation(
         SEPARATE, "torch.addmm(bias,", "torch.addmm(0 * bias,", with_config(check_envelope, "hf", Config("separate"))
     ),
     "v not copied": Mutation(
-        SEPARATE, "else (2,)", "else ()", functools.partial(check_memory, config=Config("separate"))
+        SEPARATE, "(2,) if finished", "() if finished", functools.partial(check_memory, config=Config("separate"))
     ),
 }  # fmt: skip
 

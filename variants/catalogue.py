@@ -19,15 +19,16 @@ class NamedPlan:
     about: str
 
 
-HF = CastPlan(normed=RNE, proj=RNE, head_normed=RNE)
-ONE_ROUNDING = CastPlan(proj=RNE)
+HF_ROPE = {"unrotated": RNE, "cos_sin": RNE, "products": RNE}  # apply_rotary_pos_emb on bf16 tensors
+HF = CastPlan(normed=RNE, proj=RNE, head_normed=RNE, **HF_ROPE)
+ONE_ROUNDING = CastPlan(proj=RNE, unrotated=RNE)
 FP32 = CastPlan(hidden=KEEP, matmul="fp32")
 
 PLANS: dict[str, NamedPlan] = {
     "hf": NamedPlan(HF, "Hugging Face Qwen3 / Qwen2 / Llama, Liger `llama`, vLLM's CUDA norm: two roundings a norm"),
     "one-rounding": NamedPlan(ONE_ROUNDING, "F.rms_norm, FlashInfer, SGLang, Liger `gemma`: one rounding a norm"),
     "separate-head-norm": NamedPlan(
-        ONE_ROUNDING.replace(head_normed=RNE),
+        ONE_ROUNDING.replace(head_normed=RNE, **HF_ROPE),
         "a fused norm + QKV kernel that stores bf16, then Hugging Face's own K norm as a kernel of its own",
     ),
     "bf16-operand": NamedPlan(
@@ -59,15 +60,15 @@ PLANS: dict[str, NamedPlan] = {
         "Liger `none`, a norm written wholly in bf16: squares, variance and rstd rounded too",
     ),
     "truncating": NamedPlan(
-        CastPlan(normed=RTZ, hidden=RTZ, proj=RTZ, head_normed=RTZ, out=RTZ),
+        CastPlan(normed=RTZ, hidden=RTZ, proj=RTZ, head_normed=RTZ, unrotated=RTZ, cos_sin=RNE, products=RTZ, out=RTZ),
         "Hugging Face's order with truncation instead of nearest, as some ROCm kernels shipped it",
     ),
     "gemma": NamedPlan(
-        ONE_ROUNDING.replace(weight_offset="fp32"),
+        ONE_ROUNDING.replace(weight_offset="fp32", **HF_ROPE),
         "Hugging Face Gemma 3: weights stored as w - 1, 1 + w formed in fp32",
     ),
     "gemma-bf16-offset": NamedPlan(
-        ONE_ROUNDING.replace(weight_offset="bf16-rne"),
+        ONE_ROUNDING.replace(weight_offset="bf16-rne", **HF_ROPE),
         "Gemma with 1 + w formed in bf16, a bug found in several engines",
     ),
 }

@@ -1,7 +1,8 @@
 """Two ways to run the chain in ordinary PyTorch arithmetic.
 
 eager       the bf16 path as Hugging Face runs that architecture: Qwen3 and Qwen2, or Gemma 3 where norm
-            weights are stored as w - 1. The yardstick of every table.
+            weights are stored as w - 1; rotated by apply_rotary_pos_emb where there are positions. The
+            yardstick of every table.
 plan_eager  any plan, its roundings as casts and everything between them in fp32. What Inductor compiles.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kernels.norm_qkv import fold_norm_weight
 from variants.plan import CastPlan
-from variants.problem import Problem
+from variants.problem import Problem, rotate_half
 from variants.spec import round_to, truncate_tf32
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -32,7 +33,7 @@ def eager(problem: Problem, proj_only: bool = False) -> Outputs:
     """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] bf16, as Hugging Face computes them on this device.
 
     One fused projection instead of three: the same dot products, whose order of summation is the BLAS's business.
-    proj_only leaves the head norm out.
+    proj_only leaves out the head norm and RoPE.
     """
     p = problem
     x = p.x if p.residual is None else p.x + p.residual
@@ -41,6 +42,9 @@ def eager(problem: Problem, proj_only: bool = False) -> Outputs:
     if p.has_head_norm and not proj_only:
         q = eager_norm(q, p.q_norm_weight, p.eps, p.weight_offset)
         k = eager_norm(k, p.k_norm_weight, p.eps, p.weight_offset)
+    if p.positions is not None and not proj_only:
+        cos, sin = (value.to(q.dtype) for value in p.cos_sin())
+        q, k = (value * cos + rotate_half(value) * sin for value in (q, k))
     return q, k, v
 
 
@@ -72,6 +76,8 @@ def plan_eager(plan: CastPlan, problem: Problem, qkv_weight: Tensor) -> Outputs:
     if p.has_head_norm:
         q = _head_norm(q, p.q_norm_weight, plan, p.eps)
         k = _head_norm(k, p.k_norm_weight, plan, p.eps)
+    if p.positions is not None:
+        q, k = (_rotated(value, p, plan) for value in (q, k))
     dtype = torch.float32 if plan.out == "fp32" else torch.bfloat16
     return tuple(round_to(value, plan.out).to(dtype) for value in (q, k, v))
 
@@ -89,6 +95,12 @@ def _applied_weight(weight: Tensor, plan: CastPlan) -> Tensor:
 def _head_norm(proj: Tensor, weight: Tensor, plan: CastPlan, eps: float) -> Tensor:
     head_normed = round_to(proj * _rstd(proj, plan, eps, plan.head_rstd), plan.head_normed)
     return head_normed * _applied_weight(weight, plan)
+
+
+def _rotated(value: Tensor, p: Problem, plan: CastPlan) -> Tensor:
+    value = round_to(value, plan.unrotated)
+    cos, sin = (round_to(factor.float(), plan.cos_sin) for factor in p.cos_sin())
+    return round_to(value * cos, plan.products) + round_to(rotate_half(value) * sin, plan.products)
 
 
 def _project(plan: CastPlan, hidden: Tensor, weight: Tensor, rstd: Tensor, bias: Tensor | None) -> Tensor:

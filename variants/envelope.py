@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.checks import KEEP, RNE
 from variants.plan import CastPlan
-from variants.problem import Problem
+from variants.problem import Problem, rotate_half
 from variants.spec import applied_weight, check_offset, matmul_operand, store
 
 U = 2.0**-24  # unit roundoff of fp32
@@ -66,6 +66,8 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     if p.has_head_norm:
         q = _head_norm(q, applied_weight(p.q_norm_weight, plan), plan, p.eps)
         k = _head_norm(k, applied_weight(p.k_norm_weight, plan), plan, p.eps)
+    if p.positions is not None:
+        q, k = _rotated(q, p, plan), _rotated(k, p, plan)
     return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
 
 
@@ -114,6 +116,15 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
     variance = _stored(_widened(tuple(end.mean(-1, keepdim=True) for end in squares), error), plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
     return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
+
+
+def _rotated(value: Interval, p: Problem, plan: CastPlan) -> Interval:
+    """Both channels of a pair vary by themselves here; of one head's rstd they share the error, so this is wider."""
+    low, high = _stored(value, plan.unrotated)
+    cos, sin = (store(factor.to(torch.float64), plan.cos_sin) for factor in p.cos_sin())
+    crossed = _product((rotate_half(low), rotate_half(high)), (sin, sin))  # corners, whichever end is the lower
+    own, crossed = _stored(_product((low, high), (cos, cos)), plan.products), _stored(crossed, plan.products)
+    return own[0] + crossed[0], own[1] + crossed[1]
 
 
 def _dot(hidden: Interval, weight: Tensor) -> Interval:

@@ -1,4 +1,4 @@
-"""CastPlan: where a chain RMSNorm -> QKV -> head norm rounds to bf16.
+"""CastPlan: where a chain RMSNorm -> QKV -> head norm (-> RoPE) rounds to bf16.
 
 The chain (T tokens, D hidden channels, H heads of Dh channels), one value a line:
 
@@ -12,6 +12,13 @@ The chain (T tokens, D hidden channels, H heads of Dh channels), one value a lin
     head_normed = proj * head_rstd                  [T, H, Dh]
     out         = head_normed * w_head              [T, H, Dh]
 
+With positions q and k are rotated before they are stored, each channel i of a head with channel i + Dh/2:
+
+    unrotated   = head_normed * w_head              [T, Hq + Hkv, Dh]
+    cos_sin     = cos and sin of position * theta^(-2i/Dh)               [T, Dh/2] each
+    products    = unrotated * cos, and that of the other channel * sin   [T, Hq + Hkv, Dh] each
+    out         = their sum or difference           [T, H, Dh]
+
 Each of these values is a rounding boundary: it is kept in fp32 or rounded to bf16. Two choices of
 the plan that one plan makes and another does not define two different numerical functions.
 """
@@ -21,7 +28,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from kernels.checks import BOUNDARIES, KEEP, RNE, check_flags
+from kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, check_flags
+
+OPTIONAL = ("x", *ROPE_BOUNDARIES)  # boundaries that a problem may have no use for
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,9 @@ class CastPlan:
     proj         the matmul's result, bias included
     head_rstd    1 / sqrt(mean of squares over the head + eps)
     head_normed  proj * head_rstd
+    unrotated    head_normed * w_head, before RoPE; this and the next two have no effect without positions
+    cos_sin      cos and sin, as they are held
+    products     the two products under each rotated value
     out          what is stored: q, k and v. `fp32` stores float32 tensors
 
     scale          `prologue`: rstd is applied before the matmul; `epilogue`: after it, so that
@@ -63,6 +75,9 @@ class CastPlan:
     proj: str = KEEP
     head_rstd: str = KEEP
     head_normed: str = KEEP
+    unrotated: str = KEEP
+    cos_sin: str = KEEP
+    products: str = KEEP
     out: str = RNE
     scale: str = "prologue"
     matmul: str = "bf16"
@@ -80,6 +95,6 @@ class CastPlan:
         return dataclasses.asdict(self)
 
     def roundings(self) -> list[str]:
-        """Names of the boundaries that are rounded, in the order of the chain; x is left out, since
-        it only rounds where a problem has a residual."""
-        return [name for name in BOUNDARIES[1:] if getattr(self, name) != KEEP]
+        """Names of the boundaries that are rounded, in the order of the chain; without x and RoPE's,
+        which only round where a problem has a residual or positions."""
+        return [name for name in BOUNDARIES if name not in OPTIONAL and getattr(self, name) != KEEP]

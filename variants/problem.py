@@ -13,7 +13,7 @@ from kernels.checks import check_inputs
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of RMSNorm -> QKV -> head norm. T tokens, D channels, H = num_q_heads + 2 num_kv_heads.
+    """Inputs of RMSNorm -> QKV -> head norm (-> RoPE). T tokens, D channels, H = num_q_heads + 2 num_kv_heads.
 
     x              [T, D] bf16, the residual stream entering the layer; any strides
     norm_weight    [D] bf16, w_in
@@ -22,6 +22,8 @@ class Problem:
     k_norm_weight  [Dh] bf16, or None
     bias           [H * Dh] bf16, or None
     residual       [T, D] bf16 added to x, or None
+    positions      [T] int64 below P, or None: q and k are not rotated
+    cos_sin_cache  [P, Dh] fp32 or bf16, a row a position: cos of Dh / 2 angles, then their sin; or None
     eps            added to the mean of squares, > 0
     weight_offset  True: norm weights are stored as w - 1 and applied as 1 + w (Gemma)
     model, layer, weights   what the inputs are, for the record
@@ -39,6 +41,8 @@ class Problem:
     k_norm_weight: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
+    positions: Tensor | None = None
+    cos_sin_cache: Tensor | None = None
     eps: float = 1e-6
     weight_offset: bool = False
     model: str = "custom"
@@ -48,13 +52,12 @@ class Problem:
     def __post_init__(self) -> None:
         check_inputs(**self.inputs())
         _check_finite(self)
+        _check_positions(self)
 
     def inputs(self) -> dict[str, object]:
         """The arguments by which kernels.norm_qkv takes this problem."""
-        names = (
-            "x norm_weight qkv_weight num_q_heads num_kv_heads q_norm_weight k_norm_weight bias residual eps".split()
-        )
-        return {name: getattr(self, name) for name in names}
+        shown_only = ("weight_offset", "model", "layer", "weights")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown_only}
 
     @property
     def tokens(self) -> int:
@@ -77,6 +80,11 @@ class Problem:
     def has_head_norm(self) -> bool:
         return self.q_norm_weight is not None
 
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every channel's angle, [T, 1, Dh] as the cache holds them: both halves of a head alike."""
+        cos, sin = self.cos_sin_cache[self.positions].unsqueeze(1).chunk(2, dim=-1)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
     def replace(self, **changes: object) -> Problem:
         """This problem with some inputs changed; checked like a new one."""
         return dataclasses.replace(self, **changes)
@@ -93,7 +101,21 @@ class Problem:
 
 
 def _check_finite(problem: Problem) -> None:
-    for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias"):
+    for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias", "cos_sin_cache"):
         tensor = getattr(problem, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity: weights must be finite")
+
+
+def _check_positions(problem: Problem) -> None:
+    if problem.positions is None or not problem.tokens:
+        return
+    rows, low, high = problem.cos_sin_cache.shape[0], int(problem.positions.min()), int(problem.positions.max())
+    if low < 0 or high >= rows:
+        raise ValueError(f"positions must lie in 0 to {rows - 1}, the rows of cos_sin_cache, not in {low} to {high}")
+
+
+def rotate_half(value: Tensor) -> Tensor:
+    """The other channel of each pair [..., Dh], negated for the first half: -value[i + Dh/2], then value[i]."""
+    first, second = value.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

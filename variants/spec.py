@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.checks import KEEP, RNE
 from variants.plan import CastPlan
-from variants.problem import Problem
+from variants.problem import Problem, rotate_half
 
 TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa
 BF16_MASK = -(1 << 16)
@@ -108,6 +108,17 @@ def matmul_operand(hidden: Tensor, plan: CastPlan) -> Tensor:
     return high.to(torch.float64) + truncate_tf32(hidden - high).to(torch.float64)
 
 
+def rotated(
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: CastPlan,
+    store: Callable[[Tensor, str], Tensor] = store,
+) -> Tensor:
+    """q or k [T, H, Dh] float64 after RoPE, not yet rounded as `out`; cos, sin [T, 1, Dh] as the plan holds them."""
+    return store(value * cos, plan.products) + store(rotate_half(value) * sin, plan.products)
+
+
 def _mean_of_squares(value: Tensor, plan: CastPlan, store: Callable[[Tensor, str], Tensor]) -> Tensor:
     squares = value * value
     if plan.statistics != KEEP:
@@ -152,5 +163,8 @@ def _chain(
         head_normed = store(qk * head_rstd, plan.head_normed)
         q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
         q, k = q * applied(problem.q_norm_weight), k * applied(problem.k_norm_weight)
+    if problem.positions is not None:
+        cos, sin = (store(value.to(torch.float64), plan.cos_sin) for value in problem.cos_sin())
+        q, k = (rotated(store(value, plan.unrotated), cos, sin, plan, store) for value in (q, k))
     q, k, v = (store(value, plan.out) for value in (q, k, v))
     return Chain(x, variance, rstd, normed, hidden, proj, head_rstd, head_normed, q, k, v)

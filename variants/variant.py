@@ -22,9 +22,10 @@ BACKENDS = ("spec", "eager", "triton", "triton-separate", "inductor")
 
 
 def triton_flags(plan: CastPlan) -> dict[str, str]:
-    """The plan as keyword arguments of kernels.norm_qkv, which calls the boundaries x and out by longer names."""
+    """The plan as keyword arguments of kernels.norm_qkv, which calls the boundaries x, cos_sin and out by longer
+    names, since tensors have these."""
     flags = plan.choices()
-    return {"x_storage": flags.pop("x"), "out_storage": flags.pop("out"), **flags}
+    return {f"{name}_storage": flags.pop(name) for name in ("x", "cos_sin", "out")} | flags
 
 
 def run_triton(
