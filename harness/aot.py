@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from kernels.config import Config, candidates, default_config, unsupported
 from kernels.head_norm import BLOCK_M, head_norm_kernel
+from kernels.matmul import matmul_kernel
 from kernels.norm_qkv import launch_blocks, norm_qkv_kernel
 from kernels.rms_norm import rms_norm_kernel, row_blocks
 from kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
@@ -36,6 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ROPE_POINTERS = {"positions_ptr": "i64", "cos_sin_ptr": "fp32"}
 MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
 
 
@@ -65,6 +67,7 @@ def compile_norm_qkv(
     tokens: int = 64,
     bias: bool = False,
     residual: bool = False,
+    rope: bool = False,
     config: Config | None = None,
 ) -> Compiled:
     """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
@@ -92,10 +95,10 @@ def compile_norm_qkv(
         **blocks,
     }
     qk = element(plan.proj if head_norm == "later" else plan.out)
-    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
+    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32", **ROPE_POINTERS}
     has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
     given = {"residual_ptr": residual_in_kernel, "bias_ptr": bias, "rstd_ptr": has_rstd}
-    given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none")
+    given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none") | dict.fromkeys(ROPE_POINTERS, rope)
     constants |= dict.fromkeys(name for name, there in given.items() if not there)
     if config.kernel == "fused":
         return compile_kernel(norm_qkv_kernel, target, constants, pointers, options)
@@ -119,7 +122,13 @@ def compile_rms_norm(
 
 
 def compile_head_norm(
-    plan: CastPlan, target: str, *, head_dim: int = 128, tokens: int = 64, packed: bool = False
+    plan: CastPlan,
+    target: str,
+    *,
+    head_dim: int = 128,
+    tokens: int = 64,
+    packed: bool = False,
+    rope: bool = False,
 ) -> Compiled:
     """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch.
 
@@ -129,9 +138,17 @@ def compile_head_norm(
     constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
     constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
     constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
+    constants |= {} if rope else dict.fromkeys(ROPE_POINTERS)
     out = element(plan.out)
-    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out}
+    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out, **ROPE_POINTERS}
     return compile_kernel(head_norm_kernel, target, constants, pointers, {})
+
+
+def compile_matmul(target: str, *, config: Config, head_dim: int = 128) -> Compiled:
+    """The fused kernel's main loop by itself, of no plan. Raises as compile_kernel does."""
+    blocks = launch_blocks(config, head_dim, interpreted=False)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    return compile_kernel(matmul_kernel, target, {"DH": head_dim, "INTERPRETED": False, **blocks}, {}, options)
 
 
 def compile_kernel(
@@ -223,6 +240,12 @@ def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
     for name in ("hf", "deferred"):
         yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
+    for name in ("hf", "one-rounding", "truncating", "fp32"):
+        yield "norm_qkv", name, {"rope": True}
+        yield "head_norm", name, {"rope": True, "packed": True}
+    yield "norm_qkv", "hf", {"rope": True, "head_norm": "none", "head_dim": 64, "bias": True}
+    yield "norm_qkv", "deferred", {"rope": True, "head_dim": 256}
+    yield "norm_qkv", "hf", {"rope": True, "config": Config("fused", "hidden", 128, 64, 8, 3)}
     yield "rms_norm", "fp32-tf32x3", {"stores": "rstd"}
     yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
     for name in ("hf", "bf16-statistics", "gemma"):
@@ -233,6 +256,7 @@ def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "norm_qkv", name, {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
     yield "norm_qkv", "deferred", {"config": Config("split-k", "none", 64, 64, 8, 4), "residual": True}
     yield "norm_qkv", "hf", {"config": Config("split-k", "none", 64, 64, 8, 4), "head_norm": "later", "bias": True}
+    yield "norm_qkv", "hf", {"rope": True, "config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
     yield "norm_qkv", "hf", {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
     yield "norm_qkv", "deferred", {"config": Config("split-k", "hidden", 16, 128, 8, 3)}
     yield "norm_qkv", "fp32-tf32x3", {"config": Config("split-k", "none", 32, 32, 4, 2)}
@@ -246,9 +270,10 @@ def config_cases(
     plans: Iterable[str] = ("hf", "deferred"),
     head_dims: Iterable[int] = (128,),
 ) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(kernel of COMPILERS, plan, target, keywords): each binary that the candidates of decode and prefill need, once.
+    """(kernel of COMPILERS or `matmul`, plan, target, keywords): each binary that the candidates need, once.
 
-    keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary.
+    keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary. Its main
+    loop by itself, `matmul`, comes with the plan hf alone, whose words it does not read.
     """
     for target, name, head_dim in itertools.product(targets, plans, head_dims):
         seen = set()
@@ -260,6 +285,8 @@ def config_cases(
                     continue
                 seen.add(case)
                 yield "norm_qkv", name, target, {"config": config, "head_dim": head_dim, "tokens": tokens}
+                if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
+                    yield "matmul", name, target, {"config": config, "head_dim": head_dim}
         for stores in ("rstd", "hidden", "both"):
             yield "rms_norm", name, target, {"stores": stores}
         yield "head_norm", name, target, {"head_dim": head_dim, "packed": True}

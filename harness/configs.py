@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from harness.aot import COMPILERS, TARGETS, config_cases
+from harness.aot import COMPILERS, TARGETS, compile_matmul, config_cases
 from harness.audit_plan import SHARED
 from harness.markdown import markdown
 from harness.progress import track
@@ -32,7 +32,8 @@ def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) 
     if config and config.kernel == "split-k" and TARGETS[target].backend == "hip":
         return {"status": "refused", "reason": "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)"}
     try:
-        built = COMPILERS[kernel](plan_named(name), target, **keywords)
+        loop = kernel == "matmul"
+        built = compile_matmul(target, **keywords) if loop else COMPILERS[kernel](plan_named(name), target, **keywords)
     except Exception as error:  # whatever a compiler raises belongs into the row
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
     row = {"registers": built.registers, "spills": built.spills, "shared": built.shared}
@@ -54,7 +55,8 @@ def configs_section(frame: pd.DataFrame) -> str:
         index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
     )
     return (
-        "## Configs\n\nEvery tile that `norm_qkv` may be launched with, compiled ahead of time (`python -m harness "
-        "configs`): registers a thread / bytes spilled a thread / KiB of shared memory a block. Nothing is timed by "
-        f"this: `python -m harness tune` does that on a GPU.\n\n{markdown(table.reset_index())}"
+        "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
+        "compiled ahead of time (`python -m harness configs`): registers a thread / bytes spilled a thread / KiB of "
+        "shared memory a block. Nothing is timed by this: `python -m harness tune` does that on a GPU."
+        f"\n\n{markdown(table.reset_index())}"
     )

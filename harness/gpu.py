@@ -1,8 +1,9 @@
 """`make gpu`: the grid of harness.grid on a CUDA device, written to records as it is measured.
 
-At each point P1's parts are timed, then the chains of the best parts together with every other arm, in turns. Own
-plans run as kernels.dispatch chooses, once they passed harness.gpu_checks: what is red gets no time. An arm that fails
-is a row with a reason, and the grid goes on; a broken CUDA context ends the run, and the next one continues it.
+At each point P1's parts are timed, and among them our own loop with every tile; then the chains of the best parts
+together with every other arm, in turns. Own plans run as kernels.dispatch chooses, once they passed
+harness.gpu_checks: what is red gets no time. An arm that fails is a row with a reason, and the grid goes on; a broken
+CUDA context ends the run, and the next one continues it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from harness import grid, peers
-from harness.gpu_checks import red_plans
-from harness.grid import COLD, HOT, LAYERS, Point
+from harness.exact import FIRST
+from harness.gpu_checks import check_loops, red_plans
+from harness.grid import COLD, HOT, LAYERS, ROPE, Point
 from harness.problems import synthetic_problem
 from harness.progress import track
 from harness.records import Records
@@ -27,6 +29,7 @@ from harness.rig_cuda import Cuda
 from harness.rig_limits import ceilings, implausible, launch_costs, read_ceiling
 from harness.rig_outputs import values_differ
 from harness.rig_state import gpu_state
+from harness.rope import with_positions
 from harness.work import Work
 from kernels.config import Config
 from kernels.dispatch import chosen
@@ -60,6 +63,7 @@ def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool 
     if not todo:
         return
     limits = measure_limits(todo, records, gpu)
+    check_loops(todo, records, gpu)
     red = red_plans(records)
     for point in track(todo, "grid"):
         try:
@@ -109,7 +113,7 @@ class Setting:
 
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str], quick: bool) -> None:
     setting = prepared(point, gpu, limits)
-    seconds = _time_parts(setting, records, gpu, limits)
+    seconds = _time_parts(setting, records, gpu, limits, red)
     arms = [_own_chain(setting), *_chains(setting, seconds), peers.eager_peer(setting.problems)]
     arms += [] if quick else peers.compiled_peers(setting.problems, point.compiled_peers)
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
@@ -129,8 +133,10 @@ def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
     """The point's problems: weights rotated over three times L2, one copy a layer, or one weight that stays hot."""
     problem = model_problem(point.model, gpu.device)
     problem = problem.replace(x=problem.x[: point.tokens])
+    problem = with_positions(problem, FIRST) if point.regime == ROPE else problem
     rotation = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
-    copies = {COLD: rotation.copies, HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}[point.regime]
+    chosen_copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}
+    copies = chosen_copies.get(point.regime, rotation.copies)
     problems = [problem] * copies if point.regime == HOT else rotated(problem, copies)
     cold = point.regime != HOT and copies * _weight_bytes(problem) > 3 * gpu.l2_bytes()
     floor_s = _work_of(point, "").floor_s(limits.bytes_per_s, limits.flops_per_s)
@@ -167,25 +173,30 @@ def _own_chain(setting: Setting) -> peers.Peer:
     """P1 of our own norms around cuBLAS: the chain that dispatch falls back to, as one-rounding."""
     plan = plan_named("one-rounding")
     arm, _ = own_arm(setting, plan, "", SEPARATE)
-    return peers.Peer("P1 own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
+    rope = setting.point.regime == ROPE
+    return peers.Peer("P1 own kernels | cuBLAS", arm.call, plan, differs=arm.differs, rope=rope)
 
 
-def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits) -> dict[str, float]:
-    """Times of P1's parts, in rows of their own; seconds by name of those that have one."""
+def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str]) -> dict[str, float]:
+    """Times of P1's parts and of our own loop, in rows of their own; seconds by name of those that have one."""
     point, problems = setting.point, setting.problems
     if point.regime != COLD:
         return {}
+    tiles = {peers.loop_name(tile): tile for tile in grid.loop_tiles(point)}
     parts = [
         *peers.norm_peers(problems),
         *peers.head_norm_peers(problems, plan_named("one-rounding")),
         *peers.matmul_peers(problems),
+        *(peers.loop_peer(problems, tile) for name, tile in tiles.items() if name not in red),
+        *(peers.Peer(name, None, None, "red", f"not timed: {red[name]}") for name in tiles if name in red),
     ]
     ready = [peer.arm() for peer in parts if peer.call]
     measured = _plausible(setting, limits, "part", setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S))
     for peer in parts:
         outcome = measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
         work = _work_of(point, peer.name)
-        _write(setting, records, limits, measured, None, peer.name, "part", peer.function, "", outcome, work)
+        config = str(tiles.get(peer.name, ""))
+        _write(setting, records, limits, measured, None, peer.name, "part", peer.function, config, outcome, work)
     return {name: outcome.seconds.p50 for name, outcome in measured.outcomes.items() if outcome.seconds}
 
 
@@ -266,7 +277,7 @@ def _plausible(setting: Setting, limits: Limits, kind: str, measured: Measuremen
 
 def _cold_bytes(setting: Setting, kind: str, arm: str) -> float:
     """What must come from memory in a call: the weights, where they are cold and the arm reads them."""
-    reads = kind != "part" or arm.startswith(peers.MATMUL)
+    reads = kind != "part" or arm.startswith((peers.MATMUL, peers.LOOP))
     return float(_weight_bytes(setting.problems[0])) if setting.cold and reads else 0.0
 
 

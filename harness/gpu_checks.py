@@ -1,42 +1,48 @@
 """What must hold before a kernel of a GPU is timed, and what the GPU's own arithmetic does.
 
 Every plan as every config that a launch may take: bit-equal to its spec on inputs whose sums are exact, inside its
-envelope on a layer with drawn weights. Eager with cuBLAS as it is set by default, and told to add in fp32. And how many
-bits compiled kernels share with the same kernels interpreted on a CPU.
+envelope on a layer with drawn weights; our own loop by itself likewise. Eager with cuBLAS as it is set by default, and
+told to add in fp32. And how many bits compiled kernels share with the same kernels interpreted on a CPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from harness import peers
+from harness import grid, peers
 from harness.environment import ROOT
 from harness.errors import error_stats
-from harness.exact import exact_problem
+from harness.exact import FIRST, exact_problem
 from harness.problems import synthetic_problem
 from harness.progress import track
 from harness.records import Records
 from harness.rig_cuda import Cuda, reason_of
+from harness.rope import with_positions
+from kernels.checks import RNE
 from kernels.config import Config, unsupported
 from kernels.dispatch import fallback, read_table
+from kernels.matmul import matmul
 from variants.catalogue import PLANS
 from variants.eager import Outputs, eager
-from variants.envelope import envelope, outside
+from variants.envelope import Interval, dot_interval, envelope, outside
 from variants.plan import CastPlan
 from variants.problem import Problem
-from variants.spec import spec
+from variants.spec import spec, store
 from variants.variant import run_triton
 
 TOKENS = 70  # of the checks: more than one tile of 64 or of 16, and not whole ones
 EXACT, DRAWN, EAGER, INTERPRETER = "exact", "envelope", "eager", "interpreter"
 DEFAULT = "default"  # the config of a launch that is given none
+HEAD_DIM = 128  # of every model of the grid
 
 
 def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
@@ -48,26 +54,37 @@ def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
 
 
 def check_kernels(records: Records, gpu: Cuda) -> None:
-    """Two rows for each plan and config: exact inputs, and drawn ones. Raises DeviceLost if the context broke."""
+    """Two rows for each plan and config: exact inputs, and drawn ones; and two more where the plan is timed with RoPE
+    too. Raises DeviceLost if the context broke."""
+    turned = grid.own_plans(grid.Point(grid.MODELS[0], 1, grid.ROPE))
     for name in track(list(PLANS), "checks"):
         plan = PLANS[name].plan
         for words, config in configs_of(plan).items():
-            for check in (EXACT, DRAWN):
-                key = {"plan": name, "config": words, "check": check}
+            for rope, check in itertools.product((False, True) if name in turned else (False,), (EXACT, DRAWN)):
+                key = {"plan": name, "config": words + ", RoPE" * rope, "check": check}
                 if not records.has("gpu_checks", **key):
-                    records.add("gpu_checks", **key, **checked(plan, config, check, gpu))
+                    records.add("gpu_checks", **key, **checked(plan, config, check, gpu, rope))
+
+
+def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
+    """Two rows for each tile of our own loop at those points, named as its arm. Raises DeviceLost as check_kernels."""
+    for tile in dict.fromkeys(tile for p in points if p.regime == grid.COLD for tile in grid.loop_tiles(p)):
+        for check in (EXACT, DRAWN):
+            key = {"plan": peers.loop_name(tile), "config": str(tile), "check": check}
+            if not records.has("gpu_checks", **key):
+                records.add("gpu_checks", **key, **loop_checked(tile, check, gpu))
 
 
 def red_plans(records: Records) -> dict[str, str]:
-    """plan -> reason, of those that a check found wrong in some config."""
+    """plan, or arm of our own loop -> reason, of those that a check found wrong in some config."""
     rows = [row for row in records.rows("gpu_checks") if row["check"] in (EXACT, DRAWN) and row["status"] != "ok"]
     return {row["plan"]: f"{row['config']}, {row['check']}: {row['reason']}" for row in rows}
 
 
-def checked(plan: CastPlan, config: Config | None, check: str, gpu: Cuda) -> dict[str, object]:
+def checked(plan: CastPlan, config: Config | None, check: str, gpu: Cuda, rope: bool = False) -> dict[str, object]:
     """share_equal, status and reason of one check of one config, None for the default one."""
     try:
-        problem = problem_for(plan, check, gpu.device)
+        problem = problem_for(plan, check, gpu.device, rope)
         expected = spec(plan, problem).outputs()
         outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
         again = run_triton(plan, problem, config=config)
@@ -79,18 +96,58 @@ def checked(plan: CastPlan, config: Config | None, check: str, gpu: Cuda) -> dic
     else:
         bounds = envelope(plan, problem)
         wrong, what = sum(int(outside(outputs[n], bounds[n]).sum()) for n in "qkv"), "lie outside the envelope"
+    repeats = all(torch.equal(a, b) for a, b in zip(outputs.values(), again, strict=True))
+    return _judged(equal, wrong, what, repeats)
+
+
+def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, object]:
     reason = f"{wrong} of {equal.numel()} elements {what}" if wrong else ""
-    if not all(torch.equal(a, b) for a, b in zip(outputs.values(), again, strict=True)):
+    if not repeats:
         reason += "; two runs differ"
     share = equal.double().mean().item()
     return {"share_equal": share, "status": "red" if reason else "ok", "reason": reason.removeprefix("; ")}
 
 
-def problem_for(plan: CastPlan, check: str, device: str) -> Problem:
+def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False) -> Problem:
     """The problem of a check: heads of 128 as the models of the grid have them."""
     if check == EXACT:
-        return exact_problem(plan, tokens=TOKENS, hidden_size=1024, head_dim=128).to(device)
-    return synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=plan.weight_offset != "none").to(device)
+        return exact_problem(plan, tokens=TOKENS, hidden_size=1024, head_dim=128, rope=rope).to(device)
+    problem = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=plan.weight_offset != "none").to(device)
+    return with_positions(problem, FIRST) if rope else problem
+
+
+def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:
+    """checked, of our own loop: bit-equal on whole numbers, in the interval of an fp32 sum on drawn weights."""
+    try:
+        hidden, weight, (low, high) = loop_problem(check, gpu.device)
+        actual, again = (matmul(hidden, weight, HEAD_DIM, tile) for _ in range(2))
+    except Exception as error:  # no compile, no launch, no memory: a row, and on
+        return {"status": "failed", "reason": reason_of(gpu, "a check", error)}
+    what = "differ where sums are exact" if check == EXACT else "lie outside the interval of fp32 sums"
+    wrong = int(outside(actual, (low, high)).sum())
+    return _judged(actual.double() == low, wrong, what, torch.equal(actual, again))
+
+
+def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:
+    """hidden, W, and the lowest and highest proj that sums in fp32, rounded once, can give.
+
+    Exact: whole numbers up to 8, whose sums fp32 holds in any order and bf16 mostly does not, many of them ties; the
+    second block of tokens and the last step of D are not whole at any tile.
+    """
+    if check == EXACT:
+        rng = torch.Generator().manual_seed(0)
+        shapes = (2 * TOKENS, 1008), (4 * HEAD_DIM, 1008)
+        hidden, weight = (torch.randint(-8, 9, s, generator=rng).to(device, torch.bfloat16) for s in shapes)
+        proj = hidden.double() @ weight.double().T
+        return hidden, weight, (store(proj, RNE), store(proj, RNE))
+    p = synthetic_problem("qwen3-0.6b", 0, TOKENS).to(device)
+    return p.x, p.qkv_weight, proj_bounds(p.x, p.qkv_weight)
+
+
+def proj_bounds(hidden: Tensor, weight: Tensor) -> Interval:
+    """Lowest and highest bf16 proj [T, rows], in float64, that sums in fp32 over these operands can give."""
+    low, high = dot_interval((hidden.double(), hidden.double()), weight.double())
+    return store(low, RNE), store(high, RNE)
 
 
 # ---------------------------------------------------------------- the GPU's own arithmetic

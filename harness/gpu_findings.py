@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness import grid
-from harness.gpu_goals import goals
+from harness.gpu_goals import PREFILL, break_even, goals
 from harness.gpu_rows import (
     DEFERRED,
     EXACT,
@@ -34,7 +34,7 @@ def sentences(folder: Path) -> list[str]:
     run = newest(folder)
     if run is None or not len(run.counted()):
         return []
-    found = [_extremes(run), _where_it_pays(run), _cost_of_exact(run), _launches(run), _reached(run)]
+    found = [_extremes(run), _where_it_pays(run), _own_loop(run), _cost_of_exact(run), _launches(run), _reached(run)]
     return [line for line in found if line]
 
 
@@ -78,6 +78,21 @@ def _where_it_pays(run: Run) -> str:
     return (
         "**Where fusing pays,** by tokens, the fastest plan being a fused kernel that beats P1 beyond the noise: "
         f"{together(said)}."
+        if said
+        else ""
+    )
+
+
+def _own_loop(run: Run) -> str:
+    """What is lost to the bare matmul before anything is fused."""
+    table = break_even(run)
+    said = [
+        f"{model} {share} (break-even {needed}: {answer})"
+        for model, _, _, _, share, needed, answer in table.itertuples(index=False)
+    ]
+    return (
+        f"**Before any fusing,** at {PREFILL} tokens, the fused kernel's loop alone reaches, of the bare matmul's "
+        f"speed: {', '.join(said)}."
         if said
         else ""
     )

@@ -1,4 +1,4 @@
-"""The goals of the grid, set before anything was measured, beside what was reached."""
+"""The goals of the grid, set before anything was measured, beside what was reached; and where fusing could tie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness import grid
 from harness.geometry import GEOMETRIES
-from harness.gpu_rows import GROUPS, LOSS, NOISE, WIN, Run, runs_of, times
+from harness.gpu_rows import GROUPS, LOOP, LOSS, NOISE, P1, P4, WIN, Run, micros, plain, runs_of, times
 
 
 @dataclass(frozen=True)
@@ -151,3 +151,50 @@ def _amount(measure: str, value: float) -> str:
     if measure in (SHARE, OF_790, FOUR_BIT_SHARE):
         return f"{value:.1%}"
     return f"{value:.2f} µs" if measure == ABOVE else times(value) + (" ×" if measure in LARGER else "")
+
+
+# ---------------------------------------------------------------- where fusing could tie
+
+PREFILL = grid.GOAL_TOKENS[-1]
+ANSWERS = {WIN: "fusion can win", LOSS: "fusion cannot win with this loop", NOISE: "within noise"}
+
+
+def break_even(run: Run) -> pd.DataFrame:
+    """Our own loop against the bare matmul at 4096 tokens and cold weights, a row a goal model that has all times.
+
+    share: the loop's speed as a share of the bare matmul's, P4's time / the loop's, each by its fastest.
+    break-even: the share at which a fused kernel takes P1's time if all but its loop were free, P4's time / P1's, since
+    a loop of that share takes P4 / (P4 / P1). So `can win` is needed and not enough, and `cannot win` is final.
+    """
+    lines = []
+    for model in grid.GOAL_MODELS:
+        p1, p4, loop = (run.at(model, PREFILL, grid.COLD, what) for what in (P1, P4, LOOP))
+        if any(row is None or row["cold"] != "True" for row in (p1, p4, loop)):
+            continue
+        lines.append(
+            {
+                "model": model,
+                "P1, µs": micros(p1["p50_us"]),
+                "P4, µs": f"{micros(p4['p50_us'])} ({plain(p4['arm'].removeprefix(f'{P4} '))})",
+                "own loop, µs": f"{micros(loop['p50_us'])} ({loop['arm'].removeprefix(f'{LOOP} ')})",
+                "share of P4's speed": f"{p4['p50_us'] / loop['p50_us']:.1%}",
+                "break-even": f"{p4['p50_us'] / p1['p50_us']:.1%}",
+                "answer": against_chain(loop, p1),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def against_chain(loop: pd.Series, p1: pd.Series) -> str:
+    """One of ANSWERS: whether the loop alone takes less time than the whole chain; else why that cannot be judged.
+
+    The two were timed one after the other, not in turns, so that no ratio of one round exists: a win or a loss leaves
+    no overlap of their p10 to p90, and its ratio of medians lies outside the noise of both measurements, widened to 1.
+    """
+    floors = [row[name] for row in (loop, p1) for name in ("noise_p10", "noise_p90")]
+    if any(map(pd.isna, floors)):
+        return "not judged: no noise floor"
+    ratio = p1["p50_us"] / loop["p50_us"]
+    if loop["p90_us"] < p1["p10_us"] and ratio > max(1.0, *floors):
+        return ANSWERS[WIN]
+    return ANSWERS[LOSS if loop["p10_us"] > p1["p90_us"] and ratio < min(1.0, *floors) else NOISE]

@@ -11,7 +11,7 @@ import pandas as pd
 from harness import grid
 from harness.gpu_checks import DRAWN, EAGER, INTERPRETER
 from harness.gpu_checks import EXACT as EXACT_INPUTS
-from harness.gpu_goals import goals
+from harness.gpu_goals import PREFILL, break_even, goals
 from harness.gpu_rows import (
     EXACT,
     GROUPS,
@@ -36,7 +36,12 @@ from harness.gpu_rows import (
 from harness.markdown import markdown
 from variants.catalogue import PLANS
 
-REGIMES = {grid.COLD: "Cold weights", grid.HOT: "Hot weights", grid.LAYERS: "A model's layers, one after the other"}
+REGIMES = {
+    grid.COLD: "Cold weights",
+    grid.ROPE: "Cold weights, q and k rotated",
+    grid.HOT: "Hot weights",
+    grid.LAYERS: "A model's layers, one after the other",
+}
 NOT_MEASURED = "Not measured on a GPU yet: `make gpu`, on a machine with an NVIDIA H200, fills this table."
 
 
@@ -171,6 +176,8 @@ def section(folder: Path) -> str:
             parts += [f"![{PLOTS[name]}](plots/{name}.png)" for name in drawn]
     lost = without_time(run)
     parts += ["### Without a time", markdown(lost) if len(lost) else "Nothing: every arm that was tried has a time."]
+    table = break_even(run)
+    parts += [f"### Can fusion pay at {PREFILL} tokens?", BREAK_EVEN_IS, markdown(table)] if len(table) else []
     parts += ["### Goals", GOALS_ARE, markdown(goals(run)), *_check_parts(run)]
     return "\n\n".join(parts)
 
@@ -190,6 +197,13 @@ PLOTS = {
     "gpu_roofline": "share of roofline",
     "gpu_speed_error": "time and error of every plan",
 }
+BREAK_EVEN_IS = (
+    "Own loop: the fused kernel's main loop alone, hidden @ W^T with nothing before and behind, the fastest of its "
+    "tiles, timed in turns with P4. Break-even: the share of P4's speed at which a fused kernel takes P1's time if all "
+    "but its loop were free, P4's time over P1's. A fused kernel does more than its loop: `can win` is no win yet, "
+    "`cannot win` is final for this loop. `within noise`: p10 to p90 of loop and P1 overlap, "
+    "or two graphs of one call differ by as much."
+)
 GOALS_ARE = (
     "Set before anything was measured; cold weights. What was reached is the worst of its points, by our fastest plan "
     "of any group unless one is named. `open`: points are missing that could decide it. No arm has 4-bit weights."
@@ -253,7 +267,8 @@ def _check_parts(run: Run) -> list[str]:
     """What had to hold before a time counted, and what the GPU's own arithmetic does."""
     tables = {
         "Each plan as every config that a launch may take, against its spec: bit for bit on inputs whose sums are "
-        "exact, within its envelope on drawn ones. What is red gets no time.": kernel_checks(run.checks),
+        "exact, within its envelope on drawn ones; our own loop likewise. What is red gets no "
+        "time.": kernel_checks(run.checks),
         "Eager against the spec of its plan `hf`, by what cuBLAS may do with partial sums (PyTorch's default may store "
         "and add them in bf16).": compared(run.checks, EAGER, "partial sums", "config"),
         "Compiled kernels against the same kernels interpreted on a CPU: sums in another order, and nothing "

@@ -1,9 +1,9 @@
 """What `make gpu` measured: one row a point and kind, judged against P1, and the words for them.
 
 Of a point (a model, a number of tokens, a regime of weights) one row each counts: the fastest separate chain, P1; the
-fastest of torch.compile, P2; the fastest bare matmul, P4; and our fastest plan of each group. The groups are different
-numerical functions (`exact` applies rstd before the matmul, as models do; `deferred` and `folded` after it), so that
-the plan is named wherever its time is.
+fastest of torch.compile, P2; the fastest bare matmul, P4; the fastest tile of our own loop, the same matmul; and our
+fastest plan of each group. The groups are different numerical functions (`exact` applies rstd before the matmul, as
+models do; `deferred` and `folded` after it), so that the plan is named wherever its time is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harness.records import load_runs
 from variants.catalogue import PLANS
 
 EXACT, DEFERRED, FOLDED = GROUPS = ("exact", "deferred", "folded")
-P1, P2, P4 = "P1", "P2", "P4"
+P1, P2, P4, LOOP = "P1", "P2", "P4", "own loop"
 WIN, LOSS, NOISE = "win", "loss", "noise"
 POINT = ["model", "tokens", "regime"]
 
@@ -79,10 +79,11 @@ def run_of(folder: Path, run_id: str) -> Run:
 
 
 def what_of(kind: str, arm: str) -> str:
-    """What an arm is compared as: P1, P2, P4 or one of GROUPS; empty for all else (parts, eager, wider operands)."""
+    """What an arm is compared as: P1, P2, P4, LOOP or one of GROUPS; empty for all else (other parts, eager, wider
+    operands)."""
     if kind == "own":
         return group_of(arm)
-    starts = {P4: "part", P1: "peer", P2: "peer"}
+    starts = {P4: "part", LOOP: "part", P1: "peer", P2: "peer"}
     return next((what for what, of in starts.items() if kind == of and arm.startswith(f"{what} ")), "")
 
 

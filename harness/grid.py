@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.geometry import Geometry, geometry_named
-from harness.peers import HEADS, MATMUL, NORM, P2
+from harness.peers import HEADS, MATMUL, NORM, P2, loop_name
 from harness.peers_parts import MATMULS, NORMS, OWN_KERNEL
 from harness.work import Work, heads_work, layer_work, matmul_work, norm_work
+from kernels.config import Config, candidates
 from variants.catalogue import PLANS
 
 MODELS = (
@@ -26,6 +27,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), (1, 16, 256, 4096)
 QUICK_MODELS = ("qwen3-0.6b", "qwen3-8b")
 COLD, HOT, LAYERS = "cold", "hot", "layers"  # weights rotate over 3 x L2; one weight; every layer has its own
+ROPE = "rope"  # cold, and q and k are rotated too
 # Of an H200: copy bandwidth and bf16 matmul on random data, as others measured them. A run takes what it measures.
 ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S = 4.3e12, 790e12
 
@@ -36,9 +38,10 @@ NOT_BUILT = (
     ("16 to 128", "W as the left operand, so that wgmma's 64 rows are full at 16 tokens",
      "split-k below 70 % of the roofline at 32 to 128 tokens"),
     ("1024 and more", "TMA, persistent programs, warp specialisation",
-     "fused after hidden below 74 % (0.6b) to 91 % (32b) of the bare matmul's speed at 4096 tokens, where it ties"),
+     "own loop below its break-even share of the bare matmul's speed at 4096 tokens, which the same run measures"),
     ("1 to 64", "4-bit weights", "blocks of 4-bit weights; no plan has them"),
-    ("all", "RoPE in the epilogue", "its roundings as boundaries of the plan; no plan has them"),
+    ("all", "rows of W interleaved, so that the channels that RoPE turns together meet in one thread",
+     "fused gains less over P1 with RoPE than without"),
 )  # fmt: skip
 
 
@@ -58,14 +61,15 @@ class Point:
     def compiled_peers(self) -> tuple[str, ...]:
         """torch.compile at the goals' points alone, since its tuning takes seconds a shape; its dependent launches at
         the smallest model, where launches weigh most."""
-        if self.regime != COLD or self.model not in GOAL_MODELS or self.tokens not in (1, 256, 4096):
+        models = {COLD: GOAL_MODELS, ROPE: QUICK_MODELS}.get(self.regime, ())
+        if self.model not in models or self.tokens not in (1, 256, 4096):
             return ()
-        return P2[: 2 if self.model == GOAL_MODELS[0] else 1]
+        return P2[: 2 if (self.model, self.regime) == (GOAL_MODELS[0], COLD) else 1]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. kind: `part` of P1, `peer` or `own`."""
+    """One measurement. kind: `part` of P1 (and our own loop, timed among them), `peer` or `own`."""
 
     point: Point
     kind: str
@@ -82,18 +86,26 @@ def points(quick: bool = False) -> list[Point]:
     if quick:
         return first
     cold = [Point(model, tokens) for model in MODELS for tokens in TOKENS]
-    more = [Point(m, t, regime) for m in GOAL_MODELS for regime in (LAYERS, HOT) for t in GOAL_TOKENS]
+    more = [Point(m, t, regime) for m in GOAL_MODELS for regime in (ROPE, LAYERS, HOT) for t in GOAL_TOKENS]
     return [*first, *(point for point in cold if point not in first), *more]
 
 
 def own_plans(point: Point) -> tuple[str, ...]:
-    """Every plan where weights are cold; else one of each place where rstd may be applied.
+    """Every plan where weights are cold; else one of each place where rstd may be applied, and with RoPE `hf` too,
+    which rounds at each of its boundaries.
 
     An fp32 matmul runs without tensor cores, tens of milliseconds a call at thousands of tokens: to 256 tokens only.
     """
     if point.regime != COLD:
-        return ("one-rounding", "deferred", "folded")
+        return (*(("hf",) if point.regime == ROPE else ()), "one-rounding", "deferred", "folded")
     return tuple(name for name, named in PLANS.items() if named.plan.matmul != "fp32" or point.tokens <= 256)
+
+
+def loop_tiles(point: Point) -> tuple[Config, ...]:
+    """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on."""
+    g = point.geometry
+    found = candidates(point.tokens, g.hidden_size, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim)
+    return tuple(config for config in found if (config.kernel, config.prepass) == ("fused", "hidden"))
 
 
 def rows(point: Point, quick: bool = False) -> Iterator[Row]:
@@ -104,7 +116,8 @@ def rows(point: Point, quick: bool = False) -> Iterator[Row]:
         yield from (Row(point, "part", NORM + name, norm_work(g, tokens)) for name in NORMS)
         yield from (Row(point, "part", HEADS + name, heads_work(g, tokens)) for name in (*NORMS, OWN_KERNEL))
         yield from (Row(point, "part", MATMUL + name, matmul_work(g, tokens)) for name in MATMULS)
-    chain = layer_work(g, tokens)
+        yield from (Row(point, "part", loop_name(tile), matmul_work(g, tokens)) for tile in loop_tiles(point))
+    chain = layer_work(g, tokens, point.regime == ROPE)
     yield Row(point, "peer", "P1 best", chain)
     yield Row(point, "peer", "eager", chain)
     yield from (Row(point, "peer", name, chain) for name in (() if quick else point.compiled_peers))

@@ -2,7 +2,7 @@
 
 P1  three kernels in a row: the best norm, the best matmul and the best head norm there are
 P2  torch.compile with all its tuning
-P4  the matmul alone, x @ W^T: norms for free
+P4  the matmul alone, x @ W^T: norms for free; and beside it our fused kernel's loop alone, loop_peer
 
 norm_peers, matmul_peers (P4) and head_norm_peers are the parts of P1, timed by themselves; pick_chains says which
 chains of them are worth timing, chain_peer makes one. A peer that cannot run here says why. In a part's time its input
@@ -25,24 +25,27 @@ from harness.peers_parts import MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, Linear
 from harness.rig import Arm
 from harness.rig_cuda import Call
 from harness.rig_outputs import Differs, bits_differ, values_differ
-from kernels.checks import KEEP, RNE
+from kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
+from kernels.config import Config
+from kernels.matmul import matmul
 from variants.catalogue import PLANS
 from variants.eager import Outputs, eager
 from variants.plan import CastPlan
 from variants.problem import Problem
 
 NORM, MATMUL, HEADS = "norm ", "P4 ", "heads "  # how the names of parts begin
+LOOP = "own loop "  # and of our own loop, of which no chain is made
 P2 = ("P2 torch.compile", "P2 torch.compile, PDL")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One arm. status: `ok`, `not installed`, `not applicable` or `failed`, with a reason; call is None unless ok.
+    """One arm. status: `ok`, or `not installed`, `not applicable`, `red` or `failed` with a reason and no call.
 
     call(i) returns (q, k, v) for whole chains, else what the part makes: hidden, proj, or (q, k).
     plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
     differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
-    there, so what holds a matmul is judged by values.
+    there, so what holds a matmul is judged by values. rope: q and k are rotated, and the plan's words on it count.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Peer:
     status: str = "ok"
     reason: str = ""
     differs: Differs = bits_differ
+    rope: bool = False
 
     def arm(self) -> Arm:
         """For harness.rig.measure. Raises ValueError for a peer that cannot run."""
@@ -63,8 +67,11 @@ class Peer:
         """The plan's name, or what it rounds to bf16; `not known` without a plan."""
         if self.plan is None:
             return "not known"
-        name = next((name for name, known in PLANS.items() if known.plan == self.plan), None)
-        return name or "rounds " + ", ".join(self.plan.roundings()) + ", not x + residual" * (self.plan.x == KEEP)
+        for name, known in PLANS.items():
+            if self.plan == known.plan or not self.rope and self.plan.without_rope() == known.plan.without_rope():
+                return name
+        rounded = self.plan.roundings() + [b for b in ROPE_BOUNDARIES if self.rope and getattr(self.plan, b) != KEEP]
+        return "rounds " + ", ".join(rounded) + ", not x + residual" * (self.plan.x == KEEP)
 
 
 # ---------------------------------------------------------------- peers
@@ -91,6 +98,20 @@ def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
     ]
 
 
+def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
+    """The fused kernel's loop by itself with those tiles, on x as it is, without bias. call(i) returns (proj,)."""
+
+    def call(i: int) -> tuple[Tensor]:
+        return (matmul(problems[i].x, problems[i].qkv_weight, problems[i].head_dim, config),)
+
+    return Peer(loop_name(config), call)
+
+
+def loop_name(config: Config) -> str:
+    """`own loop 128 x 64, 8 warps, 4 stages` of `fused after hidden 128 x 64, 8 warps, 4 stages`."""
+    return LOOP + str(config).removeprefix("fused after hidden ")
+
+
 def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """The head norms by themselves, on one proj that all calls share, as it would lie in the cache behind a matmul.
 
@@ -111,7 +132,8 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
     """P1: those three parts in a row. plan: whose flags our own head norm takes, where heads is that one.
 
-    heads is `none` for problems without a head norm. Raises KeyError for a name that is no part.
+    heads is `none` for problems without a head norm; with positions it must be our own, the only one that rotates.
+    Raises KeyError for a name that is no part.
     """
     first = problems[0]
     linear = MATMULS[matmul]
@@ -121,6 +143,8 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
             raise ValueError(
                 f"heads={heads!r} does not fit a problem {'with' if first.has_head_norm else 'without'} one"
             )
+        if first.positions is not None and heads != OWN_KERNEL:
+            raise ValueError(f"heads={heads!r} does not rotate: with positions only {OWN_KERNEL!r} does")
         normalise, normalise_heads = norm_of(norm, first), heads_of(heads, plan, first)
 
         def call(i: int) -> Outputs:
@@ -132,7 +156,11 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
         return call
 
     return _peer(
-        f"P1 {norm} | {matmul} | {heads}", make, chain_plan(norm, heads, plan, first.weight_offset), values_differ
+        f"P1 {norm} | {matmul} | {heads}",
+        make,
+        chain_plan(norm, heads, plan, first.weight_offset),
+        values_differ,
+        first.positions is not None,
     )
 
 
@@ -140,11 +168,14 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
     """P2: eager through torch.compile, without and with programmatic dependent launch.
 
     Its plan is what Inductor makes of eager's: it cancels the roundings inside a norm, and that of x + residual, and
-    stores proj in bf16. That is what it does on a CPU; on a GPU tuning may choose another matmul, so check it.
+    stores proj in bf16. So on a CPU; on a GPU tuning may choose another matmul: check it. With positions it is no plan:
+    of the two products under a rotated value one then takes the head as it is, the other one rounded to bf16.
     """
     first = problems[0]
     x = RNE if first.residual is None else KEEP
     plan = CastPlan(x=x, proj=RNE, weight_offset="fp32" if first.weight_offset else "none")
+    if first.positions is not None:
+        plan = None
 
     def make(pdl: bool) -> Call:
         function = tuned(eager, pdl)
@@ -155,8 +186,10 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
 
 def eager_peer(problems: Sequence[Problem]) -> Peer:
     """Hugging Face's own arithmetic, op by op: the plan `hf`, or `gemma` for weights stored as w - 1."""
-    plan = PLANS["gemma" if problems[0].weight_offset else "hf"].plan
-    return Peer("eager", lambda i: eager(problems[i]), plan, differs=values_differ)
+    first = problems[0]
+    plan = PLANS["gemma" if first.weight_offset else "hf"].plan
+    rope = first.positions is not None
+    return Peer("eager", lambda i: eager(problems[i]), plan, differs=values_differ, rope=rope)
 
 
 def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan | None:
@@ -169,7 +202,7 @@ def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan 
     if heads == OWN_KERNEL:
         if (plan.statistics, plan.variance) != (KEEP, KEEP):
             return None
-        changes |= {"head_rstd": plan.head_rstd, "head_normed": plan.head_normed}
+        changes |= {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
     elif heads != NO_HEAD_NORM:
         if inner[heads] is None:
             return None
@@ -202,9 +235,15 @@ def _input(p: Problem) -> Tensor:
     return p.x if p.residual is None else p.x + p.residual
 
 
-def _peer(name: str, make: Callable[[], Call], plan: CastPlan | None = None, differs: Differs = bits_differ) -> Peer:
+def _peer(
+    name: str,
+    make: Callable[[], Call],
+    plan: CastPlan | None = None,
+    differs: Differs = bits_differ,
+    rope: bool = False,
+) -> Peer:
     try:
-        return Peer(name, make(), plan, differs=differs)
+        return Peer(name, make(), plan, differs=differs, rope=rope)
     except ImportError as error:
         status, reason = "not installed", str(error)
     except ValueError as error:

@@ -98,11 +98,11 @@ MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
 
 
 def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    names = ("statistics", "variance", "head_rstd", "head_normed")
-    flags = {name: getattr(plan, name) for name in names}
-    offset = "fp32" if p.weight_offset else "none"
-    weights = (p.q_norm_weight, p.k_norm_weight)
-    return tuple(head_norm(t, w, p.eps, weight_offset=offset, **flags) for t, w in zip((q, k), weights, strict=True))
+    names = ("statistics", "variance", "head_rstd", "head_normed", "unrotated", "products")
+    flags = {name: getattr(plan, name) for name in names} | {"cos_sin_storage": plan.cos_sin}
+    flags["weight_offset"] = "fp32" if p.weight_offset else "none"
+    weights, rope = (p.q_norm_weight, p.k_norm_weight), (p.positions, p.cos_sin_cache)
+    return tuple(head_norm(t, w, p.eps, *rope, **flags) for t, w in zip((q, k), weights, strict=True))
 
 
 def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:

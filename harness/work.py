@@ -42,7 +42,8 @@ def heads_work(g: Geometry, tokens: int) -> Work:
     return Work(2 * (2 * elements + 2 * g.head_dim), 0)
 
 
-def layer_work(g: Geometry, tokens: int) -> Work:
-    """The whole chain of a layer."""
+def layer_work(g: Geometry, tokens: int, rope: bool = False) -> Work:
+    """The whole chain of a layer; with RoPE it reads each token's cos and sin too, in fp32."""
     small = g.hidden_size + (2 * g.head_dim if g.head_norm else 0) + (g.rows if g.bias else 0)
+    small += 2 * tokens * g.head_dim if rope else 0
     return chain_work(tokens, g.hidden_size, g.rows, small)

@@ -6,7 +6,7 @@ import torch
 
 from harness.problems import synthetic_problem
 from variants.catalogue import PLANS
-from variants.envelope import _dot, envelope, outside, pinned_share
+from variants.envelope import dot_interval, envelope, outside, pinned_share
 from variants.spec import spec
 
 FRACTION_BITS = 25  # of the aligned addends on Hopper; each is cut toward zero (MMA-Sim, arXiv 2511.10909)
@@ -34,7 +34,7 @@ def test_a_tensor_cores_truncation_lies_inside(hidden_size: int) -> None:
     actual = torch.from_numpy(tensor_core_dot(a.numpy(), b.numpy()))
     exact = a @ b.T
     assert (actual.abs() < exact.abs()).double().mean() > 0.6, "the premise: truncation shrinks"
-    low, high = _dot((a, a), b)
+    low, high = dot_interval((a, a), b)
     assert ((low <= actual) & (actual <= high)).all()
     assert ((high - low) / 2 < 100 * (actual - exact).abs().max()).all(), "an interval this wide proves little"
 

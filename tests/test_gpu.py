@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ import harness.gpu
 from harness import gpu_checks, grid, tune
 from harness.geometry import GEOMETRIES, Geometry
 from harness.gpu import sweep_gpu
-from harness.grid import COLD, HOT, LAYERS, Point
+from harness.grid import COLD, HOT, LAYERS, ROPE, Point
+from harness.peers import LOOP, loop_name, pick_chains
 from harness.records import Records
 from harness.rig import AGAIN, Arm
 from harness.rig_cuda import DeviceLost
@@ -69,7 +71,7 @@ def test_the_grid_is_the_issues():
     assert {(p.model, p.tokens) for p in cold} == {(m, t) for m in grid.MODELS for t in grid.TOKENS} | {
         (m, t) for m in grid.QUICK_MODELS for t in grid.GOAL_TOKENS
     }
-    assert {p.regime for p in points} == {COLD, HOT, LAYERS}
+    assert {p.regime for p in points} == {COLD, ROPE, HOT, LAYERS}
     quick = grid.points(quick=True)
     assert points[: len(quick)] == quick, "a run that is stopped has the quick points"
 
@@ -105,15 +107,19 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
 
 
 def labelled(monkeypatch: pytest.MonkeyPatch, faults: dict[str, Exception] | None = None) -> None:
-    """Lets the fake device know arms by name, and break those that have a fault."""
+    """Lets the fake device know arms by name, and break those that have a fault.
+
+    A copy is computed once, not for every replay: what becomes of an arm whose outputs change is shown in test_rig.py.
+    """
     real = harness.gpu.measure
 
     def measure(arms, gpu, **options):
         named = []
         for arm in arms:
+            once = functools.cache(arm.call)
 
-            def call(i, arm=arm):
-                return arm.call(i)
+            def call(i, once=once):
+                return tuple(tensor.clone() for tensor in once(i))
 
             call.label = arm.name
             if arm.name in (faults or {}):
@@ -228,33 +234,37 @@ def test_weights_that_do_not_fill_the_caches_are_marked(tmp_path: Path, monkeypa
 
 
 def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plans = {name: PLANS[name] for name in ("one-rounding", "deferred")}
+    plans = {name: PLANS[name] for name in ("hf", "gemma", "deferred")}
     monkeypatch.setattr(gpu_checks, "PLANS", plans)
     monkeypatch.setattr(gpu_checks, "problem_for", small_problem)
     records = records_in(tmp_path / "right")
     gpu_checks.check_kernels(records, FakeCuda())
     found = records.rows("gpu_checks")
-    assert {(row["plan"], row["config"]) for row in found} == {
-        ("one-rounding", "default"), ("one-rounding", "separate"), ("deferred", "default"),
+    asked = {
+        ("hf", "default"), ("hf", "separate"), ("gemma", "default"), ("gemma", "separate"), ("deferred", "default"),
         ("deferred", str(fallback(128, plan_named("deferred").choices()))),
     }  # fmt: skip
+    rotated = {(plan, f"{config}, RoPE") for plan, config in asked if plan != "gemma"}  # which no grid rotates
+    assert {(row["plan"], row["config"]) for row in found} == asked | rotated
     assert {row["status"] for row in found} == {"ok"} and not gpu_checks.red_plans(records)
     run = gpu_checks.run_triton
-    wrong = {plan_named("one-rounding"): plan_named("hf"), plan_named("deferred"): plan_named("deferred")}
-    monkeypatch.setattr(gpu_checks, "run_triton", lambda plan, *rest, **options: run(wrong[plan], *rest, **options))
+    moved = {plan_named("hf"): plan_named("hf").replace(products="fp32")}  # wrong where q and k are rotated alone
+    monkeypatch.setattr(
+        gpu_checks, "run_triton", lambda plan, *rest, **options: run(moved.get(plan, plan), *rest, **options)
+    )
     records = records_in(tmp_path / "wrong")
     gpu_checks.check_kernels(records, FakeCuda())
-    assert set(gpu_checks.red_plans(records)) == {"one-rounding"}
+    assert set(gpu_checks.red_plans(records)) == {"hf"} and ", RoPE" in gpu_checks.red_plans(records)["hf"]
 
 
-def small_problem(plan, check, device):
+def small_problem(plan, check, device, rope):
     from support import random_problem
 
     from harness.exact import exact_problem
 
     if check == gpu_checks.EXACT:
-        return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16)
-    return random_problem(weight_offset=plan.weight_offset != "none")
+        return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16, rope=rope)
+    return random_problem(weight_offset=plan.weight_offset != "none", rope=rope)
 
 
 # ---------------------------------------------------------------- tuning and dispatch
@@ -329,3 +339,121 @@ def test_another_gpu_falls_back_and_says_so_once():
         warnings.simplefilter("error")
         assert chosen("Another GPU", SHAPE, 1, FLAGS | {"scale": "epilogue"}).kernel == "fused"
         assert chosen("Another GPU", SHAPE, 1, FLAGS | {"matmul": "fp32", "hidden": "fp32"}).kernel == "fused"
+
+
+# ---------------------------------------------------------------- our own loop
+
+TILES = grid.loop_tiles(Point("qwen3-0.6b", 4096))
+LOOPS = tuple(loop_name(tile) for tile in TILES)
+
+
+def test_our_own_loop_is_asked_for_wherever_a_candidate_runs_it():
+    """With the bare matmul's work, at cold points alone, and every such tile: no table chooses among them."""
+    for point in grid.points():
+        rows_of = {row.arm: row for row in grid.rows(point)}
+        own = [row for arm, row in rows_of.items() if arm.startswith(LOOP)]
+        assert len(own) == (0 if point.regime != COLD or point.tokens <= 32 else 1 if point.tokens <= 128 else 4)
+        assert {(row.kind, row.work) for row in own} <= {("part", rows_of["P4 cuBLAS"].work)} if own else True
+
+
+def sweep_own_loop(folder: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], records=None) -> dict:
+    """Rows of one point, with the tiles of a larger one, by arm. Without the check on drawn weights, for its time."""
+    monkeypatch.setattr(grid, "loop_tiles", lambda point: TILES)
+    monkeypatch.setattr(grid, "PLANS", {"one-rounding": PLANS["one-rounding"]})
+    monkeypatch.setattr(gpu_checks, "DRAWN", gpu_checks.EXACT)
+    sweep_gpu([Point("tiny", 4)], records or records_in(folder), seconds_by(times))
+    return {row["arm"]: row for row in rows(folder, "gpu_speed")}
+
+
+def test_every_tile_of_our_own_loop_is_a_row_and_no_part_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch, {LOOPS[1]: RuntimeError("out of resource: shared memory")})
+    records = records_in(tmp_path)
+    third = "fused after hidden 128 x 128, 8 warps, 3 stages"
+    checked = {"plan": LOOPS[2], "config": third, "check": "exact"}
+    records.add("gpu_checks", **checked, status="red", reason="3 elements differ")
+    found = sweep_own_loop(tmp_path, monkeypatch, {LOOPS[0]: 1e-6, LOOPS[3]: 3e-5}, records)
+    best = found[LOOPS[0]]
+    assert best["kind"] == "part" and best["config"] == "fused after hidden 128 x 64, 8 warps, 4 stages"
+    assert (best["bytes"], best["flops"]) == (found["P4 cuBLAS"]["bytes"], found["P4 cuBLAS"]["flops"])
+    assert float(best["p50_us"]) == pytest.approx(1) and float(found[LOOPS[3]]["p50_us"]) == pytest.approx(30)
+    assert found[LOOPS[1]]["status"] == "failed" and "out of resource" in found[LOOPS[1]]["reason"]
+    assert found[LOOPS[2]]["status"] == "red"
+    assert found[LOOPS[2]]["reason"] == f"not timed: {third}, exact: 3 elements differ"
+    assert found[LOOPS[1]]["p50_us"] == found[LOOPS[2]]["p50_us"] == ""
+    assert found["one-rounding"]["status"] == "ok", "the grid did not go on"
+    assert not [arm for arm in found if arm.startswith("P1") and "loop" in arm]  # though it was by far the fastest
+    checks = {row["plan"]: row["status"] for row in records.rows("gpu_checks")}
+    assert checks == {**dict.fromkeys(LOOPS, "ok"), LOOPS[2]: "red"}
+
+
+@pytest.mark.parametrize("fault", ["one element", "two runs", "no compile"])
+def test_a_loop_that_is_wrong_gets_no_time(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+
+    def wrong(hidden, weight, head_dim, tile):
+        if fault == "no compile":
+            raise RuntimeError("no such\ninstruction")
+        runs.append(tile)
+        exact = (hidden.double() @ weight.double().T).to(torch.bfloat16)
+        exact[69, 300] += 512 if fault == "one element" or len(runs) % 2 == 0 else 0
+        return exact
+
+    monkeypatch.setattr(gpu_checks, "matmul", wrong)
+    labelled(monkeypatch)
+    found = sweep_own_loop(tmp_path, monkeypatch, {})
+    words = {
+        "one element": "exact: 1 of 71680 elements differ where sums are exact",
+        "two runs": "exact: two runs differ",
+        "no compile": "exact: RuntimeError: no such instruction",
+    }
+    for name in LOOPS:
+        assert found[name]["status"] == "red" and found[name]["p50_us"] == ""
+        assert found[name]["reason"].endswith(words[fault])
+    assert found["P4 cuBLAS"]["status"] == found["one-rounding"]["status"] == "ok"
+
+
+def test_the_check_on_drawn_weights_passes_and_notices_truncation(monkeypatch: pytest.MonkeyPatch):
+    tile = Config("fused", "hidden", 128, 64, 8, 3)
+    monkeypatch.setattr(gpu_checks, "TOKENS", 5)
+    assert gpu_checks.loop_checked(tile, gpu_checks.DRAWN, FakeCuda())["status"] == "ok"
+
+    def truncated(hidden, weight, head_dim, tile):
+        proj = hidden.float() @ weight.float().T
+        return (proj.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+
+    monkeypatch.setattr(gpu_checks, "matmul", truncated)
+    found = gpu_checks.loop_checked(tile, gpu_checks.DRAWN, FakeCuda())
+    assert found["status"] == "red" and "lie outside the interval of fp32 sums" in found["reason"]
+
+
+def test_a_loop_that_does_not_write_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its outputs are poisoned before and compared behind the timing, like those of every arm."""
+    real = harness.gpu.peers.loop_peer
+
+    def idle(problems, tile):
+        peer = real(problems, tile)
+
+        def call(i):
+            return peer.call(i)
+
+        call.replayed = lambda i: (None,)
+        return dataclasses.replace(peer, call=call)
+
+    monkeypatch.setattr(harness.gpu.peers, "loop_peer", idle)
+    monkeypatch.setattr(harness.gpu, "check_loops", lambda *rest: None)
+    found = sweep_own_loop(tmp_path, monkeypatch, {})
+    assert {found[name]["status"] for name in LOOPS} == {"red"} and "still hold NaN" in found[LOOPS[0]]["reason"]
+    assert found["P4 cuBLAS"]["status"] == "ok"
+
+
+def test_a_loop_faster_than_the_memory_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labelled(monkeypatch)
+    monkeypatch.setattr(FakeCuda, "name", lambda self: "NVIDIA H200")
+    monkeypatch.setattr(harness.gpu, "check_loops", lambda *rest: None)
+    found = sweep_own_loop(tmp_path, monkeypatch, {LOOPS[0]: 1e-9})
+    assert found[LOOPS[0]]["status"] == "red" and "TB/s of cold memory" in found[LOOPS[0]]["reason"]
+
+
+def test_chains_are_not_made_of_our_own_loop():
+    parts = {"norm eager": 1e-6, "P4 cuBLAS": 9e-6, "heads eager": 1e-6, LOOPS[0]: 1e-6}
+    assert pick_chains(parts) == [("eager", "cuBLAS", "eager")]

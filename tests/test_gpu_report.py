@@ -14,7 +14,7 @@ import pytest
 
 from harness import gpu_plots, gpu_report, gpu_rows, grid
 from harness.gpu_findings import sentences
-from harness.gpu_goals import ABOVE, GOALS, OF_P4, SPEEDUP, Goal, goal_status, goals
+from harness.gpu_goals import ABOVE, GOALS, OF_P4, SPEEDUP, Goal, break_even, goal_status, goals
 from harness.gpu_report import regime_table, section, speed_table, without_time
 from harness.gpu_rows import EXACT, FOLDED, LOSS, NOISE, P1, P4, WIN, newest
 from harness.records import Records
@@ -505,3 +505,84 @@ def test_words_are_kept_as_words(by_hand: Path) -> None:
     row = newest(by_hand).best.loc[*AT["1"], EXACT]
     assert (row["config"], row["p1"], row["cold"], row["slowed_by"]) == (FUSED, CHAIN, "True", "none")
     assert newest(by_hand).best.loc[*AT["1"], P4]["arm"] == "P4 cuBLAS"
+
+
+# ---------------------------------------------------------------- our own loop
+
+
+def add_loop(records: Records, model: str, p1_us: float, p4_us: float, loop_us: float | None, **more: object) -> None:
+    """The best chain, two bare matmuls and two tiles of our own loop at 4096 tokens."""
+    point = (model, 4096, grid.COLD)
+    add(records, point, CHAIN, p1_us, p1_us)
+    add(records, point, "hf", 2 * p1_us, p1_us)
+    for arm, us in (("P4 cuBLASLt", 1.2 * p4_us), ("P4 cuBLAS", p4_us)):
+        add(records, point, arm, us)
+    add(records, point, "own loop 64 x 64, 4 warps, 4 stages", loop_us and 1.3 * loop_us, kind="part", **more)
+    add(records, point, "own loop 128 x 64, 8 warps, 3 stages", loop_us, kind="part", **more)
+
+
+@pytest.mark.parametrize(
+    ("loop_us", "share", "answer", "more"),
+    [
+        (50.0, "80.0%", "fusion can win", {}),  # of P4's 40 us; P1 takes 60
+        (58.0, "69.0%", "fusion can win", {}),  # its p90 58.6, P1's p10 59.4
+        (59.0, "67.8%", "within noise", {}),  # 59.6 and 59.4 overlap
+        (61.0, "65.6%", "within noise", {}),
+        (62.0, "64.5%", "fusion cannot win with this loop", {}),
+        (80.0, "50.0%", "fusion cannot win with this loop", {}),
+        (50.0, "80.0%", "within noise", {"noise_p90": 1.25}),  # of a ratio of 1.2
+        (80.0, "50.0%", "within noise", {"noise_p10": 0.7}),  # of 0.75
+        (50.0, "80.0%", "within noise", {"p90_us": 59.5}),  # P1's p10 is 59.4
+        (80.0, "50.0%", "within noise", {"p10_us": 60.5}),  # P1's p90 is 60.6
+        (50.0, "80.0%", "not judged: no noise floor", {"noise_p90": None}),
+    ],
+)
+def test_break_even_is_computed_from_the_same_run(
+    loop_us: float, share: str, answer: str, more: dict, tmp_path: Path
+) -> None:
+    records = opened(tmp_path)
+    add_loop(records, SMALL, 60.0, 40.0, loop_us, **more)
+    add_loop(records, LARGE, 800.0, 720.0, 10 * loop_us, **more)
+    records.finish()
+    table = break_even(newest(tmp_path)).set_index("model")
+    assert list(table.index) == [SMALL, LARGE]
+    assert list(table.loc[SMALL, ["share of P4's speed", "break-even", "answer"]]) == [share, "66.7%", answer]
+    assert table.loc[SMALL, "own loop, µs"] == f"{loop_us:.3g} (128 x 64, 8 warps, 3 stages)"
+    assert (table.loc[SMALL, "P4, µs"], table.loc[LARGE, "break-even"]) == ("40 (cuBLAS)", "90.0%")
+
+
+def test_break_even_shows_nothing_that_was_not_measured(by_hand: Path, tmp_path: Path) -> None:
+    assert not len(break_even(newest(by_hand))) and "Can fusion pay" not in section(by_hand)
+    assert not any("Before any fusing" in line for line in sentences(by_hand))
+    records = opened(tmp_path)
+    add_loop(records, SMALL, 60.0, 40.0, 50.0)
+    add_loop(records, "qwen3-4b", 60.0, 40.0, None, status="failed", reason="out of resource")
+    add_loop(records, "qwen3-8b", 60.0, 40.0, 50.0, cold=False)
+    add(records, (LARGE, 4096, grid.COLD), "own loop 64 x 64, 4 warps, 4 stages", 50.0, kind="part")  # no P1, no P4
+    records.finish()
+    text = section(tmp_path)
+    assert list(break_even(newest(tmp_path))["model"]) == [SMALL]
+    assert "### Can fusion pay at 4096 tokens?" in text and "| 80.0% | 66.7% | fusion can win |" in text
+    assert "| own loop 64 x 64, 4 warps, 4 stages | failed | out of resource | qwen3-4b 4096 cold |" in text
+
+
+def test_the_sentence_on_our_own_loop(tmp_path: Path) -> None:
+    records = opened(tmp_path)
+    add_loop(records, SMALL, 60.0, 40.0, 50.0)
+    add_loop(records, LARGE, 800.0, 720.0, 900.0)
+    records.finish()
+    (said,) = [line for line in sentences(tmp_path) if "Before any fusing" in line]
+    assert said.endswith(
+        "qwen3-0.6b 80.0% (break-even 66.7%: fusion can win), "
+        "qwen3-32b 80.0% (break-even 90.0%: fusion cannot win with this loop)."
+    )
+
+
+def test_our_own_loop_is_neither_p4_nor_a_plan(tmp_path: Path) -> None:
+    """However fast it is, no comparison with the bare matmul or the chain changes."""
+    records = opened(tmp_path)
+    add_loop(records, SMALL, 60.0, 40.0, 1.0)
+    records.finish()
+    run = newest(tmp_path)
+    assert run.at(*AT["4096"], P4)["arm"] == "P4 cuBLAS" and run.own(SMALL, 4096)["arm"] == "hf"
+    assert run.at(*AT["4096"], EXACT)["against_p4"] == 3 and set(run.counted()["what"]) == {EXACT}

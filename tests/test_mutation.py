@@ -169,6 +169,10 @@ def with_config(net: Callable[..., None], plan: str, config: Config, **options: 
     return functools.partial(net, plan=plan, config=config, **{**BLOCKS, **options})
 
 
+def in_split_k(old: str, new: str, net: Callable[..., None], plan: str = "hf", config: Config = SPLIT_K) -> Mutation:
+    return Mutation(SPLIT, old, new, with_config(net, plan, config))
+
+
 MUTATIONS = {
     # a rounding dropped
     "x not rounded": Mutation(
@@ -278,50 +282,35 @@ MUTATIONS = {
     ),
     "addresses of 32 bits": Mutation(QKV, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", check_addressing),
     # split-K
-    "sums without the last share": Mutation(
-        SPLIT, "tl.range(0, splits, loop", "tl.range(0, splits - 1, loop", with_config(check_exact, "hf", SPLIT_K)
+    "sums without the last share": in_split_k("tl.range(0, splits, loop", "tl.range(0, splits - 1, loop", check_exact),
+    "a share of squares counted twice": in_split_k(
+        "sum_of_squares += squares", "sum_of_squares += 2 * squares", check_exact, "folded"
     ),
-    "a share of squares counted twice": Mutation(
-        SPLIT, "sum_of_squares += squares", "sum_of_squares += 2 * squares", with_config(check_exact, "folded", SPLIT_K)
+    "squares of the own share alone": in_split_k(
+        "squares_ptrs + other * BLOCK_M", "squares_ptrs + split * BLOCK_M", check_exact, "deferred"
     ),
-    "squares of the own share alone": Mutation(
-        SPLIT, "squares_ptrs + other * BLOCK_M", "squares_ptrs + split * BLOCK_M",
-        with_config(check_exact, "deferred", SPLIT_K),
+    "shares overlap": in_split_k("tl.minimum(begin + share, D)", "tl.minimum(begin + share + 1, D)", check_exact),
+    "shares leave a step out": in_split_k(
+        "tl.cdiv(tl.cdiv(D, BLOCK_K), splits) * BLOCK_K", "tl.cdiv(D, BLOCK_K) // splits * BLOCK_K", check_exact
     ),
-    "shares overlap": Mutation(
-        SPLIT, "tl.minimum(begin + share, D)", "tl.minimum(begin + share + 1, D)",
-        with_config(check_exact, "hf", SPLIT_K),
+    "counter not reset": in_split_k(
+        "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, arrived)", check_again
     ),
-    "shares leave a step out": Mutation(
-        SPLIT, "tl.cdiv(tl.cdiv(D, BLOCK_K), splits) * BLOCK_K", "tl.cdiv(D, BLOCK_K) // splits * BLOCK_K",
-        with_config(check_exact, "hf", SPLIT_K),
+    "counter reset to one": in_split_k(  # with a share of nothing the sums are complete one arrival early
+        "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, 1)", check_again, "hf",
+        dataclasses.replace(SPLIT_K, splits=6),
     ),
-    "counter not reset": Mutation(
-        SPLIT, "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, arrived)",
-        with_config(check_again, "hf", SPLIT_K),
+    "finished by the last but one": in_split_k("arrived == splits - 1", "arrived == splits - 2", check_exact),
+    "finished by the last share, not the last to arrive": in_split_k(
+        "arrived == splits - 1", "split == splits - 1", check_order
     ),
-    "counter reset to one": Mutation(  # with a share of nothing the sums are complete one arrival early
-        SPLIT, "tl.store(counter_ptr + cell, 0)", "tl.store(counter_ptr + cell, 1)",
-        with_config(check_again, "hf", dataclasses.replace(SPLIT_K, splits=6)),
+    "blocks of tokens share memory": in_split_k("cell = block * tl.num_programs(1) + head", "cell = head", check_order),
+    "bias added by each share": in_split_k(STORE_SUMS, STORE_SUMS.replace("acc,", f"acc + {BIAS},"), check_envelope),
+    "all tokens scaled by the first one's rstd": in_split_k(
+        "rows = 1 if tokens == 1 else block_m", "rows = 1", check_envelope
     ),
-    "finished by the last but one": Mutation(
-        SPLIT, "arrived == splits - 1", "arrived == splits - 2", with_config(check_exact, "hf", SPLIT_K)
-    ),
-    "finished by the last share, not the last to arrive": Mutation(
-        SPLIT, "arrived == splits - 1", "split == splits - 1", with_config(check_order, "hf", SPLIT_K)
-    ),
-    "blocks of tokens share memory": Mutation(
-        SPLIT, "cell = block * tl.num_programs(1) + head", "cell = head", with_config(check_order, "hf", SPLIT_K)
-    ),
-    "bias added by each share": Mutation(
-        SPLIT, STORE_SUMS, STORE_SUMS.replace("acc,", f"acc + {BIAS},"), with_config(check_envelope, "hf", SPLIT_K)
-    ),
-    "all tokens scaled by the first one's rstd": Mutation(
-        SPLIT, "rows = 1 if tokens == 1 else block_m", "rows = 1", with_config(check_envelope, "hf", SPLIT_K)
-    ),
-    "rows of the first block in all": Mutation(
-        SPLIT, "block * BLOCK_M + tl.arange(0, BLOCK_R)", "tl.arange(0, BLOCK_R)",
-        with_config(check_envelope, "hf", SPLIT_K),
+    "rows of the first block in all": in_split_k(
+        "block * BLOCK_M + tl.arange(0, BLOCK_R)", "tl.arange(0, BLOCK_R)", check_envelope
     ),
     # pre-pass
     "rstd not rounded before": Mutation(

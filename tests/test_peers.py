@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ from support import assert_bit_equal, assert_inside, random_problem
 
 from harness import peers, peers_parts
 from harness.environment import version
+from harness.exact import exact_problem
 from harness.peers import (
+    P2,
     REDUCTIONS,
     bf16_reduction,
     chain_peer,
@@ -27,12 +30,13 @@ from harness.peers import (
 )
 from harness.peers_parts import MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, linear_cublaslt, tuned
 from harness.rig import rotated
-from kernels.checks import KEEP, RNE, RTZ
+from kernels.checks import KEEP, RNE, ROPE_BOUNDARIES, RTZ
 from variants.catalogue import PLANS, plan_named
 from variants.eager import eager, eager_norm
 from variants.envelope import Interval, envelope
 from variants.plan import CastPlan
-from variants.problem import Problem
+from variants.problem import Problem, rotate_half
+from variants.spec import spec, store
 
 HERE = ("eager", "F.rms_norm")  # norms that run on a CPU
 HF = plan_named("hf")
@@ -81,7 +85,8 @@ def test_chains_lie_in_the_envelope_of_their_plan(norm: str, heads: str):
 @pytest.mark.parametrize(("norm", "heads"), [("eager", "eager"), ("eager", OWN_KERNEL)])
 def test_chains_of_weights_stored_less_one(norm: str, heads: str):
     chain = chain_peer(problems(weight_offset=True), norm, "cuBLAS", heads, plan_named("gemma"))
-    assert chain.plan == plan_named("gemma") and chain.function == "gemma"
+    assert chain.plan == plan_named("gemma").without_rope() or heads == OWN_KERNEL
+    assert chain.function == "gemma"
     assert_inside(actual=named(chain.call(1)), allowed=allowed(chain.plan, 1))
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=named(chain.call(1)), allowed=allowed(plan_named("gemma-bf16-offset"), 1))
@@ -105,7 +110,7 @@ def test_copies_are_told_apart():
 def test_our_head_norm_takes_the_plans_flags():
     plan = HF.replace(head_rstd=RNE, head_normed=RTZ)
     chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", OWN_KERNEL, plan)
-    assert chain.plan == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)
+    assert chain.plan.without_rope() == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)
     assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan, 0))
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan.replace(head_rstd=KEEP), 0))
@@ -256,7 +261,55 @@ def test_functions_by_name(norm: str, heads: str, function: str):
 
 def test_a_plan_that_rounds_statistics_in_one_norm_only_has_no_name():
     assert chain_plan("eager", OWN_KERNEL, plan_named("bf16-statistics"), offset=False) is None
-    assert chain_plan("eager", "eager", plan_named("bf16-statistics"), offset=False) == HF
+    assert chain_plan("eager", "eager", plan_named("bf16-statistics"), offset=False) == HF.without_rope()
+
+
+# ---------------------------------------------------------------- with positions
+
+
+@pytest.fixture(scope="module")
+def turned() -> list[Problem]:
+    return rotated(random_problem(rope=True, residual=False), 2)
+
+
+@pytest.mark.parametrize("plan", ["hf", "one-rounding"])
+def test_our_head_norm_rotates_as_the_plan_says(plan: str, turned: list[Problem]):
+    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", OWN_KERNEL, plan_named(plan))
+    outputs = named(chain.call(1))
+    assert_inside(actual=outputs, allowed=envelope(chain.plan, turned[1]))
+    for name in ROPE_BOUNDARIES:
+        moved = chain.plan.replace(**{name: KEEP if getattr(chain.plan, name) == RNE else RNE})
+        with pytest.raises(AssertionError, match="outside the envelope"):
+            assert_inside(actual=outputs, allowed=envelope(moved, turned[1]))
+    assert chain.function == {"one-rounding": "one-rounding", "hf": "separate-head-norm"}[plan]
+    assert dataclasses.replace(chain, plan=HF.replace(cos_sin=RTZ)).function.endswith("unrotated, cos_sin, products")
+
+
+def test_with_positions_other_head_norms_are_not_applicable(turned: list[Problem]):
+    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", "F.rms_norm", HF)
+    assert (chain.status, chain.reason) == (
+        "not applicable", "heads='F.rms_norm' does not rotate: with positions only 'head_norm kernel' does",
+    )  # fmt: skip
+
+
+def test_compiled_eager_rounds_one_of_the_two_heads_that_it_turns():
+    """Inductor cancels the rounding of a head on its way to one product and keeps it on its way to the other."""
+    problem = exact_problem(HF, rope=True)
+    (peer,) = compiled_peers([problem], P2[:1])
+    assert (peer.plan, peer.function, eager_peer([problem]).function) == (None, "not known", "hf")
+    chain = spec(plan_named("one-rounding").replace(out=KEEP), problem.replace(positions=None, cos_sin_cache=None))
+    cos, sin = (value.double() for value in problem.cos_sin())
+    outputs = named(peer.call(0))
+    for name in ("q", "k"):
+        head = getattr(chain, name)
+        sums = [
+            store(a * cos, KEEP) + store(rotate_half(b) * sin, KEEP)
+            for a in (head, store(head, RNE))
+            for b in (head, store(head, RNE))
+        ]
+        neither, crossed, own, both = (store(value, RNE) for value in sums)
+        assert_bit_equal(actual=outputs[name], expected=crossed, what=name)
+        assert all((other != crossed).any() for other in (neither, own, both)), "the test would not notice"
 
 
 # ---------------------------------------------------------------- picking

@@ -55,7 +55,7 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
         weight = store(weight * w_in, RNE)
     else:
         hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
-    proj = _dot(tuple(matmul_operand(end, plan) for end in hidden), weight)
+    proj = dot_interval(tuple(matmul_operand(end, plan) for end in hidden), weight)
     if plan.scale != "prologue":
         proj = _widened(_product(proj, rstd), U)
     if p.bias is not None:
@@ -127,7 +127,7 @@ def _rotated(value: Interval, p: Problem, plan: CastPlan) -> Interval:
     return own[0] + crossed[0], own[1] + crossed[1]
 
 
-def _dot(hidden: Interval, weight: Tensor) -> Interval:
+def dot_interval(hidden: Interval, weight: Tensor) -> Interval:
     middle, radius = (hidden[0] + hidden[1]) / 2, (hidden[1] - hidden[0]) / 2
     proj = middle @ weight.T
     terms = (middle.square() @ weight.T.square()).sqrt()  # 2-norm of the terms

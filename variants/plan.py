@@ -90,6 +90,10 @@ class CastPlan:
         """This plan with some choices changed; checked like a new one."""
         return dataclasses.replace(self, **changes)
 
+    def without_rope(self) -> CastPlan:
+        """This plan for problems without positions, where RoPE's boundaries have no effect: they are kept."""
+        return self.replace(**dict.fromkeys(ROPE_BOUNDARIES, KEEP))
+
     def choices(self) -> dict[str, str]:
         """Every boundary and choice by name: the compile-time flags of the Triton kernels."""
         return dataclasses.asdict(self)
