@@ -9,6 +9,9 @@ import pandas as pd
 
 from harness.budget import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
 from harness.frames import own
+from harness.markdown import markdown
+from harness.rope import ROTATED
+from kernels.checks import ROPE_BOUNDARIES
 
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
 
@@ -26,7 +29,7 @@ def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
     """Plan -> rms error, over layers."""
-    return _parts(frame, measure).groupby("plan")["total"].mean() ** 0.5
+    return _root(_parts(frame, measure))
 
 
 def kernel_share(frame: pd.DataFrame) -> tuple[float, str] | None:
@@ -88,8 +91,62 @@ def _besides_store(shares: pd.DataFrame) -> pd.DataFrame:
     return shares.drop(columns=["out", FP32], errors="ignore")
 
 
-def _parts(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    return own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
+def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
+    rows = own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
+    return rows[rows["weights"].str.contains(ROTATED) == rotated]
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame:
+    """Plan -> `before` and `behind`, rms error of measure (K's relative to its head) without RoPE and with it on the
+    same layers; and the share of the squared error behind that each of RoPE's boundaries makes, NaN: not rounded.
+
+    Plans in falling order of the error behind; empty where no rotated problem was measured. A rotation keeps the
+    size of a head, so that K's two errors compare; logits are those of rotated q and k.
+    """
+    behind = _parts(frame, measure, rotated=True)
+    before = _parts(frame, measure)
+    before = before[before["layer"].isin(behind["layer"])]
+    table = pd.DataFrame({"before": _root(before), "behind": _root(behind)}).dropna()
+    shares = behind.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    return table.join(shares.reindex(columns=list(ROPE_BOUNDARIES))).sort_values("behind", ascending=False)
+
+
+def rope_sentence(frame: pd.DataFrame) -> str:
+    """One sentence in Markdown on what RoPE's roundings cost K; empty where none was measured."""
+    table = rope_shares(frame)
+    if not len(table):
+        return ""
+    clauses = []
+    for plan, row in table.iterrows():
+        parts = ", ".join(f"`{name}` {row[name]:.0%}" for name in ROPE_BOUNDARIES if row[name] == row[name])
+        made = f" ({parts} of its square)" if parts else " (nothing rounded there)"
+        clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
+    layers = frame[frame["weights"].str.contains(ROTATED)]["layer"].nunique()
+    where = f"{layers} layer{'s' * (layers > 1)}"
+    return f"**RoPE** ({where}), K's relative rms error before → behind it: {'; '.join(clauses)}."
+
+
+def rope_table(frame: pd.DataFrame) -> str:
+    """rope_shares of both measures as a Markdown table; empty where none was measured."""
+    k, logits = (rope_shares(frame, measure) for measure in MEASURES)
+    if not len(k):
+        return ""
+    shares = k[list(ROPE_BOUNDARIES)].map(lambda share: "–" if pd.isna(share) else f"{share:.0%}")
+    table = shares.add_prefix("of its square: ")
+    for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
+        table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
+        table.insert(2 * place + 1, f"{name} behind", rows["behind"].map("{:.3g}".format))
+    words = (
+        "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
+    )
+    return f"{words}\n\n{markdown(table.rename_axis('plan').reset_index())}"
+
+
+def _root(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby("plan")["total"].mean() ** 0.5
 
 
 def _quoted(player: str) -> str:

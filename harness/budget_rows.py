@@ -1,4 +1,5 @@
-"""Rows of budget.csv: the error budget of every plan on every layer, and what a kernel adds to its spec.
+"""Rows of budget.csv: the error budget of every plan on every layer, without RoPE and (one plan for each way to round
+there) with it; and what a kernel adds to its spec.
 
 Two kinds of rows share the table. Those of the spec divide a plan's error: a measure's parts sum to its total. Those
 of a kernel stand beside it, without a share.
@@ -12,23 +13,35 @@ from harness.budget import FP32, MEASURES, ORDER_OF_SUMS, Errors, budget, order_
 from harness.precision import by_storage, problem_at
 from harness.progress import track
 from harness.records import Records
+from harness.rope import with_positions
 from harness.settings import Settings
 from harness.threads import one_thread
+from kernels.checks import ROPE_BOUNDARIES
 from variants.catalogue import plan_named
 from variants.problem import Problem
 
 
 def sweep_budget(settings: Settings, records: Records) -> None:
-    """Rows of every plan on every layer; and, on the first layer, of what its kernel adds to its spec."""
+    """Rows of every plan on every layer, of some with RoPE too; and, on the first layer, of what its kernel adds."""
     s = settings
     with one_thread():  # matrices of a few MB: two threads took seven times as long beside another process
         for layer in track(s.layers, "error budget"):
             for _, names in by_storage(s.plans):
                 problem = problem_at(s, layer, s.tokens, names[0])
                 _add_rows(records, problem, names, "spec", budget_rows)
+                if problem.has_head_norm and not problem.weight_offset:
+                    _add_rows(records, with_positions(problem), ways_to_rotate(names), "spec", budget_rows)
     for name in track(s.plans, "kernels against specs"):
         problem = problem_at(s, s.layers[0], s.kernel_tokens, name)
         _add_rows(records, problem, [name], "triton", order_rows)
+
+
+def ways_to_rotate(names: Iterable[str]) -> list[str]:
+    """Of those plans the first of each way to round in RoPE: others have the same words there."""
+    words: dict[tuple[str, ...], str] = {}
+    for name in names:
+        words.setdefault(tuple(getattr(plan_named(name), boundary) for boundary in ROPE_BOUNDARIES), name)
+    return list(words.values())
 
 
 def _add_rows(

@@ -25,7 +25,6 @@ from variants.spec import round_to, spec, store
 
 FIXED = 32  # channels that change sign but not place: those which Q and K heads read
 DRAWS = 200
-FIRST = 1000  # position of the first token: angles of many turns
 
 
 def exact_problem(
@@ -59,7 +58,7 @@ def exact_problem(
         model="exact",
         weights="exact",
     )
-    problem = with_positions(problem, FIRST) if rope else problem
+    problem = with_positions(problem) if rope else problem
     draws = iter(range(DRAWS))
     while not _agreeing(plan, problem.x.double(), problem.eps, plan.rstd).all() and next(draws, None) is not None:
         problem = problem.replace(eps=problem.eps * 1.5)

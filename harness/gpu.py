@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from harness import grid, peers
-from harness.exact import FIRST
 from harness.gpu_checks import check_loops, red_plans
 from harness.grid import COLD, HOT, LAYERS, ROPE, Point
 from harness.problems import synthetic_problem
@@ -133,7 +132,7 @@ def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
     """The point's problems: weights rotated over three times L2, one copy a layer, or one weight that stays hot."""
     problem = model_problem(point.model, gpu.device)
     problem = problem.replace(x=problem.x[: point.tokens])
-    problem = with_positions(problem, FIRST) if point.regime == ROPE else problem
+    problem = with_positions(problem) if point.regime == ROPE else problem
     rotation = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
     chosen_copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}
     copies = chosen_copies.get(point.regime, rotation.copies)

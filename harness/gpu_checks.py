@@ -21,7 +21,7 @@ from torch import Tensor
 from harness import grid, peers
 from harness.environment import ROOT
 from harness.errors import error_stats
-from harness.exact import FIRST, exact_problem
+from harness.exact import exact_problem
 from harness.problems import synthetic_problem
 from harness.progress import track
 from harness.records import Records
@@ -113,7 +113,7 @@ def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False) -> 
     if check == EXACT:
         return exact_problem(plan, tokens=TOKENS, hidden_size=1024, head_dim=128, rope=rope).to(device)
     problem = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=plan.weight_offset != "none").to(device)
-    return with_positions(problem, FIRST) if rope else problem
+    return with_positions(problem) if rope else problem
 
 
 def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:

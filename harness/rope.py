@@ -7,6 +7,8 @@ from torch import Tensor
 
 from variants.problem import Problem
 
+FIRST = 1000  # default position of the first token: angles of many turns
+ROTATED = ", rotated from position "  # in the words for a problem's weights
 THETA = 1e6  # rope_theta of Qwen3 and Qwen2.5, and of Gemma 3's global layers
 
 
@@ -21,10 +23,12 @@ def cos_sin_cache(rows: int, head_dim: int, theta: float = THETA) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.float32)
 
 
-def with_positions(problem: Problem, first: int = 0, theta: float = THETA) -> Problem:
-    """That problem with its tokens at first, first + 1, and so on. Raises ValueError for an odd head size."""
+def with_positions(problem: Problem, first: int = FIRST, theta: float = THETA) -> Problem:
+    """That problem with its tokens at first, first + 1, and so on. Raises ValueError for a head size that the kernels
+    do not rotate."""
     device = problem.x.device
     return problem.replace(
         positions=torch.arange(first, first + problem.tokens, device=device),
         cos_sin_cache=cos_sin_cache(first + problem.tokens, problem.head_dim, theta).to(device),
+        weights=f"{problem.weights}{ROTATED}{first}",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness import gpu_findings, gpu_report, impact_report
-from harness.budget_report import largest_share_sentence
+from harness.budget_report import largest_share_sentence, rope_sentence, rope_table
 from harness.configs import configs_section
 from harness.frames import latest
 from harness.markdown import markdown
@@ -167,6 +167,7 @@ def study_sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
         *_sentence(folder, "implementations", implementation_sentence),
         *_sentence(folder, "fingerprints", confusion_sentence),
         *_sentence(folder, "budget", largest_share_sentence),
+        *_sentence(folder, "budget", rope_sentence),
         *_sentence(folder, "cases", case_sentence),
         *_sentence(folder, "audit", audit_sentence),
         *impact_report.sentences(folder, speed),
@@ -226,7 +227,8 @@ def _fingerprints(frame: pd.DataFrame) -> str:
 
 
 def _budget(frame: pd.DataFrame) -> str:
-    return f"## Error budget\n\n{largest_share_sentence(frame)}\n\n![error budget](plots/budget.png)"
+    said = "\n\n".join(filter(None, (largest_share_sentence(frame), rope_table(frame))))
+    return f"## Error budget\n\n{said}\n\n![error budget](plots/budget.png)"
 
 
 def _cases(frame: pd.DataFrame) -> str:

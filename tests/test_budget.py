@@ -30,8 +30,8 @@ from harness.budget import (
     squared_errors,
     subsets,
 )
-from harness.budget_report import largest_share_sentence, mean_shares
-from harness.budget_rows import budget_rows, order_rows
+from harness.budget_report import largest_share_sentence, mean_shares, rope_sentence, rope_shares, rope_table
+from harness.budget_rows import budget_rows, order_rows, ways_to_rotate
 from harness.errors import error_stats
 from harness.exact import exact_problem
 from harness.problems import synthetic_problem
@@ -207,7 +207,7 @@ def test_every_subset_is_the_spec_of_its_plan_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["hf", "one-rounding", "truncating", "folded"])
 def test_every_subset_with_positions_too(name: str) -> None:
-    problem = with_positions(small(), 1000)
+    problem = with_positions(small())
     rotated = players(plan_named(name), problem)
     assert set(rotated) - set(players(plan_named(name), small())) == {
         boundary for boundary in ROPE_BOUNDARIES if getattr(plan_named(name), boundary) != KEEP
@@ -524,6 +524,33 @@ def test_the_sentence_means_over_layers_and_leaves_controls_out() -> None:
     assert "mean of 2 layers" in sentence and "`hidden` in `bf16-operand`, 62%" in sentence
 
 
+def test_rope_is_told_apart_and_compared_on_the_same_layers() -> None:
+    plain = rows_of(MADE_UP, 0) + rows_of({"hf": {"normed": 1.0}}, 5)  # layer 5 was not rotated
+    turned = {"fp32": {"out": 1.0}, "hf": {"unrotated": 0.25, "cos_sin": 0.125, "products": 0.125, "out": 0.5}}
+    rows = pd.DataFrame(plain + rows_of(turned, 0, "calibrated, rotated from position 1000"))
+    shares = rope_shares(rows)
+    assert list(shares.index) == ["fp32", "hf"]  # by the error behind: 1 and 0.5
+    assert shares.loc["hf", ["before", "behind"]].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
+    assert shares.loc["hf", list(ROPE_BOUNDARIES)].tolist() == [0.25, 0.125, 0.125]
+    assert shares.loc["fp32", "before"] == pytest.approx(0.125**0.5) and shares.loc["fp32"].isna().sum() == 3
+    sentence = rope_sentence(rows)
+    assert "(1 layers)" not in sentence and "(1 layer)" in sentence
+    assert "`hf` 7.07e-01 → 7.07e-01 (`unrotated` 25%, `cos_sin` 12%, `products` 12% of its square)" in sentence
+    assert "`fp32` 3.54e-01 → 1.00e+00 (nothing rounded there)" in sentence
+    assert "| hf | 0.707 | 0.707 | 0.707 | 0.707 | 25% | 12% | 12% |" in rope_table(rows)
+    assert largest_share_sentence(rows) == largest_share_sentence(pd.DataFrame(plain))
+    assert mean_shares(rows, MEASURES[0]).equals(mean_shares(pd.DataFrame(plain), MEASURES[0]))
+    assert rope_sentence(pd.DataFrame(plain)) == rope_table(pd.DataFrame(plain)) == ""
+
+
+def test_a_plan_for_each_way_to_round_in_rope() -> None:
+    assert ways_to_rotate(["hf", "bf16-statistics", "fp32", "deferred", "one-rounding"]) == [
+        "hf",
+        "fp32",
+        "one-rounding",
+    ]
+
+
 def test_nothing_to_say_and_nothing_to_draw() -> None:
     empty = pd.DataFrame([], columns=list(TABLES["budget"]))
     assert largest_share_sentence(empty) == "" and budget_bars(empty) is None
@@ -561,7 +588,8 @@ def test_bars_are_the_shares_largest_error_on_top_and_negative_ones_left_of_zero
 def test_a_player_has_one_look_and_no_two_look_the_same() -> None:
     from harness.budget_plot import STYLES
 
-    assert list(STYLES) == list(PLAYERS) and len(set(STYLES.values())) == len(PLAYERS)
+    drawn = [player for player in PLAYERS if player not in ROPE_BOUNDARIES]  # bars are of problems without positions
+    assert list(STYLES) == drawn and len(set(STYLES.values())) == len(drawn)
 
 
 def test_the_plot_draws_what_was_measured() -> None:
