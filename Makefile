@@ -27,7 +27,7 @@ bench: $(READY)  ## errors, amplification and speed of every plan on Qwen3-0.6B,
 	$(BIN)/python -m harness bench $(WHERE) $(ARGS)
 
 test: $(READY)  ## prove that every kernel does what its plan says
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 compare: $(READY)  ## time the plans with pytest-benchmark and compare with the last saved run
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 try:
     import typer
 except ImportError:
     sys.exit("error: the command line needs typer and rich: `make bench` sets them up, or pip install typer rich")
 
-from harness.geometry import Geometry, geometry_named, name_of
+from harness.options import (
+    DeviceName,
+    ResultsFolder,
+    device_named,
+    on_selection,
+    parse_plans,
+    prompts_hash,
+    records_of,
+    select,
+)
 from harness.records import Records
 from harness.settings import Settings
 
@@ -25,70 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-# Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
-MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
-ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
-DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-
-
-def select(
-    model: Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")] = "",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)] = 128,
-    plans: Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
-    results: Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")] = None,
-    short: Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")] = False,
-) -> tuple[Settings, Records]:
-    """Checks every option, decides how kernels run, and opens the results folder, before any work starts."""
-    wanted = model or Settings.model
-    geometry = geometry_named(wanted)
-    if checkpoint is not None:
-        wanted, geometry = _checkpoint_geometry(checkpoint, model, layers)
-    chosen = parse_layers(layers, geometry.num_layers) or tuple(range(geometry.num_layers))
-    chosen = chosen[:3] if short else chosen
-    if checkpoint is not None:
-        _check_layers(checkpoint, wanted, chosen)
-    device = _device(device)
-    from harness.environment import describe, machine_name
-    from variants.catalogue import PLANS, plan_named
-
-    names = tuple(plans.split(",")) if plans else tuple(PLANS)
-    for name in names:
-        plan_named(name)
-    settings = Settings(
-        model=wanted,
-        checkpoint=checkpoint,
-        layers=chosen,
-        tokens=min(tokens, 32) if short else tokens,
-        kernel_tokens=16 if device == "cpu" else 64,
-        speed_tokens=(1, 16) if short else (1, 16, 128) if device == "cpu" else (1, 16, 256, 4096),
-        plans=names,
-        seed=seed,
-        device=device,
-        speed_budget_s=2.0 if short else 15.0,
-    )
-    return settings, Records(results or Path("results") / machine_name(device), settings.row(), describe(device))
-
-
-def on_selection(command: Callable[[Settings, Records], None], **fixed: str) -> Callable[..., None]:
-    """A command over a selection of plans and layers: it takes the options of `select`, less those that are fixed."""
-
-    @functools.wraps(command)
-    def with_options(**options: Any) -> None:
-        settings, records = select(**options, **fixed)
-        records.note(command=command.__name__)
-        command(settings, records)
-
-    parameters = inspect.signature(select, eval_str=True).parameters
-    with_options.__signature__ = inspect.Signature([p for name, p in parameters.items() if name not in fixed])
-    return with_options
 
 
 @app.command()
@@ -211,13 +153,13 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts.")] = False,
 ) -> None:
     """Time every config of the kernels on this GPU, and write the fastest into kernels/dispatch.csv."""
-    device = _device("cuda")
+    device = device_named("cuda")
     from harness import grid
     from harness.rig_cuda import Cuda, DeviceLost
     from harness.tune import tune as tuned
     from kernels.dispatch import TABLE, read_table, write_table
 
-    records = _records("tune", results, device, quick=quick)
+    records = records_of("tune", results, device, quick=quick)
     try:
         found = tuned([p for p in grid.points(quick) if p.regime == grid.COLD], records, Cuda())
     except DeviceLost as error:
@@ -247,7 +189,7 @@ def identify(
 
     if kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    answer = identify_target(target, kind, _device(device), time_limit)
+    answer = identify_target(target, kind, device_named(device), time_limit)
     print(json.dumps(answer.as_dict()) if json_ else summary(answer))
     if answer.status == "error":
         raise typer.Exit(1)
@@ -256,10 +198,10 @@ def identify(
 @app.command()
 def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
     """Fingerprints of public implementations: PyTorch, Hugging Face, Liger, JAX and others that are installed."""
-    device = _device(device)
+    device = device_named(device)
     from harness.survey import survey_implementations
 
-    records = _records("survey", results, device)
+    records = records_of("survey", results, device)
     survey_implementations(records, device)
     records.finish()
     _print_study(records, "implementations")
@@ -270,7 +212,7 @@ def cases(results: ResultsFolder = None) -> None:
     """Cases of the field: a boundary that moved in a public engine, what it changes here, and what was claimed."""
     from harness.cases import run_cases
 
-    records = _records("cases", results, _device("cpu"))
+    records = records_of("cases", results, device_named("cpu"))
     for row in run_cases():
         if not records.has("cases", **row):
             records.add("cases", **row)
@@ -281,10 +223,10 @@ def cases(results: ResultsFolder = None) -> None:
 @app.command()
 def confusion(results: ResultsFolder = None) -> None:
     """Fingerprints of this lab's own plans, whose answers are known: takes half an hour on two cores."""
-    device = _device("cpu")
+    device = device_named("cpu")
     from harness.survey import survey_known
 
-    records = _records("confusion", results, device)
+    records = records_of("confusion", results, device)
     survey_known(records)
     records.finish()
     _print_study(records, "fingerprints")
@@ -316,7 +258,7 @@ def audit(
         for row in rows:
             print("\n".join(f"{name:13} {value}" for name, value in row.items() if value not in ("", None)) + "\n")
     else:
-        records = _records("audit", results, "cpu", targets=targets)
+        records = records_of("audit", results, "cpu", targets=targets)
         for row in audit_all(targets):
             if not records.has("audit", **row):
                 records.add("audit", **row)
@@ -333,10 +275,14 @@ def configs(results: ResultsFolder = None) -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     from harness.configs import sweep_configs
 
-    records = _records("configs", results, "cpu")
+    records = records_of("configs", results, "cpu")
     sweep_configs(records)
     records.finish()
     _print_study(records, "configs")
+
+
+# Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
+MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
 
 
 @app.command()
@@ -353,34 +299,20 @@ def model(
     device: DeviceName = "",
 ) -> None:
     """Does a language model notice? Every plan inside a real model, against float64 and against eager bf16."""
-    import hashlib
-
-    device = _device(device)
+    device = device_named(device)
     from harness import impact_report
     from harness.impact import CONTINUATION, arms, sweep_model, texts
     from harness.language_model import load
-    from variants.catalogue import plan_named
     from variants.variant import check_backend
 
-    if prompts is not None and not prompts.is_file():
-        raise ValueError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
-    names = plans.split(",")
-    for name in names:
-        plan_named(name)
+    read = prompts_hash(prompts)
+    names = parse_plans(plans)
     check_backend(backend)
     lm = load(source, device, tokens + CONTINUATION)
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
-    read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts else ""
-    settings = {
-        "model": lm.name,
-        "weights": lm.weights,
-        "plans": names,
-        "backend": backend,
-        "prompts": read,
-        "tokens": tokens,
-    }
-    records = _records("model", results, device, **settings, passages=passages)
+    asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
+    records = records_of("model", results, device, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
     records.finish()
     (study,) = [study for study in impact_report.studies(records.folder) if study.run_id == records.run_id]
@@ -436,64 +368,6 @@ def doctor() -> None:
         failed = failed or not check.ok
     if failed:
         raise typer.Exit(1)
-
-
-def _checkpoint_geometry(checkpoint: str, model: str, layers: str) -> tuple[str, Geometry]:
-    """Name and geometry of a checkpoint. Raises ValueError if it cannot be read or is not the model asked for."""
-    from harness.checkpoint import load_layer
-
-    first = parse_layers(layers, sys.maxsize)[:1] or (0,)
-    geometry, _ = load_layer(checkpoint, first[0], model or Settings.model)
-    if model and geometry != geometry_named(model):
-        raise ValueError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
-    return name_of(geometry) or Path(checkpoint).name, geometry
-
-
-def _check_layers(checkpoint: str, model: str, layers: tuple[int, ...]) -> None:
-    """Raises ValueError unless every layer can be read, so that no run ends halfway for it."""
-    from harness.checkpoint import load_layer
-
-    for layer in layers:
-        load_layer(checkpoint, layer, model)
-
-
-def _device(wanted: str) -> str:
-    """The device to measure on. On a CPU Triton's interpreter is switched on, before kernels are imported."""
-    import torch
-
-    if wanted not in ("", "cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, not {wanted!r}")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU")
-    if wanted != "cpu" and torch.cuda.is_available():
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise ValueError("TRITON_INTERPRET=1 would interpret the kernels: unset it, or choose --device cpu")
-        return "cuda"
-    os.environ["TRITON_INTERPRET"] = "1"
-    return "cpu"
-
-
-def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """Layers of a text such as `0-3,8`. Raises ValueError if it is no such text or names a layer beyond count."""
-    layers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"--layers takes numbers and ranges such as 0-3,8, not {text!r}")
-        layers += range(int(first), int(last or first) + 1)
-    if layers and max(layers) >= count:
-        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
-    return tuple(dict.fromkeys(layers))
-
-
-def _records(command: str, results: Path | None, device: str, **settings: object) -> Records:
-    """The results folder of a command that takes no selection of plans and layers."""
-    from harness.environment import describe, machine_name
-
-    folder = results or Path("results") / machine_name(device)
-    records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
-    records.note(command=command)
-    return records
 
 
 def _print_study(records: Records, table: str) -> None:

@@ -6,17 +6,18 @@ the plan declares for it: none lost, doubled, truncating or moved, whatever the 
 
 PTX and AMD assembly prove that the compiler kept them. Every rounding there is followed in its bits, element by
 element, and belongs to the rounding of TTIR that the compiler's line table gives the same line and call; where the
-table lost it, to one that rounds the same kind of operation. A rounding that TTIR lacks, has of another kind or has
-and the machine code has not is a fault; so is an element of an always rounded value that is not, or that arithmetic
-reads before, and a fused multiply-add that no division, root or matrix product of TTIR expands to. What machine code
-does not show is which value comes out of memory again (shared memory above all), so which of two roundings on one
-line comes first is known from TTIR alone. Rounding what is rounded already changes nothing and may be removed; what is
-left of it is not looked at.
+table lost it, to one that rounds the same kind of operation. LLVM makes one vector operation of two alike ones and
+gives both the place of one (RoPE's products): then whatever reads them must read such roundings alone. A rounding that
+TTIR lacks, has of another kind or has and the machine code has not is a fault; so is an element of an always rounded
+value that is not, or that arithmetic reads before, and a fused multiply-add that no division, root or matrix product of
+TTIR expands to. What machine code does not show is which value comes out of memory again (shared memory above all), so
+which of two roundings on one line comes first is known from TTIR alone. Rounding what is rounded already changes
+nothing and may be removed; what is left of it is not looked at.
 
 Memory joins kernels. What another kernel stored (rstd, hidden, proj) is taken at its word where it is loaded: the row
 of the kernel that stores it proves it, and no rounding may follow. Workspace, which holds split-K's sums, is followed
 within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
-programs and the counter of those that arrived are right, no row says.
+programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
 
 Texts become graphs in audit_ttir, audit_ptx and audit_amd (of audit_graph's nodes); audit_roundings finds the roundings
 in one, audit_flow names the values of TTIR. audit_plan then holds TTIR to the plan, audit_machine the machine code to

@@ -114,13 +114,14 @@ def _selected(builder: Builder, text: str, index: int, value: Node | int) -> Nod
 
 
 def _lower_packed(builder: Builder, op: str, word: str, target: list[str], sources: list[str], text: str) -> None:
-    """Two operations, on the halves that op_sel and op_sel_hi name."""
+    """Two operations, on the halves that op_sel and op_sel_hi name; v_pk_mov takes one of each source, by op_sel."""
     results = []
     for lane, pattern in enumerate((r"op_sel:\[([\d,]+)\]", r"op_sel_hi:\[([\d,]+)\]")):
-        found = re.search(pattern, text)
-        halves = [int(each) for each in found[1].split(",")] if found else [lane] * len(sources)
+        one_each = op == "v_pk_mov_b32"
+        found = re.search(r"op_sel:\[([\d,]+)\]" if one_each else pattern, text)
+        halves = [int(each) for each in found[1].split(",")] if found else [0 if one_each else lane] * len(sources)
         values = [_amd_value(builder, each, half) for each, half in zip(sources, halves, strict=False)]
-        moved = op in ("v_mov_b64", "s_mov_b64", "v_pk_mov_b32")
+        moved = one_each or op in ("v_mov_b64", "s_mov_b64")
         results.append(values[lane * (len(values) - 1)] if moved else builder.add(word, *values))
     for register, value in zip(target, results, strict=False):
         builder.write(register, value)

@@ -44,14 +44,15 @@ class Edge:
 class Flow:
     """TTIR of one kernel as named values and the roundings between them.
 
-    Roles are the values of the chain (statistics, variance, rstd, normed, hidden, proj, head_*, out), their steps (sum,
-    shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off), `load`, `product` of two loads where
-    there is no matmul, `scalar`, and `` for anything else. Statistics of a matrix product, or of a load that `given`
-    calls proj, are those of the head.
+    Roles are the values of the chain (statistics, variance, rstd, normed, hidden, proj, head_*, unrotated, cos_sin,
+    products, out), their steps (sum, shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off),
+    `load`, `product` of two loads where there is no matmul, `scalar`, and `` for anything else. Statistics of a matrix
+    product, or of a load that `given` calls proj, are those of the head.
 
     Memory: `given` is the role of what another kernel stored behind a pointer. What is loaded from `workspace` is what
     this kernel stores behind the same pointer, whatever the address, with the roundings before the store. hidden: a
-    product of two loads is hidden, as it is before a matmul.
+    product of two loads is hidden, as it is before a matmul. What a head's norm returns is out, but unrotated where the
+    kernel loads what `given` calls cos_sin.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Flow:
     ) -> None:
         self.nodes, self.given = ttir_graph(ttir), given or {}
         self.scaled = "hidden" if hidden or any(node.op == "tt.dot" for node in self.nodes) else "product"
+        loaded = {self.given.get(pointer_name(node)) for node in self.nodes if node.op in LOADS}
+        self.weighted = "unrotated" if "cos_sin" in loaded else "out"
         self.stored: dict[str, list[Node | int]] = {name: [] for name in workspace}
         for node in self.nodes:
             for name in pointer_name(node).split(" or ") if node.op.endswith("store") else ():
@@ -185,9 +188,9 @@ class Flow:
         if node.op == "arith.mulf":
             return self._product(node, first, second)
         if node.op == "arith.addf":
-            return added(first, second) or added(second, first)
+            return added(first, second) or added(second, first) or rotated(first, second)
         if node.op == "arith.subf":
-            return "remainder" if first == second == {"hidden"} else ""
+            return "remainder" if first == second == {"hidden"} else rotated(first, second)
         if node.op in ("arith.divf", "tt.precise_divf"):
             if "scalar" in second:
                 return renamed(first, sum="variance")
@@ -209,7 +212,9 @@ class Flow:
             if "normed" in one or "weighted rstd" in one:
                 return "hidden"
             if "head_normed" in one:
-                return "out"
+                return self.weighted
+            if "cos_sin" in one:
+                return "products"
             if "scalar" in other and (named := renamed(one, sum="variance")):
                 return named
         return self.scaled if first | second <= {"load", "x", "offset"} else ""
@@ -239,6 +244,11 @@ def added(one: frozenset[str], other: frozenset[str]) -> str:
     if one == {"load"} and other == {"scalar"}:
         return "offset"
     return "x" if one <= {"load", "x"} and other <= {"load", "x"} and one and other else ""
+
+
+def rotated(one: frozenset[str], other: frozenset[str]) -> str:
+    """Role of a sum or difference as RoPE has them, by the roles of its operands."""
+    return "out" if one == other == {"products"} else ""
 
 
 def renamed(roles: frozenset[str], **names: str) -> str:

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from harness.audit_flow import Edge, Flow
+from harness.audit_flow import LOADS, Edge, Flow
 from harness.audit_graph import NOWHERE, Node, Place, origins, spot
 from harness.audit_roundings import FLOAT, MATRIX_RESULT, Rounding, is_fused
 from harness.audit_words import titled
@@ -18,6 +18,7 @@ from harness.audit_words import titled
 WORDS = {"arith.mulf": {"fmul"}, "arith.addf": {"fadd"}, "arith.subf": {"fsub", "fadd"}}
 WORDS |= {"arith.divf": {"fdiv", "fmul"}, "tt.precise_divf": {"fdiv"}}  # the former by the reciprocal of a constant
 READ = re.compile(rf"({'|'.join(FLOAT)}|bfe|iadd|and|or|shr|select|bytes|cmp|bfi)$")  # as a number or its bits
+LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
 ROOTED = ("arith.divf", "tt.precise_divf")
 EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
 
@@ -29,7 +30,8 @@ class Site:
     boundary: str
     kind: str
     places: frozenset[Place]
-    source: Node
+    sources: tuple[Node, ...]
+    sinks: tuple[Node, ...]
     role: str
     always: bool  # nothing reads the source unrounded
     redundant: bool  # what comes in is rounded already
@@ -48,11 +50,14 @@ def sites_of(flow: Flow, names: dict[Rounding, str]) -> list[Site]:
     sites = []
     for rounding, used in uses.items():
         edge = used[0][0]
-        always = all(each.roundings for each in edges_of[edge.source]) and all(index == 0 for _, index in used)
+        sources, sinks = (tuple(dict.fromkeys(n)) for n in zip(*((e.source, e.sink) for e, _ in used), strict=True))
+        always = all(each.roundings for source in sources for each in edges_of[source])
+        always &= all(index == 0 for _, index in used)
         redundant = all(index and each.roundings[index - 1].kind.startswith("bf16") for each, index in used)
         boundary = names.get(rounding, edge.role)
         spared = "without NaN" if rounding.node.op == "tt.fp_to_fp" else ""
-        sites.append(Site(boundary, rounding.kind, rounding.places, edge.source, edge.role, always, redundant, spared))
+        about = (boundary, rounding.kind, rounding.places, sources, sinks, edge.role)
+        sites.append(Site(*about, always, redundant, spared))
     return sites
 
 
@@ -63,7 +68,7 @@ def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding])
         if rounding.places:
             here = [site for site in sites if site.places & rounding.places]
         else:
-            alike = [site for site in sites if shape(site.source) & shape(rounding.value)]
+            alike = [site for site in sites if any(shape(each) & shape(rounding.value) for each in site.sources)]
             here = [site for site in alike if not matched[site]] or alike
         same = [site for site in here if rounding.kind == site.kind or rounding.kind == f"{site.kind} {site.spared}"]
         for site in same:  # the line table does not tell two calls from one another that one helper makes
@@ -82,11 +87,41 @@ def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding])
             "rtz without NaN"
         )  # a shift, after memory none of a float
         if not matched[site] and not site.redundant and not elusive:
-            faults.append(f"machine code: {titled(site.boundary)} is not rounded, TTIR says {site.kind}")
+            alike = [each for each in sites if (each.boundary, each.kind) == (site.boundary, site.kind)]
+            if not moved(alike, nodes, [rounding for each in alike for rounding in matched[each]]):
+                faults.append(f"machine code: {titled(site.boundary)} is not rounded, TTIR says {site.kind}")
         elif site.always:
-            rounded = [each for other in sites if other.source is site.source for each in matched[other]]
-            faults += unrounded(site, nodes, rounded)
+            related = [other for other in sites if set(other.sources) & set(site.sources)]
+            faults += unrounded(site, nodes, [rounding for other in related for rounding in matched[other]])
     return counts, [f"{fault} ({n} times)" if n > 1 else fault for fault, n in Counter(faults).items()]
+
+
+def moved(alike: list[Site], nodes: list[Node], rounded: list[Rounding]) -> bool:
+    """Whether the roundings of some of these sites stand at places of the others, where LLVM moves two alike that it
+    makes one vector operation: then whatever reads any site's result reads these roundings alone, and all of them."""
+    places = {sink.place for site in alike for sink in site.sinks}
+    words = set().union(*(WORDS.get(sink.op, ()) for site in alike for sink in site.sinks))
+    results, read = {rounding.node for rounding in rounded}, set()
+    for node in nodes:
+        if node.op in words and node.place in places:
+            found = [uncut(arg) for arg in node.args]
+            if not all(each and each <= results for each in found):
+                return False
+            read |= set().union(*found)
+    return bool(read) and read == results
+
+
+def uncut(value: Node | int) -> set[Node]:
+    """The values of whose upper halves this is made."""
+    found, seen, todo = set(), set(), [value] if isinstance(value, Node) else []
+    while todo:
+        each = todo.pop()
+        if each.op in ("and", "shl", "shr", "bytes", "phi", "part", "pack"):
+            todo += [arg for arg in each.args if isinstance(arg, Node) and arg not in seen]
+            seen |= set(todo)
+        else:
+            found.add(each)
+    return found
 
 
 def shape(node: Node) -> set[tuple[str, bool, bool]]:
@@ -114,16 +149,19 @@ def divides_by_root(node: Node) -> bool:
 def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[str]:
     """Elements of a value, which TTIR always rounds, that machine code computes and does not round, or reads before."""
     inputs = {origin for rounding in rounded for origin in origins(rounding.value)}
-    if site.source.op == "tt.dot":  # and there is one in a kernel, or its results are added up
-        values = {rounding.value for rounding in rounded}
-        lost = [n for n in nodes if is_product(n) and n not in values and any(READ.match(u.op) for u in n.users)]
-        inputs |= {node for node in nodes if MATRIX_RESULT.match(node.op)}
-    else:
-        words = WORDS.get(site.source.op, ())
-        computed = {node for node in nodes if node.op in words and node.place == site.source.place != NOWHERE}
-        lost = [
-            n for n in computed - inputs if any(user.place != n.place for user in readers(n))
-        ]  # no step of a quotient
+    ops, places = ({getattr(each, name) for each in site.sources} for name in ("op", "place"))
+    words = set().union(*(WORDS.get(op, ()) for op in ops))
+    computed = {node for node in nodes if node.op in words and node.place in places - {NOWHERE}}
+    lost = [n for n in computed - inputs if any(user.place != n.place for user in readers(n))]  # no step of a quotient
+    made = set()  # what has several elements
+    if "tt.dot" in ops:  # and there is one in a kernel, or its results are added up
+        made = {node for node in nodes if MATRIX_RESULT.match(node.op)}
+        inputs |= made
+    elif ops & set(LOADS):
+        made = {node for node in nodes if LOAD.match(node.op) and node.place in places - {NOWHERE}}
+    values = {rounding.value for rounding in rounded}
+    of_these = [node for node in nodes if made and node not in values and is_element(node, made)]
+    lost += [node for node in of_these if any(READ.match(user.op) for user in node.users)]
     faults = [f"machine code: elements of {titled(site.role)} left unrounded: {len(lost)}"] if lost else []
     inputs -= {rounding.node for rounding in rounded}  # arithmetic in a narrow type
     early = [n for n in inputs if any(user.op in FLOAT and user.place != n.place for user in readers(n))]
@@ -132,10 +170,10 @@ def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[st
     return faults
 
 
-def is_product(node: Node) -> bool:
-    """Whether this is one element of what matrix instructions return."""
-    found = origins(node) if node.op in ("phi", "part") else ()
-    return bool(found) and all(MATRIX_RESULT.match(each.op) for each in found)
+def is_element(node: Node, made: set[Node]) -> bool:
+    """Whether this is one element of what these instructions return, or of several of them."""
+    found = origins(node) if node.op in ("phi", "part") or node in made else set()
+    return bool(found) and found <= made
 
 
 def readers(node: Node) -> set[Node]:

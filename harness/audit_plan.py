@@ -9,7 +9,7 @@ from typing import Any
 from harness.aot import Compiled
 from harness.audit_flow import LOADS, Edge, Flow
 from harness.audit_words import dot_precisions, listed, titled
-from kernels.checks import KEEP, RNE
+from kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from variants.plan import CastPlan
 
 # ---------------------------------------------------------------- parts of the chain
@@ -25,15 +25,20 @@ class Part:
     block_m: int = 64
     stores: str = "hidden"
     packed: bool = False
+    rope: bool = False
 
     @property
     def multiplies(self) -> bool:
         return self.kernel in ("norm_qkv", "split_k")
 
+    @property
+    def rotates(self) -> bool:
+        return self.rope and self.head_norm != "later"
+
 
 def part_of(kernel: str, keywords: dict[str, Any]) -> Part:
     """That kernel's part, as a compiler of harness.aot was asked for it with these keywords."""
-    asked = {name: keywords[name] for name in ("head_norm", "stores", "packed") if name in keywords}
+    asked = {name: keywords[name] for name in ("head_norm", "stores", "packed", "rope") if name in keywords}
     if config := keywords.get("config"):
         asked |= {"prepass": config.prepass, "block_m": config.block_m}
     return Part(kernel, **asked)
@@ -41,7 +46,7 @@ def part_of(kernel: str, keywords: dict[str, Any]) -> Part:
 
 def flow_of(ttir: str, plan: CastPlan, part: Part) -> Flow:
     """TTIR of that part. What kernels before it stored is taken at its word, since their own rows prove it."""
-    given = {"proj_ptr": "proj"} if part.kernel == "head_norm" else {}
+    given = {"cos_sin_ptr": "cos_sin"} | ({"proj_ptr": "proj"} if part.kernel == "head_norm" else {})
     given |= {"rstd_ptr": "rstd"} if part.prepass != "none" else {}
     given |= {"x_ptr": "hidden"} if part.prepass == "hidden" and plan.scale != "folded" else {}
     workspace = ("sums_ptr", "squares_ptr") if part.kernel == "split_k" else ()
@@ -56,7 +61,8 @@ def stored_roles(plan: CastPlan, part: Part) -> dict[str, set[str]]:
         hidden = {"load", "x"} if plan.scale == "folded" else {"hidden"}
         due = {"rstd_ptr": {"rstd"}, "hidden_ptr": hidden}
         return {name: roles for name, roles in due.items() if part.stores in (name.removesuffix("_ptr"), "both")}
-    due = dict.fromkeys(("q_ptr", "k_ptr"), {"out" if part.head_norm == "fused" else "proj"}) | {"v_ptr": {"proj"}}
+    qk = "out" if part.head_norm == "fused" or part.rotates else "proj"
+    due = dict.fromkeys(("q_ptr", "k_ptr"), {qk}) | {"v_ptr": {"proj"}}
     due |= {"sums_ptr": {"proj"}} if part.kernel == "split_k" else {}
     squares = part.kernel == "split_k" and part.prepass == "none" and plan.scale != "prologue"
     return due | ({"squares_ptr": {"sum"}} if squares else {})
@@ -66,13 +72,14 @@ def stored_roles(plan: CastPlan, part: Part) -> dict[str, set[str]]:
 
 BOUNDARY_OF = {
     **{name: name for name in ("x", "statistics", "variance", "rstd", "normed", "hidden", "head_rstd", "head_normed")},
-    **{"out": "out", "head_statistics": "statistics", "head_variance": "variance"},
+    **{name: name for name in (*ROPE_BOUNDARIES, "out")},
+    **{"head_statistics": "statistics", "head_variance": "variance"},
 }
 
 
 def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
     """(boundary, kind) of every rounding that the plan puts on that edge, in order."""
-    if edge.source.op in LOADS:  # rounded by who stored it
+    if edge.source.op in LOADS and edge.role != "cos_sin":  # rounded by who stored it
         return []
 
     def kept_as(name: str) -> list[tuple[str, str]]:
@@ -81,6 +88,8 @@ def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
     if edge.role == "proj":
         if edge.sink_role in ("proj", "sums_ptr"):  # sums, rstd and the bias; shares of a sum
             return []
+        if edge.sink_role == "products":  # q and k without a head norm
+            return kept_as("proj") + kept_as("unrotated")
         last = edge.sink_role == "v_ptr" or edge.sink.op == "tt.store" and part.head_norm == "none"
         return kept_as("proj") + (kept_as("out") if last else [])
     if edge.role in ("hidden", "remainder"):
@@ -95,6 +104,8 @@ def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
 def expected_roles(plan: CastPlan, part: Part) -> set[str]:
     """The values that must be found in TTIR, computed there or loaded."""
     head = {"head_statistics", "head_sum", "head_variance", "head_rstd", "head_normed", "out"}
+    turned = {"cos_sin", "products", "out"} if part.rotates else set()
+    head |= turned | {"unrotated"} if part.rotates else set()
     offset = {"offset"} if plan.weight_offset != "none" else set()
     if part.kernel == "head_norm":
         return head | offset
@@ -106,7 +117,7 @@ def expected_roles(plan: CastPlan, part: Part) -> set[str]:
     if part.prepass == "hidden":
         hidden &= {"hidden"}
     rstd |= {"rstd"} if part.prepass == "rstd" or plan.scale != "prologue" else set()
-    found = {"proj"} | rstd | hidden | (head | offset if part.head_norm == "fused" else set())
+    found = {"proj"} | rstd | hidden | turned | (head | offset if part.head_norm == "fused" else set())
     return found | ({"remainder"} if plan.matmul == "tf32x3" else set())
 
 
@@ -122,6 +133,8 @@ def compare_ttir(flow: Flow, plan: CastPlan, part: Part) -> list[str]:
     faults, roles = [], {edge.role for edge in flow.edges}
     faults += [f"TTIR: {titled(role)} was not found" for role in sorted(expected_roles(plan, part) - roles)]
     faults += [f"TTIR: {titled(role)} is computed again" for role in sorted(strangers(plan, part) & roles)]
+    unasked = roles.intersection(() if part.rotates else ROPE_BOUNDARIES)
+    faults += [f"TTIR: {role} is there, where nothing is to be rotated" for role in sorted(unasked)]
     faults += compare_stores(flow, plan, part)
     for edge in flow.edges:
         wanted, found = [kind for _, kind in declared(plan, part, edge)], [r.kind for r in edge.roundings]

@@ -12,9 +12,12 @@ from harness.audit_registers import JUMP, Builder, Instruction, graph_of, word_o
 def ptx_graph(text: str) -> list[Node]:
     """Every value of the PTX. Halves of 64 bits are `pack`ed and taken `part`s of; prmt is `bytes`."""
     files = {number: PurePath(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
-    lines, place = [], NOWHERE
+    lines, place, inline = [], NOWHERE, False
     for line in text.split("\n\t.section", 1)[0].splitlines():
+        inline = "begin inline asm" in line or inline and "end inline asm" not in line
         line = line.split("//")[0].strip()
+        if inline and line.startswith(".loc"):  # LLVM counts the lines of the assembly as if they were the source's
+            continue
         if loc := re.match(r"\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?", line):
             spots = [loc.groups()[:3], *([loc.groups()[3:]] if loc[4] else [])]
             place = place_of([f"{files.get(file, '')}:{row}:{column}" for file, row, column in spots])
@@ -70,7 +73,7 @@ def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
 def _part(builder: Builder, value: Node | int, lane: int) -> Node | int:
     if isinstance(value, int):
         return value
-    return value.args[lane] if value.op == "pack" else builder.add("part", value)
+    return value.args[lane] if value.op == "pack" else builder.add("part", value, lane)
 
 
 def _move_ptx(builder: Builder, op: str, target: list[str], values: list[Node | int]) -> None:

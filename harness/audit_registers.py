@@ -104,13 +104,14 @@ class Builder:
                     ends = self.blocks[name].registers
                     phi.args.append(ends[register] if register in ends else self._entry(name, register))
             done |= todo
-        same: dict[Node, Node | int] = {}  # a phi of one value besides itself is that value
+        same: dict[Node, Node | int] = {}  # a phi of one value besides itself is that value, half a pack what went in
 
         def real(value: Node | int) -> Node | int:
             while isinstance(value, Node) and value in same:
                 value = same[value]
             return value
 
+        halves = {node for node in self.nodes if node.op == "part" and len(node.args) == 2}
         changed = True
         while changed:
             changed = False
@@ -120,6 +121,11 @@ class Builder:
                     if len(values) == 1:
                         same[phi] = next(iter(values.values()))
                         changed = True
+            for node in halves - same.keys():
+                whole = real(node.args[0])
+                if isinstance(whole, Node) and whole.op == "pack":
+                    same[node] = whole.args[node.args[1]]
+                    changed = True
         self.nodes += [phi for phi in self.entries.values() if phi not in same]
         for node in self.nodes:
             node.args = [real(arg) for arg in node.args]

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from harness.audit_graph import NOWHERE, Node, Place, link, place_of
 
 _LOC = re.compile(r" loc\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
-_OPERATION = re.compile(r'(?:(%[\w.]+)(?::(\d+))? = )?"?([\w.]+)"?(.*)')
+_OPERATION = re.compile(r'(?:(%[^=]+) = )?"?([\w.]+)"?(.*)')
 _NAME = r"%[\w.]+(?:#\d+)?"
 _CONSTANT = re.compile(r"(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+)?i(?:16|32)\b")
 _BITS = {"andi": "and", "ori": "or", "addi": "iadd", "shrui": "shr", "shli": "shl", "select": "select", "cmpi": "cmp"}
@@ -54,7 +54,8 @@ def ttir_graph(text: str) -> list[Node]:
             for name, type_ in re.findall(r"(%\w+): ([^,{)]+)", line):
                 define(name, Node("region_arg" if line[0] == "^" else "arg", text=f"{name[1:]} {type_.strip()}"))
             continue
-        name, count, op, rest = _OPERATION.match(line).groups()
+        left, op, rest = _OPERATION.match(line).groups()
+        names = _names(left or "")
         place = places.get(locs[-1], NOWHERE) if locs else NOWHERE
         args = [value(each) for each in re.findall(_NAME, re.split(r" : |iter_args|->", rest)[0])]
         if op == "scf.yield":
@@ -62,20 +63,26 @@ def ttir_graph(text: str) -> list[Node]:
                 phi.args.append(arg)
             continue
         if op == "arith.constant" and (number := _CONSTANT.match(rest.strip())):
-            scopes[-1][name] = int(number[1]) & 0xFFFFFFFF
+            scopes[-1][names[0]] = int(number[1]) & 0xFFFFFFFF
             continue
         op = _BITS.get(op.removeprefix("arith."), op)
         if owners[-1] and owners[-1][0].op in ("tt.reduce", "tt.scan"):
             owners[-1][0].text += f" {op}"
-        merges = op in ("scf.for", "scf.if") and name is not None
-        results = [Node("phi" if merges else op, [] if merges else args, rest, place) for _ in range(int(count or 1))]
-        for index, node in enumerate(results):
-            define(f"{name}#{index}" if count else str(name), node)
+        merges = op in ("scf.for", "scf.if") and bool(names)
+        results = [Node("phi" if merges else op, [] if merges else args, rest, place) for _ in names or [""]]
+        for name, node in zip(names or [""], results, strict=True):
+            define(name, node)
         if line.endswith("{"):
             owners.append(results if merges or op in ("tt.reduce", "tt.scan") else [])
             scopes.append({})
             _open_loop(op, rest, results, value, define, scopes[-1])
     return link(nodes)
+
+
+def _names(left: str) -> list[str]:
+    """The names that an operation gives its results: `%a, %b:2` are three."""
+    found = re.findall(r"(%[\w.]+)(?::(\d+))?", left)
+    return [each for name, count in found for each in ([f"{name}#{i}" for i in range(int(count))] if count else [name])]
 
 
 def _open_loop(

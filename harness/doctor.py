@@ -41,6 +41,8 @@ def checks() -> Iterator[Check]:
     yield compiler()
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
         yield interpreter()
+    if importlib.util.find_spec("triton") and importlib.util.find_spec("numpy"):
+        yield interpreter_with_numpy()
 
 
 def package_origin(name: str) -> Check:
@@ -72,6 +74,17 @@ def compiler() -> Check:
         name is not None,
         f"C++ compiler for Inductor: {name or 'none'}",
         "install g++ (Debian: apt-get install g++) or set CXX",
+    )
+
+
+def interpreter_with_numpy() -> Check:
+    """NumPy 2.4 makes no int of an array of one element, by which Triton 3.6's interpreter counts a loop's steps."""
+    found = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
+    triton, numpy = (tuple(int(part) for part in found[name].split(".")[:2]) for name in ("triton", "numpy"))
+    return Check(
+        triton >= (3, 7) or numpy < (2, 4),
+        f"Triton {found['triton']} interprets under NumPy {found['numpy']}",
+        "pip install 'numpy<2.4', or Triton 3.7 or newer",
     )
 
 

@@ -20,25 +20,27 @@ Frames = dict[str, pd.DataFrame]
 
 def load(folder: Path, run_id: str) -> Frames:
     """The run's rows of every table. Raises ValueError if a table has other columns than this version writes."""
-    frames = {}
-    for table, columns in TABLES.items():
-        path = folder / f"{table}.csv"
-        check_table(path, columns)
-        words = {column: str for column in columns if column in TEXT_COLUMNS}
-        frame = pd.DataFrame(columns=list(columns))
-        if path.exists():
-            frame = pd.read_csv(path, keep_default_na=False, dtype=words)
-        frame = frame[frame["run_id"] == run_id]
-        numbers = [column for column in columns if column not in TEXT_COLUMNS]
-        frames[table] = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
-    return frames
+    return {table: load_table(folder, run_id, table) for table in TABLES}
+
+
+def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
+    """The run's rows of one table. Raises ValueError if it has other columns than this version writes."""
+    path, columns = folder / f"{table}.csv", TABLES[table]
+    check_table(path, columns)
+    words = {column: str for column in columns if column in TEXT_COLUMNS}
+    frame = pd.DataFrame(columns=list(columns))
+    if path.exists():
+        frame = pd.read_csv(path, keep_default_na=False, dtype=words)
+    frame = frame[frame["run_id"] == run_id]
+    numbers = [column for column in columns if column not in TEXT_COLUMNS]
+    return frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
 
 
 def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
     """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
     finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
     for run_id in reversed(finished):
-        frame = load(folder, run_id)[table]
+        frame = load_table(folder, run_id, table)
         if len(frame):
             return run_id, frame
     return None

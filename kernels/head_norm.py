@@ -131,10 +131,13 @@ def head_norm_kernel(
         value = rotate(value, positions_ptr, cos_sin_ptr, offs_m, T, DH, UNROTATED, COS_SIN, PRODUCTS, BLOCK_M)
     out = round_to(value, OUT)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :]
-    if k_out_ptr is not None:
-        if head >= HQ:
-            out_ptrs = k_out_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :]
-    store_head(out_ptrs, out, mask)
+    if k_out_ptr is None:
+        store_head(out_ptrs, out, mask)
+    elif head < HQ:  # two stores: pointers that differ by branch, Triton 3.6 does not compile for AMD
+        store_head(out_ptrs, out, mask)
+    else:
+        k_ptrs = k_out_ptr + offs_m[:, None] * stride_km + (head - HQ) * stride_kh + offs_n[None, :]
+        store_head(k_ptrs, out, mask)
 
 
 def head_norm(

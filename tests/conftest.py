@@ -1,11 +1,16 @@
 """The tests hold interpreted kernels to their specs, on the CPU, also beside a GPU; `make gpu` checks compiled ones.
 
-The variable must be set before the kernels are imported. `make compare` sets it to 0, to time what runs compiled.
+The variables must be set before torch and the kernels are imported. `make compare` sets TRITON_INTERPRET to 0, to time
+what runs compiled. `make test` starts one pytest process a core: each takes one thread, as do the processes that its
+tests start.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -14,3 +19,12 @@ import torch  # noqa: E402
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests that would notice what leaves another number of threads behind: a worker of `make test` has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

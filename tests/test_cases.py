@@ -87,7 +87,7 @@ def test_a_second_seed_gives_the_same_verdicts(rows: list[dict]) -> None:
     assert sum(drawn) > len(CASES) / 2, "the seed is not used"
 
 
-def test_measuring_leaves_the_threads_as_they_were() -> None:
+def test_measuring_leaves_the_threads_as_they_were(two_threads: None) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
     c = case("error of the scale 1 + w")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import harness.__main__ as cli
-from harness.doctor import checks, hub_package, interpreter, package_origin
+from harness.doctor import checks, hub_package, interpreter, interpreter_with_numpy, package_origin
+from harness.options import parse_layers, select
 from harness.records import TABLES, load_runs
 from harness.report import BLOCK, newest_run, readme_block, update_readme
 from variants.catalogue import PLANS
@@ -94,7 +95,7 @@ def test_a_checkpoint_is_checked_against_the_model_and_the_layers(capsys, monkey
     assert "not --model qwen3-8b: leave --model out" in failure(
         capsys, monkeypatch, *own, "--model", "qwen3-8b", "--layers", "0"
     )
-    settings, _ = cli.select(checkpoint=str(folder), layers="0", device="cpu", results=tmp_path / "results")
+    settings, _ = select(checkpoint=str(folder), layers="0", device="cpu", results=tmp_path / "results")
     assert settings.model == "qwen2.5-0.5b", "the record would name another model"
 
 
@@ -165,10 +166,10 @@ def test_errors_command_prints_the_table(tmp_path: Path) -> None:
 
 
 def test_layers_are_parsed() -> None:
-    assert cli.parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
-    assert cli.parse_layers("", 28) == ()
+    assert parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
+    assert parse_layers("", 28) == ()
     with pytest.raises(ValueError, match="layers 0 to 4"):
-        cli.parse_layers("5", 5)
+        parse_layers("5", 5)
 
 
 def test_doctor_finds_nothing_here_and_names_what_is_in_the_way(monkeypatch, tmp_path: Path) -> None:
@@ -188,6 +189,14 @@ def test_doctor_sees_an_interpreter_variable_that_came_too_late(monkeypatch) -> 
     assert interpreter().ok
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # kernels were imported interpreted
     assert not interpreter().ok and "before the kernels are imported" in interpreter().cure
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "ok"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0+git1", "2.10.1", True)]
+)
+def test_doctor_knows_the_numpy_that_an_interpreter_fails_under(triton: str, numpy: str, ok: bool, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
+    assert interpreter_with_numpy().ok == ok and "numpy<2.4" in interpreter_with_numpy().cure
 
 
 def test_each_package_is_this_checkouts_own() -> None:

@@ -304,7 +304,7 @@ def test_a_callable_may_use_one_buffer_again_and_again() -> None:
     assert identify(fn, "rmsnorm").status == "identified"
 
 
-def test_two_identifications_agree_and_leave_the_random_state_alone() -> None:
+def test_two_identifications_agree_and_leave_the_random_state_alone(two_threads: None) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     answers = [identify(survey.spec_norm(HF), "rmsnorm") for _ in range(2)]

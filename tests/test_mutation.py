@@ -273,6 +273,7 @@ MUTATIONS = {
         "store_head(out_ptrs, out, mask)",
         "store_head(out_ptrs, out, mask | (offs_n < DH)[None, :])",
         functools.partial(check_memory, separate=True),
+        count=2,
     ),
     "channels of x not masked": Mutation(
         CHAIN, "(offs_k < D)[None, :]", "(offs_k >= 0)[None, :]", check_memory, count=2
