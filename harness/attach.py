@@ -30,10 +30,11 @@ def check_architecture(model_type: str) -> None:
 
 def fitted(plan: CastPlan, model_type: str) -> CastPlan:
     """The plan for that architecture: where norm weights are stored as w - 1 (Gemma), a plan that does not say where
-    1 + w is formed forms it in fp32, as Gemma does. Raises ValueError for a Gemma plan and any other model, and for a
-    plan that stores fp32, which no bf16 model can read."""
+    1 + w is formed forms it in fp32, as Gemma does; RoPE stays the model's own. Raises ValueError for a Gemma plan and
+    any other model, and for a plan that stores fp32, which no bf16 model can read."""
     if plan.out == KEEP:
         raise ValueError("a plan with out='fp32' stores float32, which the attention of a bf16 model does not read")
+    plan = plan.without_rope()
     if model_type == "gemma3_text":
         return plan.replace(weight_offset=KEEP) if plan.weight_offset == "none" else plan
     if plan.weight_offset != "none":
@@ -42,9 +43,9 @@ def fitted(plan: CastPlan, model_type: str) -> CastPlan:
 
 
 def reference_plan(model_type: str) -> CastPlan:
-    """The plan by which transformers runs that architecture."""
+    """The plan by which transformers runs that architecture, up to RoPE."""
     check_architecture(model_type)
-    return plan_named(REFERENCE_PLANS[model_type])
+    return plan_named(REFERENCE_PLANS[model_type]).without_rope()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from harness.records import Records
 from kernels.checks import KEEP, RNE, STORAGE
 from kernels.head_norm import head_norm
 from variants.catalogue import PLANS
-from variants.plan import CastPlan
+from variants.plan import OPTIONAL, CastPlan
 from variants.problem import Problem
 from variants.spec import spec
 from variants.variant import run
@@ -123,7 +123,7 @@ def with_noise(fn: Norm) -> Norm:
 def expected(plan: CastPlan, kind: str) -> dict[str, str]:
     """The words that a fingerprint of this plan must answer."""
     if kind == "qkv":
-        return {name: word for name, word in plan.choices().items() if name != "x"}  # no residual is given
+        return {name: word for name, word in plan.choices().items() if name not in OPTIONAL}  # no residual is given
     names = {"rmsnorm": ("rstd", "normed", "hidden"), "head_norm": ("head_rstd", "head_normed", "out")}[kind]
     words = dict(zip(names, (plan.rstd, plan.normed, plan.hidden), strict=True))
     return words | {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}

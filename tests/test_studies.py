@@ -174,12 +174,12 @@ def test_cases_and_budget_commands_fill_the_report(
     cli.budget(**options)
     assert "**Error budget** (layer 0, 8 tokens" in capsys.readouterr().out
     _, frame = latest(tmp_path, "budget")
-    shares = frame[frame["share"].notna()].groupby(["plan", "measure"])["share"].sum()
-    assert len(shares) == 4 and ((shares - 1).abs() < 1e-5).all()
+    shares = frame[frame["share"].notna()].groupby(["weights", "plan", "measure"])["share"].sum()
+    assert len(shares) == 6 and ((shares - 1).abs() < 1e-5).all()  # hf with RoPE too
     assert (frame["player"] == "order of sums").sum() == 4, "two plans, two measures"
     sections = study_sections(tmp_path)
     assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
-    assert len(study_sentences(tmp_path, pd.DataFrame(columns=list(TABLES["speed"])))) == 2
+    assert len(study_sentences(tmp_path, pd.DataFrame(columns=list(TABLES["speed"])))) == 3  # the budget's two
     _, frame = latest(tmp_path, "cases")
     sentence = case_sentence(frame)
     assert f"of {len(frame)} claims" in sentence and "fit" in sentence
