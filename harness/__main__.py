@@ -350,7 +350,8 @@ def show_plans() -> None:
     for name, named in PLANS.items():
         p = named.plan
         print(
-            f"{name:20} {' '.join(p.roundings()):62} scale={p.scale} matmul={p.matmul} weight_offset={p.weight_offset}"
+            f"{name:20} {' '.join(p.roundings()):62} scale={p.scale} matmul={p.matmul} weight_offset={p.weight_offset} "
+            f"RoPE: {' '.join(p.rope_roundings()) or 'none'}"
         )
         print(f"{'':20} {named.about}")
 

@@ -70,7 +70,7 @@ class Peer:
         for name, known in PLANS.items():
             if self.plan == known.plan or not self.rope and self.plan.without_rope() == known.plan.without_rope():
                 return name
-        rounded = self.plan.roundings() + [b for b in ROPE_BOUNDARIES if self.rope and getattr(self.plan, b) != KEEP]
+        rounded = self.plan.roundings() + (self.plan.rope_roundings() if self.rope else [])
         return "rounds " + ", ".join(rounded) + ", not x + residual" * (self.plan.x == KEEP)
 
 

@@ -102,3 +102,7 @@ class CastPlan:
         """Names of the boundaries that are rounded, in the order of the chain; without x and RoPE's,
         which only round where a problem has a residual or positions."""
         return [name for name in BOUNDARIES if name not in OPTIONAL and getattr(self, name) != KEEP]
+
+    def rope_roundings(self) -> list[str]:
+        """Names of RoPE's boundaries that are rounded."""
+        return [name for name in ROPE_BOUNDARIES if getattr(self, name) != KEEP]
