@@ -183,7 +183,7 @@ def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dic
         else:
             pointer = name.endswith("_ptr")
             signature[name] = f"*{pointers.get(name, 'bf16')}" if pointer else "fp32" if name == "eps" else "i32"
-            if name != "eps" and not param.do_not_specialize:
+            if name != "eps" and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
                 attrs[(index,)] = [["tt.divisibility", 16]]
             if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
                 attrs[(index,)].append(["tt.pointer_range", 32])
@@ -284,7 +284,10 @@ def config_cases(
                 if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan.choices()):
                     continue
                 seen.add(case)
-                yield "norm_qkv", name, target, {"config": config, "head_dim": head_dim, "tokens": tokens}
+                asked = {"config": config, "head_dim": head_dim, "tokens": tokens}
+                yield "norm_qkv", name, target, asked
+                if name == "hf":  # which rounds at each of RoPE's boundaries
+                    yield "norm_qkv", name, target, asked | {"rope": True}
                 if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
                     yield "matmul", name, target, {"config": config, "head_dim": head_dim}
         for stores in ("rstd", "hidden", "both"):

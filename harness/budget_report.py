@@ -122,7 +122,7 @@ def rope_sentence(frame: pd.DataFrame) -> str:
     clauses = []
     for plan, row in table.iterrows():
         parts = ", ".join(f"`{name}` {row[name]:.0%}" for name in ROPE_BOUNDARIES if row[name] == row[name])
-        made = f" ({parts} of its square)" if parts else " (nothing rounded there)"
+        made = f" (of the squared error: {parts})" if parts else " (nothing rounded there)"
         clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
     layers = frame[frame["weights"].str.contains(ROTATED)]["layer"].nunique()
     where = f"{layers} layer{'s' * (layers > 1)}"

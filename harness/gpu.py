@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness import grid, peers
 from harness.gpu_checks import check_loops, red_plans
-from harness.grid import COLD, HOT, LAYERS, ROPE, Point
+from harness.grid import HOT, LAYERS, ROPE, Point
 from harness.problems import synthetic_problem
 from harness.progress import track
 from harness.records import Records
@@ -172,14 +172,13 @@ def _own_chain(setting: Setting) -> peers.Peer:
     """P1 of our own norms around cuBLAS: the chain that dispatch falls back to, as one-rounding."""
     plan = plan_named("one-rounding")
     arm, _ = own_arm(setting, plan, "", SEPARATE)
-    rope = setting.point.regime == ROPE
-    return peers.Peer("P1 own kernels | cuBLAS", arm.call, plan, differs=arm.differs, rope=rope)
+    return peers.Peer("P1 own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
 
 
 def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str]) -> dict[str, float]:
     """Times of P1's parts and of our own loop, in rows of their own; seconds by name of those that have one."""
     point, problems = setting.point, setting.problems
-    if point.regime != COLD:
+    if point.regime not in grid.PARTED:
         return {}
     tiles = {peers.loop_name(tile): tile for tile in grid.loop_tiles(point)}
     parts = [

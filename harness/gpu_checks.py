@@ -68,7 +68,7 @@ def check_kernels(records: Records, gpu: Cuda) -> None:
 
 def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
     """Two rows for each tile of our own loop at those points, named as its arm. Raises DeviceLost as check_kernels."""
-    for tile in dict.fromkeys(tile for p in points if p.regime == grid.COLD for tile in grid.loop_tiles(p)):
+    for tile in dict.fromkeys(tile for p in points for tile in grid.loop_tiles(p)):
         for check in (EXACT, DRAWN):
             key = {"plan": peers.loop_name(tile), "config": str(tile), "check": check}
             if not records.has("gpu_checks", **key):
@@ -132,7 +132,7 @@ def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:
     """hidden, W, and the lowest and highest proj that sums in fp32, rounded once, can give.
 
     Exact: whole numbers up to 8, whose sums fp32 holds in any order and bf16 mostly does not, many of them ties; the
-    second block of tokens and the last step of D are not whole at any tile.
+    last block of tokens and the last step of D are not whole at any tile.
     """
     if check == EXACT:
         rng = torch.Generator().manual_seed(0)

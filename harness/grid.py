@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.geometry import Geometry, geometry_named
 from harness.peers import HEADS, MATMUL, NORM, P2, loop_name
-from harness.peers_parts import MATMULS, NORMS, OWN_KERNEL
+from harness.peers_parts import HEAD_NORMS, MATMULS, NORMS
 from harness.work import Work, heads_work, layer_work, matmul_work, norm_work
 from kernels.config import Config, candidates
 from variants.catalogue import PLANS
@@ -28,6 +28,7 @@ GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), 
 QUICK_MODELS = ("qwen3-0.6b", "qwen3-8b")
 COLD, HOT, LAYERS = "cold", "hot", "layers"  # weights rotate over 3 x L2; one weight; every layer has its own
 ROPE = "rope"  # cold, and q and k are rotated too
+PARTED = (COLD, ROPE)  # where P1's parts are timed by themselves, so that it is made of the best
 # Of an H200: copy bandwidth and bf16 matmul on random data, as others measured them. A run takes what it measures.
 ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S = 4.3e12, 790e12
 
@@ -102,7 +103,10 @@ def own_plans(point: Point) -> tuple[str, ...]:
 
 
 def loop_tiles(point: Point) -> tuple[Config, ...]:
-    """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on."""
+    """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on. Not at points
+    with RoPE, which is none of its business."""
+    if point.regime != COLD:
+        return ()
     g = point.geometry
     found = candidates(point.tokens, g.hidden_size, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim)
     return tuple(config for config in found if (config.kernel, config.prepass) == ("fused", "hidden"))
@@ -112,12 +116,13 @@ def rows(point: Point, quick: bool = False) -> Iterator[Row]:
     """The measurements of a point. Which chains P1 is made of is decided by the times of its parts: `best` here.
     quick: without compiled peers."""
     g, tokens = point.geometry, point.tokens
-    if point.regime == COLD:
+    rope = point.regime == ROPE
+    if point.regime in PARTED:
         yield from (Row(point, "part", NORM + name, norm_work(g, tokens)) for name in NORMS)
-        yield from (Row(point, "part", HEADS + name, heads_work(g, tokens)) for name in (*NORMS, OWN_KERNEL))
+        yield from (Row(point, "part", HEADS + name, heads_work(g, tokens, rope)) for name in HEAD_NORMS[rope])
         yield from (Row(point, "part", MATMUL + name, matmul_work(g, tokens)) for name in MATMULS)
         yield from (Row(point, "part", loop_name(tile), matmul_work(g, tokens)) for tile in loop_tiles(point))
-    chain = layer_work(g, tokens, point.regime == ROPE)
+    chain = layer_work(g, tokens, rope)
     yield Row(point, "peer", "P1 best", chain)
     yield Row(point, "peer", "eager", chain)
     yield from (Row(point, "peer", name, chain) for name in (() if quick else point.compiled_peers))

@@ -21,9 +21,10 @@ from harness.attach import check_architecture, decoder_layers
 from harness.checkpoint import HUB_ID, refuse_pickle, shortest
 from harness.geometry import geometry_named
 from harness.problems import CALIBRATED_MODEL, heavy_tailed, k_norm_statistics, layer_statistics, residual_std
+from harness.rope import THETA
 
 BYTES = 256  # the calibrated model's vocabulary: it has no tokenizer, and reads text as UTF-8
-ROPE_THETA, INTERMEDIATE, CONTEXT = 1e6, 3072, 40960  # Qwen3-0.6B's published configuration
+INTERMEDIATE, CONTEXT = 3072, 40960  # Qwen3-0.6B's published configuration
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def calibrated_config() -> Qwen3Config:
         head_dim=g.head_dim,
         rms_norm_eps=g.eps,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=True,
     )
 

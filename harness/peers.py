@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.peers_parts import MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, Linear, heads_of, norm_of, tuned
+from harness.peers_parts import HEAD_NORMS, MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, Linear, heads_of, norm_of, tuned
 from harness.rig import Arm
 from harness.rig_cuda import Call
 from harness.rig_outputs import Differs, bits_differ, values_differ
@@ -29,7 +29,7 @@ from kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from kernels.config import Config
 from kernels.matmul import matmul
 from variants.catalogue import PLANS
-from variants.eager import Outputs, eager
+from variants.eager import Outputs, eager, rope_table
 from variants.plan import CastPlan
 from variants.problem import Problem
 
@@ -115,7 +115,8 @@ def loop_name(config: Config) -> str:
 def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """The head norms by themselves, on one proj that all calls share, as it would lie in the cache behind a matmul.
 
-    plan: whose flags our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`.
+    plan: whose flags our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`; with
+    positions our own alone, which rotates too.
     """
     first = problems[0]
     if not first.has_head_norm:
@@ -126,7 +127,8 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
         heads = heads_of(name, plan, first)
         return lambda i: heads(problems[i], q, k)
 
-    return [_peer(HEADS + name, functools.partial(make, name)) for name in (*NORMS, OWN_KERNEL)]
+    rotating = first.positions is not None
+    return [_peer(HEADS + name, functools.partial(make, name)) for name in HEAD_NORMS[rotating]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
@@ -143,8 +145,6 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
             raise ValueError(
                 f"heads={heads!r} does not fit a problem {'with' if first.has_head_norm else 'without'} one"
             )
-        if first.positions is not None and heads != OWN_KERNEL:
-            raise ValueError(f"heads={heads!r} does not rotate: with positions only {OWN_KERNEL!r} does")
         normalise, normalise_heads = norm_of(norm, first), heads_of(heads, plan, first)
 
         def call(i: int) -> Outputs:
@@ -177,9 +177,11 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
     if first.positions is not None:
         plan = None
 
+    table = rope_table(first)
+
     def make(pdl: bool) -> Call:
         function = tuned(eager, pdl)
-        return lambda i: function(problems[i])
+        return lambda i: function(problems[i], table=table)
 
     return [_peer(name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
 
@@ -187,9 +189,8 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
 def eager_peer(problems: Sequence[Problem]) -> Peer:
     """Hugging Face's own arithmetic, op by op: the plan `hf`, or `gemma` for weights stored as w - 1."""
     first = problems[0]
-    plan = PLANS["gemma" if first.weight_offset else "hf"].plan
-    rope = first.positions is not None
-    return Peer("eager", lambda i: eager(problems[i]), plan, differs=values_differ, rope=rope)
+    plan, table = PLANS["gemma" if first.weight_offset else "hf"].plan, rope_table(first)
+    return Peer("eager", lambda i: eager(problems[i], table=table), plan, differs=values_differ)
 
 
 def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan | None:

@@ -79,6 +79,9 @@ NORMS = {
 }
 
 
+HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
+
+
 def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by cuBLASLt's first heuristic, where by default PyTorch asks cuBLAS.
 
@@ -106,7 +109,10 @@ def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor
 
 
 def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
-    """The head norm of that name. Raises as NormPart.make does, and KeyError for a name that is none."""
+    """The head norm of that name. Raises as NormPart.make does, ValueError for one that does not rotate where there are
+    positions, and KeyError for a name that is none."""
+    if problem.positions is not None and name != OWN_KERNEL:
+        raise ValueError(f"heads={name!r} does not rotate: with positions only {OWN_KERNEL!r} does")
     if name == NO_HEAD_NORM:
         return lambda p, q, k: (q, k)
     if name == OWN_KERNEL:

@@ -36,10 +36,10 @@ def matmul_work(g: Geometry, tokens: int) -> Work:
     return chain_work(tokens, g.hidden_size, g.rows, g.rows if g.bias else 0)
 
 
-def heads_work(g: Geometry, tokens: int) -> Work:
-    """The head norms by themselves: q and k in and out."""
+def heads_work(g: Geometry, tokens: int, rope: bool = False) -> Work:
+    """The head norms by themselves: q and k in and out; with RoPE each token's cos and sin in fp32 too."""
     elements = tokens * (g.num_q_heads + g.num_kv_heads) * g.head_dim
-    return Work(2 * (2 * elements + 2 * g.head_dim), 0)
+    return Work(2 * (2 * elements + 2 * g.head_dim + (2 * tokens * g.head_dim if rope else 0)), 0)
 
 
 def layer_work(g: Geometry, tokens: int, rope: bool = False) -> Work:

@@ -1,1 +1,1 @@
-"""Triton kernels of RMSNorm -> QKV -> head norm and their launchers. Needs torch and triton, nothing else."""
+"""Triton kernels of RMSNorm -> QKV -> head norm (-> RoPE) and their launchers. Needs torch and triton, nothing else."""

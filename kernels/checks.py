@@ -122,8 +122,9 @@ def check_rope(
         )
     check_tensor("positions", positions, [tokens], like=like, dtype=torch.int64)
     rows = cos_sin_cache.shape[0] if cos_sin_cache.ndim == 2 else "positions"
-    dtype = torch.bfloat16 if cos_sin_cache.dtype == torch.bfloat16 else torch.float32
-    check_tensor("cos_sin_cache", cos_sin_cache, [rows, head_dim], like=like, dtype=dtype)
+    if cos_sin_cache.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"cos_sin_cache must be torch.float32 or torch.bfloat16, not {cos_sin_cache.dtype}")
+    check_tensor("cos_sin_cache", cos_sin_cache, [rows, head_dim], like=like, dtype=cos_sin_cache.dtype)
     if not cos_sin_cache.is_contiguous():
         raise ValueError(
             f"cos_sin_cache must be contiguous, cos in the first half of each row, not of strides "

@@ -2,7 +2,8 @@
 
 dispatch.csv holds, for a GPU, a shape and a number of tokens, the config that was fastest with cold weights, a row for
 each place where rstd may be applied (`scale`); `python -m harness tune` writes it. Between two numbers of tokens the
-row of the larger holds, beyond the largest that of the largest.
+row of the larger holds, beyond the largest that of the largest. Times are those without RoPE; launches with it take
+the same config, whose registers and spills `python -m harness configs` shows with it too.
 
 Without a row (another GPU, another shape, operands wider than bf16) the chain runs as `separate`, RMSNorm, cuBLAS
 and head norm, where that expresses the plan, and else as the default config. The first such launch says so.

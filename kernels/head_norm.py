@@ -82,7 +82,7 @@ def store_head(ptrs, value, mask):
         tl.store(ptrs, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "HQ"])
+@triton.jit(do_not_specialize=["T", "HQ"], do_not_specialize_on_alignment=["positions_ptr"])
 def head_norm_kernel(
     proj_ptr,  # [T, H, DH] bf16 or fp32
     weight_ptr,  # [DH] bf16, or None: no norm, RoPE alone
@@ -189,6 +189,7 @@ def head_norm(
     check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj)
     check_device("proj", proj, head_norm_kernel)
     out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
+    weight, positions = (None if tensor is None else tensor.contiguous() for tensor in (weight, positions))
     launch_head_norm(proj, weight, out, flags, eps, (positions, cos_sin_cache))
     return out
 
@@ -205,8 +206,8 @@ def launch_head_norm(
 ) -> None:
     """head_norm of proj [T, H, Dh] without its checks; with k_out, q's and k's heads in one launch.
 
-    rope: positions and cos_sin_cache, or two None. out [T, Hq, Dh] takes the first heads, k_out [T, H - Hq, Dh] those
-    behind; both may lie where proj lies.
+    Weights and positions are contiguous. rope: positions and cos_sin_cache, or two None. out [T, Hq, Dh] takes the
+    first heads, k_out [T, H - Hq, Dh] those behind; both may lie where proj lies.
     """
     tokens, heads, head_dim = proj.shape
     if tokens == 0:
@@ -214,9 +215,10 @@ def launch_head_norm(
     names = ("statistics", "variance", "head_rstd", "head_normed", *ROPE_BOUNDARIES, "out", "weight_offset")
     head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
         proj,
-        *(None if tensor is None else tensor.contiguous() for tensor in (weight, *rope)),
+        weight,
+        *rope,
         out,
-        None if k_weight is None else k_weight.contiguous(),
+        k_weight,
         k_out,
         tokens,
         out.shape[1],

@@ -27,7 +27,8 @@ from kernels.separate import launch_separate
 from kernels.split_k import launch_split_k
 
 
-@triton.jit(do_not_specialize=["T", "HQ", "HKV"])  # one binary for all models of a head size
+# One binary for all models of a head size, and for every slice of a batch's positions.
+@triton.jit(do_not_specialize=["T", "HQ", "HKV"], do_not_specialize_on_alignment=["positions_ptr"])
 def norm_qkv_kernel(
     x_ptr,  # [T, D] bf16
     residual_ptr,  # [T, D] bf16, or None

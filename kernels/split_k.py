@@ -32,7 +32,7 @@ TOGETHER = 4  # shares whose loads are in flight at once when they are summed
 COUNTERS = 4096  # smallest buffer of counters: 512 tokens of 128 heads
 
 
-@triton.jit(do_not_specialize=["T", "HQ", "HKV"])
+@triton.jit(do_not_specialize=["T", "HQ", "HKV"], do_not_specialize_on_alignment=["positions_ptr"])
 def split_k_kernel(
     x_ptr,  # [T, D] bf16
     residual_ptr,  # [T, D] bf16, or None

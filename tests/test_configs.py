@@ -15,21 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (
-    DEVICE,
-    KERNELS,
-    ROOT,
-    assert_bit_equal,
-    assert_inside,
-    check_again,
-    check_envelope,
-    check_exact,
-    check_exact_fp32,
-    check_memory,
-    check_order,
-    random_case,
-    random_problem,
-)
+from nets import check_again, check_envelope, check_exact, check_exact_fp32, check_memory, check_order, random_case
+from support import DEVICE, KERNELS, ROOT, assert_bit_equal, assert_inside, random_problem
 
 import kernels.rms_norm
 import kernels.split_k

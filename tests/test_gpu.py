@@ -21,7 +21,7 @@ from harness import gpu_checks, grid, tune
 from harness.geometry import GEOMETRIES, Geometry
 from harness.gpu import sweep_gpu
 from harness.grid import COLD, HOT, LAYERS, ROPE, Point
-from harness.peers import LOOP, loop_name, pick_chains
+from harness.peers import HEADS, LOOP, NORM, OWN_KERNEL, loop_name, pick_chains
 from harness.records import Records
 from harness.rig import AGAIN, Arm
 from harness.rig_cuda import DeviceLost
@@ -228,6 +228,39 @@ def test_weights_that_do_not_fill_the_caches_are_marked(tmp_path: Path, monkeypa
     monkeypatch.setattr(gpu, "free_bytes", lambda: 350_000)  # room for one copy, own and folded
     sweep_gpu([Point("tiny", 1)], records_in(tmp_path), gpu)
     assert {row["cold"] for row in rows(tmp_path, "gpu_speed")} == {"False"}
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def test_points_with_rope_rotate_and_count_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, torch.Tensor] = {}
+    current, compared = [COLD], ("P1 own kernels | cuBLAS", "eager", "one-rounding", "deferred")
+    real = harness.gpu.measure
+
+    def measure(arms, gpu, **options):
+        seen.update({f"{current[0]} {arm.name}": arm.call(0)[0] for arm in arms if arm.name in compared})
+        return real(arms, gpu, **options)
+
+    monkeypatch.setattr(harness.gpu, "measure", measure)
+    for current[0] in (COLD, ROPE):
+        sweep_gpu([Point("tiny", 4, current[0])], records_in(tmp_path / current[0]), seconds_by({}))
+    cold, rope = ({row["arm"]: row for row in rows(tmp_path / regime, "gpu_speed")} for regime in (COLD, ROPE))
+    assert {"P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS", "eager", "hf"} <= rope.keys()
+    assert {arm for arm in rope if arm.startswith(HEADS)} == {f"{HEADS}{OWN_KERNEL}"}
+    assert not [arm for arm in rope if arm.startswith(LOOP)] and [arm for arm in rope if arm.startswith(NORM)]
+    for arm in compared:
+        assert int(rope[arm]["bytes"]) - int(cold[arm]["bytes"]) == 4 * 4 * TINY.head_dim, arm  # cos and sin in fp32
+        still, turned = seen[f"{COLD} {arm}"].double(), seen[f"{ROPE} {arm}"].double()
+        assert not torch.equal(still, turned), f"{arm} is not rotated"
+        assert torch.allclose(still.norm(dim=-1), turned.norm(dim=-1), rtol=0.01)
+
+
+@pytest.mark.parametrize("check", [gpu_checks.EXACT, gpu_checks.DRAWN])
+def test_checks_with_rope_rotate(check: str):
+    for rope in (False, True):
+        problem = gpu_checks.problem_for(plan_named("hf"), check, "cpu", rope)
+        assert (problem.positions is not None) == rope and problem.head_dim == 128
 
 
 # ---------------------------------------------------------------- checks

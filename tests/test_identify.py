@@ -17,7 +17,8 @@ import harness.family as family
 from harness import survey
 from harness.blackbox import BlackBox
 from harness.family import Rule, arithmetic, norm_rules, predict
-from harness.fingerprint import UNEXPLAINED, identify
+from harness.fingerprint import identify
+from harness.fingerprint_answer import UNEXPLAINED
 from harness.probes import EPS_LARGE, norm_rows
 from kernels.checks import KEEP, RNE, RTZ
 from variants.catalogue import HF, ONE_ROUNDING, PLANS

@@ -14,14 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (
-    DEVICE,
-    KERNELS,
-    NAN,
-    ROOT,
+from nets import (
     SMALL,
-    assert_bit_equal,
-    assert_inside,
     check_addressing,
     check_envelope,
     check_exact,
@@ -31,8 +25,8 @@ from support import (
     exact_case,
     nearest_by_table,
     random_case,
-    random_problem,
 )
+from support import DEVICE, KERNELS, NAN, ROOT, assert_bit_equal, assert_inside, random_problem
 
 from harness.problems import checkpoint_problem, synthetic_problem
 from kernels.checks import CHOICES, STORAGE

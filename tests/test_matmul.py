@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DEVICE, GUARD, NAN, ROOT, assert_bit_equal, assert_inside, guarded, laid_out, poisoned_memory
+from nets import GUARD, guarded
+from support import DEVICE, NAN, ROOT, assert_bit_equal, assert_inside, laid_out, poisoned_memory
 from torch import Tensor
 
 from harness.aot import config_cases

@@ -16,17 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import (
-    KERNELS,
-    ROOT,
-    Kernels,
-    assert_bit_equal,
-    assert_inside,
+from nets import (
     check_addressing,
     check_again,
     check_envelope,
     check_exact,
     check_exact_fp32,
+    check_far_positions,
     check_memory,
     check_nonfinite,
     check_order,
@@ -34,6 +30,7 @@ from support import (
     exact_case,
     random_case,
 )
+from support import KERNELS, ROOT, Kernels, assert_bit_equal, assert_inside
 
 from kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
 from kernels.config import Config
@@ -281,6 +278,12 @@ MUTATIONS = {
     "x's channels taken as contiguous": Mutation(
         CHAIN, X_PTRS, X_PTRS.removesuffix(" * stride_xk"), inside("hf", layout="every second channel"), count=2
     ),
+    "addresses of 32 bits in the cache": Mutation(
+        HEAD, "position[:, None] * DH", "position.to(tl.int32)[:, None] * DH", check_far_positions
+    ),
+    "positions taken as contiguous": Mutation(
+        QKV, "None if tensor is None else tensor.contiguous()\n", "tensor\n", inside("hf", rope=True)
+    ),
     "addresses of 32 bits": Mutation(QKV, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", check_addressing),
     # split-K
     "sums without the last share": in_split_k("tl.range(0, splits, loop", "tl.range(0, splits - 1, loop", check_exact),
@@ -380,6 +383,7 @@ NETS = {
     "nonfinite": functools.partial(check_nonfinite, plan="fp32"),
     "memory": functools.partial(check_memory, separate=True),
     "addressing": check_addressing,
+    "far positions": check_far_positions,
     "again": with_config(check_again, "hf", SPLIT_K),
     "order": with_config(check_order, "hf", SPLIT_K),
 }

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from support import ROOT, random_problem
+from support import random_problem
 
-from harness import rig, rig_limits, rig_outputs
+from harness import rig, rig_outputs
 from harness.peers import chain_peer, eager_peer, matmul_peers
 from harness.rig import (
     AGAIN,
@@ -31,25 +27,12 @@ from harness.rig import (
     rotated,
     spread,
 )
-from harness.rig_cuda import Cuda, DeviceLost, Graph
-from harness.rig_limits import (
-    READ_BLOCKS,
-    ceilings,
-    empty_kernel,
-    implausible,
-    launch_costs,
-    launch_fit,
-    read_arms,
-    read_ceiling,
-    read_sums,
-)
+from harness.rig_cuda import DeviceLost, Graph
 from harness.rig_outputs import bits_differ, values_differ
-from harness.rig_state import gpu_state, reason_words
 from variants.catalogue import plan_named
 
 COPIES = 3
 PARTS = ("F.rms_norm", "cuBLAS", "head_norm kernel")
-RealCapture = torch.cuda.graph
 
 
 class Fake:
@@ -336,6 +319,14 @@ def test_values_allow_what_cancels_but_no_more_than_the_heads_size_explains():
     assert values_differ(torch.full([2], math.nan), torch.ones(2)) is not None
 
 
+def test_peers_go_through_the_rig():
+    problems = rotated(random_problem(tokens=3), COPIES)
+    given = [eager_peer(problems), *matmul_peers(problems)[:1], chain_peer(problems, *PARTS, plan_named("hf"))]
+    measured = measure([peer.arm() for peer in given], FakeCuda(), copies=COPIES, baseline="eager", laps=2)
+    assert {name: o.status for name, o in measured.outcomes.items()} == {peer.name: "ok" for peer in given}
+    assert measured.laps == 2
+
+
 # ---------------------------------------------------------------- failures
 
 
@@ -398,289 +389,3 @@ def test_the_state_is_asked_while_the_gpu_works():
     before = events[events.index("asked") - 1]
     assert before[0] == "replay" and before[1] > 100
     assert run(arms("a")).state == {}
-
-
-# ---------------------------------------------------------------- the calls into CUDA, recorded
-
-
-class Recorder:
-    """torch.cuda's part in a capture: what was called in which stream, and whether it was captured."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
-        self.current, self.capturing, self.fails = "main", False, fails
-        self.events: list[Any] = []
-        recorder = self
-
-        class Stream:
-            name = "side"
-
-            def wait_stream(self, other: Any) -> None:
-                recorder.events.append(("wait for", other))
-
-        class InStream:
-            def __init__(self, stream: Any) -> None:
-                self.stream = stream
-
-            def __enter__(self) -> None:
-                self.before, recorder.current = recorder.current, self.stream.name
-
-            def __exit__(self, *error: object) -> None:
-                recorder.current = self.before
-
-        class Capture(InStream):
-            """As torch's: where the end of a capture raises, its stream stays current."""
-
-            def __init__(self, graph: Any, pool: Any = None, stream: Any = None, **options: Any) -> None:
-                super().__init__(stream)
-
-            def __enter__(self) -> None:
-                super().__enter__()
-                recorder.capturing = True
-
-            def __exit__(self, *error: object) -> None:
-                recorder.capturing = False
-                if recorder.fails:
-                    raise RuntimeError(recorder.fails)
-                super().__exit__(*error)
-
-        class CUDAGraph:
-            def replay(self) -> None:
-                recorder.events.append("replay")
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                recorder.events.append("record")
-
-            def synchronize(self) -> None:
-                recorder.events.append("wait")
-
-            def elapsed_time(self, end: Any) -> float:
-                return 12.0  # ms
-
-        parts = {"stream": InStream, "graph": Capture, "CUDAGraph": CUDAGraph, "Event": Event}
-        parts |= {"current_stream": lambda: self.current, "set_stream": lambda to: setattr(self, "current", to)}
-        parts["synchronize"] = lambda: self.events.append("synchronize")
-        for name, part in parts.items():
-            inspect.signature(getattr(torch.cuda, name))  # it is there
-            monkeypatch.setattr(torch.cuda, name, part)
-        self.gpu = Cuda.__new__(Cuda)
-        self.gpu.stream = Stream()
-
-    def call(self, i: int) -> tuple[torch.Tensor, ...]:
-        self.events.append((i, self.current, self.capturing))
-        return (torch.tensor(float(len(self.events))),)
-
-
-def test_a_capture_warms_up_on_its_own_stream_and_keeps_the_last_laps_outputs(monkeypatch: pytest.MonkeyPatch):
-    cuda = Recorder(monkeypatch)
-    graph = cuda.gpu.capture(cuda.call, 2, laps=3)
-    warm, captured = [(0, "side", False), (1, "side", False)], [(0, "side", True), (1, "side", True)]
-    assert cuda.events == [("wait for", "main"), *warm, "synchronize", *captured * 3, "synchronize"]
-    assert graph.calls == 6 and [float(t) for (t,) in graph.outputs] == [9.0, 10.0]
-    assert cuda.current == "main"
-    assert "stream" in inspect.signature(RealCapture.__init__).parameters
-
-
-def test_a_failed_capture_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch):
-    cuda = Recorder(monkeypatch, fails="operation failed due to a previous error during capture")
-    with pytest.raises(RuntimeError, match="previous error"):
-        cuda.gpu.capture(cuda.call, 2)
-    assert cuda.current == "main"
-
-
-def test_seconds_are_means_of_a_call_behind_one_replay_that_is_not_timed(monkeypatch: pytest.MonkeyPatch):
-    cuda = Recorder(monkeypatch)
-    graph = Graph(torch.cuda.CUDAGraph(), [], calls=4)
-    assert cuda.gpu.seconds(graph, 3) == pytest.approx(12e-3 / 12)
-    assert cuda.events == ["replay", "record", "replay", "replay", "replay", "record", "wait"]
-
-
-def test_peers_go_through_the_rig():
-    problems = rotated(random_problem(tokens=3), COPIES)
-    given = [eager_peer(problems), *matmul_peers(problems)[:1], chain_peer(problems, *PARTS, plan_named("hf"))]
-    measured = measure([peer.arm() for peer in given], FakeCuda(), copies=COPIES, baseline="eager", laps=2)
-    assert {name: o.status for name, o in measured.outcomes.items()} == {peer.name: "ok" for peer in given}
-    assert measured.laps == 2
-
-
-# ---------------------------------------------------------------- limits
-
-
-def test_slope_of_launches():
-    fixed, each = 4e-6, 1.3e-6
-    long = {kernels: fixed + each * kernels for kernels in (30, 300)}
-    short = {1: 7e-6, 3: 7e-6}  # these wait for the host
-    assert launch_fit(short | long) == pytest.approx((each, fixed))
-
-
-def test_launch_costs_of_a_scripted_gpu():
-    class Launches(FakeCuda):
-        def seconds(self, graph: Graph, replays: int) -> float:
-            return (4e-6 + 1.3e-6 * graph.calls) / graph.calls
-
-    found = launch_costs(Launches())
-    assert found["per_kernel_s"] == pytest.approx(1.3e-6) and found["per_replay_s"] == pytest.approx(4e-6)
-    assert found["graph_s"] == pytest.approx({1: 5.3e-6, 3: 7.9e-6, 30: 43e-6, 300: 394e-6})
-
-
-def test_implausible_numbers():
-    name, weights = "NVIDIA H200", 8_388_608
-    assert implausible(name, weights / 4.7e12, weights) is None
-    assert implausible(name, weights / 4.9e12, weights) == "4.90 TB/s of cold memory: NVIDIA H200 has 4.8"
-    assert implausible(name, weights / 9.9e12, 0) is None, "hot weights may be faster than memory"
-    assert implausible(name, 1e-3, flops=0.98e12) is None
-    assert implausible(name, 1e-3, flops=1e12) == "1000 TFLOP/s: NVIDIA H200 has 989"
-    assert implausible(name, 0.0) == "0.0 s is no time"
-    assert implausible("NVIDIA GeForce", 1e-12, 1e9) is None, "its peaks are not known"
-
-
-@pytest.mark.parametrize("block", READ_BLOCKS[:1])
-@pytest.mark.parametrize("size", [2, 4096, 2 * 2048 * 3 + 2])
-def test_the_read_kernel_reads_every_word(size: int, block: int):
-    weight = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    words = weight.view(torch.int32).long()
-    sums = read_sums(weight, block)
-    assert sums.shape == (math.ceil(size / 2 / block),)
-    for i, part in enumerate(words.split(block)):
-        assert sums[i] == (part.sum() + 2**31) % 2**32 - 2**31
-    with pytest.raises(ValueError, match="even"):
-        read_sums(weight[:-1], block)
-
-
-def test_launches_that_fail_are_a_reason():
-    class Broken(FakeCuda):
-        def capture(self, call: Any, copies: int, laps: int = 1) -> Graph:
-            raise RuntimeError("no kernel image")
-
-    assert launch_costs(Broken()) == {"unknown": "RuntimeError: no kernel image"}
-    lost = Broken()
-    lost.dead = True
-    with pytest.raises(DeviceLost, match="empty kernels"):
-        launch_costs(lost)
-
-
-def test_ceilings_of_a_scripted_gpu():
-    weights = [torch.randn(64, 64).to(torch.bfloat16).roll(i, 1) for i in range(COPIES)]
-    assert [arm.name for arm in read_arms(weights)] == [f"read {block}" for block in READ_BLOCKS]
-    assert read_ceiling(FakeCuda(), weights)["bytes_per_s"] == pytest.approx(8192 / 1e-5)
-    found = ceilings(FakeCuda(), copy_bytes=1024, size=8, device="cpu")
-    assert found == pytest.approx({"copy_bytes_per_s": 2048 / 1e-5, "bf16_flops_per_s": 1024 / 1e-5, "reason": ""})
-
-
-def test_read_ceilings_that_fail_are_a_reason(monkeypatch: pytest.MonkeyPatch):
-    def broken(weight: torch.Tensor, block: int) -> torch.Tensor:
-        raise RuntimeError(f"no block of {block}")
-
-    monkeypatch.setattr(rig_limits, "read_sums", broken)
-    found = read_ceiling(FakeCuda(), [torch.ones(8, 8, dtype=torch.bfloat16)])
-    assert list(found) == ["unknown"] and "read 2048: RuntimeError: no block of 2048; " in found["unknown"]
-
-
-def test_a_ceiling_without_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch):
-    def no_memory(size: int, device: str) -> None:
-        raise torch.OutOfMemoryError("2 GiB")
-
-    monkeypatch.setattr(rig_limits, "_copy", no_memory)
-    found = ceilings(FakeCuda(), size=8, device="cpu")
-    assert found["copy_bytes_per_s"] is None and found["bf16_flops_per_s"]
-    assert found["reason"] == "out of memory: 2 GiB"
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from harness.rig_limits import empty_kernel, read_kernel
-
-target = GPUTarget("cuda", 90, 32)
-empty = triton.compile(ASTSource(empty_kernel, {}), target=target)
-print("empty", "ret;" in empty.asm["ptx"], "ld.global" in empty.asm["ptx"], len(empty.asm["cubin"]) > 0)
-signature = {"words_ptr": "*i32", "sums_ptr": "*i32", "n": "i32", "BLOCK": "constexpr"}
-aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-for block in (2048, 4096, 8192, 16384):
-    source = ASTSource(read_kernel, signature, {"BLOCK": block}, aligned)
-    read = triton.compile(source, target=target, options={"num_warps": 8})
-    print(block, read.asm["ptx"].count("ld.global.v4"), len(read.asm["cubin"]) > 0)
-"""
-
-
-def test_kernels_compile_for_hopper():
-    """A block of 4096 words over 256 threads is 4 vectors of 4 words a thread: wide loads, and none left out."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    read = [f"{block} {block // 1024} True" for block in READ_BLOCKS]
-    assert result.stdout.splitlines() == ["empty True False True", *read]
-
-
-def test_the_empty_kernel_runs():
-    empty_kernel[(1,)]()
-
-
-# ---------------------------------------------------------------- state
-
-
-def test_state_is_read_and_decoded():
-    asked = []
-
-    def run(command: list[str]) -> str:
-        asked.append(command)
-        return "1980, 3201, 412.37, 41, 0x0000000000000004\n"
-
-    assert gpu_state("0", run) == {
-        "sm_mhz": 1980.0,
-        "memory_mhz": 3201.0,
-        "watts": 412.37,
-        "celsius": 41.0,
-        "slowed_by": "power cap",
-    }
-    assert "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active" in asked[0]
-
-
-def test_older_drivers_know_the_reasons_by_another_name():
-    def run(command: list[str]) -> str:
-        if "clocks_event_reasons" in command[2]:
-            raise subprocess.CalledProcessError(2, command, output='Field "clocks_event_reasons.active" is not valid')
-        return "1980, 3201, [N/A], 41, 0x0000000000000000"
-
-    assert gpu_state("0", run)["slowed_by"] == "none" and gpu_state("0", run)["watts"] is None
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (FileNotFoundError(2, "nvidia-smi"), "nvidia-smi is missing"),
-        (PermissionError(13, "denied"), "[Errno 13] denied"),
-        (subprocess.TimeoutExpired(["nvidia-smi"], 10), "Command '['nvidia-smi']' timed out after 10 seconds"),
-        (subprocess.CalledProcessError(9, "x", output="No devices were found\n"), "No devices were found"),
-        ("", "nvidia-smi answered ''"),
-    ],
-)
-def test_the_state_never_raises(answer: Any, expected: str):
-    def run(command: list[str]) -> str:
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert gpu_state("0", run) == {"unknown": expected}
-
-
-def test_this_machine_answers_something():
-    assert gpu_state()
-
-
-@pytest.mark.parametrize(
-    ("bits", "words"),
-    [
-        ("0x0000000000000000", "none"),
-        ("0x0000000000000024", "power cap, software thermal slowdown"),
-        ("0x0000000000000201", "idle, 0x200"),
-        ("[N/A]", None),
-        ("Not Active", None),
-    ],
-)
-def test_reason_bits(bits: str, words: str | None):
-    assert reason_words(bits) == words

@@ -8,18 +8,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import (
-    KERNELS,
+from nets import (
     SMALL,
-    assert_bit_equal,
     check_envelope,
     check_exact,
     check_exact_fp32,
+    check_far_positions,
     check_memory,
     exact_case,
     random_case,
-    random_problem,
 )
+from support import KERNELS, assert_bit_equal, random_problem
 from test_configs import CONFIGS, TINY, expressible
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
@@ -199,6 +198,10 @@ def test_memory_around_the_outputs_stays_as_it_was():
         check_memory(KERNELS, "hf", rope=True, **options)
 
 
+def test_rows_of_the_cache_beyond_2_31_elements():
+    check_far_positions(KERNELS)
+
+
 def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
     plan = plan_named("hf")
     problem = random_problem(rope=True)
@@ -224,7 +227,7 @@ def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
         ({"positions": torch.zeros(33, dtype=torch.int32)}, "positions must be torch.int64"),
         ({"cos_sin_cache": torch.zeros(512, 16)}, r"cos_sin_cache must have shape \[512, 32\]"),
         ({"cos_sin_cache": torch.zeros(512)}, r"cos_sin_cache must have shape \['positions', 32\], not \[512\]"),
-        ({"cos_sin_cache": torch.zeros(512, 32, dtype=torch.float16)}, "cos_sin_cache must be torch.float32"),
+        ({"cos_sin_cache": torch.zeros(512, 32, dtype=torch.float16)}, "torch.float32 or torch.bfloat16, not torch.f"),
         ({"cos_sin_cache": torch.zeros(32, 512).T}, "cos_sin_cache must be contiguous"),
     ],
 )
@@ -246,6 +249,10 @@ def test_a_position_beyond_the_cache_is_refused_at_the_door():
     for wrong in (-1, 512):
         with pytest.raises(ValueError, match="positions must lie in 0 to 511"):
             problem.replace(positions=torch.full((problem.tokens,), wrong))
+    spoilt = problem.cos_sin_cache.clone()
+    spoilt[problem.positions[3], 1] = torch.inf
+    with pytest.raises(ValueError, match="cos_sin_cache holds NaN or infinity at these positions"):
+        problem.replace(cos_sin_cache=spoilt)
 
 
 def test_plans_say_what_their_users_rope_does():

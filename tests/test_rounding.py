@@ -7,18 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import (
-    DEVICE,
-    KERNELS,
-    ROUNDINGS,
-    applied,
-    assert_bit_equal,
-    assert_same_patterns,
-    check_rounding,
-    every_bf16,
-    fp32_patterns,
-    rounded_by_table,
-)
+from nets import ROUNDINGS, applied, assert_same_patterns, check_rounding, every_bf16, fp32_patterns, rounded_by_table
+from support import DEVICE, KERNELS, assert_bit_equal
 
 from kernels import rounding
 from variants import spec

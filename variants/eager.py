@@ -29,11 +29,16 @@ def eager_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: bool) -> Te
     return weight * normed.to(x.dtype)
 
 
-def eager(problem: Problem, proj_only: bool = False) -> Outputs:
+def rope_table(problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of each token [T, 1, Dh] in bf16, which a model makes once for all its layers; None: no positions."""
+    return None if problem.positions is None else tuple(value.to(torch.bfloat16) for value in problem.cos_sin())
+
+
+def eager(problem: Problem, proj_only: bool = False, table: tuple[Tensor, Tensor] | None = None) -> Outputs:
     """q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh] bf16, as Hugging Face computes them on this device.
 
     One fused projection instead of three: the same dot products, whose order of summation is the BLAS's business.
-    proj_only leaves out the head norm and RoPE.
+    proj_only leaves out the head norm and RoPE. table: rope_table(problem), if it is at hand.
     """
     p = problem
     x = p.x if p.residual is None else p.x + p.residual
@@ -43,7 +48,7 @@ def eager(problem: Problem, proj_only: bool = False) -> Outputs:
         q = eager_norm(q, p.q_norm_weight, p.eps, p.weight_offset)
         k = eager_norm(k, p.k_norm_weight, p.eps, p.weight_offset)
     if p.positions is not None and not proj_only:
-        cos, sin = (value.to(q.dtype) for value in p.cos_sin())
+        cos, sin = table or rope_table(p)
         q, k = (value * cos + rotate_half(value) * sin for value in (q, k))
     return q, k, v
 

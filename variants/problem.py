@@ -101,7 +101,7 @@ class Problem:
 
 
 def _check_finite(problem: Problem) -> None:
-    for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias", "cos_sin_cache"):
+    for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias"):
         tensor = getattr(problem, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity: weights must be finite")
@@ -113,6 +113,8 @@ def _check_positions(problem: Problem) -> None:
     rows, low, high = problem.cos_sin_cache.shape[0], int(problem.positions.min()), int(problem.positions.max())
     if low < 0 or high >= rows:
         raise ValueError(f"positions must lie in 0 to {rows - 1}, the rows of cos_sin_cache, not in {low} to {high}")
+    if not torch.isfinite(problem.cos_sin_cache[problem.positions]).all():
+        raise ValueError("cos_sin_cache holds NaN or infinity at these positions: it must be finite")
 
 
 def rotate_half(value: Tensor) -> Tensor:
