@@ -186,7 +186,7 @@ def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dic
             if name != "eps" and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
                 attrs[(index,)] = [["tt.divisibility", 16]]
             if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
-                attrs[(index,)].append(["tt.pointer_range", 32])
+                attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
     return ASTSource(fn, signature, constants, attrs)
 
 
