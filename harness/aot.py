@@ -37,7 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ROPE_POINTERS = {"positions_ptr": "i64", "cos_sin_ptr": "fp32"}
+ROPE_POINTERS = ("positions_ptr", "cos_sin_ptr")
 MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
 
 
@@ -68,14 +68,15 @@ def compile_norm_qkv(
     bias: bool = False,
     residual: bool = False,
     rope: bool = False,
+    cache: str = "fp32",
     config: Config | None = None,
 ) -> Compiled:
     """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
 
-    head_norm: `fused`, `later` (q and k are stored as proj) or `none`. tokens: for split-K, which has
-    another binary for one. The kernel of a config's pre-pass is compile_rms_norm's. Raises ValueError for
-    kernel='separate', which has no such kernel, and for a config that cannot express the plan; and as compile_kernel
-    does.
+    head_norm: `fused`, `later` (q and k are stored as proj) or `none`. cache: `fp32` or `bf16`, of RoPE's table.
+    tokens: for split-K, which has another binary for one. The kernel of a config's pre-pass is compile_rms_norm's.
+    Raises ValueError for kernel='separate', which has no such kernel, and for a config that cannot express the plan;
+    and as compile_kernel does.
     """
     config = config or default_config(head_dim, plan.matmul, interpreted=False)
     if why := unsupported(config, plan.choices()):
@@ -95,7 +96,8 @@ def compile_norm_qkv(
         **blocks,
     }
     qk = element(plan.proj if head_norm == "later" else plan.out)
-    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32", **ROPE_POINTERS}
+    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
+    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
     has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
     given = {"residual_ptr": residual_in_kernel, "bias_ptr": bias, "rstd_ptr": has_rstd}
     given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none") | dict.fromkeys(ROPE_POINTERS, rope)
@@ -129,8 +131,11 @@ def compile_head_norm(
     tokens: int = 64,
     packed: bool = False,
     rope: bool = False,
+    cache: str = "fp32",
+    norm: bool = True,
 ) -> Compiled:
-    """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch.
+    """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch;
+    without norm: RoPE alone.
 
     One binary serves every number of tokens. Raises as compile_kernel does.
     """
@@ -139,8 +144,10 @@ def compile_head_norm(
     constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
     constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
     constants |= {} if rope else dict.fromkeys(ROPE_POINTERS)
+    constants |= {} if norm else dict.fromkeys(("weight_ptr", "k_weight_ptr"))
     out = element(plan.out)
-    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out, **ROPE_POINTERS}
+    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out}
+    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
     return compile_kernel(head_norm_kernel, target, constants, pointers, {})
 
 

@@ -168,3 +168,21 @@ def test_faults_in_the_source_turn_red(tmp_path: Path):
     for name, fault in PLANTED.items():
         assert rows[name]["status"] == "red", f"{name}: {rows[name]['status']} {rows[name]['reason']}"
         assert re.search(fault.says, rows[name]["reason"]), f"{name}: {fault.says!r} is not in {rows[name]['reason']}"
+
+
+# ---------------------------------------------------------------- a table in bf16, and RoPE alone
+
+
+def as_engines_ask(target: str) -> Iterator[dict]:
+    """A cos_sin_cache in bf16, as vLLM keeps it, under a plan that leaves it as it is; and RoPE without a norm."""
+    for kernel in ("head_norm", "norm_qkv"):
+        yield audit_case(target, kernel, "one-rounding", {**ROPE, "cache": "bf16"})
+    for cache in ("fp32", "bf16"):
+        alone = compile_head_norm(PLANS["hf"].plan, target, **ROPE, norm=False, packed=True, cache=cache)
+        yield {"status": "ok" if alone.spills == 0 else "red", "reason": f"{alone.spills} bytes spilled"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_table_in_bf16_and_rope_alone_compile(target: str, tmp_path: Path):
+    rows = in_process(as_engines_ask, target, cache=tmp_path)
+    assert len(rows) == 4 and not [row["reason"] for row in rows if row["status"] != "ok"]
