@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from fake_cuda import FakeCuda
 from support import ROOT
 
@@ -30,6 +31,7 @@ from kernels.checks import BOUNDARIES, CHOICES
 from kernels.config import Config
 from kernels.dispatch import chosen, fallback, read_table, write_table
 from variants.catalogue import PLANS, plan_named
+from variants.variant import run_triton
 
 TINY = Geometry(64, 2, 1, 3)  # heads of 128, as drawn K-norm weights need
 SHAPE = (64, 2, 1, 128)
@@ -264,6 +266,22 @@ def test_checks_with_rope_rotate(check: str):
 
 
 # ---------------------------------------------------------------- checks
+
+
+def test_an_interpreter_that_numpy_refuses_is_mended(monkeypatch: pytest.MonkeyPatch):
+    interpreter = triton.runtime.interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def of_triton_3_6(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", of_triton_3_6)
+    problem = small_problem(plan_named("hf"), gpu_checks.EXACT, "cpu", False)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="0-dimensional"):
+        run_triton(plan_named("hf"), problem)
+    gpu_checks.mend_interpreter()
+    assert len(run_triton(plan_named("hf"), problem)) == 3
 
 
 def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
