@@ -22,6 +22,15 @@ def device() -> str:
 
 
 @pytest.fixture
+def alone() -> Iterator[None]:
+    """Thousands of small operations: a second thread on a busy machine makes them ten times slower, not faster."""
+    from harness.threads import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """For tests that would notice what leaves another number of threads behind: a worker of `make test` has one."""
     before = torch.get_num_threads()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import assert_bit_equal, random_problem
 
 import harness.budget as module
 from harness.amplify import amplification
@@ -32,9 +33,7 @@ from harness.errors import error_stats
 from harness.exact import exact_problem
 from harness.problems import synthetic_problem
 from harness.rope import with_positions
-from harness.threads import one_thread
 from kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
-from tests.support import assert_bit_equal, random_problem
 from variants.catalogue import PLANS, plan_named
 from variants.plan import CastPlan
 from variants.problem import Problem
@@ -43,11 +42,7 @@ from variants.spec import spec, truth
 Game = Mapping[frozenset[str], float]
 
 
-@pytest.fixture(autouse=True)
-def alone():
-    """Thousands of small operations: a second thread on a busy machine makes them ten times slower, not faster."""
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @cache

@@ -5,31 +5,19 @@ from functools import cache
 import matplotlib
 import pandas as pd
 import pytest
-from support import random_problem
+from test_budget import small
 
 from harness.budget import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
 from harness.budget_report import largest_share_sentence, mean_shares, rope_sentence, rope_shares, rope_table
 from harness.budget_rows import budget_rows, order_rows, ways_to_rotate
 from harness.records import TABLES
-from harness.threads import one_thread
 from kernels.checks import ROPE_BOUNDARIES
-from variants.problem import Problem
 
 matplotlib.use("agg")
 
 from harness.budget_plot import budget_bars  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def alone():
-    """Thousands of small operations: a second thread on a busy machine makes them ten times slower, not faster."""
-    with one_thread():
-        yield
-
-
-@cache
-def small(weight_offset: bool = False) -> Problem:
-    return random_problem(tokens=9, hidden_size=48, head_dim=16, weight_offset=weight_offset)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @cache
