@@ -176,7 +176,7 @@ def tune(
 def identify(
     target: Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.norms:rms_norm or norm.py:rms_norm.")],
     kind: Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv: the callable's signature (see the README).")],
-    device: Annotated[str, typer.Option(help="cpu or cuda: where the callable is called.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")] = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)] = 300,
 ) -> None:
@@ -199,6 +199,7 @@ def identify(
 def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
     """Fingerprints of public implementations: PyTorch, Hugging Face, Liger, JAX and others that are installed."""
     device = device_named(device)
+    os.environ["TRITON_INTERPRET"] = "0"
     from harness.survey import survey_implementations
 
     records = records_of("survey", results, device)

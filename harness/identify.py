@@ -3,6 +3,7 @@ harm. `python -m harness.identify TARGET KIND DEVICE` is that process; it writes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,13 +13,15 @@ import time
 
 from harness.blackbox import Fault, load
 from harness.fingerprint import Answer, identify
+from harness.ptx_driver import executed
 
 
 def identify_target(target: str, kind: str, device: str, time_limit_s: float) -> Answer:
     """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "harness.identify", target, kind, device]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
         output, _ = child.communicate(timeout=time_limit_s)
         return Answer(**json.loads(output.splitlines()[-1]))
@@ -42,8 +45,11 @@ def _kill_group(child: subprocess.Popen[str]) -> None:
 
 
 def _answer(target: str, kind: str, device: str) -> Answer:
+    """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
     try:
-        return identify(load(target), kind, device)
+        fn = load(target)
+        with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
+            return identify(fn, kind, device)
     except Fault as fault:
         return Answer("error", reason=str(fault))
 

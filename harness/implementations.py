@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from harness.environment import version
+from harness.ptx_driver import executed
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 Bind = Callable[[int, float], Callable[..., Any]]  # (width, eps) -> function of (x, weight)
@@ -62,14 +63,14 @@ class Implementation:
     """One implementation, run in one way.
 
     make(device), with device `cpu` or `cuda`, returns the norm. It raises ImportError where a package is missing, JAX's
-    GPU plugin included, and ValueError where Triton's kernels would not run compiled.
+    GPU plugin included, and ValueError where Triton's kernels would be interpreted. On `cpu` they are compiled for sm_90
+    and their PTX is run.
     """
 
     name: str
     package: str  # its name on PyPI; `torch` and `jax` for formulas written here
     kind: str  # `rmsnorm` or `head_norm`
     how: str  # EAGER, OP_BY_OP, TRITON or a key of COMPILE or JIT
-    needs_gpu: bool
     make: Callable[[str], Norm]
     runs_on: tuple[str, ...] = ()  # other packages whose version decides about bits
 
@@ -115,18 +116,27 @@ def _torch(name: str, package: str, load: Load, kind: str, how: str) -> Implemen
         bind = load()
         return bound_once(bind if how == EAGER else lambda width, eps: compiled(bind(width, eps), COMPILE[how]))
 
-    return Implementation(name, package, kind, how, False, make, () if package == "torch" else ("torch",))
+    return Implementation(name, package, kind, how, make, () if package == "torch" else ("torch",))
 
 
 def _triton(name: str, package: str, load: Load) -> Implementation:
     def make(device: str) -> Norm:
-        if device == "cpu":
-            raise ValueError(f"{name} needs a GPU: on a CPU Triton interprets its kernels, and rounds bf16 wrongly")
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise ValueError(f"TRITON_INTERPRET=1 would interpret {name} and round bf16 wrongly: unset it")
-        return bound_once(load())
+        norm = bound_once(load())
+        return on_this_cpu(norm) if device == "cpu" else norm
 
-    return Implementation(name, package, "rmsnorm", TRITON, True, make, ("torch", "triton"))
+    return Implementation(name, package, "rmsnorm", TRITON, make, ("torch", "triton"))
+
+
+def on_this_cpu(norm: Norm) -> Norm:
+    """norm, its Triton kernels compiled for sm_90 and their PTX run here."""
+
+    def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        with executed("sm_90"):
+            return norm(x, weight, eps)
+
+    return run
 
 
 def _jax(name: str, package: str, load: Load, how: str) -> Implementation:
@@ -149,7 +159,7 @@ def _jax(name: str, package: str, load: Load, how: str) -> Implementation:
         return bound_once(through_jax)
 
     runs_on = ("jaxlib",) if package == "jax" else ("jax", "jaxlib")
-    return Implementation(name, package, "rmsnorm", how, False, make, runs_on)
+    return Implementation(name, package, "rmsnorm", how, make, runs_on)
 
 
 def bound_once(bind: Bind) -> Norm:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.fingerprint import Answer, identify
-from harness.implementations import Implementation, describe_versions, implementations
+from harness.implementations import TRITON, Implementation, describe_versions, implementations
 from harness.progress import track
 from harness.records import Records
 from kernels.checks import KEEP, RNE, STORAGE
@@ -23,6 +23,7 @@ from variants.problem import Problem
 from variants.spec import spec
 from variants.variant import run
 
+EXECUTED = "triton, PTX for sm_90 run on a CPU"
 NOISY = 1e-3  # share of elements that noise moves by one ulp
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -33,7 +34,8 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 def survey_implementations(records: Records, device: str) -> None:
     """One row an implementation: its fingerprint, or why there is none here."""
     for row in track(implementations(), "public implementations"):
-        key = {"implementation": row.name, "kind": row.kind, "how": row.how}
+        how = EXECUTED if (row.how, device) == (TRITON, "cpu") else row.how
+        key = {"implementation": row.name, "kind": row.kind, "how": how}
         if not records.has("implementations", **key):
             status, columns = _fingerprint(row, device)
             columns |= {"package": row.package, "versions": describe_versions(row), "device": device}
@@ -41,8 +43,6 @@ def survey_implementations(records: Records, device: str) -> None:
 
 
 def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]:
-    if row.needs_gpu and device == "cpu":
-        return "not measured here", {"reason": "its kernels need a GPU"}
     try:
         answer = identify(row.make(device), row.kind, device)
     except ImportError as error:

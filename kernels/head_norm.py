@@ -235,14 +235,22 @@ def launch_head_norm(
 
 
 def check_device(name: str, tensor: Tensor, kernel: object) -> bool:
-    """Whether the kernel is interpreted. Raises ValueError for a tensor on the CPU where it is not."""
+    """Whether the kernel is interpreted. Raises ValueError for a tensor on the CPU where it is not, unless Triton's
+    active driver runs compiled kernels there."""
     interpreted = not isinstance(kernel, triton.JITFunction)
-    if tensor.device.type == "cpu" and not interpreted:
+    if tensor.device.type == "cpu" and not interpreted and not _compiles_for_cpu():
         raise ValueError(
             f"{name} is on the CPU, where Triton runs only interpreted: set TRITON_INTERPRET=1 before the kernels "
             "are imported, or move the tensors to a GPU"
         )
     return interpreted
+
+
+def _compiles_for_cpu() -> bool:
+    try:
+        return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # no driver
+        return False
 
 
 def output_tensor(name: str, out: Tensor | None, shape: tuple[int, ...], storage: str, *, like: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""PTX's types on numpy arrays, an element a thread.
+
+A register holds bits: an unsigned array of its width. read gives them the type that an instruction names, bits_of turns
+a result back. Results are rounded once, to nearest even.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+TYPE = re.compile(r"([bsuf]|bf)(8|16|32|64)")
+
+
+def width(kind: str) -> int:
+    """Bits of a PTX type: 16 of `bf16`, 64 of `s64`. Raises NotImplementedError for one that is not known here."""
+    found = TYPE.fullmatch(kind)
+    if found is None or kind in ("f16", "f64"):
+        raise NotImplementedError(f"type {kind}")
+    return int(found[2])
+
+
+def read(bits: Array, kind: str) -> Array:
+    """Bits, of the type's width or wider, as values; bf16 as float32."""
+    unsigned = UNSIGNED[width(kind)]
+    bits = bits if bits.dtype == unsigned else bits.astype(unsigned)
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if kind == "f32":
+        return bits.view(np.float32)
+    return bits.view(SIGNED[width(kind)]) if kind[0] == "s" else bits
+
+
+def bits_of(values: Array, kind: str) -> Array:
+    """The bits of values as that type holds them; floats are float32 or float64."""
+    if kind == "bf16":
+        return bf16_bits(values)
+    if kind == "f32":
+        return np.asarray(values, np.float32).view(np.uint32)
+    return np.asarray(values).astype(UNSIGNED[width(kind)])
+
+
+def extended(bits: Array, kind: str) -> Array:
+    """Bits of that type as a wider register holds them: signed ones with their sign."""
+    return read(bits, kind).astype(np.int64).view(np.uint64) if kind[0] == "s" else bits
+
+
+def bf16_bits(values: Array) -> Array:
+    bits = (odd_f32(values) if values.dtype == np.float64 else values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
+
+
+def odd_f32(values: Array) -> Array:
+    """float32 of float64, inexact ones as that neighbour whose last bit is odd: rounded once more, to fewer bits, they
+    are what the exact values are (Boldo and Melquiond, 2008)."""
+    near = values.astype(np.float32)
+    even = near.view(np.uint32) & np.uint32(1) == 0
+    inexact = (near.astype(np.float64) != values) & np.isfinite(near)
+    towards = np.where(values > near, np.float32(np.inf), np.float32(-np.inf))
+    return np.where(inexact & even, np.nextafter(near, towards), near).astype(np.float32)
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32 values in float64, inexact ones with an odd last bit: one more rounding is the only one."""
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)  # exact: 24 + 24 bits
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    even = total.view(np.uint64) & np.uint64(1) == 0
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where(np.isfinite(total) & (error != 0) & even, np.nextafter(total, towards), total)
+
+
+def flushed(values: Array) -> Array:
+    """float32 with subnormals as zeros of their sign, as `.ftz` has them."""
+    tiny = np.abs(values) < np.finfo(np.float32).tiny
+    return np.where(tiny, np.copysign(np.float32(0), values), values)
