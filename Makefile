@@ -34,12 +34,13 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
-study: $(READY)  ## fingerprints of public implementations, error budget, cases of the field, audit
+study: $(READY)  ## fingerprints of public implementations, error budget, cases, audit, compiled kernels run on a CPU
 	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-extras.txt
 	$(BIN)/python -m harness survey $(WHERE)
 	$(BIN)/python -m harness budget --tokens 64 $(WHERE)
 	$(BIN)/python -m harness cases $(WHERE)
 	$(BIN)/python -m harness audit $(WHERE)
+	$(BIN)/python -m harness execute $(WHERE)
 	$(BIN)/python -m harness configs $(WHERE)
 
 models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)

@@ -271,6 +271,24 @@ def audit(
 
 
 @app.command()
+def execute(
+    target: Annotated[str, typer.Option(help="sm_80 or sm_90: the GPU to compile for.")] = "sm_90",
+    results: ResultsFolder = None,
+) -> None:
+    """Runs the PTX of every kernel on this CPU: does it equal its spec? Needs no GPU; exits with 1 if a row is red."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    from harness.execute import check_target, execute_kernels
+
+    check_target(target)
+    records = records_of("execute", results, "cpu", target=target)
+    execute_kernels(records, target)
+    records.finish()
+    _print_study(records, "executed")
+    if any(row["status"] != "ok" for row in records.rows("executed")):
+        raise typer.Exit(1)
+
+
+@app.command()
 def configs(results: ResultsFolder = None) -> None:
     """Registers, spills and shared memory of every tile that a launch may take. Needs no GPU."""
     os.environ["TRITON_INTERPRET"] = "0"

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,25 @@ def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 
-def check_kernels(records: Records, gpu: Cuda) -> None:
-    """Two rows for each plan and config: exact inputs, and drawn ones; and two more where the plan is timed with RoPE
-    too. Raises DeviceLost if the context broke."""
+def kernel_checks() -> Iterator[tuple[str, Config | None, str, bool, int]]:
+    """(plan, config, check, rope, tokens): two of each plan and config, exact inputs and drawn ones; two more where the
+    plan is timed with RoPE too; and for split-K, which has another binary for it, of one token."""
     turned = grid.own_plans(grid.Point(grid.MODELS[0], 1, grid.ROPE))
-    for name in track(list(PLANS), "checks"):
-        plan = PLANS[name].plan
-        for words, config in configs_of(plan).items():
-            for rope, check in itertools.product((False, True) if name in turned else (False,), (EXACT, DRAWN)):
-                key = {"plan": name, "config": words + ", RoPE" * rope, "check": check}
-                if not records.has("gpu_checks", **key):
-                    records.add("gpu_checks", **key, **checked(plan, config, check, gpu, rope))
+    for name, named in PLANS.items():
+        for config in configs_of(named.plan).values():
+            counts = (TOKENS, 1) if config and config.kernel == "split-k" else (TOKENS,)
+            ropes = (False, True) if name in turned else (False,)
+            for rope, tokens, check in itertools.product(ropes, counts, (EXACT, DRAWN)):
+                yield name, config, check, rope, tokens
+
+
+def check_kernels(records: Records, gpu: Cuda) -> None:
+    """One row for each of kernel_checks. Raises DeviceLost if the context broke."""
+    for name, config, check, rope, tokens in track(list(kernel_checks()), "checks"):
+        words = f"{config or DEFAULT}{', RoPE' * rope}{', 1 token' * (tokens == 1)}"
+        key = {"plan": name, "config": words, "check": check}
+        if not records.has("gpu_checks", **key):
+            records.add("gpu_checks", **key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens))
 
 
 def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
@@ -84,10 +92,12 @@ def red_plans(records: Records) -> dict[str, str]:
     return {row["plan"]: f"{row['config']}, {row['check']}: {row['reason']}" for row in rows}
 
 
-def checked(plan: CastPlan, config: Config | None, check: str, gpu: Cuda, rope: bool = False) -> dict[str, object]:
+def checked(
+    plan: CastPlan, config: Config | None, check: str, gpu: Cuda, rope: bool = False, tokens: int = TOKENS
+) -> dict[str, object]:
     """share_equal, status and reason of one check of one config, None for the default one."""
     try:
-        problem = problem_for(plan, check, gpu.device, rope)
+        problem = problem_for(plan, check, gpu.device, rope, tokens)
         expected = spec(plan, problem).outputs()
         outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
         again = run_triton(plan, problem, config=config)
@@ -111,11 +121,11 @@ def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, ob
     return {"share_equal": share, "status": "red" if reason else "ok", "reason": reason.removeprefix("; ")}
 
 
-def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False) -> Problem:
+def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS) -> Problem:
     """The problem of a check: heads of 128 as the models of the grid have them."""
     if check == EXACT:
-        return exact_problem(plan, tokens=TOKENS, hidden_size=1024, head_dim=128, rope=rope).to(device)
-    problem = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=plan.weight_offset != "none").to(device)
+        return exact_problem(plan, tokens=tokens, hidden_size=1024, head_dim=128, rope=rope).to(device)
+    problem = synthetic_problem("qwen3-0.6b", 0, tokens, weight_offset=plan.weight_offset != "none").to(device)
     return with_positions(problem) if rope else problem
 
 

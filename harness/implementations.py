@@ -63,8 +63,8 @@ class Implementation:
     """One implementation, run in one way.
 
     make(device), with device `cpu` or `cuda`, returns the norm. It raises ImportError where a package is missing, JAX's
-    GPU plugin included, and ValueError where Triton's kernels would be interpreted. On `cpu` they are compiled for sm_90
-    and their PTX is run.
+    GPU plugin included, and ValueError where Triton's kernels would be interpreted. On `cpu` they are compiled for
+    sm_90 and their PTX is run.
     """
 
     name: str

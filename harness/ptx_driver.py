@@ -1,4 +1,4 @@
-"""Triton kernels launched on CPU tensors: compiled for a GPU that is not there, their PTX run by harness.ptx_machine."""
+"""Triton kernels on CPU tensors: compiled for a GPU that is not there, their PTX run by harness.ptx_machine."""
 
 from __future__ import annotations
 

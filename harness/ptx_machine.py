@@ -32,15 +32,13 @@ def launch(
 ) -> None:
     """Runs a kernel on its arguments, CPU tensors and numbers in the order of its parameters; None is a null pointer.
 
-    threads and bytes of shared memory: of a program. Parameters behind the arguments, Triton's scratch memory, are null.
+    threads and bytes of shared memory: of a program. Parameters behind the arguments, Triton's scratch memory, are 0.
     Raises IndexError for an access outside of the tensors' storages or not aligned, NotImplementedError for what no
     kernel here has needed yet.
     """
     memory = Global([a for a in arguments if isinstance(a, Tensor)])
-    values = {
-        name: parameter(argument, kind)
-        for (name, kind), argument in zip(program.parameters, itertools.chain(arguments, itertools.repeat(None)))
-    }
+    given = itertools.zip_longest(program.parameters, arguments)
+    values = {name: parameter(argument, kind) for (name, kind), argument in given}
     places = np.array(list(itertools.product(*map(range, reversed(grid))))).reshape(-1, 3)[:, ::-1]  # x counts fastest
     step = max(1, THREADS // threads)
     for first in range(0, len(places), step):

@@ -20,7 +20,7 @@ WARPS = np.arange(4)[:, None]  # of a warp group
 
 
 def shuffle(values: Array, lanes: Array, mode: str) -> Array:
-    """[W, 32] values of other threads: `bfly` of that one whose number is the exclusive or with lanes, `idx` of lanes."""
+    """[W, 32] values of other threads: `idx` of the one that lanes name, `bfly` of the exclusive or with lanes."""
     if mode not in ("bfly", "idx"):
         raise NotImplementedError(f"shfl.sync.{mode}")
     lanes = lanes.astype(np.int64)

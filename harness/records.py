@@ -49,6 +49,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "run_id target kernel plan keywords declared ttir machine roundings matmul not_followed fused expanded matrix "
         "registers spills shared status reason".split()
     ),
+    "executed": tuple("run_id target plan config tokens check share_equal status reason".split()),
     "model_layers": tuple(
         "run_id model weights text prompt arm backend reference layer max_abs rms rel_rms one_minus_cosine k_norm_max "
         "k_max_abs k_rel_rms k_p99_ulp attention_logit_rms status reason".split()
@@ -85,6 +86,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "budget": ("weights", "layer", "tokens", "plan", "backend", "measure", "player"),
     "cases": ("case", "source", "measure"),
     "audit": ("target", "kernel", "plan", "keywords"),
+    "executed": ("target", "plan", "config", "tokens", "check"),
     "model_layers": ("model", "weights", "text", "prompt", "arm", "reference", "layer"),
     "model_tokens": ("model", "weights", "text", "prompt", "arm", "reference"),
     "model_dlogp": ("model", "weights", "text", "prompt", "arm", "reference", "above"),

@@ -15,6 +15,7 @@ from harness import gpu_findings, gpu_report, impact_report
 from harness.budget_report import largest_share_sentence, rope_sentence, rope_table
 from harness.configs import configs_section
 from harness.frames import latest
+from harness.gpu_checks import EXACT
 from harness.markdown import markdown
 
 # Words of a fingerprint that need no mention.
@@ -170,6 +171,7 @@ def study_sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
         *_sentence(folder, "budget", rope_sentence),
         *_sentence(folder, "cases", case_sentence),
         *_sentence(folder, "audit", audit_sentence),
+        *_sentence(folder, "executed", executed_sentence),
         *impact_report.sentences(folder, speed),
         *gpu_findings.sentences(folder),
     ]
@@ -276,12 +278,40 @@ def _audit(frame: pd.DataFrame) -> str:
     )
 
 
+def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a target and plan."""
+    table = frame.assign(kernels=frame["config"] + frame["tokens"].astype(str), ok=frame["status"] == "ok")
+    table = table.assign(exact=frame["share_equal"].where(frame["check"] == EXACT))
+    groups = table.groupby(["target", "plan"], sort=False)
+    found = groups.agg(kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min"))
+    return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
+
+
+def executed_sentence(frame: pd.DataFrame) -> str:
+    exact = frame[frame["check"] == EXACT]
+    drawn = frame[frame["check"] != EXACT]
+    return (
+        f"**Compiled for {', '.join(frame['target'].unique())}, run on this CPU:** of {len(exact)} kernels "
+        f"{int((exact['status'] == 'ok').sum())} equal their spec in every bit where no sum depends on order; on drawn "
+        f"weights {int((drawn['status'] == 'ok').sum())} of {len(drawn)} stay inside their envelope."
+    )
+
+
+def _executed(frame: pd.DataFrame) -> str:
+    return (
+        "## Compiled kernels, run on a CPU\n\nEvery kernel as a launch compiles it, its PTX run instruction by instruction "
+        "(`python -m harness execute`): what Triton's compiler made of it, without ptxas and without a GPU's order of sums. "
+        f"Tiles of tuning are run for a plan of each place of rstd.\n\n{markdown(executed_table(frame))}"
+    )
+
+
 SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "implementations": _implementations,
     "fingerprints": _fingerprints,
     "budget": _budget,
     "cases": _cases,
     "audit": _audit,
+    "executed": _executed,
     "configs": configs_section,
 }
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from harness.gpu import SEPARATE, Setting, measure_limits, own_arm, prepared
-from harness.gpu_checks import checked
+from harness.gpu_checks import EXACT, TOKENS, checked
 from harness.grid import Point
 from harness.progress import track
 from harness.records import Records
@@ -61,8 +61,11 @@ def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Reco
 
 def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
     """Why this config is not timed: it does not equal the plan's spec on exact inputs; empty if it does."""
-    found = checked(plan, config, "exact", gpu)
-    return "" if found["status"] == "ok" else f"not timed: {found['reason']}"
+    for tokens in (TOKENS, 1) if config.kernel == "split-k" else (TOKENS,):
+        found = checked(plan, config, EXACT, gpu, tokens=tokens)
+        if found["status"] != "ok":
+            return f"not timed: {found['reason']}"
+    return ""
 
 
 def _add(

@@ -320,7 +320,7 @@ def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pyte
     assert set(gpu_checks.red_plans(records)) == {"hf"} and ", RoPE" in gpu_checks.red_plans(records)["hf"]
 
 
-def small_problem(plan, check, device, rope):
+def small_problem(plan, check, device, rope, tokens=5):
     from support import random_problem
 
     from harness.exact import exact_problem

@@ -52,18 +52,19 @@ def a_few() -> list[Implementation]:
         return lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)
 
     return [
-        Implementation("norm", "torch", "rmsnorm", "eager", False, hf),
-        Implementation("norm", "torch", "rmsnorm", "torch.compile", False, one),
-        Implementation("norm", "torch", "head_norm", "eager", False, hf),
-        Implementation("absent", "engine", "rmsnorm", "eager", False, missing),
-        Implementation("broken", "engine", "rmsnorm", "eager", False, broken),
-        Implementation("kernel", "engine", "rmsnorm", "triton", True, missing),
+        Implementation("norm", "torch", "rmsnorm", "eager", hf),
+        Implementation("norm", "torch", "rmsnorm", "torch.compile", one),
+        Implementation("norm", "torch", "head_norm", "eager", hf),
+        Implementation("absent", "engine", "rmsnorm", "eager", missing),
+        Implementation("broken", "engine", "rmsnorm", "eager", broken),
+        Implementation("kernel", "engine", "rmsnorm", "triton", hf),
     ]
 
 
 @pytest.fixture
 def surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     monkeypatch.setattr(survey, "implementations", a_few)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command unsets
     cli.survey(tmp_path, "cpu")
     capsys.readouterr()
     return tmp_path
@@ -72,14 +73,11 @@ def surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_survey_writes_a_row_an_implementation(surveyed: Path) -> None:
     run_id, frame = latest(surveyed, "implementations")
     assert load_runs(surveyed)[run_id]["command"] == "survey"
-    assert list(frame["status"]) == ["identified"] * 3 + ["not installed", "error", "not measured here"]
-    assert list(frame["reason"])[3:] == [
-        "the package engine is missing",
-        "RuntimeError: driver too old",
-        "its kernels need a GPU",
-    ]
+    assert list(frame["status"]) == ["identified"] * 3 + ["not installed", "error", "identified"]
+    assert list(frame["reason"])[3:] == ["the package engine is missing", "RuntimeError: driver too old", ""]
+    assert list(frame["how"])[4:] == ["eager", survey.EXECUTED]
     assert answer_words(frame["plan"][0]) == "normed, hidden" and answer_words(frame["plan"][1]) == "hidden"
-    assert answer_words(frame["plan"][2]) == "head_normed, out" and frame["plan"][5] == ""
+    assert answer_words(frame["plan"][2]) == "head_normed, out" and frame["plan"][3] == ""
     assert (frame["share_equal"][:3] == 1).all() and (frame["runner_up_share_equal"][:3] < 0.95).all()
 
 
@@ -92,7 +90,7 @@ def test_what_a_compiler_moves_is_a_sentence(surveyed: Path) -> None:
     same = frame.assign(plan=frame["plan"][0])
     assert implementation_sentence(same) == ""
     groups = implementation_groups(frame)
-    assert list(groups["rounds to bf16"]) == ["normed, hidden", "hidden", "head_normed, out", "–", "–", "–"]
+    assert list(groups["rounds to bf16"]) == ["normed, hidden", "hidden", "head_normed, out", "–", "–"]
     assert groups["implementations"][2] == "norm (head norm) (eager)"
 
 
