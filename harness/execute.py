@@ -23,7 +23,7 @@ TARGETS = ("sm_80", "sm_90")  # whose matrix instructions harness.ptx_matrix kno
 
 
 @dataclass(frozen=True)
-class _Here:
+class Here:
     """What the checks ask of harness.rig_cuda.Cuda."""
 
     device: str = "cpu"
@@ -46,7 +46,7 @@ def execute_kernels(records: Records, target: str) -> None:
             words = f"{config or DEFAULT}{', RoPE' * rope}"
             key = {"target": target, "plan": name, "config": words, "tokens": tokens, "check": check}
             if not records.has("executed", **key):
-                found = checked(PLANS[name].plan, config, check, _Here(), rope, tokens)
+                found = checked(PLANS[name].plan, config, check, Here(), rope, tokens)
                 records.add("executed", **key, **found)
 
 

@@ -25,7 +25,7 @@ UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
     "rsqrt": lambda a: 1 / np.sqrt(a.astype(np.float64)),
     "ex2": lambda a: np.exp2(a.astype(np.float64)),
 }
-INTEGER: dict[str, Binary] = {
+INTEGER: dict[str, np.ufunc] = {
     **LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
 

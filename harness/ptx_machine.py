@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from harness import ptx_matrix as matrix
-from harness.ptx_arithmetic import LOGIC, arithmetic, compared, converted
+from harness.ptx_arithmetic import INTEGER, LOGIC, arithmetic, compared, converted
 from harness.ptx_memory import Global, Shared, check_aligned
 from harness.ptx_numbers import UNSIGNED, Array, extended, read, width
 from harness.ptx_program import Address, Instruction, Operand, Program
@@ -310,6 +310,13 @@ class _Run:
             raise NotImplementedError("shfl within parts of a warp")
         found = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
         self._put_rows([i.operands[0].split("|")[0]], [found], groups, mask)
+
+    def _redux(self, i: Instruction, mask: Array) -> None:
+        """Sum, least or greatest of a warp's 32-bit integers, or a logical function of them."""
+        groups, kind = self._groups(mask, 32), i.words[-1]
+        (values,) = self._rows(i.operands[1:2], groups)
+        found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
+        self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], groups, mask)
 
     def _ldmatrix(self, i: Instruction, mask: Array) -> None:
         groups, names = self._groups(mask, 32), _listed(i.operands[0])

@@ -1,5 +1,6 @@
 """PTX instructions run on a CPU: each against exact arithmetic, or against what the PTX ISA says in words."""
 
+import functools
 import math
 import re
 from fractions import Fraction
@@ -384,6 +385,20 @@ def test_shuffles_from_a_thread():
     out = torch.zeros(THREADS, dtype=torch.int32)
     run("xor.b32 %r5, %r1, 5; shfl.sync.idx.b32 %r6|%p1, %r1, %r5, 31, -1; st.global.b32 [%rd1], %r6;", out)
     assert out.tolist() == [n // 32 * 32 + (n % 32 ^ 5) for n in range(THREADS)]
+
+
+@pytest.mark.parametrize(
+    ("operation", "exact"),
+    [
+        ("add.s32", lambda v: sum(v)), ("min.s32", lambda v: min(map(signed, v))), ("max.u32", max),
+        ("or.b32", lambda v: functools.reduce(int.__or__, v)), ("xor.b32", lambda v: functools.reduce(int.__xor__, v)),
+    ],
+)  # fmt: skip
+def test_reductions_of_a_warp(operation: str, exact):
+    values = np.random.default_rng(0).integers(0, 2**32, 64).astype(np.uint32)
+    found = computed(f"redux.sync.{operation} %r8, %r5, -1", values).reshape(2, 32)
+    for warp, row in zip(found, values.reshape(2, 32), strict=True):
+        assert set(warp.tolist()) == {exact([int(v) for v in row]) & 0xFFFFFFFF}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
