@@ -320,6 +320,16 @@ def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pyte
     assert set(gpu_checks.red_plans(records)) == {"hf"} and ", RoPE" in gpu_checks.red_plans(records)["hf"]
 
 
+def test_split_k_is_checked_at_one_token_too(monkeypatch: pytest.MonkeyPatch):
+    split = Config("split-k", block_m=16)
+    monkeypatch.setattr(gpu_checks, "PLANS", {"gemma": PLANS["gemma"]})
+    monkeypatch.setattr(gpu_checks, "configs_of", lambda plan: {"default": None, str(split): split})
+    asked = [(config, check, tokens) for _, config, check, _, tokens in gpu_checks.kernel_checks()]
+    both = (gpu_checks.EXACT, gpu_checks.DRAWN)
+    assert set(asked) == {(None, check, 70) for check in both} | {(split, check, n) for check in both for n in (70, 1)}
+    assert gpu_checks.problem_for(PLANS["gemma"].plan, gpu_checks.EXACT, "cpu", tokens=1).tokens == 1
+
+
 def small_problem(plan, check, device, rope, tokens=5):
     from support import random_problem
 
@@ -343,7 +353,7 @@ def stand_in(setting, plan, name, config):
 
 def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labelled(monkeypatch)
-    monkeypatch.setattr(tune, "checked", lambda *rest: {"status": "ok"})
+    monkeypatch.setattr(tune, "checked", lambda *rest, **more: {"status": "ok"})
     monkeypatch.setattr(tune, "own_arm", stand_in)
     one, two = Config("fused", block_m=16, block_k=64), Config("split-k", block_m=16, block_k=32, splits=2)
     monkeypatch.setattr(tune, "candidates", lambda *shape: (one, two, Config("separate")))
@@ -361,9 +371,13 @@ def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path,
 def test_a_config_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labelled(monkeypatch)
     monkeypatch.setattr(tune, "own_arm", stand_in)
-    one = Config("fused", block_m=16, block_k=16)
+    one = Config("split-k", block_m=16, block_k=16)
     monkeypatch.setattr(tune, "candidates", lambda *shape: (one, Config("separate")))
-    monkeypatch.setattr(tune, "checked", lambda *rest: {"status": "red", "reason": "7 elements differ"})
+
+    def checked(*rest: object, tokens: int) -> dict[str, str]:  # wrong in the binary for one token alone
+        return {"status": "red" if tokens == 1 else "ok", "reason": "7 elements differ"}
+
+    monkeypatch.setattr(tune, "checked", checked)
     table = tune.tune([Point("tiny", 4)], records_in(tmp_path), seconds_by({str(one): 1e-6}))
     assert table == {("Fake GPU", SHAPE, "prologue"): {4: Config("separate")}}
     assert {r["status"] for r in rows(tmp_path, "tuning") if r["config"] == str(one)} == {"red"}
