@@ -14,6 +14,7 @@ from harness.rope import ROTATED
 from kernels.checks import ROPE_BOUNDARIES
 
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
+WHOSE = {"k_rel_ms": "K's", "logit_ms": "the logits'"}  # squared error
 
 
 def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -32,19 +33,19 @@ def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
     return _root(_parts(frame, measure))
 
 
-def kernel_share(frame: pd.DataFrame) -> tuple[float, str] | None:
-    """The largest kernel_vs_spec_share and its plan; None where no kernel was measured."""
+def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
+    """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
     rows = own(frame[frame["player"] == ORDER_OF_SUMS])
     if not len(rows):
         return None
     worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
-    return worst["kernel_vs_spec_share"], worst["plan"]
+    where = f"{WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens"
+    return worst["kernel_vs_spec_share"], worst["plan"], where
 
 
 def largest_share_sentence(frame: pd.DataFrame) -> str:
     """One sentence in Markdown, from the rows of budget_rows and order_rows; empty where there are none."""
-    whose = {"k_rel_ms": "K's", "logit_ms": "the logits'"}
-    clauses = [c for c in (_clause(mean_shares(frame, measure), whose[measure]) for measure in MEASURES) if c]
+    clauses = [c for c in (_clause(mean_shares(frame, measure), WHOSE[measure]) for measure in MEASURES) if c]
     if not clauses:
         return ""
     rows = _parts(frame, MEASURES[0])
@@ -55,7 +56,8 @@ def largest_share_sentence(frame: pd.DataFrame) -> str:
     )
     kernel = kernel_share(frame)
     if kernel is not None:
-        sentence += f"; order of sums comes on top, at most {kernel[0]:.1g} of a plan's squared error (`{kernel[1]}`)"
+        share, plan, where = kernel
+        sentence += f". Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {where})"
     return sentence + "."
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from harness.frames import Frames, best_backend, first_layer, noise_floor, over_layers, own
+from harness.frames import Frames, best_backend, first_layer, noise_floor, over_layers
 from variants.catalogue import PLANS
 
 
@@ -22,11 +22,11 @@ def _distances(errors: pd.DataFrame) -> Iterator[str]:
     if "hf" not in truth or not same_eager:
         return
     best, worst, closest = truth.idxmin(), truth.idxmax(), eager[same_eager].idxmax()
+    further = "" if worst == "hf" else f", `{worst}` {truth[worst] / truth[best]:.1f} times"
     yield (
         f"**Closest to the truth:** `{best}`, K relative rms error {truth[best]:.2e}. Hugging Face's order makes "
-        f"{truth['hf'] / truth[best]:.1f} times that, `{worst}` {truth[worst] / truth[best]:.1f} times. "
-        f"**Closest to eager,** besides `hf` itself: `{closest}`, and even there only {eager[closest]:.0%} of K's "
-        "elements equal eager's."
+        f"{truth['hf'] / truth[best]:.1f} times that{further}. **Closest to eager,** of the other plans for weights stored as w: "
+        f"`{closest}`, of whose K elements {eager[closest]:.0%} equal eager's."
     )
 
 
@@ -42,47 +42,56 @@ def _noise(errors: pd.DataFrame) -> Iterator[str]:
 
 
 def _amplified(frames: Frames) -> Iterator[str]:
-    amplified, errors = frames["amplification"], frames["errors"]
-    if not len(amplified):
+    """From the draws of the first layer: ratios of two measures of one seed, then their median and range."""
+    draws = frames["draws"]
+    if not len(draws):
         return
+    labels = list(dict.fromkeys(draws["weights"]))
+    calibrated, ones, uniform = (draws[draws["weights"] == label].set_index("seed") for label in labels)
+    layer, plan = draws["layer"].iloc[0], draws["plan"].iloc[0]
+
+    def ratio(column: str, above: pd.DataFrame = calibrated) -> str:
+        return _spread(above[column] / ones[column])
+
+    yield (
+        f"**A largest K-norm weight of {calibrated['k_norm_max'].iloc[0]:g}** (layer {layer}, `{plan}`, against weights of 1; median of "
+        f"{len(ones)} draws, least to greatest) multiplies K's largest absolute error by {ratio('k_max_abs_after')}, the logits' rms "
+        f"error by {ratio('logit_rms_error')}, softmax's mean total variation by {ratio('softmax_tv_mean')}. Rows whose most attended "
+        f"key flips: {_spread(100 * calibrated['top_key_flips'])} %, with weights of 1 {_spread(100 * ones['top_key_flips'])} %."
+    )
+    yield (
+        f"**The same weight in every channel** ({uniform['k_norm_max'].iloc[0]:g} against 1) multiplies the logits' rms error by "
+        f"{ratio('logit_rms_error', uniform)}, and softmax's mean total variation by {ratio('softmax_tv_mean', uniform)}."
+    )
+    yield from _relative(frames)
+
+
+def _relative(frames: Frames) -> Iterator[str]:
+    """Measures that the size of a weight should not reach, of the run's own draw."""
+    amplified, errors = frames["amplification"], frames["errors"]
     layer = amplified["layer"].min()
     rows = amplified[(amplified["layer"] == layer) & (amplified["plan"] == "hf")].set_index("weights")
     k = errors[(errors["plan"] == "hf") & (errors["output"] == "k") & (errors["backend"] == "spec")]
     k = k[(k["reference"] == "truth") & (k["layer"] == layer)].set_index("weights")
-    weights = next(iter(own(rows.reset_index())["weights"]), None)
-    control = next((w for w in rows.index if w.endswith("k_norm=1")), None)
-    if weights is None or control is None:
+    if len(rows) < 3:
         return
-    a, b = rows.loc[weights], rows.loc[control]
+    mine, ones, uniform = rows.index[:3]
+    p99, equal, relative = k["p99_ulp"], k["share_equal"], rows["k_rel_rms_after"]
     yield (
-        f"**A largest K-norm weight of {a['k_norm_max']:g}** (layer {layer}, `hf`, against weights of 1) multiplies K's largest absolute "
-        f"error by {a['k_max_abs_after'] / b['k_max_abs_after']:.0f} ({b['k_max_abs_after']:.3g} to {a['k_max_abs_after']:.3g}), the "
-        f"logits' rms error by {a['logit_rms_error'] / b['logit_rms_error']:.1f}, softmax's mean total variation by "
-        f"{a['softmax_tv_mean'] / b['softmax_tv_mean']:.1f} ({b['softmax_tv_mean']:.2g} to {a['softmax_tv_mean']:.2g}), the rows whose "
-        f"most attended key flips by {_ratio(a['top_key_flips'], b['top_key_flips'])} ({b['top_key_flips']:.2%} to {a['top_key_flips']:.2%})."
-    )
-    yield (
-        f"**Relative measures** of the same two: K's p99 error {k['p99_ulp'][control]:.3g} and {k['p99_ulp'][weights]:.3g} ulp, correctly "
-        f"rounded {k['share_equal'][control]:.1%} and {k['share_equal'][weights]:.1%}, K's rms error relative to its head "
-        f"{b['k_rel_rms_after']:.2e} and {a['k_rel_rms_after']:.2e} (before the norm {a['k_rel_rms_before']:.2e} in both)."
-    )
-    uniform = next((w for w in rows.index if "k_norm=" in w and w != control), None)
-    if uniform is None:
-        return
-    c = rows.loc[uniform]
-    yield (
-        f"**The same weight in every channel** ({c['k_norm_max']:g} against 1) multiplies the logits' rms error by "
-        f"{c['logit_rms_error'] / b['logit_rms_error']:.4g}, K's relative error by {c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g} and "
-        f"softmax's mean total variation by {c['softmax_tv_mean'] / b['softmax_tv_mean']:.1f}. So the weight's size does not reach relative "
-        "errors; that of the row above comes from one channel outweighing its head."
-        if abs(c["k_rel_rms_after"] / b["k_rel_rms_after"] - 1) < 1e-3
-        else f"**The same weight in every channel** ({c['k_norm_max']:g} against 1) multiplies K's relative error by "
-        f"{c['k_rel_rms_after'] / b['k_rel_rms_after']:.4g}."
+        f"**Relative measures** of K behind its norm, weights of 1, of {rows['k_norm_max'][uniform]:g}, and the drawn ones: p99 error "
+        f"{p99[ones]:.3g}, {p99[uniform]:.3g} and {p99[mine]:.3g} ulp, correctly rounded {equal[ones]:.1%}, {equal[uniform]:.1%} and "
+        f"{equal[mine]:.1%}, rms error relative to its head {relative[ones]:.2e}, {relative[uniform]:.2e} and {relative[mine]:.2e}: not the "
+        "size of the weights reaches these, but one channel that outweighs its head."
+        if abs(relative[uniform] / relative[ones] - 1) < 1e-3
+        else f"**Relative measures** of K behind its norm: rms error relative to its head {relative[ones]:.2e} with weights of 1, "
+        f"{relative[uniform]:.2e} with {rows['k_norm_max'][uniform]:g}, {relative[mine]:.2e} with the drawn ones."
     )
 
 
-def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.1f}" if b else "no finite factor"
+def _spread(values: pd.Series) -> str:
+    """`81 (57 to 123)`: the median, the least and the greatest; one number where they agree."""
+    low, middle, high = (f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in values.quantile([0, 0.5, 1]))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _time(speed: pd.DataFrame) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness.frames import Frames, best_backend, load
@@ -127,11 +128,35 @@ def layer_table(frames: Frames) -> pd.DataFrame:
     return means[list(names)].rename(columns=names)
 
 
-def difference(frame: pd.DataFrame, column: str, arm: str) -> tuple[float, float]:
-    """Mean over texts of (the arm's column less eager's), and its standard error; of one text, an infinite one."""
+@dataclass(frozen=True)
+class Difference:
+    """Of an arm's column from eager's, over texts: mean, standard error (infinite of one text), and chance.
+
+    chance: share of all ways to choose the texts' signs whose mean is as far from 0 (an exact sign-flip test; of more
+    than 16 texts a sample of 2^16 ways). It assumes of the differences only that they would be as likely negative.
+    """
+
+    mean: float
+    error: float
+    chance: float
+
+
+def difference(frame: pd.DataFrame, column: str, arm: str) -> Difference:
     by_text = frame.pivot(index=["text", "prompt"], columns="arm", values=column)
-    pairs = by_text[arm] - by_text["eager"]
-    return pairs.mean(), pairs.sem() if len(pairs) > 1 else math.inf
+    pairs = (by_text[arm] - by_text["eager"]).to_numpy(float)
+    ways = 2 ** min(len(pairs), 16)
+    signs = 1 - 2 * (np.arange(ways)[:, None] >> np.arange(len(pairs)) & 1)
+    if len(pairs) > 16:
+        signs = np.random.default_rng(0).choice([-1, 1], (ways, len(pairs)))
+    chance = (np.abs(signs @ pairs) >= abs(pairs.sum()) * (1 - 1e-12)).mean()
+    error = pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
+    return Difference(pairs.mean(), error, chance)
+
+
+def told_apart(found: dict[str, Difference]) -> list[str]:
+    """Arms that differ from eager at the level of 5 % for all of them together (Bonferroni)."""
+    moved = {arm: d for arm, d in found.items() if d.mean}
+    return [arm for arm, d in moved.items() if d.chance * len(moved) < 0.05]
 
 
 def given_depth(table: pd.DataFrame, column: str) -> float:
@@ -202,19 +227,15 @@ def _closest(study: Study, times: dict[str, float]) -> str:
     if not plans:
         return ""
     kl = {plan: difference(rows, "kl_mean", plan) for plan in plans}
-    listed = ", ".join(f"`{plan}` {mean:+.1e} ± {error:.0e}" for plan, (mean, error) in kl.items() if mean)
-    told = [
-        f"`{plan}` {'farther' if mean > 0 else 'nearer'}"
-        for plan, (mean, error) in kl.items()
-        if abs(mean) > 2 * error > 0
-    ]
+    listed = ", ".join(f"`{plan}` {d.mean:+.1e} ± {d.error:.0e}" for plan, d in kl.items() if d.mean)
+    told = [f"`{plan}` {'farther' if kl[plan].mean > 0 else 'nearer'}" for plan in told_apart(kl)]
     near = ", ".join(f"`{plan}` {hidden[plan]:.3g}" for plan in plans)
     took = ", ".join(f"`{plan}` {times[plan]:.2f}" for plan in plans if plan in times)
     return (
         f"**{study.model}, distance to {truth}:** KL of eager {rows[rows['arm'] == 'eager']['kl_mean'].mean():.2g} nats; of plans more or "
-        f"less than that, ± standard error over texts: {listed}. Beyond two standard errors: {', '.join(told) or 'none'}. Last "
+        f"less than that, ± standard error over texts: {listed}. Told apart from eager (sign-flip test, 5 % for all plans together): {', '.join(told) or 'none'}. Last "
         f"layer's hidden state, relative error: eager {hidden['eager']:.3g}, {near}."
-        + (f" Time of one layer's chain in this machine's bench, as a multiple of eager's: {took}." if took else "")
+        + (f" Time of one layer's chain over eager's in the table above (another model's): {took}." if took else "")
     )
 
 
@@ -248,12 +269,17 @@ def _perplexity(study: Study) -> str:
     if not arms:
         return ""
     pairs = {arm: difference(rows, "nll", arm) for arm in arms}
-    told = [f"{arm} {mean:+.2g} ± {error:.1g}" for arm, (mean, error) in pairs.items() if abs(mean) > 2 * error]
+    plain = {arm: pairs[arm] for arm in plans_of(study.frames) if arm in pairs}
+    yardsticks = {arm: pairs[arm] for arm in pairs if arm not in plain}
+    told = [
+        f"{arm} {pairs[arm].mean:+.2g} ± {pairs[arm].error:.1g}"
+        for arm in [*told_apart(plain), *told_apart(yardsticks)]
+    ]
     plans = found.reindex(plans_of(study.frames)).dropna()
     return (
         f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}, float32 "
-        f"{found['float32']:.2f}, plans {plans.min():.2f} to {plans.max():.2f}. Beyond two standard errors of the difference to "
-        f"eager, nats a token: {', '.join(told) or 'none'}."
+        f"{found['float32']:.2f}, plans {plans.min():.2f} to {plans.max():.2f}. Told apart from eager, nats a token: "
+        f"{', '.join(told) or 'none'}."
     )
 
 

@@ -5,6 +5,7 @@ Each sweep asks the records what they have, measures what is missing, and goes o
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.exact import exact_problem
 from harness.geometry import geometry_named
 from harness.problems import checkpoint_problem, synthetic_problem
 from harness.progress import track
-from harness.records import Records
+from harness.records import TABLES, Records
 from harness.settings import Settings
 from variants.catalogue import plan_named
 from variants.eager import eager
@@ -31,6 +32,7 @@ from variants.variant import run
 # the plans' way to run compiled on a CPU, is left out: it is timed nowhere there.
 KERNEL_BACKENDS = {"cpu": ("triton", "inductor"), "cuda": ("triton", "triton-separate")}
 UNIFORM_K_NORMS = (1.0, 64.0)  # controls: no amplification, and one by a power of two, the same in every channel
+DRAWS = 5  # seeds, the settings' own first: how far one draw of weights and inputs can be trusted
 
 
 def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:
@@ -64,6 +66,7 @@ def sweep_precision(settings: Settings, records: Records) -> None:
                 control = synthetic_problem(s.model, layer, s.tokens, s.seed, uniform_k_norm=uniform)
                 fitting = [n for n in s.plans if (plan_named(n).weight_offset != "none") == control.weight_offset]
                 _layer_precision(records, s, control.to(s.device), fitting)
+            _draws(records, s, layer)
 
 
 def sweep_kernels(settings: Settings, records: Records) -> None:
@@ -91,6 +94,18 @@ def _layer_precision(records: Records, s: Settings, problem: Problem, names: lis
         for output, value in _values(problem, chain).items():
             _add_error(records, s, problem, name, "spec", output, "truth", value, true_values[output])
             _add_error(records, s, problem, name, "spec", output, "eager", value, eager_values[output])
+
+
+def _draws(records: Records, s: Settings, layer: int) -> None:
+    """What eager's plan and the K norm do on other draws of the layer, and on its controls."""
+    for seed, uniform in itertools.product(range(s.seed, s.seed + DRAWS), (None, *UNIFORM_K_NORMS)):
+        problem = synthetic_problem(s.model, layer, s.tokens, seed, uniform_k_norm=uniform).to(s.device)
+        name = _eager_plan(problem)
+        key = {"weights": problem.weights, "layer": layer, "seed": seed, "plan": name}
+        if not records.has("draws", **key):
+            measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
+            row = {column: measured[column] for column in TABLES["draws"] if column in measured}
+            records.add("draws", model=s.model, tokens=s.tokens, **key, **row)
 
 
 def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:

@@ -27,6 +27,10 @@ TABLES: dict[str, tuple[str, ...]] = {
         "k_max_abs_after k_rel_rms_before k_rel_rms_after logit_rms_error logit_max_error softmax_tv_mean "
         "softmax_tv_max top_key_flips status reason".split()
     ),
+    "draws": tuple(
+        "run_id model weights layer tokens seed plan k_norm_max k_max_abs_after logit_rms_error softmax_tv_mean "
+        "top_key_flips status reason".split()
+    ),
     "ulps": tuple(
         "run_id model weights layer plan backend output reference ulp_from ulp_to share status reason".split()
     ),
@@ -80,6 +84,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "errors": ("weights", "layer", "tokens", "plan", "backend", "output", "reference"),
     "speed": ("tokens", "plan", "backend"),
     "amplification": ("weights", "layer", "plan"),
+    "draws": ("weights", "layer", "seed", "plan"),
     "ulps": ("weights", "layer", "plan", "output", "reference", "ulp_from"),
     "channels": ("weights", "layer", "plan", "channel"),
     "implementations": ("implementation", "kind", "how"),

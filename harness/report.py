@@ -42,7 +42,8 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     if len(speed):
         tokens = int(speed["tokens"].max())
         rows = speed[(speed["tokens"] == tokens) & (speed["backend"] == best_backend(speed))].set_index("plan")
-        table[f"time at {tokens} tokens, µs"] = table["plan"].map(rows["p50_us"])
+        processor = "CPU time" if best_backend(speed) == "inductor" else "time"
+        table[f"{processor} at {tokens} tokens, µs"] = table["plan"].map(rows["p50_us"])
         table["against eager"] = table["plan"].map(rows["speedup_vs_eager"])
     return table
 
@@ -165,7 +166,7 @@ def write_report(folder: Path, run_id: str) -> Path:
     sections = [
         f"# Results\n\n{conditions(folder, run_id)}",
         "## Findings\n\n"
-        + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, frames["speed"])]),
+        + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])]),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
@@ -191,7 +192,7 @@ def readme_block(folder: Path, run_id: str) -> str:
     fingerprints of public implementations say."""
     frames = load(folder, run_id)
     table = plan_table(frames).drop(columns=["rounds", "K bias"])
-    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, frames["speed"])])
+    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])])
     gemma = "The gemma plans run on the same weights stored as w − 1; their eager is Hugging Face's Gemma 3 code."
     body = f"{conditions(folder, run_id)} {gemma}\n\n{markdown(table)}\n\n### Findings\n\n{lines}"
     surveyed = latest(folder, "implementations")

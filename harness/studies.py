@@ -17,6 +17,7 @@ from harness.configs import configs_section
 from harness.frames import latest
 from harness.gpu_checks import EXACT
 from harness.markdown import markdown
+from harness.records import load_runs
 
 # Words of a fingerprint that need no mention.
 USUAL = {"weight_offset": "none", "eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w", "scale": "prologue"}
@@ -156,22 +157,30 @@ def case_sentence(frame: pd.DataFrame) -> str:
     }
     counts = frame["verdict"].value_counts()
     said = ", ".join(f"{counts[verdict]} {phrase}" for verdict, phrase in phrases.items() if verdict in counts)
-    wrong = dict.fromkeys(frame[frame["verdict"] == "does not fit"]["source"])
-    return f"**Cases of the field:** of {len(frame)} claims of public threads {said}." + (
-        f" Not fitting, in part or whole: {'; '.join(wrong)}." if wrong else ""
-    )
+    return f"**Cases of the field:** of {len(frame)} claims of public threads {said} (each with its source: report)."
 
 
-def study_sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
-    """A sentence of each study that the folder has; speed: times of the bench that they stand beside."""
+def study_sentences(folder: Path, run_id: str, speed: pd.DataFrame) -> list[str]:
+    """A sentence of each study that the folder has. run_id, speed: of the bench that they stand beside, and its times; a
+    study of another commit says of which."""
+    runs = load_runs(folder)
+    beside = runs[run_id]["environment"].get("commit")
+
+    def said(table: str, write: Callable[[pd.DataFrame], str]) -> Iterator[str]:
+        found = latest(folder, table)
+        sentence = write(found[1]) if found is not None else ""
+        if sentence:
+            commit = runs[found[0]]["environment"].get("commit")
+            yield sentence + (f" (Commit {commit}.)" if commit != beside else "")
+
     return [
-        *_sentence(folder, "implementations", implementation_sentence),
-        *_sentence(folder, "fingerprints", confusion_sentence),
-        *_sentence(folder, "budget", largest_share_sentence),
-        *_sentence(folder, "budget", rope_sentence),
-        *_sentence(folder, "cases", case_sentence),
-        *_sentence(folder, "audit", audit_sentence),
-        *_sentence(folder, "executed", executed_sentence),
+        *said("implementations", implementation_sentence),
+        *said("fingerprints", confusion_sentence),
+        *said("budget", largest_share_sentence),
+        *said("budget", rope_sentence),
+        *said("cases", case_sentence),
+        *said("audit", audit_sentence),
+        *said("executed", executed_sentence),
         *impact_report.sentences(folder, speed),
         *gpu_findings.sentences(folder),
     ]
@@ -195,17 +204,10 @@ def confusion_sentence(frame: pd.DataFrame) -> str:
     table = confusion_summary(frame).set_index("subject").sum()
     open_, wrong = int(table[OPEN]), int(table[ANOTHER] + table["none"] + table["error"] + table["undecided"])
     return (
-        f"**The fingerprint** named {int(table[THAT]):,} of {int(table['plans']):,} planted plans; {int(table[SAME_BITS])} more with "
-        f"words of the same bits beside them; in {open_} it left open an fp32 step that plans do not fix; {wrong} it did not name."
+        f"**The fingerprint** named {int(table[THAT]):,} of {int(table['plans']):,} planted plans by the planted words alone, "
+        f"{int(table[SAME_BITS])} together with other words that store the same bits; {open_} up to a step in fp32 that plans do not "
+        f"fix, {wrong} not at all."
     )
-
-
-def _sentence(folder: Path, table: str, write: Callable[[pd.DataFrame], str]) -> Iterator[str]:
-    found = latest(folder, table)
-    if found is not None:
-        sentence = write(found[1])
-        if sentence:
-            yield sentence
 
 
 # ---------------------------------------------------------------- sections of the report

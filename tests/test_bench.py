@@ -12,6 +12,8 @@ import torch
 import harness.precision
 import harness.speed
 from harness.environment import describe, last_cache_bytes
+from harness.findings import findings
+from harness.frames import load
 from harness.geometry import geometry_named
 from harness.plots import draw
 from harness.precision import problem_at, sweep_kernels, sweep_precision
@@ -74,6 +76,21 @@ def test_amplification_has_every_layer_and_the_controls(run: Path) -> None:
     hf = amplification[amplification["plan"] == "hf"]
     assert list(hf["weights"]) == ["calibrated", "calibrated, k_norm=1", "calibrated, k_norm=64", "calibrated"]
     assert (amplification[amplification["layer"] == 0]["k_norm_max"].isin([96.5, 1.0, 64.0])).all()
+
+
+def test_what_one_draw_says_is_not_taken_for_all(run: Path) -> None:
+    """Five draws; the first is the run's own, and the sentence gives the range of the ratios, not a ratio of ranges."""
+    draws, amplification = table(run, "draws"), table(run, "amplification")
+    assert list(draws.groupby("weights", sort=False)["seed"].apply(list)) == [[0, 1, 2, 3, 4]] * 3
+    first = draws[draws["seed"] == 0].set_index("weights")
+    own = amplification[(amplification["plan"] == "hf") & (amplification["layer"] == 0)].set_index("weights")
+    for column in ("k_norm_max", "k_max_abs_after", "logit_rms_error", "softmax_tv_mean", "top_key_flips"):
+        assert first[column].to_dict() == own[column].to_dict()
+    by_seed = draws.pivot(index="seed", columns="weights", values="logit_rms_error")
+    ratios = sorted(by_seed["calibrated"] / by_seed["calibrated, k_norm=1"])
+    assert ratios[-1] > 1.2 * ratios[0]
+    (sentence,) = (s for s in findings(load(run, draws["run_id"][0])) if "K-norm weight of 96.5" in s)
+    assert f"rms error by {ratios[2]:.2g} ({ratios[0]:.2g} to {ratios[4]:.2g})" in sentence
 
 
 def test_times_are_measured_and_consistent(run: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_sentence_follows_the_numbers() -> None:
     other = {**MADE_UP, "hf": {"normed": 0.875, "out": 0.125}}
     assert "`normed` in `hf`, 88%" in largest_share_sentence(pd.DataFrame(rows_of(other)))
     assert "order of sums" not in sentence
-    assert "order of sums comes on top, at most" in largest_share_sentence(frame())
+    assert "Order of sums comes on top: at most" in largest_share_sentence(frame())
 
 
 def test_the_sentence_means_over_layers_and_leaves_controls_out() -> None:

@@ -18,6 +18,7 @@ from harness import impact_report
 from harness.frames import load
 from harness.impact_plot import model_plots
 from harness.impact_report import (
+    Difference,
     Study,
     against,
     arm_table,
@@ -31,6 +32,7 @@ from harness.impact_report import (
     section,
     sentences,
     studies,
+    told_apart,
     truth_name,
 )
 from harness.records import TABLES
@@ -127,10 +129,10 @@ def test_what_is_taken_over_texts(known: Study) -> None:
 def test_differences_are_paired_by_text(known: Study) -> None:
     """Texts differ by one, arms by one: the difference has no error where that of the means would have."""
     rows = against(known.frames["model_tokens"], "float64")
-    assert difference(rows, "kl_mean", "one ulp on K") == (1.0, 0.0)
+    assert difference(rows, "kl_mean", "one ulp on K") == Difference(1.0, 0.0, 0.5)
     rows = rows.assign(kl_mean=rows["kl_mean"] * rows["kl_mean"])  # 1, 4 of eager; 4, 9 of the other
-    assert difference(rows, "kl_mean", "one ulp on K") == pytest.approx((4.0, 1.0))
-    assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == (3.0, math.inf)
+    assert difference(rows, "kl_mean", "one ulp on K") == Difference(4.0, pytest.approx(1.0), 0.5)
+    assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == Difference(3.0, math.inf, 1.0)
 
 
 def test_a_correlation_that_is_depth_alone_is_none() -> None:
@@ -157,16 +159,24 @@ def test_sentences_say_those_figures(known: Study, monkeypatch: pytest.MonkeyPat
     assert "largest weights from 10 to 30 over 3 layers" in amplified and "K absolute +1.00" in amplified
 
 
-def test_what_is_beyond_two_standard_errors_is_named(
+def test_plans_are_told_apart_by_all_ways_to_choose_signs(
     known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Eager 1 and 2; hf 5 and 6 + spread, so 4 + spread / 2 more, with a standard error of spread / 2."""
-    tokens = known.frames["model_tokens"]
-    for spread, named in ((7.9, True), (8.1, False)):
-        moved = tokens["kl_mean"] + spread * tokens["prompt"] * (tokens["arm"] == "hf")
-        study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens.assign(kl_mean=moved)})
-        monkeypatch.setattr(impact_report, "studies", lambda folder, study=study: [study])
-        assert ("`hf` farther" in sentences(tmp_path, NO_BENCH)[1]) == named
+    def found(values: list[float]) -> Difference:
+        rows = [{"text": "t", "prompt": n, "arm": "eager", "x": 1.0} for n in range(len(values))]
+        rows += [{"text": "t", "prompt": n, "arm": "hf", "x": 1 + v} for n, v in enumerate(values)]
+        return difference(pd.DataFrame(rows), "x", "hf")
+
+    all_above, one_below = [1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, 2, 3, 4, 5, 6, 7, 8]
+    assert found(all_above).chance == 2 / 256 and found(one_below).chance == 4 / 256
+    assert found([1.0, -1.0] * 4).chance == 1 and found(all_above * 3).chance < 1e-3
+    same = Difference(0.0, 0.0, 1.0)
+    assert told_apart({"a": found(all_above), **dict.fromkeys("bcd", found(one_below)), "same": same}) == ["a"]
+    assert told_apart(dict.fromkeys("abcdefg", found(all_above))) == []  # 7 * 2 / 256 is above 5 %
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    assert "for all plans together): none" in sentences(tmp_path, NO_BENCH)[1]  # two texts say nothing
+    monkeypatch.setattr(impact_report, "told_apart", lambda found: ["hf"])
+    assert "together): `hf` farther" in sentences(tmp_path, NO_BENCH)[1]
 
 
 def test_times_are_those_of_the_bench_that_is_given(
@@ -178,7 +188,7 @@ def test_times_are_those_of_the_bench_that_is_given(
     ]
     monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
     closest = sentences(tmp_path, pd.DataFrame(rows))[1]
-    assert closest.endswith("Time of one layer's chain in this machine's bench, as a multiple of eager's: `hf` 0.50.")
+    assert closest.endswith("Time of one layer's chain over eager's in the table above (another model's): `hf` 0.50.")
 
 
 def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

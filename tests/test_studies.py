@@ -138,8 +138,8 @@ def test_confusion_counts_what_was_answered() -> None:
     assert table.loc["normed = bf16-rne", "bf16-rne"] == 2 and table.loc["normed = bf16-rne", "fp32"] == 1
     assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 2 and table.loc["normed = fp32", "none"] == 1
     assert confusion_sentence(frame) == (
-        "**The fingerprint** named 1 of 6 planted plans; 1 more with words of the same bits beside them; in 1 it left "
-        "open an fp32 step that plans do not fix; 3 it did not name."
+        "**The fingerprint** named 1 of 6 planted plans by the planted words alone, 1 together with other words that store "
+        "the same bits; 1 up to a step in fp32 that plans do not fix, 3 not at all."
     )
 
 
@@ -177,8 +177,15 @@ def test_cases_and_budget_commands_fill_the_report(
     assert (frame["player"] == "order of sums").sum() == 4, "two plans, two measures"
     sections = study_sections(tmp_path)
     assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
-    assert len(study_sentences(tmp_path, pd.DataFrame(columns=list(TABLES["speed"])))) == 3  # the budget's two
-    _, frame = latest(tmp_path, "cases")
+    run_id, frame = latest(tmp_path, "cases")
+    no_times = pd.DataFrame(columns=list(TABLES["speed"]))
+    said = study_sentences(tmp_path, run_id, no_times)
+    assert len(said) == 3 and not any("(Commit" in sentence for sentence in said)  # the budget's two
+    path = tmp_path / "environment.json"
+    content = json.loads(path.read_text())
+    content["runs"][run_id]["environment"]["commit"] = "c0ffee"
+    path.write_text(json.dumps(content))
+    assert sum("(Commit" in sentence for sentence in study_sentences(tmp_path, run_id, no_times)) == 2
     sentence = case_sentence(frame)
     assert f"of {len(frame)} claims" in sentence and "fit" in sentence
 
