@@ -10,27 +10,28 @@ from matplotlib.patches import Patch
 
 from harness.budget import FP32, MEASURES
 from harness.budget_report import LABELS, kernel_share, leader, mean_shares, root_totals
+from harness.colours import GREY
+from harness.colours import colour as colour_of
 
-# Okabe and Ito's colours; grey for the store, which every plan with bf16 outputs has. Hatched: the rarer rounding of
-# two at the same step (operand: hidden, folded weight, tf32; weights and residual; the mean of squares).
-ORANGE, YELLOW, BLUE, SKY, GREEN, RED, PURPLE = "#E69F00 #F0E442 #0072B2 #56B4E9 #009E73 #D55E00 #CC79A7".split()
-GREY = "#666666"
+# Tol's light colours for roundings, so that none is taken for a plan's; grey for the store, which every plan with bf16
+# outputs has. Hatched: the rarer rounding of two at the same step (operand: hidden, folded weight, tf32; weights and
+# residual; the mean of squares).
+PINK, OLIVE, YELLOW, ORANGE, BLUE, CYAN, MINT = "#FFAABB #AAAA00 #EEDD88 #EE8866 #77AADD #99DDFF #44BB99".split()
 STYLES = {
-    "x": (PURPLE, "//"),
-    "weight_offset": (PURPLE, ""),
-    "statistics": (RED, "//"),
-    "variance": (RED, ""),
-    "rstd": ("#000000", ""),
+    "x": (PINK, "//"),
+    "weight_offset": (PINK, ""),
+    "statistics": (OLIVE, "//"),
+    "variance": (OLIVE, ""),
+    "rstd": ("#BBCC33", ""),
     "normed": (YELLOW, ""),
     "hidden": (ORANGE, ""),
     "scale": (ORANGE, "//"),
     "matmul": (ORANGE, "xx"),
     "proj": (BLUE, ""),
-    "head_rstd": (SKY, ""),
-    "head_normed": (GREEN, ""),
-    "out": ("#BBBBBB", ""),
+    "head_rstd": (CYAN, ""),
+    "head_normed": (MINT, ""),
+    "out": ("#DDDDDD", ""),
 }
-DARK = {BLUE, GREEN, RED, "#000000"}  # white text on these
 VISIBLE = 0.003  # of a bar: about one pixel
 
 
@@ -46,15 +47,23 @@ def budget_bars(frame: pd.DataFrame) -> Figure | None:
     height = 0.36 * len(plans) + 2.1  # inches: the bars, 0.85 above and 1.25 below
     figure, axes = plt.subplots(1, 2, figsize=(13, height), sharey=True)
     figure.subplots_adjust(left=0.115, right=0.955, bottom=1.25 / height, top=1 - 0.85 / height, wspace=0.16)
-    for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "attention logits"), strict=True), strict=True):
+    for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "logits"), strict=True), strict=True):
         _bars(panel, panels[measure].reindex(plans))
         _totals(panel, root_totals(frame, measure).reindex(plans), "relative rms" if measure == MEASURES[0] else "rms")
-        panel.set_title(f"{name}: {_message(panels[measure])}", loc="left", fontsize=10)
+        panel.set_title(f"{name}: {_message(panels[measure])}", loc="left", fontsize=9.5)
     axes[0].set_yticks(range(len(plans)), plans)
+    for tick, plan in zip(axes[0].get_yticklabels(), plans, strict=True):
+        tick.set_color(colour_of(plan))
     largest = pd.concat(panels).abs().max()
     drawn = [player for player in largest.index if largest[player] > VISIBLE]
     handles = [
-        Patch(facecolor=STYLES[p][0], hatch=STYLES[p][1], edgecolor="white", label=LABELS.get(p, p)) for p in drawn
+        Patch(
+            facecolor=STYLES[p][0],
+            hatch=STYLES[p][1],
+            edgecolor="white",
+            label=(LABELS | {"out": "out, the store"}).get(p, p),
+        )
+        for p in drawn
     ]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.535, 0.45 / height), ncol=len(handles),
                   fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)  # fmt: skip
@@ -74,10 +83,9 @@ def _bars(axes: Axes, shares: pd.DataFrame) -> None:
             axes.barh(place, abs(share), 0.8, start, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
             texts = (f"{LABELS.get(player, player)} {share:.0%}", f"{share:.0%}", "")
             text = next(t for t in texts if len(t) <= 70 * abs(share))  # so many characters fill a bar
-            shade = "white" if colour in DARK else "black"
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch and text else None
             axes.text(start + share / 2 if share > 0 else start - share / 2, place, text, ha="center", va="center",
-                      fontsize=7, color=shade, bbox=box)  # fmt: skip
+                      fontsize=7, bbox=box)  # fmt: skip
     low, high = shares.clip(upper=0).sum(axis=1).min(), shares.clip(lower=0).sum(axis=1).max()
     axes.set_xlim(low, max(1, high))
     axes.axvline(0, color="black", linewidth=0.8)
@@ -98,18 +106,17 @@ def _totals(axes: Axes, totals: pd.Series, heading: str) -> None:
 def _message(shares: pd.DataFrame) -> str:
     found = leader(shares)
     if found is None:
-        return "the store makes it all"
+        return "out makes it all"
     player, plans, counted = found
-    return f"besides the store, {LABELS.get(player, player)} is largest in {plans} of {counted} plans"
+    alone = f"; {len(shares) - counted} have out alone" if counted < len(shares) else ""
+    return f"beside out, {LABELS.get(player, player)} is largest in {plans} of {counted} plans{alone}"
 
 
 def _note(frame: pd.DataFrame, panels: dict[str, pd.DataFrame], drawn: list[str]) -> str:
     """What the bars do not show, and how small it is."""
     everything = pd.concat(panels)
     unseen = everything.drop(columns=drawn).abs().max()
-    first = "Titles leave out plans whose error is the store's alone."
-    if len(unseen):
-        first += f" Too small to see: {', '.join(unseen.index)} (at most {unseen.max():.1g})."
+    first = f"Too small to see: {', '.join(unseen.index)} (at most {unseen.max():.1g})." if len(unseen) else ""
     second = ""
     if (everything < -VISIBLE).any(axis=None):
         second += "Left of zero: a rounding that makes up for errors of others, or noise. "

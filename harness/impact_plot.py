@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.colours import GREY, colour
 from harness.frames import Frames
-from harness.impact_report import against, arms_of, plans_of, truth_name
+from harness.impact import BINS
+from harness.impact_report import against, arms_of, parted, plans_of, truth_name
 
-# Okabe and Ito's colours for plans; yardsticks are grey and dashed.
-COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000".split()
-GREY = "#666666"
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
@@ -24,61 +25,83 @@ def model_plots(frames: Frames) -> dict[str, Figure]:
 
 
 def style(frames: Frames, arm: str) -> dict[str, object]:
-    """Colour and line of an arm."""
+    """Colour and line of an arm: plans have their own colours, yardsticks are grey and dashed."""
     plans = plans_of(frames)
     if arm in plans:
-        return {"color": COLOURS[plans.index(arm) % len(COLOURS)], "linestyle": "-", "linewidth": 1.6}
+        return {"color": colour(arm), "linestyle": "-", "linewidth": 1.6}
     yardsticks = [name for name in arms_of(frames) if name not in plans]
     return {"color": GREY, "linestyle": DASHES[yardsticks.index(arm) % len(DASHES)], "linewidth": 1.3}
 
 
 def layers(frames: Frames) -> Figure:
     """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2))
-    figure.subplots_adjust(left=0.06, right=0.78, bottom=0.15, top=0.9, wspace=0.18)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=[2, 3])
+    figure.subplots_adjust(left=0.07, right=0.76, bottom=0.15, top=0.9, wspace=0.22)
     rows = against(frames["model_layers"], truth_name(frames))
     errors = rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
     drawn = [arm for arm in arms_of(frames) if arm in errors.index]
     beside = [arm for arm in drawn if 0.3 < (errors[arm] / errors["eager"]).median() < 3]
-    for arm in drawn:
-        left.plot(errors[arm].index, errors[arm], **style(frames, arm))
+    together = errors.loc[beside].unstack("arm")
+    left.fill_between(together.index, together.min(axis=1), together.max(axis=1), color="black", linewidth=1)
+    left.annotate(f"eager and {len(beside) - 1} arms beside it (right)", (together.index[-1], together.min(axis=None)),
+                  (0, -6), textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
     for arm in beside:
         right.plot(errors[arm].index, errors[arm] / errors["eager"], **style(frames, arm))
     left.set_yscale("log")
     left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
-    left.set_title("How far from the truth behind every layer", loc="left")
+    left.set_title("Error behind every layer", loc="left")
     right.set_title("… as a multiple of eager's error", loc="left")
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for arm in (arm for arm in drawn if arm not in beside):
+        left.plot(errors[arm].index, errors[arm], **style(frames, arm))
         left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
     _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})
     return figure
 
 
 def tokens(frames: Frames) -> Figure:
-    """Share of tokens whose log probability changes by more than so many nats, against eager."""
-    figure, axes = plt.subplots(figsize=(11, 5.2))
-    figure.subplots_adjust(left=0.08, right=0.76, bottom=0.15, top=0.9)
+    """Distribution of the change of a token's log probability against eager, all texts together, a row an arm."""
     rows = against(frames["model_dlogp"], "eager")
-    for arm in arms_of(frames):
-        counts = rows[rows["arm"] == arm].groupby("above")["tokens"].sum()
-        if len(counts) and counts.index.max() > 0:
-            edges = counts.index.to_numpy()
-            share = counts[::-1].cumsum()[::-1] / counts.sum()
-            axes.plot(edges[edges > 0], share[edges > 0], label=arm, **style(frames, arm))
-    equal = [arm for arm in arms_of(frames) if arm != "eager" and set(rows[rows["arm"] == arm]["above"]) == {0.0}]
+    counts = rows.groupby(["arm", "above"])["tokens"].sum()
+    arms = [arm for arm in arms_of(frames) if arm in counts.index and arm != "eager"][::-1]
+    figure, axes = _rows(arms)
+    for place, arm in enumerate(arms):
+        shade = style(frames, arm)["color"]
+        low, quarter, middle, most, top = quantiles(counts[arm], (0.1, 0.25, 0.5, 0.75, 0.99))
+        if top:
+            axes.plot([low, top], [place, place], color=shade, linewidth=1)
+            axes.plot([quarter, most], [place, place], color=shade, linewidth=5, alpha=0.5, solid_capstyle="butt")
+            axes.scatter(middle, place, color=shade, s=50, zorder=3)
+        said = f"{middle:.2g}" if top else "no change"
+        axes.text(1.02, place, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=shade)
     axes.set_xscale("log")
-    axes.set_xlim(left=1e-4)
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("change of a token's log probability against eager [nats]")
-    axes.set_ylabel("tokens that change by more")
-    axes.set_title("What the model says otherwise: left and below is closer to eager", loc="left")
-    title = "equal to eager in every token:\n" + "\n".join(equal) + "\n" if equal else None
-    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title=title, title_fontsize=9)
+    axes.set_xlabel("|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)")
+    axes.set_title("How far a token's log probability is from eager's", loc="left")
     return figure
+
+
+def quantiles(counts: pd.Series, shares: Sequence[float]) -> list[float]:
+    """Of a histogram: counts by the lower edge of each bin (harness.impact.BINS; 0: below the first), even in
+    the logarithm within a bin."""
+    edges, ends = counts.index.to_numpy(float), counts.cumsum().to_numpy(float)
+    found = []
+    for wanted in np.multiply(shares, ends[-1]):
+        place = int(np.searchsorted(ends, wanted))
+        inside = (wanted - (ends[place - 1] if place else 0.0)) / counts.iloc[place]
+        found.append(edges[place] * (BINS[1] / BINS[0]) ** inside)
+    return found
+
+
+def _rows(arms: list[str]) -> tuple[Figure, Axes]:
+    """A row an arm, named on the left, with a margin for a figure on the right."""
+    height = 0.36 * len(arms) + 1.6  # inches: 0.7 above and 0.9 below
+    figure, axes = plt.subplots(figsize=(9.5, height))
+    figure.subplots_adjust(left=0.2, right=0.87, bottom=0.9 / height, top=1 - 0.7 / height)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    return figure, axes
 
 
 def parting(frames: Frames) -> Figure:
@@ -86,22 +109,23 @@ def parting(frames: Frames) -> Figure:
     rows = against(frames["model_tokens"], "eager")
     arms = [arm for arm in arms_of(frames) if arm in set(rows["arm"])][::-1]
     length = rows["parts_at"].max()
-    height = 0.36 * len(arms) + 1.3  # inches: a row an arm, 0.4 above and 0.9 below
-    figure, axes = plt.subplots(figsize=(9.5, height))
-    figure.subplots_adjust(left=0.2, right=0.87, bottom=0.9 / height, top=1 - 0.4 / height)
+    figure, axes = _rows(arms)
     for place, arm in enumerate(arms):
         at = rows[rows["arm"] == arm].sort_values("prompt")["parts_at"].to_numpy()
         spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
-        colour = style(frames, arm)["color"]
+        shade = style(frames, arm)["color"]
         stays = at == length
-        axes.scatter(at[~stays], place + spread[~stays], color=colour, s=26)
-        axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=colour, s=26)
+        axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
+        axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
         axes.text(1.02, place, f"{int((~stays).sum())} of {len(at)} part", transform=axes.get_yaxis_transform(),
-                  va="center", fontsize=9, color=colour)  # fmt: skip
-    axes.set_yticks(range(len(arms)), arms)
+                  va="center", fontsize=9, color=shade)  # fmt: skip
     axes.set_xlim(-0.5, length + 0.8)
     axes.set_xlabel(f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})")
-    axes.set_title("Where greedy text parts from eager's", loc="left")
+    title = "Where greedy text parts from eager's"
+    count = parted(frames)["parted"].get("eager", 0)
+    if count:  # eager chose the text token by token and reads it here in one pass: near ties fall otherwise
+        title += f"\neager parts from its own in {count:.0f}, read in one pass: counts like that say nothing of a plan"
+    axes.set_title(title, loc="left", fontsize=11)
     return figure
 
 
@@ -117,6 +141,6 @@ def _labels(axes: Axes, frames: Frames, ends: dict[str, float]) -> None:
         places[end] = previous
     over = max(0.0, previous - 0.98)
     for end, place in places.items():
-        colour = style(frames, groups[end][-1])["color"]
+        shade = style(frames, groups[end][-1])["color"]
         axes.text(1.02, place - over, " = ".join(groups[end]), transform=axes.transAxes, fontsize=8, va="center",
-                  color=colour)  # fmt: skip
+                  color=shade)  # fmt: skip

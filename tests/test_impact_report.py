@@ -15,8 +15,10 @@ from test_language_model import saved
 
 from harness import __main__ as cli
 from harness import impact_report
+from harness.colours import colour
 from harness.frames import load
-from harness.impact_plot import model_plots
+from harness.impact import BINS
+from harness.impact_plot import model_plots, quantiles
 from harness.impact_report import (
     Difference,
     Study,
@@ -36,6 +38,7 @@ from harness.impact_report import (
     truth_name,
 )
 from harness.records import TABLES
+from variants import catalogue
 
 PLANS = ("hf", "one-rounding")
 NO_BENCH = pd.DataFrame(columns=list(TABLES["speed"]))
@@ -133,6 +136,19 @@ def test_differences_are_paired_by_text(known: Study) -> None:
     rows = rows.assign(kl_mean=rows["kl_mean"] * rows["kl_mean"])  # 1, 4 of eager; 4, 9 of the other
     assert difference(rows, "kl_mean", "one ulp on K") == Difference(4.0, pytest.approx(1.0), 0.5)
     assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == Difference(3.0, math.inf, 1.0)
+
+
+def test_quantiles_of_a_histogram() -> None:
+    """Tokens between 0.001 and 0.1, even in the logarithm, and as many again that do not change."""
+    edges = [edge for edge in BINS if 0.00099 < edge < 0.099]
+    even = pd.Series(5, index=edges)
+    assert quantiles(even, (0.25, 0.5, 0.75)) == pytest.approx([10**-2.5, 0.01, 10**-1.5])
+    half = pd.concat([pd.Series([5 * len(edges)], index=[0.0]), even])
+    assert quantiles(half, (0.25, 0.75)) == pytest.approx([0.0, 0.01])
+
+
+def test_a_plan_has_one_colour_of_its_own() -> None:
+    assert len({colour(plan) for plan in catalogue.PLANS}) == len(catalogue.PLANS)
 
 
 def test_a_correlation_that_is_depth_alone_is_none() -> None:
