@@ -12,11 +12,20 @@ from triton.compiler import ASTSource
 
 from harness.aot import TARGETS, Compiled, check_compilable, resources
 from harness.audit import COLUMNS, Row, check_target, examine, reason
+from harness.audit_amd import amdgcn_graph
 from harness.audit_flow import Flow
-from harness.blackbox import load
+from harness.audit_graph import Node, origins, spot
+from harness.audit_machine import compare_machine, fused, sites_of
+from harness.audit_ptx import ptx_graph
+from harness.audit_roundings import Rounding, machine_roundings
+from harness.blackbox import Fault, load
 
 TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
 OPTIONS = ("num_warps", "num_stages")
+WRAPPED = re.compile(r"is of type (Autotuner|Heuristics), which cannot be called$")
+ASSEMBLY = "tt.elementwise_inline_asm"
+INSTRUCTIONS = re.compile(rf'{re.escape(ASSEMBLY)} "[^"]*" \{{.*? pure = \w+\}} ')  # before its operands
+NOT_JUDGED = "inline assembly is not followed: what it computes or rounds is not held to TTIR"
 
 
 def audit_foreign(
@@ -24,7 +33,8 @@ def audit_foreign(
 ) -> Row:
     """What a kernel without a plan rounds, and what its compiler made of it: the columns of audit_case.
 
-    module_function   `MODULE:FUNCTION`, a @triton.jit kernel; importing the module runs it
+    module_function   `MODULE:FUNCTION`, a @triton.jit kernel, also under triton.autotune or triton.heuristics;
+                      importing the module runs it
     signature         types of the arguments that are no constants, in order: `*bf16,*bf16,i32,fp32`; `:16` behind one
                       says that it is divisible by 16
     constants         `NAME=VALUE` for tl.constexpr arguments without default, for other arguments that are always the
@@ -33,7 +43,8 @@ def audit_foreign(
 
     Here a rounding is named by what is rounded, and that by what it was computed from (see Flow): `unclassified` where
     it is nothing of the chain. status is `reported`, or `red` where the machine code lacks a rounding of TTIR, or has
-    another; fused multiply-adds alone make no row red, where fp_fusion asks for them.
+    another; fused multiply-adds alone make no row red, where fp_fusion asks for them. Nor does inline assembly, which
+    is not followed: reason says so, and what it computes or rounds itself is not held to TTIR.
 
     Raises ValueError with one sentence for what does not fit, RuntimeError for an interpreted kernel.
     """
@@ -49,15 +60,47 @@ def audit_foreign(
     asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
     binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
     compiled = Compiled(module_function, target, asm, binary, built.metadata.shared, *resources(asm, binary))
-    found, faults = examine(compiled, Flow(asm["ttir"]), {}, fp_fusion)
-    return row | found | {"status": "red" if faults else "reported", "reason": "; ".join(faults), "declared": ""}
+    flow = Flow(INSTRUCTIONS.sub(f"{ASSEMBLY} ", asm["ttir"]))
+    found, faults = examine(compiled, flow, {}, fp_fusion)
+    status, said = "red" if faults else "reported", faults
+    if any(node.op == ASSEMBLY for node in flow.nodes):
+        faults = faults_beside_assembly(asm, flow, fp_fusion)
+        status, said = "red" if faults else "reported", [*faults, NOT_JUDGED]
+    return row | found | {"status": status, "reason": "; ".join(said), "declared": ""}
+
+
+def faults_beside_assembly(asm: dict[str, str], flow: Flow, fp_fusion: bool) -> list[str]:
+    """The faults that examine finds, but for roundings and multiply-adds inside inline assembly, and roundings of what
+    it computes: which instructions assembly has is its own business, and TTIR knows the type of its result alone."""
+    nodes = ptx_graph(asm["ptx"]) if "ptx" in asm else amdgcn_graph(asm["amdgcn"])
+    inside = {node.place for node in flow.nodes if node.op == ASSEMBLY}
+    blind, sites = set(inside), []
+    for site in sites_of(flow, {}):
+        if any(source.op == ASSEMBLY for source in site.sources):
+            blind |= site.places
+        else:
+            sites.append(site)
+
+    def is_judged(rounding: Rounding) -> bool:
+        values = origins(rounding.value) if isinstance(rounding.value, Node) else set()
+        return not rounding.places & blind and not any(value.place in inside for value in values)
+
+    _, faults = compare_machine(sites, nodes, [each for each in machine_roundings(nodes) if is_judged(each)])
+    extra = [node for node in fused(flow, nodes)[0] if node.place not in inside]
+    if extra and not fp_fusion:
+        where = spot(max(node.place for node in extra))
+        faults.append(f"machine code: multiply-adds fused that TTIR has apart: {len(extra)}, {where}")
+    return faults
 
 
 def imported(module_function: str) -> triton.JITFunction:
     """The kernel of that name. Raises ValueError where there is none, RuntimeError where it is interpreted."""
-    found = load(module_function)
-    while not isinstance(found, triton.JITFunction) and type(found).__module__.startswith("triton.runtime.auto"):
-        found = found.fn  # under triton.autotune and triton.heuristics
+    try:
+        found = load(module_function)
+    except Fault as fault:
+        if not WRAPPED.search(str(fault)):
+            raise
+        return imported(f"{module_function}.fn")  # what triton.autotune or triton.heuristics was put on
     if type(found).__module__.startswith("triton.runtime.interpreter"):
         check_compilable(found)
     if not isinstance(found, triton.JITFunction):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -130,17 +131,23 @@ def rows(point: Point, quick: bool = False) -> Iterator[Row]:
 
 
 def listing(quick: bool = False) -> Iterator[str]:
-    """The plan of a run, one line a measurement."""
+    """The plan of a run, one line a measurement; the last line sums them up."""
+    listed = [row for point in points(quick) for row in rows(point, quick)]
     yield (
         f"# floor: bytes at {ASSUMED_BYTES_PER_S / 1e12:g} TB/s or FLOPs at {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s, "
         "the larger; assumed for an H200. A run measures its own limits. No row has a time before it ran."
     )
     yield f"{'model':16} {'tokens':>6} {'regime':6} {'kind':4} {'MB':>9} {'GFLOP':>9} {'floor_us':>9}  arm"
-    for point in points(quick):
-        for row in rows(point, quick):
-            yield (
-                f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:4} {row.work.bytes / 1e6:9.2f} "
-                f"{row.work.flops / 1e9:9.2f} {row.floor_s() * 1e6:9.2f}  {row.arm}"
-            )
+    for row in listed:
+        point = row.point
+        yield (
+            f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:4} {row.work.bytes / 1e6:9.2f} "
+            f"{row.work.flops / 1e9:9.2f} {row.floor_s() * 1e6:9.2f}  {row.arm}"
+        )
     for tokens, design, reason in NOT_BUILT:
         yield f"# not built, {tokens} tokens: {design}. Called for by: {reason}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.kind for row in listed).items())
+    yield (
+        f"# {len(points(quick))} points, {len(listed)} measurements ({kinds}). Their floors add up to "
+        f"{sum(row.floor_s() for row in listed):.3g} s: no estimate of the run, which repeats, compiles and checks."
+    )

@@ -16,7 +16,8 @@ from harness.aot import TARGETS
 from harness.ptx_machine import launch
 from harness.ptx_program import parse
 
-SHARED_BYTES = 227 * 1024  # that a program may have on sm_90, the most of TARGETS
+# Of an A100 and an H200: bytes of shared memory that a program may have, and processors.
+LIMITS = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132)}
 
 
 @contextmanager
@@ -24,8 +25,11 @@ def executed(target: str = "sm_90") -> Iterator[None]:
     """Inside, every launch compiles as it would on that target of harness.aot.TARGETS, and runs on the CPU.
 
     Kernels must have been imported without TRITON_INTERPRET=1. Packages that look for a GPU while they are imported
-    must be imported before. Launches raise what harness.ptx_machine.launch raises. Times mean nothing.
+    must be imported before. Launches raise what harness.ptx_machine.launch raises. Times mean nothing. Raises
+    ValueError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
+    if target not in LIMITS:
+        raise ValueError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
     before = driver._active
     driver.set_active(_Driver(target))
     try:
@@ -39,7 +43,8 @@ class _Driver:
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
-        limits = {"max_shared_mem": SHARED_BYTES}
+        shared, processors = LIMITS[target]
+        limits = {"max_shared_mem": shared, "multiprocessor_count": processors, "max_num_regs": 65536, "warpSize": 32}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=_load)
 
     def get_current_target(self) -> Any:

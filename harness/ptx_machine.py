@@ -1,14 +1,16 @@
 """PTX run on a CPU: every thread of some programs in step, a register one numpy array with an element a thread.
 
-What the PTX ISA defines is done to the bit. What it leaves open is chosen: approximate instructions are rounded
-correctly, tensor cores add as harness.ptx_matrix says, and a product and a sum without `.rn`, which ptxas may fuse,
-stay two. Copies and products that run on their own finish where they start, and programs run in step, so that no race
-is found here. Threads that part at a branch run apart, those behind first, and join where they meet.
+What the PTX ISA defines is done to the bit, or refused. What it leaves open is chosen: approximate instructions are
+rounded correctly, tensor cores add as harness.ptx_matrix says, and a product and a sum without `.rn`, which ptxas may
+fuse, stay two. Copies and products that run on their own finish where they start, and programs run in step, so that no
+race is found here, and programs that wait for one another would wait for ever. Threads that part at a branch run apart,
+those behind first, and join where they meet.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,8 +23,10 @@ from harness.ptx_numbers import UNSIGNED, Array, extended, read, width
 from harness.ptx_program import Address, Instruction, Operand, Program
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
-ORDER = ("bar", "barrier", "fence", "membar", "griddepcontrol")  # kept anyway
+BARRIERS = ("bar", "barrier")
+NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 WAITS = ("commit_group", "wait_group", "wait_all", "fence")
+REGISTER = re.compile(r"%[a-z]+\d+")
 SHARED = "global_smem"  # Triton's only shared array; it starts at 0
 Argument = Tensor | int | float | None
 
@@ -66,6 +70,9 @@ class _Run:
         self.of_program = np.repeat(np.arange(len(places)), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(places))
         self.registers: dict[str, Array] = {"%tid.x": thread, "%laneid": thread % 32, "%ntid.x": np.uint32(threads)}
+        self.registers |= {f"%tid.{axis}": np.uint32(0) for axis in "yz"} | {
+            f"%ntid.{axis}": np.uint32(1) for axis in "yz"
+        }
         for axis, place, size in zip("xyz", places.T, grid, strict=True):
             self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
             self.registers[f"%nctaid.{axis}"] = np.uint32(size)
@@ -76,6 +83,7 @@ class _Run:
 
     def run(self) -> None:
         joints = set(self.program.labels.values())
+        joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
         place: int | None = 0
         with np.errstate(all="ignore"):
             while place is not None:
@@ -87,9 +95,10 @@ class _Run:
                 instruction = self.program.instructions[place]
                 try:
                     place = self._step(instruction, place)
-                except (IndexError, KeyError, NotImplementedError) as error:
+                except (IndexError, NotImplementedError) as error:
                     text = " ".join(instruction.text.split())
-                    raise type(error)(f"{error.args[0]}, in {self.program.name}: {text}") from error
+                    text = text if len(text) < 120 else f"{text[:60]} ... {text[-50:]}"
+                    raise type(error)(f"{error}, in {self.program.name}: {text}") from error
 
     def _step(self, instruction: Instruction, place: int) -> int | None:
         """The place that follows; None behind the end of the last thread."""
@@ -99,9 +108,9 @@ class _Run:
         if kind in ("ret", "exit"):
             self.active = self.active & ~mask
             return place + 1 if self.active.any() else self._next()
-        if kind in ORDER:
+        if kind in BARRIERS:
             self._check_together()
-        elif mask.any():
+        elif mask.any() and kind not in NOTHING:
             self._execute(instruction, mask)
         return place + 1
 
@@ -145,9 +154,11 @@ class _Run:
             return np.array(operand & (1 << 64) - 1, np.uint64)
         if operand == SHARED:
             return np.uint64(0)
-        if operand not in self.registers:
-            raise KeyError(f"{operand} is read before it is written")
-        return self.registers[operand]
+        if operand in self.registers:
+            return self.registers[operand]
+        if REGISTER.fullmatch(operand):
+            return ~np.uint64(0)  # never written: the compiler said that its value does not matter
+        raise NotImplementedError(operand)
 
     def get(self, operand: Operand, kind: str) -> Array:
         return read(self.bits(operand), kind)
@@ -181,8 +192,10 @@ class _Run:
         elif types == "pred":
             values = [self.predicate(operand) for operand in i.operands[1:]]
             self.put(i.operands[0], ~values[0] if kind == "not" else LOGIC[kind](*values), mask)
+        elif kind == "createpolicy":  # of a cache, which changes no value
+            self.put(i.operands[0], np.uint64(0), mask)
         elif kind == "mad" and "wide" in i.words:
-            product = arithmetic(i.words, types, [self.bits(operand) for operand in i.operands[1:3]])
+            product = arithmetic(("mul", "wide", types), types, [self.bits(operand) for operand in i.operands[1:3]])
             self.put(i.operands[0], product + self.get(i.operands[3], "u64"), mask)
         else:
             self.put(
@@ -209,12 +222,12 @@ class _Run:
 
     def _cvt(self, i: Instruction, mask: Array) -> None:
         to, of = i.words[-2:]
-        values = [self.get(operand, of) for operand in i.operands[1:]]
         if to.endswith("x2"):  # the first operand becomes the upper half
-            high, low = (converted(i.words, value, to.removesuffix("x2")).astype(np.uint32) for value in values)
+            parts = (converted(i.words, self.bits(operand), of, to.removesuffix("x2")) for operand in i.operands[1:])
+            high, low = (part.astype(np.uint32) for part in parts)
             self.put(i.operands[0], low | high << np.uint32(16), mask)
         else:
-            self.put(i.operands[0], converted(i.words, values[0], to), mask)
+            self.put(i.operands[0], converted(i.words, self.bits(i.operands[1]), of, to), mask)
 
     def _setp(self, i: Instruction, mask: Array) -> None:
         found = compared(i.words, *(self.get(operand, i.words[-1]) for operand in i.operands[1:3]))
@@ -259,11 +272,11 @@ class _Run:
 
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
-        if i.words[1] != "async" or i.words[-2:] != ("shared", "global"):
+        if i.words[1] != "async" or "bulk" in i.words or not {"shared", "shared_cta"} & set(i.words):
             raise NotImplementedError("this copy")
         target, source = (self.addresses(operand)[mask] for operand in i.operands[:2])
-        size = i.operands[2]
-        given = self.each(self.get(i.operands[3] if len(i.operands) > 3 else size, "u32"))[mask]
+        size, *rest = i.operands[2 : -1 if "L2_cache_hint" in i.words else None]
+        given = self.each(self.get(rest[0] if rest else size, "u32"))[mask]
         check_aligned(target, size)
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
@@ -273,17 +286,21 @@ class _Run:
             self.shared.store(self.of_program[mask], target + byte, word, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
-        """Sums of 32 bits in global memory, thread after thread in the order of programs."""
-        if i.words[1] != "global" or i.words[-2:] not in (("add", "u32"), ("add", "s32")):
+        """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order."""
+        kind = i.words[-1]
+        if "global" not in i.words or i.words[-2] != "add" or kind not in ("u32", "s32", "f32"):
             raise NotImplementedError("this atomic operation")
-        addresses, values = self.addresses(i.operands[1]), self.each(self.get(i.operands[2], "u32"))
+        addresses, values = self.addresses(i.operands[-2]), self.each(self.get(i.operands[-1], "b32"))
         check_aligned(addresses[mask], 4)
         old = np.zeros(self.threads, np.uint32)
         for thread in np.flatnonzero(mask).tolist():
             place = addresses[[thread]]
             old[[thread]] = self.memory.load(place, 32)
-            self.memory.store(place, old[[thread]] + values[[thread]], 32)
-        self.put(i.operands[0], old, mask)
+            self.memory.store(place, arithmetic(("add", kind), kind, [old[[thread]], values[[thread]]]), 32)
+        if i.words[0] == "atom":
+            self.put(i.operands[0], old, mask)
+
+    _red = _atom
 
     # ------------------------------------------------------------ whole warps
 
@@ -306,10 +323,15 @@ class _Run:
 
     def _shfl(self, i: Instruction, mask: Array) -> None:
         groups = self._groups(mask, 32)
-        if i.operands[3] != 31:
+        if i.operands[3] != (0 if i.words[2] == "up" else 31):
             raise NotImplementedError("shfl within parts of a warp")
-        found = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
-        self._put_rows([i.operands[0].split("|")[0]], [found], groups, mask)
+        name, _, inside = i.operands[0].partition("|")
+        found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
+        self._put_rows([name], [found], groups, mask)
+        if inside:
+            reached = np.zeros(self.threads, bool)
+            reached[mask] = there.reshape(-1)
+            self.put(inside, reached, mask)
 
     def _redux(self, i: Instruction, mask: Array) -> None:
         """Sum, least or greatest of a warp's 32-bit integers, or a logical function of them."""
@@ -343,8 +365,10 @@ class _Run:
         """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
         groups = self._groups(mask, 128)
         accumulators, left, right, keep, *signs = i.operands
-        if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1] or any(signs[2:]):
-            raise NotImplementedError("this matrix product")
+        if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1]:
+            raise NotImplementedError("wgmma of other types than bf16, or with signs")
+        if any(signs[2:]):
+            raise NotImplementedError("wgmma of a transposed matrix")
         keep = np.unique(self.each(self.predicate(keep))[mask])
         if len(keep) > 1:
             raise NotImplementedError("a product to which not all threads add")

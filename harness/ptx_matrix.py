@@ -19,12 +19,15 @@ G, T = LANE // 4, LANE % 4
 WARPS = np.arange(4)[:, None]  # of a warp group
 
 
-def shuffle(values: Array, lanes: Array, mode: str) -> Array:
-    """[W, 32] values of other threads: `idx` of the one that lanes name, `bfly` of the exclusive or with lanes."""
-    if mode not in ("bfly", "idx"):
-        raise NotImplementedError(f"shfl.sync.{mode}")
+def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
+    """[W, 32] values of other threads, and whether there is one: `idx` of the one that lanes name, `bfly` of the
+    exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own."""
     lanes = lanes.astype(np.int64)
-    return np.take_along_axis(values, (LANE ^ lanes if mode == "bfly" else lanes) & 31, 1)
+    if mode not in ("bfly", "idx", "up"):
+        raise NotImplementedError(f"shfl.sync.{mode}")
+    source = {"idx": lanes & 31, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
+    there = (source >= 0) & (source < 32)
+    return np.take_along_axis(values, np.where(there, source, LANE), 1), there
 
 
 # ---------------------------------------------------------------- ldmatrix, stmatrix
@@ -78,7 +81,7 @@ def mma(shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array]
         for n, word in enumerate(b):
             right[:, G, T + 4 * n] = tf32(word)
     else:
-        raise NotImplementedError("this matrix product")
+        raise NotImplementedError(f"mma of {shape} in {kinds[-2]}")
     total = left @ right.swapaxes(1, 2)
     places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]
     return [_added(word, total[:, row, column]) for word, (row, column) in zip(c, places, strict=True)]

@@ -15,12 +15,18 @@ class Global:
     """The storages of CPU tensors, at the addresses where they lie. They must outlive it."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
-        self.bases = np.array(sorted(sizes), np.int64)
-        self.sizes = np.array([sizes[base] for base in self.bases.tolist()], np.int64)
+        storages = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)}
+        merged: list[list[int]] = []
+        for start, end in sorted(storages):  # of two that overlap, one
+            if merged and start < merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+            elif end > start:
+                merged.append([start, end])
+        self.starts, self.ends = np.array(merged, np.int64).reshape(-1, 2).T
+        self.aligned = self.starts & -8  # where the views begin, so that elements lie at multiples of their size
         self.bytes = [
-            np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
-            for base, size in zip(self.bases.tolist(), self.sizes.tolist(), strict=True)
+            np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+            for start, end in zip(self.aligned.tolist(), self.ends.tolist(), strict=True)
         ]
 
     def load(self, addresses: Array, bits: int) -> Array:
@@ -37,15 +43,14 @@ class Global:
     def _places(self, addresses: Array, bits: int) -> Iterator[tuple[Array, Array, Array]]:
         """A storage's elements, which addresses lie there, and where. Raises IndexError for one outside of all."""
         size = bits // 8
-        owner = np.searchsorted(self.bases, addresses, side="right") - 1
-        offset = addresses - self.bases[owner]
-        outside = (owner < 0) | (offset + size > self.sizes[owner])
+        owner = np.searchsorted(self.starts, addresses, side="right") - 1
+        outside = (owner < 0) | (addresses + size > self.ends[owner])
         if outside.any():
             raise IndexError(f"{int(outside.sum())} threads reach beyond the tensors that the kernel was given")
         for each in np.unique(owner).tolist():
             mine = owner == each
-            whole = self.bytes[each][: self.sizes[each] // size * size]
-            yield whole.view(UNSIGNED[bits]), mine, offset[mine] // size
+            whole = self.bytes[each][: len(self.bytes[each]) // size * size]
+            yield whole.view(UNSIGNED[bits]), mine, (addresses[mine] - self.aligned[each]) // size
 
 
 class Shared:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 
+NAN = np.uint32(0x7FFFFFFF)  # of every arithmetic result that is none
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 TYPE = re.compile(r"([bsuf]|bf)(8|16|32|64)")
@@ -42,13 +43,15 @@ def bits_of(values: Array, kind: str) -> Array:
     if kind == "bf16":
         return bf16_bits(values)
     if kind == "f32":
-        return np.asarray(values, np.float32).view(np.uint32)
+        return np.where(np.isnan(values), NAN, np.asarray(values, np.float32).view(np.uint32))
     return np.asarray(values).astype(UNSIGNED[width(kind)])
 
 
 def extended(bits: Array, kind: str) -> Array:
-    """Bits of that type as a wider register holds them: signed ones with their sign."""
-    return read(bits, kind).astype(np.int64).view(np.uint64) if kind[0] == "s" else bits
+    """Bits of that type, cut to its width, as a wider register holds them: signed ones with their sign."""
+    if kind[0] == "s":
+        return read(bits, kind).astype(np.int64).view(np.uint64)
+    return bits.astype(UNSIGNED[width(kind)])
 
 
 def bf16_bits(values: Array) -> Array:

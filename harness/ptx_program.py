@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_STATEMENT = re.compile(r"(?:@(!?)(%[\w.]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+_STATEMENT = re.compile(r"(?:@(!?)([%\w.$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 _COMMA = re.compile(r",\s*(?![^{\[]*[}\]])")  # not inside of { } or [ ]
 _FLOAT = re.compile(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})")
 _INTEGER = re.compile(r"(-?(?:0[xX][0-9a-fA-F]+|\d+))U?")

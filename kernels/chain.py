@@ -6,8 +6,8 @@ Roundings stand here and in head_norm.py only, so that every way to cut a launch
 import triton
 import triton.language as tl
 
-from kernels.head_norm import normalize_head, rotate, rsqrt_rn, store_head
-from kernels.rounding import applied_weight, narrow, round_to, truncate_tf32, widen
+from .head_norm import normalize_head, rotate, rsqrt_rn, store_head
+from .rounding import applied_weight, narrow, round_to, truncate_tf32, widen
 
 
 @triton.jit

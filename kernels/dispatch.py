@@ -17,7 +17,7 @@ import functools
 import warnings
 from pathlib import Path
 
-from kernels.config import Config, default_config, unsupported
+from .config import Config, default_config, unsupported
 
 TABLE = Path(__file__).parent / "dispatch.csv"
 KEY = ("gpu", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "scale", "tokens")

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import ROPE_BOUNDARIES, check_eps, check_flags, check_rope, check_tensor
-from kernels.rounding import applied_weight, narrow, round_to, widen
+from .checks import ROPE_BOUNDARIES, check_eps, check_flags, check_rope, check_tensor
+from .rounding import applied_weight, narrow, round_to, widen
 
 BLOCK_M = 16  # tokens of one program of head_norm_kernel
 

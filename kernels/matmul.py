@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chain import multiply
-from kernels.checks import check_tensor
-from kernels.config import Config
-from kernels.head_norm import check_device, output_tensor
-from kernels.norm_qkv import launch_blocks
-from kernels.rounding import narrow, round_to
+from .chain import multiply
+from .checks import check_tensor
+from .config import Config
+from .head_norm import check_device, output_tensor
+from .norm_qkv import launch_blocks
+from .rounding import narrow, round_to
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chain import finish_head, multiply, row_rstd, row_squares
-from kernels.checks import check_flags, check_inputs
-from kernels.config import Config, default_config, head_block, unsupported
-from kernels.head_norm import check_device, launch_head_norm, output_tensor
-from kernels.rms_norm import launch_rms_norm
-from kernels.separate import launch_separate
-from kernels.split_k import launch_split_k
+from .chain import finish_head, multiply, row_rstd, row_squares
+from .checks import check_flags, check_inputs
+from .config import Config, default_config, head_block, unsupported
+from .head_norm import check_device, launch_head_norm, output_tensor
+from .rms_norm import launch_rms_norm
+from .separate import launch_separate
+from .split_k import launch_split_k
 
 
 # One binary for all models of a head size, and for every slice of a batch's positions.

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chain import load_x, row_rstd, scaled
-from kernels.rounding import narrow, round_to
+from .chain import load_x, row_rstd, scaled
+from .rounding import narrow, round_to
 
 ROW = 8192  # channels that a program keeps in registers; wider rows are read twice
 

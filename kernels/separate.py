@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.head_norm import launch_head_norm
-from kernels.rms_norm import launch_rms_norm
+from .head_norm import launch_head_norm
+from .rms_norm import launch_rms_norm
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chain import finish_head, multiply, row_rstd, row_squares
-from kernels.config import Config
+from .chain import finish_head, multiply, row_rstd, row_squares
+from .config import Config
 
 TOGETHER = 4  # shares whose loads are in flight at once when they are summed
 COUNTERS = 4096  # smallest buffer of counters: 512 tokens of 128 heads

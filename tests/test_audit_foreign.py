@@ -12,7 +12,7 @@ import triton.language as tl
 from audit_support import in_process
 
 from harness.audit import audit_case
-from harness.audit_foreign import audit_foreign
+from harness.audit_foreign import NOT_JUDGED, audit_foreign
 
 
 @triton.jit
@@ -60,6 +60,57 @@ def opaque(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + BLOCK + offs, bits.to(tl.float32, bitcast=True))
 
 
+@triton.autotune(configs=[triton.Config({"BLOCK": 128})], key=["n"])
+@triton.heuristics({"D": lambda arguments: 100})
+@triton.autotune(configs=[triton.Config({}, num_warps=4)], key=["n"])
+@triton.jit
+def wrapped(x_ptr, out_ptr, n, D: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, (tl.load(x_ptr + offs) * 3.0).to(tl.bfloat16), mask=(offs < D) & (offs < n))
+
+
+no_kernel = 3
+
+
+@triton.jit
+def moves_bits(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Assembly that rounds nothing returns bf16, and reads a value that was rounded before."""
+    offs = tl.arange(0, BLOCK)
+    x = (tl.load(x_ptr + offs) * 3.0).to(tl.bfloat16)
+    y = tl.inline_asm_elementwise("mov.b32 $0, $1; // a : b", "=r,r", [x], tl.bfloat16, is_pure=True, pack=2)
+    tl.store(out_ptr + offs, y)
+
+
+@triton.jit
+def truncates(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Assembly rounds in its own way, and adds in bf16."""
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs) * 3.0
+    y = tl.inline_asm_elementwise("cvt.rz.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2)
+    z = tl.inline_asm_elementwise("add.rn.bf16x2 $0, $1, $1;", "=r,r", [y], tl.bfloat16, is_pure=True, pack=2)
+    tl.store(out_ptr + offs, z)
+
+
+@triton.jit
+def multiplies_and_adds(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    y = tl.inline_asm_elementwise("fma.rn.f32 $0, $1, $1, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    tl.store(out_ptr + offs, y.to(tl.bfloat16))
+
+
+@triton.jit
+def loses_a_rounding(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Fused, product_and_sum's product loses its rounding; the assembly beside it is no excuse."""
+    offs = tl.arange(0, BLOCK)
+    a = tl.load(x_ptr + offs).to(tl.bfloat16).to(tl.float32)
+    b = tl.load(x_ptr + BLOCK + offs).to(tl.bfloat16).to(tl.float32)
+    c = tl.load(x_ptr + 2 * BLOCK + offs).to(tl.bfloat16).to(tl.float32)
+    y = tl.inline_asm_elementwise("ex2.approx.f32 $0, $1;", "=f,f", [c], tl.float32, is_pure=True, pack=1)
+    tl.store(out_ptr + offs, ((a * b).to(tl.bfloat16).to(tl.float32) + c).to(tl.bfloat16))
+    tl.store(out_ptr + BLOCK + offs, y.to(tl.bfloat16))
+
+
 THREE = "*bf16,*bf16,*bf16,*bf16,i32"
 
 
@@ -99,6 +150,40 @@ def test_foreign_kernels(target: str, tmp_path: Path):
     assert "unknown arithmetic on bits of load x_ptr for out_ptr" in blind["roundings"]
 
 
+# ---------------------------------------------------------------- under decorators, and inline assembly
+
+
+def decorated() -> Iterator[dict]:
+    for module in (__name__, str(Path(__file__))):
+        yield audit_foreign(f"{module}:wrapped", "sm_90", "*fp32,*bf16,i32", ["D=100", "BLOCK=128"])
+
+
+def test_a_kernel_under_autotune_and_heuristics_is_found(tmp_path: Path):
+    for row in in_process(decorated, cache=tmp_path):
+        assert (row["status"], row["ttir"], row["machine"]) == ("reported", "unclassified bf16-rne", "unclassified 1")
+
+
+ASSEMBLED = ("moves_bits", "truncates", "multiplies_and_adds", "loses_a_rounding")
+
+
+def assembled() -> Iterator[dict]:
+    for name in ASSEMBLED:
+        for fusion in (True, False):
+            row = audit_foreign(f"{__name__}:{name}", "sm_90", "*fp32,*bf16", ["BLOCK=128"], fp_fusion=fusion)
+            yield {"name": name, "fusion": fusion, **row}
+
+
+def test_inline_assembly_is_not_followed_and_makes_no_row_red(tmp_path: Path):
+    rows = {(row["name"], row["fusion"]): row for row in in_process(assembled, cache=tmp_path)}
+    lost = rows.pop(("loses_a_rounding", True))
+    assert lost["status"] == "red"
+    assert lost["reason"] == f"machine code: a product is not rounded, TTIR says bf16-rne; {NOT_JUDGED}"
+    for key, row in rows.items():
+        assert (row["status"], row["reason"]) == ("reported", NOT_JUDGED), f"{key}: {row['status']} {row['reason']}"
+        assert row["not_followed"].endswith("tt.elementwise_inline_asm")
+    assert "bf16-rne of unclassified arith.mulf for tt.elementwise_inline_asm" in rows["moves_bits", True]["roundings"]
+
+
 # ---------------------------------------------------------------- what does not fit
 
 
@@ -113,6 +198,10 @@ REFUSED = {  # arguments of audit_foreign, and the sentence
     "no kernel": (
         (f"{__name__}:refused", "sm_90", "", []),
         f"{__name__}:refused is a function, not a function under @triton.jit",
+    ),
+    "no function at all": (
+        (f"{__name__}:no_kernel", "sm_90", "", []),
+        f"{__name__}:no_kernel is of type int, which cannot be called",
     ),
     "no constant": ((f"{__name__}:rms_norm", "sm_90", "*bf16", []), "rms_norm needs a value for D: give D=VALUE"),
     "no value": ((f"{__name__}:rms_norm", "sm_90", "*bf16", ["D"]), "a constant is written NAME=VALUE, not 'D'"),

@@ -278,7 +278,7 @@ def planted(target: str, faults: dict[str, Planted] | None = None) -> Iterator[d
                 if fault and source.name == fault.file:
                     assert text.count(fault.old) == fault.count, f"{fault.old!r} stands {text.count(fault.old)} times"
                     text = text.replace(*fault.also).replace(fault.old, fault.new)
-                (package / source.name).write_text(text.replace("from kernels.", f"from {package.name}."))
+                (package / source.name).write_text(text)
             for module in ("norm_qkv", "split_k", "rms_norm", "head_norm"):
                 kernel = f"{module}_kernel"
                 setattr(harness.aot, kernel, getattr(importlib.import_module(f"{package.name}.{module}"), kernel))

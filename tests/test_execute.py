@@ -5,6 +5,7 @@ They compile and run in processes of their own, since kernels are interpreted in
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,25 @@ def with_faults(target: str, *faults: str) -> Iterator[dict]:
             yield {"equal": [0.0], "fault": fault, "reason": str(error)}
 
 
+def about_targets() -> Iterator[dict]:
+    """One process, two targets: what each compiled for, a tile that only the larger one holds, what is active after."""
+    import harness.ptx_driver as driver
+    from triton.runtime import driver as active
+    from triton.runtime.errors import OutOfResources
+
+    before, parse, seen = active._active, driver.parse, []
+    driver.parse = lambda text: seen.append(re.search(r"[.]target (\w+)", text)[1]) or parse(text)
+    row_of("sm_90", "hf"), row_of("sm_80", "hf")
+    yield {"compiled for": seen}
+    large = Config("fused", "hidden", 128, 128, 8, 3)
+    for target in ("sm_90", "sm_80"):
+        try:
+            yield row_of(target, "hf", large)
+        except OutOfResources as error:
+            yield {"equal": str(error)}
+    yield {"restored": active._active is before}
+
+
 def row_of(target: str, name: str, config: Config | None = None, **inputs: object) -> dict:
     """Share of q's, k's and v's elements that equal the spec's."""
     from harness.exact import exact_problem
@@ -132,6 +152,12 @@ def test_compiled_kernels_equal_their_spec(function, arguments: list[str], count
     assert len(rows) == count
     for row in rows:
         assert len(row["equal"]) >= 2 and set(row["equal"]) == {1.0}, row
+
+
+def test_targets_do_not_mix(tmp_path: Path):
+    compiled, larger, smaller, after = in_process(about_targets, cache=tmp_path)
+    assert compiled == {"compiled for": ["sm_90a", "sm_80"]} and after == {"restored": True}
+    assert larger["equal"] == [1.0, 1.0, 1.0] and "Hardware limit: 166912" in smaller["equal"]
 
 
 def test_a_fault_in_the_compiled_code_shows(tmp_path: Path):
@@ -207,7 +233,7 @@ def test_a_kernel_that_reads_beyond_its_tensors_is_caught(tmp_path: Path):
 
 
 def test_another_target_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="--target must be sm_80 or sm_90, not 'sm_100'"):
+    with pytest.raises(ValueError, match="target must be sm_80 or sm_90, not 'sm_100'"):
         cli.execute("sm_100", tmp_path)
     assert not list(tmp_path.iterdir())
 

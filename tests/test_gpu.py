@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
             assert float(line.split()[6]) > 0
     assert len(lines) == len(set(lines)), "a measurement is listed twice"
     assert len([line for line in lines if line.startswith("# not built")]) == len(grid.NOT_BUILT)
+    *_, last = lines
+    listed = [line.split() for line in lines[2:] if line[0] != "#"]
+    assert last.startswith(f"# {len({tuple(words[:3]) for words in listed})} points, {len(listed)} measurements (")
+    for kind in ("part", "peer", "own"):
+        assert re.search(rf"\b{sum(words[3] == kind for words in listed)} {kind}\b", last)
+    floors_s = float(re.search(r"add up to (\S+) s: no estimate of the run", last)[1])
+    assert floors_s == pytest.approx(sum(float(words[6]) for words in listed) / 1e6, rel=0.01)
 
 
 # ---------------------------------------------------------------- the sweep

@@ -1,6 +1,7 @@
 """PTX instructions run on a CPU: each against exact arithmetic, or against what the PTX ISA says in words."""
 
 import functools
+import itertools
 import math
 import re
 from fractions import Fraction
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from harness import ptx_matrix as matrix
 from harness import ptx_numbers as numbers
 from harness.ptx_machine import launch
+from harness.ptx_memory import Shared
 from harness.ptx_program import Address, parse
 
 THREADS = 64
@@ -134,11 +137,27 @@ def test_square_roots():
 
 
 def test_not_a_number_and_infinity():
+    """Every result that is none has the bits that the PTX ISA names, whatever came in; neg keeps what it gets."""
     a, b = np.float32([np.inf, np.nan, 1, np.nan]), np.float32([-np.inf, 1, np.nan, np.nan])
-    assert np.isnan(computed("add.f32 %r8, %r5, %r6", a, b).view(np.float32)).all()
+    for instruction in ("add.f32 %r8, %r5, %r6", "fma.rn.f32 %r8, %r5, %r6, %r6", "max.NaN.f32 %r8, %r5, %r6"):
+        found = computed(instruction, a, b)
+        assert found[1:].tolist() == [0x7FFFFFFF] * 3
+    assert computed("add.f32 %r8, %r5, %r6", a, b)[0] == 0x7FFFFFFF
     assert computed("max.f32 %r8, %r5, %r6", a, b).view(np.float32)[:3].tolist() == [np.inf, 1, 1]
-    assert np.isnan(computed("max.NaN.f32 %r8, %r5, %r6", a, b).view(np.float32)[1:]).all()
     assert computed("fma.rn.f32 %r8, %r5, %r6, %r6", np.float32([3e38]), np.float32([2])).view(np.float32)[0] == np.inf
+    signalling = np.array([0x7F800001], np.uint32)
+    assert computed("neg.f32 %r8, %r5", signalling).tolist() == [0xFF800001]
+    assert computed("copysign.f32 %r8, %r5, %r6", np.float32([-1]), np.float32([3])).view(np.float32).tolist() == [-3]
+
+
+def test_extremes():
+    zeros, other = np.float32([-0.0, 0.0, -0.0]), np.float32([0.0, -0.0, -0.0])
+    assert np.signbit(computed("max.f32 %r8, %r5, %r6", zeros, other).view(np.float32)).tolist() == [False, False, True]
+    assert np.signbit(computed("min.f32 %r8, %r5, %r6", zeros, other).view(np.float32)).tolist() == [True, True, True]
+    clamped = computed("min.xorsign.abs.f32 %r8, %r5, %r6", np.float32([-5, 5, -1]), np.float32([2, 2, 2])).view(
+        np.float32
+    )
+    assert clamped.tolist() == [-2, 2, -1]
 
 
 def test_flushed_subnormals():
@@ -148,6 +167,9 @@ def test_flushed_subnormals():
     assert computed("mul.f32 %r8, %r5, %r6", a, one).view(np.float32).tolist() == a.tolist()
     halves = computed("mul.ftz.f32 %r8, %r5, %r6", a, one / 2)
     assert halves.tolist() == [0, 1 << 31, 0, 0]  # a result is flushed too, and keeps its sign
+    assert computed("mul.ftz.f32 %r8, %r5, %r6", a, one * 2.0**30).view(np.float32)[0] == 0  # and so is an operand
+    assert computed("cvt.ftz.f32.f32 %r8, %r5", a).view(np.float32).tolist() == [0, 0, a[2], a[3]]
+    assert computed("setp.gt.ftz.f32 %p1, %r5, 0f00000000; selp.b32 %r8, 1, 0, %p1", a).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +224,10 @@ def signed(value: int, bits: int = 32) -> int:
     return value - (1 << bits) if value >> (bits - 1) & 1 else value
 
 
+def sign_byte(value: int, byte: int) -> int:
+    return 255 if value >> (8 * byte + 7) & 1 else 0
+
+
 def towards_zero(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
@@ -242,6 +268,33 @@ def towards_zero(a: int, b: int) -> int:
         ("cvt.s64.s32 %rd8, %r5; shr.s64 %rd8, %rd8, 4; cvt.u32.u64 %r8, %rd8", lambda a, b: signed(a) >> 4),
         ("cvt.u64.u32 %rd8, %r5; shr.u64 %rd8, %rd8, 4; cvt.u32.u64 %r8, %rd8", lambda a, b: a >> 4),
         ("cvt.s32.s8 %r8, %r5", lambda a, b: signed(a & 255, 8)),
+        ("cvt.s8.s32 %r7, %r5; cvt.s64.s32 %rd8, %r7; cvt.u32.u64 %r8, %rd8", lambda a, b: signed(a & 255, 8)),
+        ("cvt.u16.u32 %r8, %r5", lambda a, b: a & 0xFFFF),
+        (
+            "cvt.u64.u32 %rd7, %r5; shl.b64 %rd7, %rd7, 33; cvt.u32.u64 %r7, %rd7; shr.u64 %rd8, %rd7, 32; "
+            "cvt.u32.u64 %r8, %rd8",
+            lambda a, b: a << 1,
+        ),
+        (
+            "mov.b64 %rd7, {%r5, %r6}; mov.b32 %r7, {%rs1, %rs1}; mov.b32 {%rs2, %rs3}, %r5; cvt.u32.u16 %r8, %rs3",
+            lambda a, b: a >> 16,
+        ),
+        (
+            "mul.wide.u32 %rd7, %r5, %r6; mul.wide.u32 %rd8, %r6, %r6; mul.hi.u64 %rd8, %rd7, %rd8; "
+            "cvt.u32.u64 %r8, %rd8",
+            lambda a, b: (a * b) * (b * b) >> 64,
+        ),
+        ("abs.s32 %r8, %r5", lambda a, b: abs(signed(a))),
+        (
+            "prmt.b32 %r8, %r5, %r6, 0xb4a9",
+            lambda a, b: sign_byte(a, 1) | sign_byte(a, 2) << 8 | (b & 255) << 16 | sign_byte(a, 3) << 24,
+        ),
+        (
+            "setp.eq.s32 %p2, %r5, 5; setp.ge.or.u32 %p1, %r5, %r6, %p2; selp.b32 %r8, 1, 0, %p1",
+            lambda a, b: a == 5 or a >= b,
+        ),
+        ("setp.hs.u32 %p1, %r5, %r5; selp.b32 %r8, 1, 0, %p1", lambda a, b: 1),
+        ("setp.hi.u32 %p1, %r5, %r5; selp.b32 %r8, 1, 0, %p1", lambda a, b: 0),
         ("mov.b32 {%rs1, %rs2}, %r5; mov.b32 %r8, {%rs2, %rs1}", lambda a, b: a >> 16 | (a & 0xFFFF) << 16),
         ("mov.b64 %rd8, {%r5, %r6}; shr.u64 %rd8, %rd8, 16; cvt.u32.u64 %r8, %rd8", lambda a, b: a >> 16 | b << 16),
         ("setp.lt.s32 %p1, %r5, %r6; selp.b32 %r8, %r5, %r6, %p1", lambda a, b: min(signed(a), signed(b))),
@@ -261,6 +314,31 @@ def towards_zero(a: int, b: int) -> int:
 def test_integers(instruction: str, exact):
     found = computed(instruction, U, V)
     assert found.tolist() == [exact(int(a), int(b)) & 0xFFFFFFFF for a, b in zip(U, V, strict=True)]
+
+
+def test_whole_numbers_of_floats():
+    values = np.float32([2.5, 3.5, -2.5, 2.7, -2.7, np.inf])
+    for how, expected in {
+        "rni": [2, 4, -2, 3, -3], "rzi": [2, 3, -2, 2, -2], "rmi": [2, 3, -3, 2, -3], "rpi": [3, 4, -2, 3, -2],
+    }.items():  # fmt: skip
+        assert computed(f"cvt.{how}.f32.f32 %r8, %r5", values).view(np.float32).tolist() == [*expected, np.inf]
+        found = computed(f"cvt.{how}.s32.f32 %r8, %r5", values).view(np.int32).tolist()
+        assert found == [*expected, 2**31 - 1]
+    far = computed(
+        "cvt.rzi.s64.f32 %rd8, %r5; shr.s64 %rd8, %rd8, 32; cvt.u32.u64 %r8, %rd8", np.float32([1e30, -1e30, 2.0**40])
+    )
+    assert far.tolist() == [0x7FFFFFFF, 0x80000000, 256]
+    assert computed("cvt.sat.f32.f32 %r8, %r5", np.float32([-1, 0.25, 3, np.nan])).view(np.float32).tolist() == [
+        0,
+        0.25,
+        1,
+        0,
+    ]
+    whole = np.array([0x01008001, 0x00FF7FFF, 5], np.uint32)
+    stored = computed("cvt.rn.bf16.s32 %rs1, %r5; cvt.f32.bf16 %r8, %rs1", whole).view(np.float32)
+    assert stored.tolist() == [bf16(Fraction(int(v))) for v in whole]
+    cut = computed("cvt.rz.bf16.f32 %rs1, %r5; cvt.u32.u16 %r8, %rs1", np.float32([1.9999, -1.9999, np.nan, np.inf]))
+    assert cut.tolist() == [0x3FFF, 0xBFFF, 0x7FFF, 0x7F80]
 
 
 def test_floats_and_integers():
@@ -342,18 +420,19 @@ def test_shared_memory_belongs_to_a_program_and_starts_as_nan():
 
 
 def test_parts_of_memory():
-    values = ints(np.arange(4 * 16) * 0x01010101)
+    values = ints(np.arange(128, 128 + 4 * 16) * 0x01010101)
     out = torch.zeros(4 * 16, dtype=torch.int32)
     body = """
         mul.wide.u32 %rd3, %r1, 12; add.s64 %rd1, %rd1, %rd3; add.s64 %rd2, %rd2, %rd3;
         ld.global.L1::evict_last.v2.b32 {%r5, %r6}, [%rd1 + 8];
-        ld.global.b16 {%rs1}, [%rd1]; ld.global.s8 %r7, [%rd1 + 3];
+        createpolicy.fractional.L2::evict_last.b64 %rd4, 1.0;
+        ld.global.L2::cache_hint.b16 {%rs1}, [%rd1], %rd4; ld.global.s8 %r7, [%rd1 + 3];
         cvt.u32.u16 %r8, %rs1;
         st.global.v4.b32 [%rd2], {%r6, %r5, %r8, %r7};
     """
     run(body, values, out, threads=16)
-    rows = (np.arange(64) * 0x01010101).reshape(16, 4)
-    expected = np.stack([rows[:, 3], rows[:, 2], rows[:, 0] & 0xFFFF, rows[:, 0] >> 24], 1)
+    rows = (np.arange(128, 192) * 0x01010101).reshape(16, 4)
+    expected = np.stack([rows[:, 3], rows[:, 2], rows[:, 0] & 0xFFFF, rows[:, 0] >> 24 | 0xFFFFFF00], 1)
     assert words(out).tolist() == expected.reshape(-1).tolist()
 
 
@@ -371,6 +450,20 @@ def test_a_copy_fills_up_with_zeros():
     assert out.tolist() == expected.reshape(-1).tolist()
 
 
+def test_tensors_that_overlap_or_begin_between_words():
+    """A storage whose first byte is not at a multiple of four, and two of one array."""
+    raw = bytearray(4096)
+    start = 2 - (torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % 4)
+    whole = torch.frombuffer(raw, dtype=torch.int16, offset=start % 4, count=1001)
+    assert whole.untyped_storage().data_ptr() % 4 == 2
+    inside = whole[1:]
+    np.frombuffer(raw, np.int32, count=500, offset=start % 4 + 2)[:] = np.arange(500)
+    array = np.zeros(THREADS, np.int32)
+    out, same = torch.from_numpy(array), torch.from_numpy(array[THREADS // 2 :])
+    run("ld.global.b32 %r5, [%rd1]; add.s32 %r5, %r5, 7; st.global.b32 [%rd2], %r5;", inside, out, same)
+    assert out.tolist() == list(range(7, 7 + THREADS))
+
+
 def test_atomic_sums_tell_each_thread_what_was_there():
     count, out = torch.full([1], 5, dtype=torch.int32), torch.zeros(2 * THREADS, dtype=torch.int32)
     body = """
@@ -379,6 +472,21 @@ def test_atomic_sums_tell_each_thread_what_was_there():
     """
     run(body, count, out, programs=2)
     assert count.item() == 9 and out[3] == 5 and out[THREADS + 3] == 7 and out.count_nonzero() == 2
+
+
+def test_sums_of_floats_in_memory():
+    total = torch.full([1], 0.5)
+    run("ld.param.b64 %rd1, [k_param_0]; red.global.gpu.relaxed.add.f32 [%rd1], 0f3E800000;", total)
+    assert total.item() == 0.5 + THREADS / 4
+
+
+def test_a_scan_of_a_warp():
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    steps = "".join(
+        f"shfl.sync.up.b32 %r6|%p1, %r5, {step}, 0, -1; @%p1 add.s32 %r5, %r5, %r6;" for step in (1, 2, 4, 8, 16)
+    )
+    run(f"mov.b32 %r5, %r1; {steps} st.global.b32 [%rd1], %r5;", out)
+    assert out.tolist() == [n * (n + 1) // 2 - n // 32 * 496 for n in range(THREADS)]
 
 
 def test_shuffles_from_a_thread():
@@ -423,6 +531,61 @@ def test_matrices_go_to_shared_memory_and_back(transposed: bool):
             assert [word & 0xFFFF, word >> 16] == matrices[n, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2].tolist()
 
 
+# ---------------------------------------------------------------- products of matrices
+
+
+def test_products_of_tf32_do_not_read_the_low_bits():
+    """Thread 4 g + t holds A's rows g and g + 8 at columns t and t + 4, B's column g at rows t and t + 4."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 8), (8, 8)))
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    low = np.uint32(0x1FFF)
+    left = [
+        (a[row, column].view(np.uint32) | low)[None] for row, column in ((g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4))
+    ]
+    right = [(b[t + 4 * n, g].view(np.uint32) | low)[None] for n in (0, 1)]
+    start = [np.full((1, 32), n, np.float32).view(np.uint32) for n in range(4)]
+    found = matrix.mma("m16n8k8", ("row", "col", "f32", "tf32", "tf32", "f32"), left, right, start)
+    for n, (row, column) in enumerate(((g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1))):
+        assert found[n].view(np.float32)[0].tolist() == ((a @ b)[row, column] + n).tolist()
+
+
+@pytest.mark.parametrize("line", [128, 64, 32])
+def test_a_descriptor_names_rows_in_parts_that_are_exchanged(line: int):
+    """8 rows of so many bytes, and the next 8 rows elsewhere: the part of 16 bytes lies at its number, exclusive or the
+    number of the row (of each 128 bytes)."""
+    values = (np.arange(64 * 16) % 251).reshape(64, 16).astype(np.float32)
+    shared, stride, start = Shared(1, 1 << 15), 8 * line + 1024, 2048
+    for row in range(64):
+        for column in range(16):
+            place = start + row // 8 * stride + row % 8 * line + 2 * column
+            place ^= (place // 128 % (line // 16)) * 16
+            shared.store(
+                np.array([0]),
+                np.array([place]),
+                (values[row, column : column + 1].view(np.uint32) >> 16).astype(np.uint16),
+                16,
+            )
+    swizzle = {128: 1, 64: 2, 32: 3}[line]
+    descriptor = np.array([start // 16 | stride // 16 << 32 | swizzle << 62], np.uint64)
+    assert matrix.described(shared, np.array([0]), descriptor, 64)[0].tolist() == values.tolist()
+    for wrong in (descriptor & np.uint64((1 << 62) - 1), descriptor | np.uint64(1 << 49)):
+        with pytest.raises(NotImplementedError, match="a matrix descriptor without swizzle, or with a base offset"):
+            matrix.described(shared, np.array([0]), wrong, 64)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_products_of_warp_groups(keep: bool):
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(-8, 9, (1, rows, 16)).astype(np.float64) for rows in (64, 24))
+    start = np.arange(12 * 128, dtype=np.float32).reshape(12, 1, 128)
+    found = matrix.wgmma(a, b, list(start.view(np.uint32)) if keep else None, 24)
+    for n, thread in itertools.product(range(12), range(128)):
+        row = thread // 32 * 16 + thread % 32 // 4 + 8 * (n // 2 % 2)
+        column = 8 * (n // 4) + thread % 4 * 2 + n % 2
+        assert found[n].view(np.float32)[0, thread] == a[0, row] @ b[0, column] + (start[n, 0, thread] if keep else 0)
+
+
 # ---------------------------------------------------------------- what is wrong
 
 
@@ -438,7 +601,7 @@ def test_matrices_go_to_shared_memory_and_back(transposed: bool):
             IndexError,
             "an address outside of 256 bytes of shared memory",
         ),
-        ("add.s32 %r5, %r6, 1;", KeyError, "%r6 is read before it is written"),
+        ("mov.u32 %r5, %cluster_ctarank;", NotImplementedError, "%cluster_ctarank"),
         (
             "setp.lt.u32 %p1, %r1, 9; @%p1 bra $L__a; bar.sync 0; $L__a:",
             NotImplementedError,
@@ -450,22 +613,51 @@ def test_matrices_go_to_shared_memory_and_back(transposed: bool):
             "a part of a warp",
         ),
         ("shfl.sync.up.b32 %r5, %r1, 1, 31, -1;", NotImplementedError, "shfl.sync.up"),
-        ("add.rz.f32 %r5, %r1, %r1;", NotImplementedError, "this rounding"),
-        ("cvt.rz.bf16.f32 %rs1, %r1;", NotImplementedError, "this conversion"),
-        ("sin.approx.f32 %r5, %r1;", NotImplementedError, "sin"),
+        ("add.rz.f32 %r5, %r1, %r1;", NotImplementedError, "add with .rz"),
+        ("cvt.rna.tf32.f32 %r5, %r1;", NotImplementedError, "cvt with .tf32"),
+        ("cos.approx.f32 %r5, %r1;", NotImplementedError, "cos"),
         ("popc.b32 %r5, %r1;", NotImplementedError, "popc"),
         ("add.f64 %rd5, %rd1, %rd1;", NotImplementedError, "type f64"),
         ("ld.local.b32 %r5, [%r1];", NotImplementedError, "this memory"),
         ("mbarrier.init.shared::cta.b64 [%r1], 1;", NotImplementedError, "mbarrier"),
         ("atom.global.gpu.relaxed.max.u32 %r5, [%rd1], %r1;", NotImplementedError, "this atomic operation"),
         ("cp.async.bulk.shared::cluster.global [%r1], [%rd1], 16, [%r1];", NotImplementedError, "this copy"),
-        ("prmt.b32 %r5, %r1, %r1, 0x9999;", NotImplementedError, "prmt that copies a sign"),
+        ("bfe.u32 %r5, %r1, %r1, 3;", NotImplementedError, "bfe of a field that differs by thread"),
+        ("add.sat.s32 %r5, %r1, %r1;", NotImplementedError, "add with .sat"),
+        ("fma.rn.relu.bf16x2 %r5, %r1, %r1, %r1;", NotImplementedError, "fma with .relu"),
+        ("mad.hi.u32 %r5, %r1, %r1, %r1;", NotImplementedError, "mad with .hi"),
+        ("max.f32 %r5, %r1, %r1, %r1;", NotImplementedError, "max"),
+        ("shfl.sync.bfly.b32 %r5, %r1, 1, 7, -1;", NotImplementedError, "shfl within parts of a warp"),
+        ("shl.b32 %r5, %r1, 2; ld.shared.b32 %r6, [%r5 + -8];", IndexError, "an address outside of 256 bytes"),
+        ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r1];", IndexError, "16 bytes at an address that is no"),
+        ("mov.b32 %r5, 0; cp.async.ca.shared.global [%r5], [%rd1 + 2], 4;", IndexError, "4 bytes at an address that"),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, 1, 1, 1, 0, 1;",
+            NotImplementedError,
+            "wgmma of a transposed matrix",
+        ),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, 1, -1, 1, 0, 0;",
+            NotImplementedError,
+            "or with signs",
+        ),
+        (
+            "setp.lt.u32 %p1, %r1, 9; "
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, %p1, 1, 1;",
+            NotImplementedError,
+            "a product to which not all threads add",
+        ),
     ],
 )
 def test_what_cannot_be_run_says_where(body: str, error: type[Exception], reason: str):
     out = torch.zeros(THREADS, dtype=torch.int32)
     with pytest.raises(error, match=re.escape(reason)) as caught:
-        run(body, out, shared=256)
+        run(
+            body,
+            torch.cat([out, out])[:THREADS] if "wgmma" in body else out,
+            shared=256,
+            threads=128 if "wgmma" in body else THREADS,
+        )
     assert ", in k: " in str(caught.value) and "\n" not in str(caught.value)
 
 

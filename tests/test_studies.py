@@ -138,8 +138,8 @@ def test_confusion_counts_what_was_answered() -> None:
     assert table.loc["normed = bf16-rne", "bf16-rne"] == 2 and table.loc["normed = bf16-rne", "fp32"] == 1
     assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 2 and table.loc["normed = fp32", "none"] == 1
     assert confusion_sentence(frame) == (
-        "**The fingerprint** named 1 of 6 planted plans by the planted words alone, 1 together with other words that store "
-        "the same bits; 1 up to a step in fp32 that plans do not fix, 3 not at all."
+        "**The fingerprint** named 1 of 6 planted plans by the planted words alone, 1 together with other words that "
+        "store the same bits; 1 up to a step in fp32 that plans do not fix, 3 not at all."
     )
 
 
