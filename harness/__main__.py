@@ -179,18 +179,26 @@ def identify(
     device: Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")] = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)] = 300,
+    expect: Annotated[str, typer.Option(help="A named plan: exits with 1 unless this is it, or its norm.")] = "",
 ) -> None:
     """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
     import json
 
     from harness.blackbox import KINDS
     from harness.fingerprint import summary
+    from harness.fingerprint_answer import check_expectation, unmet
     from harness.identify import identify_target
 
     if kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if expect:
+        check_expectation(expect, kind)
     answer = identify_target(target, kind, device_named(device), time_limit)
-    print(json.dumps(answer.as_dict()) if json_ else summary(answer))
+    failed = expect and unmet(answer, expect, kind)
+    if json_ or not failed:
+        print(json.dumps(answer.as_dict()) if json_ else summary(answer))
+    if failed:
+        raise ValueError(f"{target} is not {expect}: {failed}")
     if answer.status == "error":
         raise typer.Exit(1)
 
@@ -233,6 +241,13 @@ def confusion(results: ResultsFolder = None) -> None:
     _print_study(records, "fingerprints")
 
 
+COUNTED = {  # what three columns of an audited kernel count
+    "not_followed": "  (operations of TTIR that the audit cannot see through)",
+    "fused": "  (multiply-adds of the machine code where TTIR multiplies and adds apart)",
+    "expanded": "  (multiply-adds that TTIR's products, quotients and roots expand to)",
+}
+
+
 @app.command()
 def audit(
     constants: Annotated[
@@ -257,7 +272,8 @@ def audit(
     if kernel:
         rows = [audit_foreign(kernel, name, signature, constants or ()) for name in targets]
         for row in rows:
-            print("\n".join(f"{name:13} {value}" for name, value in row.items() if value not in ("", None)) + "\n")
+            said = {name: value for name, value in row.items() if value not in ("", None)}
+            print("\n".join(f"{name:13} {value}{COUNTED.get(name, '')}" for name, value in said.items()) + "\n")
     else:
         records = records_of("audit", results, "cpu", targets=targets)
         for row in audit_all(targets):
@@ -277,9 +293,11 @@ def execute(
 ) -> None:
     """Runs the PTX of every kernel on this CPU: does it equal its spec? Needs no GPU; exits with 1 if a row is red."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.execute import check_target, execute_kernels
+    from harness.execute import execute_kernels
+    from harness.ptx_driver import executed
 
-    check_target(target)
+    with executed(target):  # refuses an unknown one before there is a folder
+        pass
     records = records_of("execute", results, "cpu", target=target)
     execute_kernels(records, target)
     records.finish()

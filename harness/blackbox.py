@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ class Fault(ValueError):
     """What a callable did against its contract, in one sentence."""
 
 
+class Refused(Fault):
+    """The callable raised an exception instead of an answer."""
+
+
 class BlackBox:
     """fn of one of KINDS on a device. Its optional arguments `residual` and `bias` are given where it has them.
 
-    Every call raises Fault if fn raises, returns another shape or dtype, or writes into its inputs.
+    Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. Of kind
+    qkv q, k and v may be flat, [T, heads * Dh]. shapes: of every x that was answered, in the order of their first call.
     """
 
     def __init__(self, fn: Callable[..., Any], kind: str, device: str = "cpu") -> None:
@@ -36,6 +42,7 @@ class BlackBox:
         if not callable(fn):
             raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
         self.fn, self.kind, self.device = fn, kind, device
+        self.shapes: list[list[int]] = []
 
     def takes(self, name: str) -> bool:
         """Whether fn has an argument of that name."""
@@ -71,14 +78,29 @@ class BlackBox:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
-            raise Fault(f"the callable raised {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+            raise self._verdict(error, arguments, extra) from error
         if any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)):
             raise Fault("the callable writes into its inputs: give it copies")
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
         if self.kind != "qkv":
             outputs = outputs[:1]  # (y, x + residual) of a fused add
+        elif len(outputs) == len(shapes):
+            outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
         self._check(outputs, shapes)
+        if list(arguments[0].shape) not in self.shapes:
+            self.shapes.append(list(arguments[0].shape))
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
+
+    def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Tensor]) -> Fault:
+        """What to say of an exception of fn called with these."""
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, TypeError) and (parameters := _misfit(self.fn, arguments, extra)):
+            named = f", {' and '.join(extra)} by name" if extra else ""
+            return Fault(f"the callable takes ({parameters}), it must take {KINDS[self.kind]}{named}: wrap it in one")
+        if _raised_by_the_machine(error) and not isinstance(error, IndexError):  # that is an access out of bounds
+            return Refused(f"its Triton kernel cannot be run on a CPU: {text}")
+        kind = Fault if _raised_by_the_machine(error) else Refused
+        return kind(f"the callable raised {type(error).__name__}: {text}")
 
     def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]]) -> None:
         if len(outputs) != len(shapes) or not all(isinstance(output, Tensor) for output in outputs):
@@ -98,6 +120,34 @@ class BlackBox:
             wrong = 1 - output.isfinite().double().mean().item()
             if wrong:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
+
+
+def _by_head(output: Any, shape: list[int]) -> Any:
+    """[T, heads * Dh] as [T, heads, Dh]; anything else as it is."""
+    flat = isinstance(output, Tensor) and output.layout == torch.strided
+    flat = flat and list(output.shape) == [shape[0], shape[1] * shape[2]]
+    return output.reshape(shape) if flat else output
+
+
+def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Tensor]) -> str:
+    """fn's parameters without annotations where it cannot take these arguments; empty if it can, or says nothing."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*arguments, **extra)
+    except TypeError:
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        shown = ", ".join(map(str, bare[:12]))
+        return shown + ", ..." * (len(bare) > 12)
+    return ""
+
+
+def _raised_by_the_machine(error: BaseException) -> bool:
+    """Whether it comes from harness.ptx_machine or what it is made of: a Triton kernel's PTX run on a CPU."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("harness.ptx_") for name in frames)
 
 
 def load(target: str) -> Callable[..., Any]:

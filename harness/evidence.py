@@ -14,8 +14,9 @@ from torch import Tensor
 
 from harness import probes
 from harness.blackbox import Fault
-from harness.family import Readout, Rows, Rule, factor_of, mean_of_squares, predict
+from harness.family import Readout, Rows, Rule, factor_of, mean_of_squares, predict, scalar
 from kernels.checks import KEEP, RNE, RTZ, STORAGE
+from variants.spec import round_to
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
 CONCENTRATED = 0.1
@@ -96,6 +97,20 @@ def concentrated(wrong: Tensor) -> str:
         if shares.max() > CONCENTRATED:
             return f"they gather in {name} {int(shares.argmax())}, {shares.max():.0%} of it"
     return ""
+
+
+def settled(rule: Rule, rows: Rows) -> Tensor:
+    """Which rows no error of a few fp32 ulps, in the mean or the root, brings to another stored variance or rstd: bool
+    [R]. An implementation that divides by 1000 as times 1 / 1000, or whose root is approximate, has such errors."""
+    mean = mean_of_squares(rule.replace(variance=KEEP), rows)
+    bare = rule.replace(rstd=KEEP, root="rsqrt" if rule.root == "rsqrt" else "sqrt")
+    root = scalar(bare, mean_of_squares(rule, rows), rows.eps)
+    few = 1 + 2 * CLOSE
+    firm = torch.ones(len(rows.x), 1, dtype=torch.bool)
+    for value, storage in ((mean.float(), rule.variance), (root, rule.rstd)):
+        if storage != KEEP:
+            firm &= round_to(value * few, storage) == round_to(value / few, storage)
+    return firm[:, 0]
 
 
 @dataclass(frozen=True)

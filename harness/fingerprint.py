@@ -11,6 +11,7 @@ harness.fingerprint_chain.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,17 @@ from harness import probes
 from harness.blackbox import BlackBox, Fault
 from harness.evidence import Call, check_repeats, mean_share, outs, rank, refine
 from harness.family import Rows, Rule, arithmetic, norm_rules
-from harness.fingerprint_answer import UNEXPLAINED, Answer, answer_of, deciding_probe, none_of_these
-from harness.fingerprint_chain import chain
+from harness.fingerprint_answer import (
+    UNEXPLAINED,
+    Answer,
+    answer_of,
+    at_other_shapes,
+    deciding_probe,
+    differing,
+    none_of_these,
+    plans_of,
+)
+from harness.fingerprint_chain import chain, other_rows
 from kernels.checks import RNE, STORAGE
 
 # A rule's words, as a plan calls them.
@@ -30,6 +40,9 @@ NORM_WORDS = {
     "rmsnorm": {"rstd": "rstd", "normed": "normed", "out": "hidden"},
     "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
 }
+# Kernels dispatch on the number of tokens and on the width, so the answer is tried at others: one token, rows that are
+# no power of two, many tokens. x [T, D] or [T, H, Dh].
+OTHER_SHAPES = {"rmsnorm": ([1, 8192], [3, 1000], [600, 2048]), "head_norm": ([1, 16, 256], [600, 1, 64])}
 
 
 def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
@@ -43,20 +56,27 @@ def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
         answer = chain(box) if kind == "qkv" else _norm(box)
     except Fault as fault:
         answer = Answer("error", reason=str(fault))
-    return dataclasses.replace(answer, seconds=round(time.perf_counter() - start, 2))
+    seconds = round(time.perf_counter() - start, 2)
+    return dataclasses.replace(answer, plans=plans_of(answer, kind), shapes=box.shapes, seconds=seconds)
 
 
 def summary(answer: Answer) -> str:
     """The answer in lines for a reader."""
     lines = [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
-    for words in answer.candidates or ([answer.nearest] if answer.nearest else []):
+    explains = (answer.share_equal or 0.0) >= 0.5  # words that explain less than half say nothing
+    for words in answer.candidates or ([answer.nearest] if answer.nearest and explains else []):
         lines.append(
             ("nearest: " if answer.nearest else "") + ", ".join(f"{name}={word}" for name, word in words.items())
         )
+    if answer.plans:
+        words = answer.candidates[0]
+        part = "" if "proj" in words else "the head norm of " if "head_rstd" in words else "the norm of "
+        lines.append(f"= {part}{', '.join(answer.plans)}")
     if answer.share_equal is not None:
         runner_up = answer.runner_up_share_equal
         other = "" if runner_up is None else f", the best rejected plan {runner_up:.3%}"
         lines.append(f"explains {answer.share_equal:.3%} of the elements{other}; {answer.seconds:g} s")
+        lines.append(f"called with x of {', '.join(map(str, answer.shapes))}")
     return "\n".join(lines)
 
 
@@ -65,8 +85,8 @@ def _norm(box: BlackBox) -> Answer:
     heads, fused_add = box.kind == "head_norm", box.takes("residual")
     rows = probes.norm_rows(probes.HEAD_DIM if heads else probes.WIDTH, rng, residual=fused_add)
 
-    def call(rows: Rows) -> Call:
-        shape = [len(rows.x) // 4, 4, rows.width] if heads else list(rows.x.shape)
+    def call(rows: Rows, count: int = 4) -> Call:
+        shape = [len(rows.x) // count, count, rows.width] if heads else list(rows.x.shape)
         residual = torch.zeros_like(rows.x) if fused_add and rows.residual is None else rows.residual
         residual = None if residual is None else residual.reshape(shape)
         stored = box.norm(rows.x.reshape(shape), rows.weight, rows.eps, residual)
@@ -93,7 +113,15 @@ def _norm(box: BlackBox) -> Answer:
             return none_of_these(nearest, share, ranking.runner_up, why)
     share = max(mean_share(group[0], main) for group in groups)
     words = [[named(rule) for rule in group] for group in groups]
-    return answer_of(words, share, ranking.runner_up, doubt or deciding_probe(groups, calls))
+    answer = answer_of(words, share, ranking.runner_up, doubt or deciding_probe(groups, calls))
+    if answer.status != "identified":
+        return answer
+
+    def ask(shape: list[int]) -> float:
+        rule = groups[0][0]
+        return differing(rule, call(other_rows(rule, math.prod(shape[:-1]), shape[-1], residual=fused_add), shape[-2]))
+
+    return at_other_shapes(answer, OTHER_SHAPES[box.kind], ask)
 
 
 def _by_eps(rule: Rule, calls: Sequence[Call]) -> str:

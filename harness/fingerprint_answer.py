@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.evidence import Call, count_votes
+from harness.blackbox import Fault, Refused
+from harness.evidence import TELLING, Call, concentrated, count_votes
 from harness.family import Rule
+from harness.probes import ROWS
+from variants.catalogue import PLANS, plan_named
+from variants.plan import OPTIONAL, CastPlan
 
 # Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
 # 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
@@ -22,6 +26,8 @@ class Answer:
     candidates: boundary or choice -> word; `a or b` where both words store the same bits on every row searched.
     share_equal, runner_up_share_equal: share of elements that the best rule, and the best rejected one, explain.
     nearest: the best rule where the answer is none.
+    plans: the named plans that have these words; of a norm, those whose norm or head norm has them.
+    shapes: of every x that the callable answered, the first call's first; where it raises it was not asked.
 
     Of a chain, eps, root and order are those of its first norm; the fp32 arithmetic of the head norm is not asked.
     """
@@ -32,6 +38,8 @@ class Answer:
     runner_up_share_equal: float | None = None
     nearest: dict[str, str] | None = None
     reason: str = ""
+    plans: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,6 +65,75 @@ def answer_of(groups: list[list[dict[str, str]]], share: float, runner_up: float
         return Answer("identified", candidates, share, runner_up, reason=reason)
     pairs = "; ".join(difference(candidates[0], other) for other in candidates[1:])
     return Answer("undecided", candidates, share, runner_up, reason=f"undecided between {pairs}{evidence}")
+
+
+def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
+    """The words of a plan that an answer of that kind must have; none where the plan has no such norm: one that applies
+    rstd behind the matmul forms no hidden by itself."""
+    if kind == "qkv":
+        return {name: word for name, word in plan.choices().items() if name not in OPTIONAL}
+    if kind == "rmsnorm" and plan.scale != "prologue":
+        return {}
+    names = ("rstd", "normed", "hidden") if kind == "rmsnorm" else ("head_rstd", "head_normed", "out")
+    return {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset", *names)}
+
+
+def against(plan: CastPlan, kind: str, words: dict[str, str]) -> str:
+    """Where words, a candidate, are not the plan's; empty if nowhere."""
+    wanted = words_of(plan, kind) | ({"x": plan.x} if "x" in words else {})
+    other = [name for name, word in wanted.items() if word not in words[name].split(" or ")]
+    return ", ".join(f"{name}={words[name]} against {wanted[name]}" for name in other)
+
+
+def plans_of(answer: Answer, kind: str) -> list[str]:
+    """The named plans whose words every candidate of the answer has."""
+    return [
+        name
+        for name, named in PLANS.items()
+        if answer.candidates and words_of(named.plan, kind)
+        if not any(against(named.plan, kind, words) for words in answer.candidates)
+    ]
+
+
+def check_expectation(name: str, kind: str) -> None:
+    """Raises KeyError for an unknown plan, ValueError for one that has nothing of that kind."""
+    if not words_of(plan_named(name), kind):
+        raise ValueError(f"{name} applies rstd after the matmul, so that it has no norm of its own: use --kind qkv")
+
+
+def unmet(answer: Answer, name: str, kind: str) -> str:
+    """Why the answer is not that plan, as far as its kind says; empty if it is."""
+    if answer.status != "identified":
+        return f"{answer.status}: {answer.reason}"
+    return against(plan_named(name), kind, answer.candidates[0])
+
+
+def differing(rule: Rule, call: Call) -> float:
+    """Share of elements that the rule does not explain; 0 where noise or approximate roots may be all of it."""
+    counted = call.rows.nonzero
+    wrong, number = call.wrong(rule) & counted, counted.sum().item()
+    if wrong.sum() > max(TELLING, UNEXPLAINED * number) or (len(wrong) >= ROWS and concentrated(wrong)):
+        return wrong.sum().item() / number
+    return 0.0
+
+
+def at_other_shapes(answer: Answer, shapes: Sequence[list[int]], ask: Callable[[list[int]], float]) -> Answer:
+    """The answer, an identified one, or `none` where ask finds a share of elements that differ from it at a shape.
+    Shapes that the callable refuses are left out."""
+    others = []
+    for shape in shapes:
+        try:
+            share = ask(shape)
+        except Refused:
+            continue
+        except Fault as fault:
+            raise Fault(f"at {shape}: {fault}") from fault
+        if share:
+            others.append(f"at {shape} it is another function: {share:.2%} of the elements differ")
+    if not others:
+        return answer
+    reason = f"{'; '.join(others)} from the nearest plan, which explains the first shapes that were tried"
+    return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 
 
 def none_of_these(nearest: dict[str, str], share: float, runner_up: float | None, why: str) -> Answer:

@@ -5,20 +5,33 @@ whether one plan says both, where the bias is added, and whether Gaussian inputs
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from harness import probes
 from harness.blackbox import BlackBox
-from harness.evidence import Call, Ranking, check_repeats, classes, concentrated, outs, rank, refine, rejects
+from harness.evidence import Call, Ranking, check_repeats, classes, concentrated, outs, rank, refine, rejects, settled
 from harness.family import EPS_BF16, Rows, Rule, arithmetic, norm_rules, projected_rules
-from harness.fingerprint_answer import UNEXPLAINED, Answer, answer_of, deciding_probe, difference, none_of_these
+from harness.fingerprint_answer import (
+    UNEXPLAINED,
+    Answer,
+    answer_of,
+    at_other_shapes,
+    deciding_probe,
+    difference,
+    differing,
+    none_of_these,
+)
 from kernels.checks import KEEP, RNE, STORAGE
 from variants.envelope import envelope, outside
 from variants.plan import CastPlan
 from variants.problem import Problem
 from variants.spec import round_to
+
+# [T, D] at which an answer is tried besides [64, 256]. D is 256 times a power of four, for the heads' input.
+OTHER_SHAPES = ([1, 4096], [600, 256])
 
 
 def chain(box: BlackBox) -> Answer:
@@ -40,12 +53,13 @@ def chain(box: BlackBox) -> Answer:
     if norm_ranking.gathered or head_ranking.gathered:
         where = f"v: {norm_ranking.gathered}" if norm_ranking.gathered else f"q and k: {head_ranking.gathered}"
         return none_of_these(nearest, share, runner_up, where)
-    groups = [
-        [_plan_words(a, b, fused_add) for a in norm_group for b in head_group if _fit(a, b)]
+    pairs = [
+        [(a, b) for a in norm_group for b in head_group if _fit(a, b)]
         for norm_group in norms
         for head_group in classes(head_ranking.left, head_calls)
     ]
-    groups = [group for group in groups if group]
+    pairs = [pair for pair in pairs if pair]
+    groups = [[_plan_words(a, b, fused_add) for a, b in pair] for pair in pairs]
     if not groups:
         differ = difference(_shared_words(norm), _shared_words(head_ranking.best))
         return none_of_these(nearest, share, runner_up, f"its two norms differ: {differ}")
@@ -60,7 +74,10 @@ def chain(box: BlackBox) -> Answer:
         why = f"but {leaving:.2%} of Gaussian elements leave the envelope of fp32 sums: "
         why += gathered or "its matmul or sums are not fp32, or q, k and v do not read one hidden"
         return none_of_these(nearest, share, runner_up, why)
-    return answer_of(groups, share, runner_up, evidence)
+    answer = answer_of(groups, share, runner_up, evidence)
+    if answer.status != "identified":
+        return answer
+    return at_other_shapes(answer, OTHER_SHAPES, lambda shape: _differing_at(box, *pairs[0][0], *shape))
 
 
 def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], str, Ranking]:
@@ -119,17 +136,65 @@ def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
 
 
 def _stored_heads(
-    box: BlackBox, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False
-) -> tuple[probes.HeadRows, Tensor, tuple[Tensor, Tensor]]:
-    """The heads' known input, what the callable stores of it [ROWS * (Hq + Hkv), READ], and the q and k weights."""
+    box: BlackBox, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False,
+    tokens: int = probes.ROWS, width: int = probes.WIDTH,
+) -> tuple[probes.HeadRows, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """The heads' known input, what the callable stores of it [tokens * (Hq + Hkv), READ], and the q and k weights.
+
+    More tokens than ROWS begin again. Of a larger width the channels between those of the input are zero, which makes
+    rstd a power of two larger, and the norm's weight as much smaller.
+    """
     given = probes.head_rows(rng)
     q_weight, k_weight = (probes.norm_weight(probes.HEAD_DIM, rng) for _ in range(2))
-    identity = torch.full([probes.WIDTH], 1.0 if norm.weight_offset == "none" else 0.0)
+    step = width // probes.WIDTH
+    identity = torch.full([width], step**-0.5 - (norm.weight_offset != "none"))
     weight = torch.cat([given.qk_weight, torch.zeros(probes.NUM_KV_HEADS * probes.HEAD_DIM, probes.WIDTH)])
     bias = given.packed_bias() if biased else None
-    q, k, _ = _run(box, given.x, identity, weight, q_weight, k_weight, eps, bias=bias)
+    x = given.x[torch.arange(tokens) % probes.ROWS]
+    x, weight = _spread(x, step), _spread(weight, step)
+    q, k, _ = _run(box, x, identity, weight, q_weight, k_weight, eps, bias=bias)
     stored = torch.cat([q, k], dim=1).gather(2, given.places.expand(len(q), -1, -1))
     return given, stored.flatten(0, 1), (q_weight, k_weight)
+
+
+def _spread(value: Tensor, step: int) -> Tensor:
+    """[R, C] as [R, C * step], with zeros between."""
+    return torch.nn.functional.pad(value[..., None], (step - 1, 0)).flatten(1)
+
+
+def other_rows(rule: Rule, count: int, width: int, *, residual: bool = False) -> Rows:
+    """Rows of any width up to 16384, all settled, with sums that are exact in any order: values of so many bits that
+    the squares' sum has 24."""
+    rng = torch.Generator().manual_seed(count * width)
+    drawn = max(count, 16)  # of which some are left
+    if residual:
+        rows = probes.norm_rows(width, rng, residual=True, count=drawn)
+    else:
+        low = 2 ** (int(math.log2(2**24 / width) / 2) - 1)
+        scale = 2.0 ** torch.randint(-4, 6, [drawn, 1], generator=rng)
+        x = probes.integers(low, 2 * low, [drawn, width], rng) / low * scale
+        rows = Rows(x, probes.norm_weight(width, rng), probes.EPS_SMALL, width)
+    firm = settled(rule, rows).nonzero()[:, 0]
+    chosen = firm[torch.arange(count) % len(firm)]
+    rest = None if rows.residual is None else rows.residual[chosen]
+    return dataclasses.replace(rows, x=rows.x[chosen], residual=rest)
+
+
+def _differing_at(box: BlackBox, norm: Rule, head: Rule, tokens: int, width: int) -> float:
+    """Share of elements of v, or of q and k if more, that are not as the two rules have them at [tokens, width]."""
+    rng = torch.Generator().manual_seed(1)
+    step = width // probes.WIDTH
+    readout = probes.general_readout(rng)
+    places = {name: getattr(readout, name) * step + step - 1 for name in ("channel", "other")}
+    rows = other_rows(norm, tokens, width, residual=box.takes("residual"))
+    v = _call_v(box, dataclasses.replace(rows, readout=dataclasses.replace(readout, **places)))
+    given, stored, weights = _stored_heads(box, norm, rng, probes.EPS_SMALL, tokens=tokens, width=width)
+    heads, known = len(given.places), given.rows(*weights, probes.EPS_SMALL)
+    chosen = torch.arange(tokens * heads) % len(known.x)
+    firm = settled(head, known)[chosen]
+    chosen = chosen[firm]
+    known = dataclasses.replace(known, x=known.x[chosen], weight=known.weight[chosen])
+    return max(differing(norm, v), differing(head, Call(known, stored[firm].float(), stored.dtype)))
 
 
 def _shared_words(rule: Rule) -> dict[str, str]:

@@ -50,7 +50,9 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
     except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
         return "error", {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
     columns = {
-        name: value for name, value in answer.as_dict().items() if name not in ("status", "candidates", "nearest")
+        name: value
+        for name, value in answer.as_dict().items()
+        if name not in ("status", "candidates", "nearest", "plans", "shapes")
     }
     candidates = answer.candidates or ([answer.nearest] if answer.nearest else [])
     return answer.status, {**columns, "plan": json.dumps(candidates)}
@@ -183,5 +185,5 @@ def survey_known(records: Records) -> None:
         answer = identify(fn, kind)
         found = answer.candidates or ([answer.nearest] if answer.nearest else [])
         columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
-        del columns["candidates"], columns["nearest"]
+        del columns["candidates"], columns["nearest"], columns["plans"], columns["shapes"]
         records.add("fingerprints", **key, **columns)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 import harness.family as family
 from harness import survey
-from harness.blackbox import BlackBox
+from harness.blackbox import KINDS, BlackBox
 from harness.family import Rule, arithmetic, norm_rules, predict
-from harness.fingerprint import identify
-from harness.fingerprint_answer import UNEXPLAINED
+from harness.fingerprint import identify, summary
+from harness.fingerprint_answer import UNEXPLAINED, Answer, unmet, words_of
+from harness.fingerprint_chain import other_rows
 from harness.probes import EPS_LARGE, norm_rows
 from kernels.checks import KEEP, RNE, RTZ
+from kernels.norm_qkv import norm_qkv
 from variants.catalogue import HF, ONE_ROUNDING, PLANS
 from variants.eager import eager_norm
 from variants.plan import CastPlan
@@ -222,6 +224,155 @@ def test_where_a_bias_is_added(where: str) -> None:
         assert answer.status == "identified" and answer.candidates[0]["bias"] == where, answer
 
 
+# ---------------------------------------------------------------- the catalogue's names
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "qkv"])
+def test_a_plan_has_the_words_that_the_survey_expects(kind: str) -> None:
+    for name, named in PLANS.items():
+        none = kind == "rmsnorm" and name in ("deferred", "folded")
+        assert words_of(named.plan, kind) == ({} if none else survey.expected(named.plan, kind)), name
+
+
+def test_an_answer_names_the_plans_that_have_its_words() -> None:
+    norm, head = (identify(lambda x, w, eps: eager_norm(x, w, eps, False), kind) for kind in ("rmsnorm", "head_norm"))
+    chain = identify(survey.chain(ONE_ROUNDING, "spec"), "qkv")
+    assert "= the norm of hf" in summary(norm).splitlines()
+    assert "= the head norm of hf, separate-head-norm" in summary(head).splitlines()
+    assert chain.plans == ["one-rounding"] and "= one-rounding" in summary(chain).splitlines()
+    unnamed = identify(survey.spec_norm(HF.replace(statistics=RTZ)), "rmsnorm")
+    assert unnamed.status == "identified" and unnamed.plans == [] and "\n= " not in summary(unnamed)
+
+
+@pytest.mark.parametrize(
+    ("expected", "line"),
+    [
+        ("hf", ""),
+        ("one-rounding", "is not one-rounding: normed=bf16-rne against fp32"),
+        ("one-roundin", "error: unknown plan 'one-roundin': did you mean 'one-rounding'? plans are hf, "),
+        (
+            "deferred",
+            "error: deferred applies rstd after the matmul, so that it has no norm of its own: use --kind qkv",
+        ),
+    ],
+)
+def test_a_plan_is_expected(expected: str, line: str, module: Path) -> None:
+    command = [sys.executable, "-m", "harness", "identify", f"{module}:norm", "--kind", "rmsnorm", "--expect", expected]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    error = [text for text in result.stderr.splitlines() if text != "a kernel that talks"]
+    assert result.returncode == bool(line) and len(error) == bool(line) and bool(result.stdout) == (not line)
+    assert not line or line in error[0], error
+
+
+def test_an_error_is_no_plan(module: Path) -> None:
+    code, answer = run_identify(f"{module}:raises", "--expect", "hf")
+    assert code == 1 and answer["status"] == "error"
+    assert unmet(Answer("undecided", reason="between two"), "hf", "rmsnorm") == "undecided: between two"
+
+
+def test_a_nearest_plan_that_explains_less_than_half_is_not_shown() -> None:
+    far, near = (dataclasses.replace(Answer("none"), nearest={"rstd": KEEP}, share_equal=share) for share in (0.4, 0.6))
+    assert "nearest" not in summary(far) and "nearest: rstd=fp32" in summary(near)
+
+
+# ---------------------------------------------------------------- other shapes
+
+
+def dispatching(other: Callable[[Tensor], bool]) -> Norm:
+    """One rounding, or two where the shape is such."""
+
+    def fn(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        if other(x):
+            return eager_norm(x, w, eps, False)
+        return F.rms_norm(x, (x.shape[-1],), w, eps)
+
+    return fn
+
+
+DISPATCHES = {
+    "wide": ("rmsnorm", lambda x: x.shape[1] > 1024, ["[1, 8192]", "[600, 2048]"]),
+    "no power of two": ("rmsnorm", lambda x: x.shape[1] % 256, ["[3, 1000]"]),
+    "many tokens": ("rmsnorm", lambda x: len(x) > 512, ["[600, 2048]"]),
+    "one token": ("head_norm", lambda x: len(x) == 1 and x.shape[1] > 4, ["[1, 16, 256]"]),
+    "many heads' rows": ("head_norm", lambda x: x.shape[0] > 512, ["[600, 1, 64]"]),
+}
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_another_function_at_another_shape_is_found(name: str) -> None:
+    kind, other, shapes = DISPATCHES[name]
+    answer = identify(dispatching(other), kind)
+    assert answer.status == "none" and answer.candidates == [] and answer.nearest and not answer.plans, answer
+    assert [part.split(" it is another function: ")[0] for part in answer.reason.split("; ")] == [
+        f"at {shape}" for shape in shapes
+    ], answer.reason
+    assert identify(dispatching(lambda x: False), kind).status == "identified"
+
+
+def test_one_row_of_many_that_differs_is_found() -> None:
+    def fn(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        y = F.rms_norm(x, (x.shape[-1],), w, eps)
+        y[512:513] = eager_norm(x[512:513], w, eps, False)
+        return y
+
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "none" and answer.reason.startswith("at [600, 2048] it is another function: 0."), answer
+
+
+@pytest.mark.parametrize("where", ["many tokens", "wide", "wide heads"])
+def test_another_chain_at_another_shape_is_found(where: str) -> None:
+    plan = HF.replace(head_normed=KEEP) if where == "wide heads" else ONE_ROUNDING
+    hf, other = survey.chain(HF, "eager"), survey.chain(plan, "eager")
+
+    def fn(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        return (other if (len(x) > 512 if where == "many tokens" else x.shape[1] > 1024) else hf)(x, *rest)
+
+    shape = "[600, 256]" if where == "many tokens" else "[1, 4096]"
+    answer = identify(fn, "qkv")
+    assert answer.status == "none" and answer.reason.startswith(f"at {shape} it is another function"), answer
+    assert shape in summary(answer)
+
+
+def test_a_shape_that_is_refused_is_left_out_and_one_that_breaks_is_an_error() -> None:
+    def fn(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        if x.shape[1] % 256:
+            raise RuntimeError("the width must be divisible by 256")
+        return F.rms_norm(x, (x.shape[-1],), w, eps)
+
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "identified", answer
+    assert answer.shapes == [[64, 256], [4, 256], [1, 8192], [600, 2048]] and "[3, 1000]" not in summary(answer)
+    answer = identify(lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)[:512], "rmsnorm")
+    assert answer.status == "error" and answer.reason == (
+        "at [600, 2048]: the callable returned shape [512, 2048], expected [600, 2048]"
+    )
+
+
+@pytest.mark.parametrize("plan", survey.norm_plans()[3::97], ids=lambda plan: "-".join(plan.roundings()) or "none")
+def test_other_rows_have_sums_that_are_exact_in_any_order(plan: CastPlan) -> None:
+    rule = Rule(statistics=plan.statistics, variance=plan.variance, rstd=plan.rstd, normed=plan.normed)
+    for width, residual in ((8192, False), (1000, False), (4096, False), (2048, True)):
+        rows = other_rows(rule, 3, width, residual=residual)
+        x = rows.x if rows.residual is None else rows.x + rows.residual
+        squares = round_to(x * x, rule.statistics)
+        exact = squares.double().sum(-1)
+        for order in (squares, squares.flip(-1), squares.sort(-1).values):
+            assert torch.equal(order.cumsum(-1)[:, -1].double(), exact)
+            assert torch.equal(order.unfold(-1, 8, 8).sum(-1).sum(-1).double() if width % 8 == 0 else exact, exact)
+
+
+def test_other_rows_are_those_that_an_approximate_root_does_not_change() -> None:
+    """Of 32768 rows about ten lie that near to a boundary of rstd's rounding, and other rows take their place."""
+    for rule in (Rule(rstd=RNE), Rule(variance=RTZ)):
+        rows = other_rows(rule, 1 << 15, 64)
+        assert len(rows.x) == 1 << 15
+        mean = family.mean_of_squares(rule.replace(variance=KEEP), rows)
+        stored = family.factor_of(rule, rows)
+        for off in (1 - 2.0**-22, 1 + 2.0**-22):
+            variance = round_to((mean * off).float(), rule.variance).double()
+            assert torch.equal(family.scalar(rule, variance, rows.eps), stored)
+
+
 # ---------------------------------------------------------------- callables that do not behave
 
 MODULE = """
@@ -240,6 +391,7 @@ def nan(x, weight, eps): return norm(x, weight, eps) / 0.0
 def exits(x, weight, eps): raise SystemExit(0)
 def dies(x, weight, eps): os.kill(os.getpid(), 9)
 def hangs(x, weight, eps): time.sleep(600)
+def fused(x: torch.Tensor, residual: torch.Tensor, weight, eps): return norm(x, weight, eps)
 number = 5
 """
 VERDICTS = {
@@ -254,6 +406,8 @@ VERDICTS = {
     "dies": "the callable ended its process (SIGKILL)",
     "hangs": "no answer within 8 s: the callable hangs, or needs a longer --time-limit",
     "missing": "cannot be imported: AttributeError",
+    "fused": "the callable takes (x, residual, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D], "
+    "residual by name: wrap it in one",
     "number": "is of type int, which cannot be called",
 }
 
@@ -289,10 +443,57 @@ def test_a_module_that_is_not_there(module: Path) -> None:
 def test_the_json_of_an_answer(module: Path) -> None:
     start = time.monotonic()
     code, answer = run_identify(f"{module}:norm")
-    fields = "status candidates share_equal runner_up_share_equal nearest reason seconds".split()
+    fields = "status candidates share_equal runner_up_share_equal nearest reason plans shapes seconds".split()
     assert code == 0 and list(answer) == fields and time.monotonic() - start < 30
     assert answer["status"] == "identified" and answer["candidates"][0]["normed"] == RNE and answer["seconds"] < 10
     assert survey.expected(HF, "rmsnorm").items() <= answer["candidates"][0].items()
+    assert answer["plans"] == ["hf"] and answer["shapes"] == [[64, 256], [4, 256], [1, 8192], [3, 1000], [600, 2048]]
+
+
+UNKNOWN = """
+import torch, triton, triton.language as tl
+@triton.jit
+def kernel(x_ptr, y_ptr, D, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * D + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs).to(tl.float32)
+    y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(y_ptr + offs, y.to(tl.bfloat16))
+def unknown(x, weight, eps):
+    y = torch.empty_like(x)
+    kernel[(len(x),)](x, y, x.shape[1], BLOCK=256)
+    return y
+def own(x, weight, eps): raise NotImplementedError("only for CUDA")
+"""
+
+
+def test_an_instruction_that_is_not_known_here_is_not_the_callables_fault(tmp_path: Path) -> None:
+    path = tmp_path / "unknown.py"
+    path.write_text(UNKNOWN)
+    code, answer = run_identify(f"{path}:unknown")
+    assert code == 1 and answer["reason"].startswith("its Triton kernel cannot be run on a CPU: "), answer
+    assert "tanh.approx.f32" in answer["reason"] and "\\n" not in answer["reason"]
+    code, answer = run_identify(f"{path}:own")
+    assert answer["reason"] == "the callable raised NotImplementedError: only for CUDA"
+
+
+def test_flat_heads_are_viewed_by_head() -> None:
+    def fn(*arguments: object) -> list[Tensor]:
+        return [output.flatten(1) for output in survey.chain(HF, "eager")(*arguments)]
+
+    assert identify(fn, "qkv").plans == ["hf"]
+    answer = identify(lambda *arguments: [output[:, :-1] for output in fn(*arguments)], "qkv")
+    assert answer.reason == "the callable returned shape [64, 255], expected [64, 2, 128]"
+
+
+def test_a_chain_with_other_arguments_is_told_what_to_take() -> None:
+    reason = identify(norm_qkv, "qkv").reason
+    assert reason.startswith("the callable takes (x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight")
+    assert f", ...), it must take {KINDS['qkv']}, residual and bias by name: wrap it in one" in reason
+
+    def inside(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        raise TypeError("unsupported operand")
+
+    assert identify(inside, "rmsnorm").reason == "the callable raised TypeError: unsupported operand"
 
 
 def test_a_callable_may_use_one_buffer_again_and_again() -> None:
