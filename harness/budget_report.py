@@ -128,7 +128,9 @@ def rope_sentence(frame: pd.DataFrame) -> str:
         clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
     layers = frame[frame["weights"].str.contains(ROTATED)]["layer"].nunique()
     where = f"{layers} layer{'s' * (layers > 1)}"
-    return f"**RoPE** ({where}), K's relative rms error before → behind it: {'; '.join(clauses)}."
+    negative = (table[list(ROPE_BOUNDARIES)] < -0.005).any(axis=None)
+    below = " A share below 0: that rounding cancels more of the others' error than it adds." if negative else ""
+    return f"**RoPE** ({where}), K's relative rms error before → behind it: {'; '.join(clauses)}.{below}"
 
 
 def rope_table(frame: pd.DataFrame) -> str:
