@@ -69,11 +69,10 @@ class _Run:
         self.threads = len(places) * threads
         self.of_program = np.repeat(np.arange(len(places)), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(places))
-        self.registers: dict[str, Array] = {"%tid.x": thread, "%laneid": thread % 32, "%ntid.x": np.uint32(threads)}
-        self.registers |= {f"%tid.{axis}": np.uint32(0) for axis in "yz"} | {
-            f"%ntid.{axis}": np.uint32(1) for axis in "yz"
-        }
+        self.registers: dict[str, Array] = {"%laneid": thread % 32}
         for axis, place, size in zip("xyz", places.T, grid, strict=True):
+            self.registers[f"%tid.{axis}"] = thread if axis == "x" else np.uint32(0)
+            self.registers[f"%ntid.{axis}"] = np.uint32(threads if axis == "x" else 1)
             self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
             self.registers[f"%nctaid.{axis}"] = np.uint32(size)
         self.active = np.ones(self.threads, bool)  # threads that are at this place

@@ -206,9 +206,9 @@ def beyond(x, weight, eps):
 """
 
 
-def identified(tmp_path: Path, name: str) -> dict:
+def identified(tmp_path: Path, name: str, before: str = "") -> dict:
     path = tmp_path / "foreign.py"
-    path.write_text(FOREIGN)
+    path.write_text(before + FOREIGN)
     command = [sys.executable, "-m", "harness", "identify", f"{path}:{name}", "--kind", "rmsnorm", "--json"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     return json.loads(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout)
@@ -221,6 +221,13 @@ def test_a_triton_kernel_is_identified_without_a_gpu(tmp_path: Path, name: str, 
     assert answer["status"] == "identified"
     (words,) = answer["candidates"]
     assert (words["normed"], words["hidden"], words["statistics"]) == (normed, "bf16-rne", "fp32")
+
+
+def test_a_module_that_asks_for_the_driver_is_imported(tmp_path: Path):
+    asks = "import triton\nDEVICE = triton.runtime.driver.active.get_active_torch_device()\n"
+    assert identified(tmp_path, "once", asks)["status"] == "identified"
+    broken = identified(tmp_path, "once", "import triton.no_such_module\n")
+    assert broken["status"] == "error" and "no_such_module" in broken["reason"]
 
 
 def test_a_kernel_that_reads_beyond_its_tensors_is_caught(tmp_path: Path):
