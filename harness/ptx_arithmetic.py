@@ -10,7 +10,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from harness.ptx_numbers import NAN, SIGNED, TYPE, UNSIGNED, Array, bits_of, extended, flushed, fma, read, width
+from harness.ptx_numbers import (
+    NAN,
+    SIGNED,
+    TYPE,
+    UNSIGNED,
+    Array,
+    Unsupported,
+    bits_of,
+    extended,
+    flushed,
+    fma,
+    read,
+    width,
+)
 
 Binary = Callable[[Array, Array], Array]
 # Parts of an opcode that change no bit of a result, or say what is done here anyway.
@@ -33,10 +46,10 @@ WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
-    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them). Raises NotImplementedError
+    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them). Raises Unsupported
     for what no kernel here has needed yet."""
     if unknown := [word for word in words[1:-1] if word not in KNOWN]:
-        raise NotImplementedError(f"{words[0]} with .{unknown[0]}")
+        raise Unsupported(f"{words[0]} with .{unknown[0]}")
     if kind.endswith("x2"):
         half = kind.removesuffix("x2")
         shift = np.uint32(width(half))
@@ -66,7 +79,7 @@ def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Ar
     elif name in ("max", "min") and len(values) == 2:
         result = _extreme(words, *values)
     else:
-        raise NotImplementedError(name)
+        raise Unsupported(name)
     bits = bits_of(result, kind)
     return _flushed_bits(bits) if ftz and kind == "f32" else bits
 
@@ -120,14 +133,14 @@ def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> 
     elif name in INTEGER and len(values) == 2:
         result = INTEGER[name](*values)
     else:
-        raise NotImplementedError(name)
+        raise Unsupported(name)
     return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits])
 
 
 def _long_product(words: Sequence[str], bits: int, *values: Array) -> Array:
     """mul.wide and mul.hi."""
     if words[0] != "mul":
-        raise NotImplementedError(f"{words[0]} with .hi")
+        raise Unsupported(f"{words[0]} with .hi")
     if bits == 64:
         exact = values[0].astype(object) * values[1].astype(object) >> 64 & (1 << 64) - 1
         return np.asarray(exact).astype(np.uint64)
@@ -148,7 +161,7 @@ def _field(bits: int, a: Array, start: Array, count: Array) -> Array:
     """bfe of one field in all threads, which lies inside of the register, with its sign."""
     places = np.unique(start), np.unique(count)
     if any(len(place) > 1 for place in places) or not 0 < int(places[1][0]) <= bits - int(places[0][0]):
-        raise NotImplementedError("bfe of a field that differs by thread, or reaches out of its register")
+        raise Unsupported("bfe of a field that differs by thread, or reaches out of its register")
     first, size = (int(place[0]) for place in places)
     kind = a.dtype.type
     return a << kind(bits - first - size) >> kind(bits - size)
@@ -179,7 +192,7 @@ def converted(words: Sequence[str], bits: Array, of: str, to: str) -> Array:
     """cvt of bits of one type to bits of another; integers keep their sign in a wider register."""
     how = [word for word in words[1:] if word not in ("rn", "ftz") and not TYPE.fullmatch(word.removesuffix("x2"))]
     if len(how) > 1 or how and how[0] not in (*WHOLE, "rz", "sat"):
-        raise NotImplementedError(f"cvt with .{how[-1]}")
+        raise Unsupported(f"cvt with .{how[-1]}")
     values = read(bits, of)
     if values.dtype.kind in "iu":
         if to[0] in "us":
@@ -194,7 +207,7 @@ def converted(words: Sequence[str], bits: Array, of: str, to: str) -> Array:
         return _whole_number(values.astype(np.float64), to)
     if how == ["rz"]:
         if (of, to) != ("f32", "bf16"):
-            raise NotImplementedError("cvt with .rz")
+            raise Unsupported("cvt with .rz")
         return np.where(np.isnan(values), NAN, values.view(np.uint32)).astype(np.uint32) >> np.uint32(16)
     return bits_of(values, to)
 

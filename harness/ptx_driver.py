@@ -28,14 +28,19 @@ def executed(target: str = "sm_90") -> Iterator[None]:
     must be imported before. Launches raise what harness.ptx_machine.launch raises. Times mean nothing. Raises
     ValueError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
-    if target not in LIMITS:
-        raise ValueError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
+    check_target(target)
     before = driver._active
     driver.set_active(_Driver(target))
     try:
         yield
     finally:
         driver.set_active(before)
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError unless executed knows that target."""
+    if target not in LIMITS:
+        raise ValueError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
 
 
 class _Driver:

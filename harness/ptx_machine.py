@@ -19,7 +19,7 @@ from torch import Tensor
 from harness import ptx_matrix as matrix
 from harness.ptx_arithmetic import INTEGER, LOGIC, arithmetic, compared, converted
 from harness.ptx_memory import Global, Shared, check_aligned
-from harness.ptx_numbers import UNSIGNED, Array, extended, read, width
+from harness.ptx_numbers import UNSIGNED, Array, Unsupported, extended, read, width
 from harness.ptx_program import Address, Instruction, Operand, Program
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
@@ -37,7 +37,7 @@ def launch(
     """Runs a kernel on its arguments, CPU tensors and numbers in the order of its parameters; None is a null pointer.
 
     threads and bytes of shared memory: of a program. Parameters behind the arguments, Triton's scratch memory, are 0.
-    Raises IndexError for an access outside of the tensors' storages or not aligned, NotImplementedError for what no
+    Raises IndexError for an access outside of the tensors' storages or not aligned, Unsupported for what no
     kernel here has needed yet.
     """
     memory = Global([a for a in arguments if isinstance(a, Tensor)])
@@ -94,7 +94,7 @@ class _Run:
                 instruction = self.program.instructions[place]
                 try:
                     place = self._step(instruction, place)
-                except (IndexError, NotImplementedError) as error:
+                except (IndexError, Unsupported) as error:
                     text = " ".join(instruction.text.split())
                     text = text if len(text) < 120 else f"{text[:60]} ... {text[-50:]}"
                     raise type(error)(f"{error}, in {self.program.name}: {text}") from error
@@ -143,7 +143,7 @@ class _Run:
     def _check_together(self) -> None:
         for threads in self.waiting.values():
             if np.isin(self.of_program[threads], self.of_program[self.active]).any():
-                raise NotImplementedError("a barrier that not all threads of a program reach together")
+                raise Unsupported("a barrier that not all threads of a program reach together")
 
     # ------------------------------------------------------------ operands
 
@@ -157,7 +157,7 @@ class _Run:
             return self.registers[operand]
         if REGISTER.fullmatch(operand):
             return ~np.uint64(0)  # never written: the compiler said that its value does not matter
-        raise NotImplementedError(operand)
+        raise Unsupported(operand)
 
     def get(self, operand: Operand, kind: str) -> Array:
         return read(self.bits(operand), kind)
@@ -272,7 +272,7 @@ class _Run:
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
         if i.words[1] != "async" or "bulk" in i.words or not {"shared", "shared_cta"} & set(i.words):
-            raise NotImplementedError("this copy")
+            raise Unsupported("this copy")
         target, source = (self.addresses(operand)[mask] for operand in i.operands[:2])
         size, *rest = i.operands[2 : -1 if "L2_cache_hint" in i.words else None]
         given = self.each(self.get(rest[0] if rest else size, "u32"))[mask]
@@ -288,7 +288,7 @@ class _Run:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order."""
         kind = i.words[-1]
         if "global" not in i.words or i.words[-2] != "add" or kind not in ("u32", "s32", "f32"):
-            raise NotImplementedError("this atomic operation")
+            raise Unsupported("this atomic operation")
         addresses, values = self.addresses(i.operands[-2]), self.each(self.get(i.operands[-1], "b32"))
         check_aligned(addresses[mask], 4)
         old = np.zeros(self.threads, np.uint32)
@@ -304,10 +304,10 @@ class _Run:
     # ------------------------------------------------------------ whole warps
 
     def _groups(self, mask: Array, size: int) -> Array:
-        """Which groups of that many threads take part. Raises NotImplementedError where one does in part."""
+        """Which groups of that many threads take part. Raises Unsupported where one does in part."""
         groups = mask.reshape(-1, size)
         if (groups.any(1) != groups.all(1)).any():
-            raise NotImplementedError("a part of a warp at an instruction of whole warps")
+            raise Unsupported("a part of a warp at an instruction of whole warps")
         return groups[:, 0]
 
     def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
@@ -323,7 +323,7 @@ class _Run:
     def _shfl(self, i: Instruction, mask: Array) -> None:
         groups = self._groups(mask, 32)
         if i.operands[3] != (0 if i.words[2] == "up" else 31):
-            raise NotImplementedError("shfl within parts of a warp")
+            raise Unsupported("shfl within parts of a warp")
         name, _, inside = i.operands[0].partition("|")
         found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
         self._put_rows([name], [found], groups, mask)
@@ -365,12 +365,12 @@ class _Run:
         groups = self._groups(mask, 128)
         accumulators, left, right, keep, *signs = i.operands
         if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1]:
-            raise NotImplementedError("wgmma of other types than bf16, or with signs")
+            raise Unsupported("wgmma of other types than bf16, or with signs")
         if any(signs[2:]):
-            raise NotImplementedError("wgmma of a transposed matrix")
+            raise Unsupported("wgmma of a transposed matrix")
         keep = np.unique(self.each(self.predicate(keep))[mask])
         if len(keep) > 1:
-            raise NotImplementedError("a product to which not all threads add")
+            raise Unsupported("a product to which not all threads add")
         columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
         programs = self.of_program.reshape(-1, 128)[groups, 0]
 
@@ -393,4 +393,4 @@ def _space(i: Instruction) -> str:
     for word in i.words[1:-1]:
         if word == "global" or word in ("shared", "shared_cta"):
             return word.removesuffix("_cta")
-    raise NotImplementedError("this memory")
+    raise Unsupported("this memory")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from harness.ptx_memory import Shared, check_aligned
-from harness.ptx_numbers import Array, read
+from harness.ptx_numbers import Array, Unsupported, read
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
@@ -24,7 +24,7 @@ def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
     exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own."""
     lanes = lanes.astype(np.int64)
     if mode not in ("bfly", "idx", "up"):
-        raise NotImplementedError(f"shfl.sync.{mode}")
+        raise Unsupported(f"shfl.sync.{mode}")
     source = {"idx": lanes & 31, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
     there = (source >= 0) & (source < 32)
     return np.take_along_axis(values, np.where(there, source, LANE), 1), there
@@ -81,7 +81,7 @@ def mma(shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array]
         for n, word in enumerate(b):
             right[:, G, T + 4 * n] = tf32(word)
     else:
-        raise NotImplementedError(f"mma of {shape} in {kinds[-2]}")
+        raise Unsupported(f"mma of {shape} in {kinds[-2]}")
     total = left @ right.swapaxes(1, 2)
     places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]
     return [_added(word, total[:, row, column]) for word, (row, column) in zip(c, places, strict=True)]
@@ -118,7 +118,7 @@ def described(shared: Shared, programs: Array, descriptors: Array, rows: int) ->
 
     swizzle = field(62, 2)
     if (swizzle == 0).any() or field(49, 3).any():
-        raise NotImplementedError("a matrix descriptor without swizzle, or with a base offset")
+        raise Unsupported("a matrix descriptor without swizzle, or with a base offset")
     line = 256 >> swizzle
     row, column = np.arange(rows)[:, None], 2 * np.arange(16)
     address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + column

@@ -19,11 +19,15 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 TYPE = re.compile(r"([bsuf]|bf)(8|16|32|64)")
 
 
+class Unsupported(ValueError):
+    """PTX whose meaning is not known here: refused, so that no bit is guessed."""
+
+
 def width(kind: str) -> int:
-    """Bits of a PTX type: 16 of `bf16`, 64 of `s64`. Raises NotImplementedError for one that is not known here."""
+    """Bits of a PTX type: 16 of `bf16`, 64 of `s64`. Raises Unsupported for one that is not known here."""
     found = TYPE.fullmatch(kind)
     if found is None or kind in ("f16", "f64"):
-        raise NotImplementedError(f"type {kind}")
+        raise Unsupported(f"type {kind}")
     return int(found[2])
 
 

@@ -14,6 +14,7 @@ from harness import ptx_matrix as matrix
 from harness import ptx_numbers as numbers
 from harness.ptx_machine import launch
 from harness.ptx_memory import Shared
+from harness.ptx_numbers import Unsupported
 from harness.ptx_program import Address, parse
 
 THREADS = 64
@@ -570,7 +571,7 @@ def test_a_descriptor_names_rows_in_parts_that_are_exchanged(line: int):
     descriptor = np.array([start // 16 | stride // 16 << 32 | swizzle << 62], np.uint64)
     assert matrix.described(shared, np.array([0]), descriptor, 64)[0].tolist() == values.tolist()
     for wrong in (descriptor & np.uint64((1 << 62) - 1), descriptor | np.uint64(1 << 49)):
-        with pytest.raises(NotImplementedError, match="a matrix descriptor without swizzle, or with a base offset"):
+        with pytest.raises(Unsupported, match="a matrix descriptor without swizzle, or with a base offset"):
             matrix.described(shared, np.array([0]), wrong, 64)
 
 
@@ -601,50 +602,50 @@ def test_products_of_warp_groups(keep: bool):
             IndexError,
             "an address outside of 256 bytes of shared memory",
         ),
-        ("mov.u32 %r5, %cluster_ctarank;", NotImplementedError, "%cluster_ctarank"),
+        ("mov.u32 %r5, %cluster_ctarank;", Unsupported, "%cluster_ctarank, in k"),
         (
             "setp.lt.u32 %p1, %r1, 9; @%p1 bra $L__a; bar.sync 0; $L__a:",
-            NotImplementedError,
+            Unsupported,
             "a barrier that not all threads",
         ),
         (
             "setp.lt.u32 %p1, %r1, 9; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;",
-            NotImplementedError,
+            Unsupported,
             "a part of a warp",
         ),
-        ("shfl.sync.up.b32 %r5, %r1, 1, 31, -1;", NotImplementedError, "shfl.sync.up"),
-        ("add.rz.f32 %r5, %r1, %r1;", NotImplementedError, "add with .rz"),
-        ("cvt.rna.tf32.f32 %r5, %r1;", NotImplementedError, "cvt with .tf32"),
-        ("cos.approx.f32 %r5, %r1;", NotImplementedError, "cos"),
-        ("popc.b32 %r5, %r1;", NotImplementedError, "popc"),
-        ("add.f64 %rd5, %rd1, %rd1;", NotImplementedError, "type f64"),
-        ("ld.local.b32 %r5, [%r1];", NotImplementedError, "this memory"),
-        ("mbarrier.init.shared::cta.b64 [%r1], 1;", NotImplementedError, "mbarrier"),
-        ("atom.global.gpu.relaxed.max.u32 %r5, [%rd1], %r1;", NotImplementedError, "this atomic operation"),
-        ("cp.async.bulk.shared::cluster.global [%r1], [%rd1], 16, [%r1];", NotImplementedError, "this copy"),
-        ("bfe.u32 %r5, %r1, %r1, 3;", NotImplementedError, "bfe of a field that differs by thread"),
-        ("add.sat.s32 %r5, %r1, %r1;", NotImplementedError, "add with .sat"),
-        ("fma.rn.relu.bf16x2 %r5, %r1, %r1, %r1;", NotImplementedError, "fma with .relu"),
-        ("mad.hi.u32 %r5, %r1, %r1, %r1;", NotImplementedError, "mad with .hi"),
-        ("max.f32 %r5, %r1, %r1, %r1;", NotImplementedError, "max"),
-        ("shfl.sync.bfly.b32 %r5, %r1, 1, 7, -1;", NotImplementedError, "shfl within parts of a warp"),
+        ("shfl.sync.down.b32 %r5, %r1, 1, 31, -1;", Unsupported, "shfl.sync.down, in k"),
+        ("add.rz.f32 %r5, %r1, %r1;", Unsupported, "add with .rz"),
+        ("cvt.rna.tf32.f32 %r5, %r1;", Unsupported, "cvt with .tf32"),
+        ("cos.approx.f32 %r5, %r1;", Unsupported, "cos, in k"),
+        ("popc.b32 %r5, %r1;", Unsupported, "popc, in k"),
+        ("add.f64 %rd5, %rd1, %rd1;", Unsupported, "type f64"),
+        ("ld.local.b32 %r5, [%r1];", Unsupported, "this memory"),
+        ("mbarrier.init.shared::cta.b64 [%r1], 1;", Unsupported, "mbarrier"),
+        ("atom.global.gpu.relaxed.max.u32 %r5, [%rd1], %r1;", Unsupported, "this atomic operation"),
+        ("cp.async.bulk.shared::cluster.global [%r1], [%rd1], 16, [%r1];", Unsupported, "this copy"),
+        ("bfe.u32 %r5, %r1, %r1, 3;", Unsupported, "bfe of a field that differs by thread"),
+        ("add.sat.s32 %r5, %r1, %r1;", Unsupported, "add with .sat"),
+        ("fma.rn.relu.bf16x2 %r5, %r1, %r1, %r1;", Unsupported, "fma with .relu"),
+        ("mad.hi.u32 %r5, %r1, %r1, %r1;", Unsupported, "mad with .hi"),
+        ("max.f32 %r5, %r1, %r1, %r1;", Unsupported, "max, in k"),
+        ("shfl.sync.bfly.b32 %r5, %r1, 1, 7, -1;", Unsupported, "shfl within parts of a warp"),
         ("shl.b32 %r5, %r1, 2; ld.shared.b32 %r6, [%r5 + -8];", IndexError, "an address outside of 256 bytes"),
         ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r1];", IndexError, "16 bytes at an address that is no"),
         ("mov.b32 %r5, 0; cp.async.ca.shared.global [%r5], [%rd1 + 2], 4;", IndexError, "4 bytes at an address that"),
         (
             "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, 1, 1, 1, 0, 1;",
-            NotImplementedError,
+            Unsupported,
             "wgmma of a transposed matrix",
         ),
         (
             "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, 1, -1, 1, 0, 0;",
-            NotImplementedError,
+            Unsupported,
             "or with signs",
         ),
         (
             "setp.lt.u32 %p1, %r1, 9; "
             "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r1,%r1,%r1}, %rd1, %rd1, %p1, 1, 1;",
-            NotImplementedError,
+            Unsupported,
             "a product to which not all threads add",
         ),
     ],
