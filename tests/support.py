@@ -72,6 +72,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """PyTorch's own matmul: oneDNN's in bf16 makes row 2 NaN when row 3 holds one, on CPUs with bf16 tiles (AMX)."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 # ---------------------------------------------------------------- comparing
 
 
