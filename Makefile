@@ -13,53 +13,54 @@ WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
-	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of python -m harness"
+	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of castpoint"
 
-$(READY): requirements.txt
+$(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep -oE '^torch==[0-9.]+' requirements.txt)"
 	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 
 bench: $(READY)  ## errors, amplification and speed of every plan on Qwen3-0.6B, plots and report
-	$(BIN)/python -m harness bench $(WHERE) $(ARGS)
+	$(BIN)/castpoint bench $(WHERE) $(ARGS)
 
 test: $(READY)  ## prove that every kernel does what its plan says
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 compare: $(READY)  ## time the plans with pytest-benchmark and compare with the last saved run
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/bench -q -o addopts="" --benchmark-autosave --benchmark-storage=.benchmarks \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
 study: $(READY)  ## fingerprints of public implementations, error budget, cases, audit, compiled kernels run on a CPU
 	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-extras.txt
-	$(BIN)/python -m harness survey $(WHERE)
-	$(BIN)/python -m harness budget --tokens 64 $(WHERE)
-	$(BIN)/python -m harness cases $(WHERE)
-	$(BIN)/python -m harness audit $(WHERE)
-	$(BIN)/python -m harness execute $(WHERE)
-	$(BIN)/python -m harness configs $(WHERE)
+	$(BIN)/castpoint survey $(WHERE)
+	$(BIN)/castpoint budget --tokens 64 $(WHERE)
+	$(BIN)/castpoint cases $(WHERE)
+	$(BIN)/castpoint audit $(WHERE)
+	$(BIN)/castpoint execute $(WHERE)
+	$(BIN)/castpoint configs $(WHERE)
 
 models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)
-	$(BIN)/python -m harness models
+	$(BIN)/castpoint models
 
 test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
-	$(BIN)/python -m pytest -q tests/real -o addopts="" $(ARGS)
+	$(BIN)/pytest -q tests/real -o addopts="" $(ARGS)
 
 gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
-	$(PYTHON) -m harness gpu $(WHERE) $(ARGS)
+	$(PYTHON) -m castpoint gpu $(WHERE) $(ARGS)
 
 gpu-quick:  ## two models at four token counts, to see whether `make gpu` would run
-	$(PYTHON) -m harness gpu --quick $(WHERE) $(ARGS)
+	$(PYTHON) -m castpoint gpu --quick $(WHERE) $(ARGS)
 
 gpu-tune:  ## time every tile of the kernels and write the fastest into kernels/dispatch.csv; then `make gpu` takes them
-	$(PYTHON) -m harness tune $(WHERE) $(ARGS)
+	$(PYTHON) -m castpoint tune $(WHERE) $(ARGS)
 
 report: $(READY)  ## plots, report.md and the README's tables from the newest finished run
-	$(BIN)/python -m harness report $(WHERE)
+	$(BIN)/castpoint report $(WHERE)
 
 lint: $(READY)  ## check style, change nothing
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Command line: python -m harness COMMAND. Heavy imports wait until a command needs them."""
+"""Command line: castpoint COMMAND. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
 except ImportError:
     sys.exit("error: the command line needs typer and rich: `make bench` sets them up, or pip install typer rich")
 
-from harness.options import (
+from castpoint.harness.options import (
     DeviceName,
     ResultsFolder,
     device_named,
@@ -22,8 +22,8 @@ from harness.options import (
     records_of,
     select,
 )
-from harness.records import Records
-from harness.settings import Settings
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.settings import Settings
 
 app = typer.Typer(
     help="Where does a fused RMSNorm -> QKV -> K-norm kernel round to bf16, what does it cost, what does it buy?",
@@ -37,8 +37,8 @@ app = typer.Typer(
 @on_selection
 def bench(settings: Settings, records: Records) -> None:
     """Errors, amplification and speed of every plan, then plots and report."""
-    from harness.precision import sweep_kernels, sweep_precision
-    from harness.speed import sweep_speed
+    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
+    from castpoint.harness.timing.sweep import sweep_speed
 
     sweep_precision(settings, records)
     sweep_kernels(settings, records)
@@ -51,8 +51,8 @@ def bench(settings: Settings, records: Records) -> None:
 @on_selection
 def errors(settings: Settings, records: Records) -> None:
     """Errors of q, k and v of every plan and backend, without times."""
-    from harness.precision import sweep_kernels, sweep_precision
-    from harness.report import tables
+    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
+    from castpoint.harness.report.page import tables
 
     sweep_precision(settings, records)
     sweep_kernels(settings, records)
@@ -65,8 +65,8 @@ def errors(settings: Settings, records: Records) -> None:
 @on_selection
 def amplify(settings: Settings, records: Records) -> None:
     """What the K-norm weights do to K's error, to the attention logits and to softmax."""
-    from harness.precision import sweep_precision
-    from harness.report import tables
+    from castpoint.harness.accuracy.sweep import sweep_precision
+    from castpoint.harness.report.page import tables
 
     sweep_precision(settings, records)
     records.finish()
@@ -77,9 +77,9 @@ def amplify(settings: Settings, records: Records) -> None:
 @on_selection
 def budget(settings: Settings, records: Records) -> None:
     """How much of each plan's error each of its roundings makes: exact Shapley values."""
-    from harness.budget_report import largest_share_sentence
-    from harness.budget_rows import sweep_budget
-    from harness.frames import load
+    from castpoint.harness.accuracy.budget import sweep_budget
+    from castpoint.harness.report.budget import largest_share_sentence
+    from castpoint.harness.runs.frames import load
 
     sweep_budget(settings, records)
     records.finish()
@@ -90,9 +90,9 @@ def budget(settings: Settings, records: Records) -> None:
 @on_selection
 def speed(settings: Settings, records: Records) -> None:
     """Times of eager, torch.compile and every plan on this machine."""
-    from harness.precision import sweep_kernels
-    from harness.report import tables
-    from harness.speed import sweep_speed
+    from castpoint.harness.accuracy.sweep import sweep_kernels
+    from castpoint.harness.report.page import tables
+    from castpoint.harness.timing.sweep import sweep_speed
 
     sweep_kernels(settings, records)  # what is red gets no time
     sweep_speed(settings, records)
@@ -107,19 +107,19 @@ def gpu(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every measurement; touch no GPU.")] = False,
 ) -> None:
     """Everything that wants a CUDA device: checks, errors, the grid of speeds, fingerprints. Continues where it was."""
-    from harness import grid
+    from castpoint.harness.problems import grid
 
     if dry_run:
         print("\n".join(grid.listing(quick)))
         return
     settings, records = select(device="cuda", results=results, short=quick)
     records.note(command="gpu")
-    from harness.gpu import sweep_gpu
-    from harness.gpu_checks import check_eager, check_interpreter, check_kernels
-    from harness.precision import sweep_kernels, sweep_precision
-    from harness.rig_cuda import Cuda, DeviceLost
-    from harness.speed import sweep_speed
-    from harness.survey import survey_implementations
+    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
+    from castpoint.harness.conformance.cuda import check_eager, check_interpreter, check_kernels
+    from castpoint.harness.fingerprint.survey import survey_implementations
+    from castpoint.harness.gpu.sweep import sweep_gpu
+    from castpoint.harness.timing.cuda import Cuda, DeviceLost
+    from castpoint.harness.timing.sweep import sweep_speed
 
     device = Cuda()
     try:
@@ -154,10 +154,10 @@ def tune(
 ) -> None:
     """Time every config of the kernels on this GPU, and write the fastest into kernels/dispatch.csv."""
     device = device_named("cuda")
-    from harness import grid
-    from harness.rig_cuda import Cuda, DeviceLost
-    from harness.tune import tune as tuned
-    from kernels.dispatch import TABLE, read_table, write_table
+    from castpoint.harness.gpu.tune import tune as tuned
+    from castpoint.harness.problems import grid
+    from castpoint.harness.timing.cuda import Cuda, DeviceLost
+    from castpoint.kernels.dispatch import TABLE, read_table, write_table
 
     records = records_of("tune", results, device, quick=quick)
     try:
@@ -184,10 +184,10 @@ def identify(
     """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
     import json
 
-    from harness.blackbox import KINDS
-    from harness.fingerprint import summary
-    from harness.fingerprint_answer import check_expectation, unmet
-    from harness.identify import identify_target
+    from castpoint.harness.fingerprint.answer import check_expectation, unmet
+    from castpoint.harness.fingerprint.blackbox import KINDS
+    from castpoint.harness.fingerprint.norm import summary
+    from castpoint.harness.fingerprint.process import identify_target
 
     if kind not in KINDS:
         raise ValueError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -208,7 +208,7 @@ def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
     """Fingerprints of public implementations: PyTorch, Hugging Face, Liger, JAX and others that are installed."""
     device = device_named(device)
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.survey import survey_implementations
+    from castpoint.harness.fingerprint.survey import survey_implementations
 
     records = records_of("survey", results, device)
     survey_implementations(records, device)
@@ -219,7 +219,7 @@ def survey(results: ResultsFolder = None, device: DeviceName = "") -> None:
 @app.command()
 def cases(results: ResultsFolder = None) -> None:
     """Cases of the field: a boundary that moved in a public engine, what it changes here, and what was claimed."""
-    from harness.cases import run_cases
+    from castpoint.harness.cases.run import run_cases
 
     records = records_of("cases", results, device_named("cpu"))
     for row in run_cases():
@@ -233,7 +233,7 @@ def cases(results: ResultsFolder = None) -> None:
 def confusion(results: ResultsFolder = None) -> None:
     """Fingerprints of this lab's own plans, whose answers are known: takes half an hour on two cores."""
     device = device_named("cpu")
-    from harness.survey import survey_known
+    from castpoint.harness.fingerprint.survey import survey_known
 
     records = records_of("confusion", results, device)
     survey_known(records)
@@ -262,9 +262,9 @@ def audit(
 ) -> None:
     """Does the compiled code hold the roundings that the plan declares? Needs no GPU; exits with 1 if a row is red."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.aot import TARGETS
-    from harness.audit import audit_all, check_target
-    from harness.audit_foreign import audit_foreign
+    from castpoint.harness.audit.foreign import audit_foreign
+    from castpoint.harness.audit.kernels import audit_all, check_target
+    from castpoint.harness.compiled.compile import TARGETS
 
     targets = (target,) if target else tuple(TARGETS)
     for name in targets:
@@ -293,8 +293,8 @@ def execute(
 ) -> None:
     """Runs the PTX of every kernel on this CPU: does it equal its spec? Needs no GPU; exits with 1 if a row is red."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.execute import execute_kernels
-    from harness.ptx_driver import check_target
+    from castpoint.harness.conformance.execute import execute_kernels
+    from castpoint.harness.ptx.driver import check_target
 
     check_target(target)
     records = records_of("execute", results, "cpu", target=target)
@@ -309,7 +309,7 @@ def execute(
 def configs(results: ResultsFolder = None) -> None:
     """Registers, spills and shared memory of every tile that a launch may take. Needs no GPU."""
     os.environ["TRITON_INTERPRET"] = "0"
-    from harness.configs import sweep_configs
+    from castpoint.harness.compiled.resources import sweep_configs
 
     records = records_of("configs", results, "cpu")
     sweep_configs(records)
@@ -336,10 +336,10 @@ def model(
 ) -> None:
     """Does a language model notice? Every plan inside a real model, against float64 and against eager bf16."""
     device = device_named(device)
-    from harness import impact_report
-    from harness.impact import CONTINUATION, arms, sweep_model, texts
-    from harness.language_model import load
-    from variants.variant import check_backend
+    from castpoint.harness.model.language_model import load
+    from castpoint.harness.model.study import CONTINUATION, arms, sweep_model, texts
+    from castpoint.harness.report import model as impact_report
+    from castpoint.variants.backends import check_backend
 
     read = prompts_hash(prompts)
     names = parse_plans(plans)
@@ -358,10 +358,10 @@ def model(
 @app.command()
 def models() -> None:
     """Fetch Gemma 3 270M, a real model with q and k norms, into models/."""
-    from harness.gemma import fetch
+    from castpoint.harness.model.fetch import fetch
 
     folder = fetch()
-    print(f"{folder} is ready: python -m harness model {folder}")
+    print(f"{folder} is ready: castpoint model {folder}")
 
 
 @app.command()
@@ -369,7 +369,7 @@ def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
 ) -> None:
     """Plots, report.md and the README's tables from the newest finished bench or gpu run of a results folder."""
-    from harness.report import update_readme
+    from castpoint.harness.report.page import update_readme
 
     folder = results or Path("results/cpu")
     _write_report(folder)
@@ -381,7 +381,7 @@ def report(
 @app.command(name="plans")
 def show_plans() -> None:
     """The named plans: where each rounds, and who uses it."""
-    from variants.catalogue import PLANS
+    from castpoint.variants.catalogue import PLANS
 
     for name, named in PLANS.items():
         p = named.plan
@@ -395,7 +395,7 @@ def show_plans() -> None:
 @app.command()
 def doctor() -> None:
     """What is missing or in the way on this machine, and the cure."""
-    from harness.doctor import checks
+    from castpoint.harness.doctor import checks
 
     failed = False
     for check in checks():
@@ -408,16 +408,16 @@ def doctor() -> None:
 
 
 def _print_study(records: Records, table: str) -> None:
-    from harness.frames import load
-    from harness.studies import SECTIONS
+    from castpoint.harness.report.studies import SECTIONS
+    from castpoint.harness.runs.frames import load
 
     print(SECTIONS[table](load(records.folder, records.run_id)[table]))
 
 
 def _write_report(folder: Path) -> None:
-    from harness import gpu_plots, gpu_rows
-    from harness.plots import draw
-    from harness.report import newest_run, write_report
+    from castpoint.harness.report import gpu_plots, gpu_rows
+    from castpoint.harness.report.page import newest_run, write_report
+    from castpoint.harness.report.plots import draw
 
     run_id, gpu_run = newest_run(folder), gpu_rows.newest(folder)
     draw(folder, run_id)

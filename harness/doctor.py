@@ -52,7 +52,7 @@ def package_origin(name: str) -> Check:
     return Check(
         origin is not None and Path(origin).resolve() == ROOT.resolve() / name / "__init__.py",
         f"package {name} is imported from {origin}",
-        "run python -m harness from the root of the checkout",
+        "run castpoint from the root of the checkout",
     )
 
 
@@ -93,9 +93,9 @@ def interpreter() -> Check:
     import torch
     import triton
 
-    if not torch.cuda.is_available() and "kernels.norm_qkv" not in sys.modules:
+    if not torch.cuda.is_available() and "castpoint.kernels.norm_qkv" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    from kernels.norm_qkv import norm_qkv_kernel
+    from castpoint.kernels.norm_qkv import norm_qkv_kernel
 
     interpreted = not isinstance(norm_qkv_kernel, triton.JITFunction)
     wanted = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.geometry import Geometry, geometry_named, name_of
-from harness.records import Records
-from harness.settings import Settings
+from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.settings import Settings
 
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -46,8 +46,8 @@ def select(
     if checkpoint is not None:
         _check_layers(checkpoint, wanted, chosen)
     device = device_named(device)
-    from harness.environment import describe, machine_name
-    from variants.catalogue import PLANS
+    from castpoint.harness.runs.environment import describe, machine_name
+    from castpoint.variants.catalogue import PLANS
 
     settings = Settings(
         model=wanted,
@@ -79,7 +79,7 @@ def on_selection(command: Callable[[Settings, Records], None]) -> Callable[..., 
 
 def records_of(command: str, results: Path | None, device: str, **settings: object) -> Records:
     """The results folder of a command that takes no selection of plans and layers."""
-    from harness.environment import describe, machine_name
+    from castpoint.harness.runs.environment import describe, machine_name
 
     folder = results or Path("results") / machine_name(device)
     records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
@@ -105,7 +105,7 @@ def device_named(wanted: str) -> str:
 
 def parse_plans(text: str) -> tuple[str, ...]:
     """Names with commas. Raises KeyError, with the nearest name, where one is no plan's."""
-    from variants.catalogue import plan_named
+    from castpoint.variants.catalogue import plan_named
 
     names = tuple(text.split(","))
     for name in names:
@@ -139,7 +139,7 @@ def prompts_hash(prompts: Path | None) -> str:
 
 def _checkpoint_geometry(checkpoint: str, model: str, layers: str) -> tuple[str, Geometry]:
     """Name and geometry of a checkpoint. Raises ValueError if it cannot be read or is not the model asked for."""
-    from harness.checkpoint import load_layer
+    from castpoint.harness.problems.checkpoint import load_layer
 
     first = parse_layers(layers, sys.maxsize)[:1] or (0,)
     geometry, _ = load_layer(checkpoint, first[0], model or Settings.model)
@@ -150,7 +150,7 @@ def _checkpoint_geometry(checkpoint: str, model: str, layers: str) -> tuple[str,
 
 def _check_layers(checkpoint: str, model: str, layers: tuple[int, ...]) -> None:
     """Raises ValueError unless every layer can be read, so that no run ends halfway for it."""
-    from harness.checkpoint import load_layer
+    from castpoint.harness.problems.checkpoint import load_layer
 
     for layer in layers:
         load_layer(checkpoint, layer, model)

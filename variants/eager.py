@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.norm_qkv import fold_norm_weight
-from variants.plan import CastPlan
-from variants.problem import Problem, rotate_half
-from variants.spec import round_to, truncate_tf32
+from castpoint.kernels.norm_qkv import fold_norm_weight
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem, rotate_half
+from castpoint.variants.spec import round_to, truncate_tf32
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 

@@ -23,10 +23,10 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.checks import KEEP, RNE
-from variants.plan import CastPlan
-from variants.problem import Problem, rotate_half
-from variants.spec import applied_weight, check_offset, matmul_operand, store
+from castpoint.kernels.checks import KEEP, RNE
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem, rotate_half
+from castpoint.variants.spec import applied_weight, check_offset, matmul_operand, store
 
 U = 2.0**-24  # unit roundoff of fp32
 SIGMAS = 6.0

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, check_flags
+from castpoint.kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, check_flags
 
 OPTIONAL = ("x", *ROPE_BOUNDARIES)  # boundaries that a problem may have no use for
 

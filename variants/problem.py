@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import check_inputs
+from castpoint.kernels.checks import check_inputs
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import KEEP, RNE
-from variants.plan import CastPlan
-from variants.problem import Problem, rotate_half
+from castpoint.kernels.checks import KEEP, RNE
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem, rotate_half
 
 TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa
 BF16_MASK = -(1 << 16)

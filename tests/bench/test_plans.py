@@ -6,13 +6,13 @@ On a CPU each plan runs through Inductor with its roundings kept, on a GPU throu
 import pytest
 import torch
 
-from harness.errors import error_stats
-from harness.problems import synthetic_problem
-from variants.catalogue import PLANS
-from variants.eager import eager, plan_weight
-from variants.problem import Problem
-from variants.spec import spec, truth
-from variants.variant import compiled_eager, compiled_plan, run_triton
+from castpoint.harness.accuracy.errors import error_stats
+from castpoint.harness.problems.drawn import synthetic_problem
+from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.eager import eager, plan_weight
+from castpoint.variants.problem import Problem
+from castpoint.variants.spec import spec, truth
 
 TOKENS = (1, 128)
 

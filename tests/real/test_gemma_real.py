@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness import gemma
-from harness.attach import attached, decoder_layers, fitted, layer_problem, reference_plan
-from harness.checkpoint import load_layer
-from harness.impact import Says, parting, token_errors
-from harness.language_model import LanguageModel, load
-from harness.passes import Pass, forward, greedy, k_norm_max
-from harness.yardsticks import in_precision
-from variants.catalogue import plan_named
-from variants.envelope import envelope, outside
-from variants.spec import truth
-from variants.variant import run
+from castpoint.harness.model import fetch as gemma
+from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem, reference_plan
+from castpoint.harness.model.language_model import LanguageModel, load
+from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
+from castpoint.harness.model.study import Says, parting, token_errors
+from castpoint.harness.model.yardsticks import in_precision
+from castpoint.harness.problems.checkpoint import load_layer
+from castpoint.variants.backends import run
+from castpoint.variants.catalogue import plan_named
+from castpoint.variants.envelope import envelope, outside
+from castpoint.variants.spec import truth
 
 PASSAGE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
@@ -78,7 +78,7 @@ def test_the_largest_k_norm_weight_is_in_layer_11(lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("layer", [0, 11])
 def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: int) -> None:
-    """Read by two ways that share no code: transformers' and harness.checkpoint's."""
+    """Read by two ways that share no code: transformers' and problems.checkpoint's."""
     _, tensors = load_layer(str(gemma.GGUF), layer, "")
     problem = layer_problem(decoder_layers(lm.model)[layer], lm.config, torch.zeros(1, 640, dtype=torch.bfloat16))
     assert set(tensors) == {"norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight"}

@@ -1,0 +1,150 @@
+"""The static audit: compiled kernels hold the roundings their plan declares, where it declares them, and no other.
+
+TTIR proves where. It is a graph of values: each product, sum and root is named by what it was computed from (a product
+with 1/sqrt of a mean of squares is `normed`), and every way from one of them to the next must hold the roundings that
+the plan declares for it: none lost, doubled, truncating or moved, whatever the kernel calls its variables.
+
+PTX and AMD assembly prove that the compiler kept them. Every rounding there is followed in its bits, element by
+element, and belongs to the rounding of TTIR that the compiler's line table gives the same line and call; where the
+table lost it, to one that rounds the same kind of operation. LLVM makes one vector operation of two alike ones and
+gives both the place of one (RoPE's products): then whatever reads them must read such roundings alone. A rounding that
+TTIR lacks, has of another kind or has and the machine code has not is a fault; so is an element of an always rounded
+value that is not, or that arithmetic reads before, and a fused multiply-add that no division, root or matrix product of
+TTIR expands to. What machine code does not show is which value comes out of memory again (shared memory above all), so
+which of two roundings on one line comes first is known from TTIR alone. Rounding what is rounded already changes
+nothing and may be removed; what is left of it is not looked at.
+
+Memory joins kernels. What another kernel stored (rstd, hidden, proj) is taken at its word where it is loaded: the row
+of the kernel that stores it proves it, and no rounding may follow. Workspace, which holds split-K's sums, is followed
+within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
+programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
+
+Texts become graphs in audit_ttir, audit_ptx and audit_amd (of audit_graph's nodes); audit_roundings finds the roundings
+in one, audit_flow names the values of TTIR. audit_plan then holds TTIR to the plan, audit_machine the machine code to
+TTIR. Here both become rows, in audit_foreign those of kernels without a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from castpoint.harness.audit.amd import amdgcn_graph
+from castpoint.harness.audit.flow import Flow
+from castpoint.harness.audit.graph import NOWHERE, spot
+from castpoint.harness.audit.machine import compare_machine, fused, sites_of
+from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_of, resource_faults
+from castpoint.harness.audit.ptx import ptx_graph
+from castpoint.harness.audit.roundings import Rounding, machine_roundings
+from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
+from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, cases, check_compilable
+from castpoint.kernels.norm_qkv import norm_qkv_kernel
+from castpoint.variants.catalogue import plan_named
+from castpoint.variants.plan import CastPlan
+
+Row = dict[str, str | int | None]
+COLUMNS = (
+    *("target", "kernel", "plan", "keywords", "status", "reason", "declared", "ttir", "machine", "roundings", "matmul"),
+    *("not_followed", "fused", "expanded", "matrix", "registers", "spills", "shared"),
+)
+
+
+def examine(
+    compiled: Compiled, flow: Flow, names: dict[Rounding, str], fp_fusion: bool = False
+) -> tuple[Row, list[str]]:
+    """(columns that need no plan, faults of the machine code against TTIR, one sentence each).
+
+    names: boundaries of roundings, where a plan gives them. fp_fusion: multiply-adds may be fused.
+    Raises ValueError where the kernel was compiled without a line table.
+    """
+    if all(node.place == NOWHERE for node in flow.nodes):
+        raise ValueError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
+    nodes = ptx_graph(compiled.asm["ptx"]) if "ptx" in compiled.asm else amdgcn_graph(compiled.asm["amdgcn"])
+    sites = sites_of(flow, names)
+    counts, faults = compare_machine(sites, nodes, machine_roundings(nodes))
+    extra, asked = fused(flow, nodes)
+    if extra and not fp_fusion:
+        where = spot(max(node.place for node in extra))
+        faults.append(f"machine code: multiply-adds fused that TTIR has apart: {len(extra)}, {where}")
+    row = {
+        "ttir": listed(f"{site.boundary or 'unclassified'} {site.kind}" for site in sites),
+        "machine": listed(f"{name or 'unclassified'} {count}" for name, count in counts.items()),
+        "roundings": "; ".join(described(flow)),
+        "matmul": listed(dot_precisions(flow)),
+        "not_followed": ", ".join(not_followed(flow)),
+        "fused": len(extra),
+        "expanded": asked,
+        "matrix": listed(compiled.matrix_instructions()),
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+    }
+    return row, faults
+
+
+def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any]) -> Row:
+    """The findings about one compiled kernel of this repository: the columns of audit_case from status on."""
+    part = part_of(compiled.kernel.removesuffix("_kernel"), keywords)
+    flow = flow_of(compiled.asm["ttir"], plan, part)
+    wanted = {edge: declared(plan, part, edge) for edge in flow.edges}
+    names = {
+        rounding: name
+        for edge, pairs in wanted.items()
+        for rounding, (name, _) in zip(edge.roundings, pairs, strict=False)
+    }
+    row, faults = examine(compiled, flow, names)
+    faults = compare_ttir(flow, plan, part) + faults + resource_faults(compiled, plan, part)
+    if row["not_followed"]:
+        faults.append(f"TTIR: the audit does not see through {row['not_followed']}")
+    words = ", ".join(dict.fromkeys(f"{name} {kind}" for pairs in wanted.values() for name, kind in pairs))
+    return {"status": "red" if faults else "ok", "reason": "; ".join(faults), "declared": words, **row}
+
+
+def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any]) -> Row:
+    """A case of compiled.compile.cases() compiled for one target and audited: COLUMNS, text or numbers.
+
+    target, kernel, plan   as given; keywords as text
+    status        `ok`, `red` (reason says what is wrong), or `failed` (it does not compile; what follows is None)
+    declared      roundings of the plan that the kernel has to make, `boundary kind`
+    ttir          roundings found in TTIR, the same words; a boundary comes twice where branches have one each
+    machine       elements a thread rounds at each boundary in PTX or AMD assembly, all copies of loops included
+    roundings     of each rounding in TTIR what is rounded and what reads it; matmul: operand types of its products
+    not_followed  operations of TTIR that the audit cannot see through
+    fused         multiply-adds that TTIR has apart; expanded: those that are its products, quotients and roots
+    matrix        matrix instructions
+    registers     a thread; spills: bytes a thread (both None without disassembler); shared: bytes a block
+
+    Raises KeyError for an unknown plan, ValueError for another unknown name, RuntimeError where the kernels were
+    imported interpreted.
+    """
+    check_target(target)
+    if kernel not in COMPILERS:
+        raise ValueError(f"unknown kernel {kernel!r}: kernels are {', '.join(COMPILERS)}")
+    plan = plan_named(plan_name)
+    check_compilable(norm_qkv_kernel)
+    words = " ".join(f"{name}={value}" for name, value in keywords.items())
+    row = {**dict.fromkeys(COLUMNS), "target": target, "kernel": kernel, "plan": plan_name, "keywords": words}
+    try:
+        compiled = COMPILERS[kernel](plan, target, **keywords)
+    except Exception as error:  # a compiler fails in its own ways, and the other cases go on
+        return row | {"status": "failed", "reason": reason(error)}
+    return row | audit_compiled(compiled, plan, keywords)
+
+
+def check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: targets are {', '.join(TARGETS)}")
+
+
+def audit_all(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
+    """Every case of compiled.compile.cases() for each of these targets, as rows; raises as audit_case does."""
+    for target in targets:
+        for kernel, name, keywords in cases(target):
+            yield audit_case(target, kernel, name, keywords)
+
+
+def reason(error: BaseException) -> str:
+    """The last line of what went wrong at the bottom: Triton puts the reason below the place."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".strip().splitlines()[-1][-500:]

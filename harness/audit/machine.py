@@ -1,0 +1,197 @@
+"""Machine code against TTIR: each rounding is found again, none is added, none comes too late, and nothing is fused.
+
+The line table says which of TTIR's roundings one of machine code is; where it lost the place, the kind of operation
+that is rounded does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from castpoint.harness.audit.flow import LOADS, Edge, Flow
+from castpoint.harness.audit.graph import NOWHERE, Node, Place, origins, spot
+from castpoint.harness.audit.roundings import FLOAT, MATRIX_RESULT, Rounding, is_fused
+from castpoint.harness.audit.words import titled
+
+WORDS = {"arith.mulf": {"fmul"}, "arith.addf": {"fadd"}, "arith.subf": {"fsub", "fadd"}}
+WORDS |= {"arith.divf": {"fdiv", "fmul"}, "tt.precise_divf": {"fdiv"}}  # the former by the reciprocal of a constant
+READ = re.compile(rf"({'|'.join(FLOAT)}|bfe|iadd|and|or|shr|select|bytes|cmp|bfi)$")  # as a number or its bits
+LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
+ROOTED = ("arith.divf", "tt.precise_divf")
+EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rounding of TTIR, to be found again."""
+
+    boundary: str
+    kind: str
+    places: frozenset[Place]
+    sources: tuple[Node, ...]
+    sinks: tuple[Node, ...]
+    role: str
+    always: bool  # nothing reads the source unrounded
+    redundant: bool  # what comes in is rounded already
+    spared: str  # what a conversion of Triton's own may leave out
+
+
+def sites_of(flow: Flow, names: dict[Rounding, str]) -> list[Site]:
+    """Every rounding of TTIR, with its boundary by names (else the role of what is rounded)."""
+    edges_of: dict[Node, list[Edge]] = defaultdict(list)
+    uses: dict[Rounding, list[tuple[Edge, int]]] = defaultdict(list)
+    for edge in flow.edges:
+        if not (edge.sink.op == "tt.dot" and edge.operand == 2):  # a sum that goes on is no reader of it
+            edges_of[edge.source].append(edge)
+        for index, rounding in enumerate(edge.roundings):
+            uses[rounding].append((edge, index))
+    sites = []
+    for rounding, used in uses.items():
+        edge = used[0][0]
+        sources, sinks = (tuple(dict.fromkeys(n)) for n in zip(*((e.source, e.sink) for e, _ in used), strict=True))
+        always = all(each.roundings for source in sources for each in edges_of[source])
+        always &= all(index == 0 for _, index in used)
+        redundant = all(index and each.roundings[index - 1].kind.startswith("bf16") for each, index in used)
+        boundary = names.get(rounding, edge.role)
+        spared = "without NaN" if rounding.node.op == "tt.fp_to_fp" else ""
+        about = (boundary, rounding.kind, rounding.places, sources, sinks, edge.role)
+        sites.append(Site(*about, always, redundant, spared))
+    return sites
+
+
+def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding]) -> tuple[Counter, list[str]]:
+    """(elements rounded at each boundary in machine code, what it does otherwise than TTIR, one sentence each)."""
+    counts, faults, matched = Counter(), [], defaultdict(list)
+    for rounding in sorted(found, key=lambda each: not each.places):  # those that lost their place in a move come last
+        if rounding.places:
+            here = [site for site in sites if site.places & rounding.places]
+        else:
+            alike = [site for site in sites if any(shape(each) & shape(rounding.value) for each in site.sources)]
+            here = [site for site in alike if not matched[site]] or alike
+        same = [site for site in here if rounding.kind == site.kind or rounding.kind == f"{site.kind} {site.spared}"]
+        for site in same:  # the line table does not tell two calls from one another that one helper makes
+            matched[site].append(rounding)
+        if same:
+            counts[same[0].boundary] += 1
+        elif here:
+            faults.append(
+                f"machine code: {titled(here[0].boundary)} is rounded {rounding.kind}, TTIR says {here[0].kind}"
+            )
+        else:
+            where = spot(max(rounding.places, default=NOWHERE))
+            faults.append(f"machine code: a value is rounded {rounding.kind} where TTIR does not, {where}")
+    for site in sites:
+        elusive = "unknown" in site.kind or site.kind.endswith(
+            "rtz without NaN"
+        )  # a shift, after memory none of a float
+        if not matched[site] and not site.redundant and not elusive:
+            alike = [each for each in sites if (each.boundary, each.kind) == (site.boundary, site.kind)]
+            if not moved(alike, nodes, [rounding for each in alike for rounding in matched[each]]):
+                faults.append(f"machine code: {titled(site.boundary)} is not rounded, TTIR says {site.kind}")
+        elif site.always:
+            related = [other for other in sites if set(other.sources) & set(site.sources)]
+            faults += unrounded(site, nodes, [rounding for other in related for rounding in matched[other]])
+    return counts, [f"{fault} ({n} times)" if n > 1 else fault for fault, n in Counter(faults).items()]
+
+
+def moved(alike: list[Site], nodes: list[Node], rounded: list[Rounding]) -> bool:
+    """Whether the roundings of some of these sites stand at places of the others, where LLVM moves two alike that it
+    makes one vector operation: then whatever reads any site's result reads these roundings alone, and all of them."""
+    places = {sink.place for site in alike for sink in site.sinks}
+    words = set().union(*(WORDS.get(sink.op, ()) for site in alike for sink in site.sinks))
+    results, read = {rounding.node for rounding in rounded}, set()
+    for node in nodes:
+        if node.op in words and node.place in places:
+            found = [uncut(arg) for arg in node.args]
+            if not all(each and each <= results for each in found):
+                return False
+            read |= set().union(*found)
+    return bool(read) and read == results
+
+
+def uncut(value: Node | int) -> set[Node]:
+    """The values of whose upper halves this is made."""
+    found, seen, todo = set(), set(), [value] if isinstance(value, Node) else []
+    while todo:
+        each = todo.pop()
+        if each.op in ("and", "shl", "shr", "bytes", "phi", "part", "pack"):
+            todo += [arg for arg in each.args if isinstance(arg, Node) and arg not in seen]
+            seen |= set(todo)
+        else:
+            found.add(each)
+    return found
+
+
+def shape(node: Node) -> set[tuple[str, bool, bool]]:
+    """Operations that compute a value, in words of machine code: each with whether it squares and divides by a root."""
+    found = set()
+    for each in origins(node):
+        squares = len(each.args) > 1 and each.args[0] is each.args[1]
+        found |= {(word, squares, divides_by_root(each)) for word in WORDS.get(each.op, {each.op})}
+    return found
+
+
+def divides_by_root(node: Node) -> bool:
+    """Whether a quotient comes from a root, with nothing between but what AMD expands the two into."""
+    seen, todo = set(), [node] if node.op in ("fdiv", *ROOTED) else []
+    while todo:
+        for arg in todo.pop().args:
+            if isinstance(arg, Node) and arg not in seen:
+                if "sqrt" in arg.op:
+                    return True
+                seen.add(arg)
+                todo += [arg] if arg.op not in ("fadd", "phi", "arith.addf") and len(seen) < 100 else []
+    return False
+
+
+def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[str]:
+    """Elements of a value, which TTIR always rounds, that machine code computes and does not round, or reads before."""
+    inputs = {origin for rounding in rounded for origin in origins(rounding.value)}
+    ops, places = ({getattr(each, name) for each in site.sources} for name in ("op", "place"))
+    words = set().union(*(WORDS.get(op, ()) for op in ops))
+    computed = {node for node in nodes if node.op in words and node.place in places - {NOWHERE}}
+    lost = [n for n in computed - inputs if any(user.place != n.place for user in readers(n))]  # no step of a quotient
+    made = set()  # what has several elements
+    if "tt.dot" in ops:  # and there is one in a kernel, or its results are added up
+        made = {node for node in nodes if MATRIX_RESULT.match(node.op)}
+        inputs |= made
+    elif ops & set(LOADS):
+        made = {node for node in nodes if LOAD.match(node.op) and node.place in places - {NOWHERE}}
+    values = {rounding.value for rounding in rounded}
+    of_these = [node for node in nodes if made and node not in values and is_element(node, made)]
+    lost += [node for node in of_these if any(READ.match(user.op) for user in node.users)]
+    faults = [f"machine code: elements of {titled(site.role)} left unrounded: {len(lost)}"] if lost else []
+    inputs -= {rounding.node for rounding in rounded}  # arithmetic in a narrow type
+    early = [n for n in inputs if any(user.op in FLOAT and user.place != n.place for user in readers(n))]
+    if early:
+        faults.append(f"machine code: elements of {titled(site.role)} read before they are rounded: {len(early)}")
+    return faults
+
+
+def is_element(node: Node, made: set[Node]) -> bool:
+    """Whether this is one element of what these instructions return, or of several of them."""
+    found = origins(node) if node.op in ("phi", "part") or node in made else set()
+    return bool(found) and found <= made
+
+
+def readers(node: Node) -> set[Node]:
+    """What reads a value, through merges and packing."""
+    found, seen, todo = set(), {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user.op not in ("phi", "pack", "part"):
+                found.add(user)
+            elif user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return found
+
+
+def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
+    """(fused multiply-adds that TTIR does not ask for, the number of those it does: products, quotients, roots)."""
+    asked = {node.place for node in flow.nodes if EXPANDED.fullmatch(node.op)} - {NOWHERE}
+    all_ = [node for node in nodes if is_fused(node)]
+    extra = [node for node in all_ if node.place not in asked]
+    return extra, len(all_) - len(extra)

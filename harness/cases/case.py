@@ -1,0 +1,199 @@
+"""A case of the field: its two sides, how its figure is measured, and the rule by which a claim fits.
+
+`before` is what a case's thread holds up as right, `after` what it complains of, whichever came first; differences are
+after - before. A side is a cast plan, or a Way where no plan expresses it (the order or the precision of a sum, a
+compiler's contraction, an all-reduce). Both sides get the same drawn inputs, of the author's shape and distribution
+where the thread gives them. What it leaves open (the weights, the residual's size) is drawn in several set-ups, the
+likeliest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.cases.figures import changes
+from castpoint.harness.runs.threads import one_thread
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem
+from castpoint.variants.spec import spec
+
+FACTOR = 1.5
+FITS, DIFFERS, DIRECTION, UNDECIDED = "fits", "does not fit", "same direction", "cannot be decided here"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One side of a case that no cast plan expresses: its words, and a function of the drawn inputs."""
+
+    words: str
+    run: Callable[..., Tensor]
+
+
+Side = CastPlan | Way
+Inputs = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a thread says. low and high hold every number that would be printed as the claimed one.
+
+    value NaN, low and high given: a direction, the effect lies between them. All NaN: nothing the lab can measure.
+    """
+
+    text: str
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+def printed(text: str, value: float, step: float) -> Claim:
+    """A figure whose last printed digit counts `step`."""
+    return Claim(text, value, value - step / 2, value + step / 2)
+
+
+def count(text: str, part: int, whole: int) -> Claim:
+    """A share counted once: exact. How far such a count strays is the measured range's business."""
+    return Claim(text, part / whole, part / whole, part / whole)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case's figure: the median over draws of the first set-up, and 95 % of the draws of any set-up.
+
+    share_differ, max_ulp and signed_bias compare after with before on the first draw: elements that are not equal,
+    bf16 ulps of before where it is not 0, and mean error along before's sign over mean |before|. growth is the
+    exponent of the figure against calls or layers, fitted in logarithms. NaN: does not apply.
+    """
+
+    value: float
+    low: float
+    high: float
+    share_differ: float = math.nan
+    max_ulp: float = math.nan
+    signed_bias: float = math.nan
+    growth: float = math.nan
+
+
+def hidden(
+    plan: CastPlan,
+    *,
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    weight_offset: bool = False,
+) -> Tensor:
+    """The norm's output, `hidden` of the plan's spec, [T, D] float64. x, residual [T, D] and weight [D] bf16."""
+    p = Problem(
+        x=x,
+        norm_weight=weight,
+        qkv_weight=torch.ones(3, x.shape[1], dtype=torch.bfloat16),  # only the norm is read: the least projection
+        num_q_heads=1,
+        num_kv_heads=1,
+        residual=residual,
+        eps=eps,
+        weight_offset=weight_offset,
+    )
+    return spec(plan, p).hidden
+
+
+def run_side(side: Side, inputs: Inputs) -> Tensor:
+    """One side on the drawn inputs: the Way's function, or the plan's norm output. Float64."""
+    return side.run(**inputs) if isinstance(side, Way) else hidden(side, **inputs)
+
+
+@dataclass(frozen=True)
+class Thread:
+    """Where a case comes from: its number in the list of cases, the public threads, the boundary."""
+
+    number: int
+    source: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured: its words, its unit, and pick(before, after), one number or one a draw."""
+
+    quantity: str
+    unit: str
+    pick: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. draw gives the inputs of every set-up; run makes a side's output of them; grow(before, after) is the
+    exponent, if the case has calls or layers."""
+
+    thread: Thread
+    sides: tuple[Side, Side]  # before, after
+    figure: Figure
+    claim: Claim
+    why: str
+    draw: Callable[[torch.Generator], list[Inputs]]
+    draws: int = 6
+    outputs: bool = True  # False: what the sides return is no output in bf16, so it has no ulps and no share
+    run: Callable[[Side, Inputs], Tensor] = run_side
+    grow: Callable[[Tensor, Tensor], float] | None = None
+
+    def measure(self, seed: int = 0) -> Measured:
+        """Draws, runs both sides and compares, on one thread. The same seed gives the same figures."""
+        with one_thread():  # many small sums: two took 68 s beside another process, one takes 8
+            return self._measure(seed)
+
+    def _measure(self, seed: int) -> Measured:
+        rng = torch.Generator().manual_seed(7919 * seed + self.thread.number)
+        figures: list[list[Tensor]] = []
+        for number in range(self.draws):
+            for setup, inputs in enumerate(self.draw(rng)):
+                before, after = (self.run(side, inputs) for side in self.sides)
+                if number == 0:
+                    figures.append([])
+                    if setup == 0:
+                        first = (before, after)
+                figures[setup].append(torch.as_tensor(self.figure.pick(before, after), dtype=torch.float64).flatten())
+        pooled = [torch.cat(setup) for setup in figures]
+        if any(not setup.isfinite().all() or setup.numel() == 0 for setup in pooled):
+            raise ValueError("the figure is not a finite number on every draw: are both sides the same?")
+        low, high = (extreme(f.quantile(q).item() for f in pooled) for extreme, q in ((min, 0.025), (max, 0.975)))
+        growth = self.grow(*first) if self.grow else math.nan
+        changed = changes(*first) if self.outputs else {}
+        return Measured(pooled[0].quantile(0.5).item(), low, high, **changed, growth=growth)
+
+
+def verdict(measured: float, low: float, high: float, claimed: float, claimed_low: float, claimed_high: float) -> str:
+    """The rule. NaN stands for what a claim does not have.
+
+    fits            the measured range meets the claimed one, and the figure lies in it or within a factor of 1.5
+    does not fit    the ranges are apart
+    same direction  a claim without a figure, whose direction the whole measured range has
+    cannot be decided here   the claim has nothing the lab measures; or the ranges meet only because the measured one
+                    is wide: the figure itself is more than a factor of 1.5 off, or a direction is had by a part of it
+    """
+    if math.isnan(claimed_low):
+        return UNDECIDED
+    if high < claimed_low or low > claimed_high:
+        return DIFFERS
+    if math.isnan(claimed):
+        return DIRECTION if claimed_low < low and high < claimed_high else UNDECIDED
+    near = claimed_low <= measured <= claimed_high or (claimed and 1 / FACTOR <= measured / claimed <= FACTOR)
+    return FITS if near else UNDECIDED
+
+
+def described(side: Side) -> str:
+    """A side in words: a Way's own, a plan's name, or how it departs from the plan nearest to it."""
+    if isinstance(side, Way):
+        return side.words
+    choices = side.choices()
+    departs = {
+        name: [f"{key}={word}" for key, word in choices.items() if named.plan.choices()[key] != word]
+        for name, named in PLANS.items()
+    }
+    nearest = min(departs, key=lambda name: len(departs[name]))
+    return " with ".join([nearest, ", ".join(departs[nearest])] if departs[nearest] else [nearest])

@@ -1,0 +1,302 @@
+"""The kernels compiled ahead of time, for GPUs that are not there.
+
+A launch specialises a kernel on its arguments: pointers and sizes divisible by 16, strides equal to 1, pointers that
+are None; not on what the kernel names in do_not_specialize (tokens and heads). The same is declared here (contiguous
+tensors), since loads are vectorised and pipelined only then: without it another kernel would be compiled than the
+one that is launched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from castpoint.kernels.config import Config, candidates, default_config, unsupported
+from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
+from castpoint.kernels.matmul import matmul_kernel
+from castpoint.kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
+from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.plan import CastPlan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ROPE_POINTERS = ("positions_ptr", "cos_sin_ptr")
+MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as one target runs it. registers and spills are None where the disassembler is missing."""
+
+    kernel: str
+    target: str
+    asm: dict[str, str]  # text of each stage: ttir, ttgir, llir, and ptx or amdgcn
+    binary: bytes  # cubin or hsaco
+    shared: int  # bytes a block
+    registers: int | None  # a thread
+    spills: int | None  # bytes of local memory a thread; no kernel here has arrays, so all of it is spilled
+
+    def matrix_instructions(self) -> list[str]:
+        """Names of the matrix instructions in the PTX or the AMD assembly."""
+        return sorted(set(MATRIX_INSTRUCTION.findall(self.asm.get("ptx") or self.asm["amdgcn"])))
+
+
+def compile_norm_qkv(
+    plan: CastPlan,
+    target: str,
+    *,
+    head_norm: str = "fused",
+    head_dim: int = 128,
+    tokens: int = 64,
+    bias: bool = False,
+    residual: bool = False,
+    rope: bool = False,
+    cache: str = "fp32",
+    config: Config | None = None,
+) -> Compiled:
+    """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
+
+    head_norm: `fused`, `later` (q and k are stored as proj) or `none`. cache: `fp32` or `bf16`, of RoPE's table.
+    tokens: for split-K, which has another binary for one. The kernel of a config's pre-pass is compile_rms_norm's.
+    Raises ValueError for kernel='separate', which has no such kernel, and for a config that cannot express the plan;
+    and as compile_kernel does.
+    """
+    config = config or default_config(head_dim, plan.matmul, interpreted=False)
+    if why := unsupported(config, plan.choices()):
+        raise ValueError(why)
+    if config.kernel == "separate":
+        raise ValueError(
+            "kernel='separate' has no matmul of its own: compile_rms_norm and compile_head_norm are its parts"
+        )
+    blocks = launch_blocks(config, head_dim, interpreted=False)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    residual_in_kernel = residual and config.prepass != "hidden"
+    constants = {
+        **{name.upper(): word for name, word in plan.choices().items()},
+        **{"DH": head_dim, "HAS_RESIDUAL": residual_in_kernel, "HAS_BIAS": bias, "HEAD_NORM": head_norm},
+        "PREPASS": config.prepass,
+        "INTERPRETED": False,
+        **blocks,
+    }
+    qk = element(plan.proj if head_norm == "later" else plan.out)
+    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
+    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
+    has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
+    given = {"residual_ptr": residual_in_kernel, "bias_ptr": bias, "rstd_ptr": has_rstd}
+    given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none") | dict.fromkeys(ROPE_POINTERS, rope)
+    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    if config.kernel == "fused":
+        return compile_kernel(norm_qkv_kernel, target, constants, pointers, options)
+    constants |= {**statistics_blocks(tokens, config.block_m), "STAGES": config.num_stages, "TOGETHER": TOGETHER}
+    pointers |= {"sums_ptr": "fp32", "squares_ptr": "fp32", "counter_ptr": "i32"}
+    return compile_kernel(split_k_kernel, target, constants, pointers, options)
+
+
+def compile_rms_norm(
+    plan: CastPlan, target: str, *, stores: str = "hidden", hidden_size: int = 4096, residual: bool = False
+) -> Compiled:
+    """The norm of a pre-pass, or of kernel='separate'. stores: `rstd`, `hidden` or `both`."""
+    names = {param.name for param in getattr(rms_norm_kernel, "params", ())}
+    constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
+    blocks = row_blocks(hidden_size, interpreted=False)
+    options = {"num_warps": blocks.pop("num_warps")}
+    constants |= {"HAS_RESIDUAL": residual, **blocks}
+    given = {"residual_ptr": residual, "rstd_ptr": stores != "hidden", "hidden_ptr": stores != "rstd"}
+    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    return compile_kernel(rms_norm_kernel, target, constants, {"rstd_ptr": "fp32"}, options)
+
+
+def compile_head_norm(
+    plan: CastPlan,
+    target: str,
+    *,
+    head_dim: int = 128,
+    tokens: int = 64,
+    packed: bool = False,
+    rope: bool = False,
+    cache: str = "fp32",
+    norm: bool = True,
+) -> Compiled:
+    """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch;
+    without norm: RoPE alone.
+
+    One binary serves every number of tokens. Raises as compile_kernel does.
+    """
+    names = {param.name for param in getattr(head_norm_kernel, "params", ())}
+    constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
+    constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
+    constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
+    constants |= {} if rope else dict.fromkeys(ROPE_POINTERS)
+    constants |= {} if norm else dict.fromkeys(("weight_ptr", "k_weight_ptr"))
+    out = element(plan.out)
+    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out}
+    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
+    return compile_kernel(head_norm_kernel, target, constants, pointers, {})
+
+
+def compile_matmul(target: str, *, config: Config, head_dim: int = 128) -> Compiled:
+    """The fused kernel's main loop by itself, of no plan. Raises as compile_kernel does."""
+    blocks = launch_blocks(config, head_dim, interpreted=False)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    return compile_kernel(matmul_kernel, target, {"DH": head_dim, "INTERPRETED": False, **blocks}, {}, options)
+
+
+def compile_kernel(
+    fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str], options: dict[str, int]
+) -> Compiled:
+    """fn for one of TARGETS, on contiguous tensors: bf16 where pointers names no other type, None where constants do.
+
+    Raises RuntimeError where the kernels were imported interpreted, ValueError where constants are not the
+    kernel's compile-time arguments, KeyError for an unknown target, and what Triton raises.
+    """
+    check_compilable(fn)
+    source = kernel_source(fn, target, constants, pointers)
+    built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
+    asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
+    binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
+    registers, spills = resources(asm, binary)
+    return Compiled(fn.__name__, target, asm, binary, built.metadata.shared, registers, spills)
+
+
+def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str]) -> ASTSource:
+    """fn, specialised as a launch specialises it; arguments as in compile_kernel, whose errors it raises."""
+    wanted = {param.name for param in fn.params if param.is_constexpr}
+    if wanted != {name for name in constants if not name.endswith("_ptr")}:
+        raise ValueError(f"compile-time arguments of {fn.__name__} differ: {sorted(wanted ^ set(constants))}")
+    signature, attrs, constants = {}, {}, dict(constants)
+    for index, param in enumerate(fn.params):
+        name = param.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("stride_") and name.endswith("k"):  # x, residual and weights are contiguous along D
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            pointer = name.endswith("_ptr")
+            signature[name] = f"*{pointers.get(name, 'bf16')}" if pointer else "fp32" if name == "eps" else "i32"
+            if name != "eps" and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+            if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
+                attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
+    return ASTSource(fn, signature, constants, attrs)
+
+
+def check_compilable(fn: Any) -> None:
+    """Raises RuntimeError where fn was imported interpreted."""
+    if not isinstance(fn, triton.JITFunction):
+        raise RuntimeError("kernels imported with TRITON_INTERPRET=1 cannot be compiled: unset it in a new process")
+
+
+def element(storage: str) -> str:
+    """Triton's type of the memory that holds values of that storage."""
+    return "fp32" if storage == "fp32" else "bf16"
+
+
+def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | None]:
+    """Registers and bytes of spills a thread; (None, None) where cuobjdump is missing."""
+    if "amdgcn" in asm:
+        text, patterns = asm["amdgcn"], (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+    else:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if not tool.exists():
+            return None, None
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary)
+            file.flush()
+            command = [tool, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        patterns = (r"\bREG:(\d+)", r"\b(?:STACK|LOCAL):(\d+)")
+    registers, spills = ([int(n) for n in re.findall(pattern, text)] for pattern in patterns)
+    return max(registers), sum(spills)
+
+
+def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kernel of COMPILERS, plan, keywords): fused kernel and head norm of every plan, a selection of other tiles and
+    inputs, and of the kernels that configs ask for; split-K where a launch is not refused."""
+    for name in PLANS:
+        yield "norm_qkv", name, {}
+        yield "head_norm", name, {}
+    for name in ("hf", "fp32"):
+        yield "norm_qkv", name, {"head_norm": "later"}
+    for name in ("hf", "deferred"):
+        yield "norm_qkv", name, {"head_dim": 256, "residual": True}
+    yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
+    some = ("hf", "deferred", "folded", "truncating", "bf16-statistics", "gemma")
+    for name in some:
+        yield "rms_norm", name, {"stores": "rstd"}
+        stores = "hidden" if PLANS[name].plan.scale == "prologue" else "both"
+        yield "rms_norm", name, {"stores": stores, "residual": True}
+    for name in ("hf", "gemma"):
+        yield "norm_qkv", name, {"config": Config("fused", "rstd", 64, 64, 4, 3)}
+    yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
+    for name in ("hf", "deferred"):
+        yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
+    for name in ("hf", "one-rounding", "truncating", "fp32"):
+        yield "norm_qkv", name, {"rope": True}
+        yield "head_norm", name, {"rope": True, "packed": True}
+    yield "norm_qkv", "hf", {"rope": True, "head_norm": "none", "head_dim": 64, "bias": True}
+    yield "norm_qkv", "deferred", {"rope": True, "head_dim": 256}
+    yield "norm_qkv", "hf", {"rope": True, "config": Config("fused", "hidden", 128, 64, 8, 3)}
+    yield "rms_norm", "fp32-tf32x3", {"stores": "rstd"}
+    yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
+    for name in ("hf", "bf16-statistics", "gemma"):
+        yield "head_norm", name, {"packed": True}
+    if TARGETS[target].backend == "hip":
+        return
+    for name in some:
+        yield "norm_qkv", name, {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
+    yield "norm_qkv", "deferred", {"config": Config("split-k", "none", 64, 64, 8, 4), "residual": True}
+    yield "norm_qkv", "hf", {"config": Config("split-k", "none", 64, 64, 8, 4), "head_norm": "later", "bias": True}
+    yield "norm_qkv", "hf", {"rope": True, "config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
+    yield "norm_qkv", "hf", {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
+    yield "norm_qkv", "deferred", {"config": Config("split-k", "hidden", 16, 128, 8, 3)}
+    yield "norm_qkv", "fp32-tf32x3", {"config": Config("split-k", "none", 32, 32, 4, 2)}
+
+
+COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
+
+
+def config_cases(
+    targets: Iterable[str] = tuple(TARGETS),
+    plans: Iterable[str] = ("hf", "deferred"),
+    head_dims: Iterable[int] = (128,),
+) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(kernel of COMPILERS or `matmul`, plan, target, keywords): each binary that the candidates need, once.
+
+    keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary. Its main
+    loop by itself, `matmul`, comes with the plan hf alone, whose words it does not read.
+    """
+    for target, name, head_dim in itertools.product(targets, plans, head_dims):
+        seen = set()
+        for tokens in (1, 16, 64, 256):
+            for config in candidates(tokens, 4096, 32, head_dim):
+                config = dataclasses.replace(config, splits=1)
+                case = (config, tokens == 1)
+                if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan.choices()):
+                    continue
+                seen.add(case)
+                asked = {"config": config, "head_dim": head_dim, "tokens": tokens}
+                yield "norm_qkv", name, target, asked
+                if name == "hf":  # which rounds at each of RoPE's boundaries
+                    yield "norm_qkv", name, target, asked | {"rope": True}
+                if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
+                    yield "matmul", name, target, {"config": config, "head_dim": head_dim}
+        for stores in ("rstd", "hidden", "both"):
+            yield "rms_norm", name, target, {"stores": stores}
+        yield "head_norm", name, target, {"head_dim": head_dim, "packed": True}

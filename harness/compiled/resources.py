@@ -1,0 +1,62 @@
+"""Every config that a launch may take, compiled ahead of time: registers, spills, shared memory, matrix instruction.
+
+No time is claimed here. A config that passes a target's shared memory is said not to fit it, which is no fault: configs
+are sized for an H200, and portable where the table says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from castpoint.harness.audit.plan import SHARED
+from castpoint.harness.compiled.compile import COMPILERS, TARGETS, compile_matmul, config_cases
+from castpoint.harness.report.markdown import markdown
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.variants.catalogue import plan_named
+
+
+def sweep_configs(records: Records, targets: Iterable[str] = tuple(TARGETS)) -> None:
+    """A row for each binary that the candidates of decode and prefill need."""
+    for kernel, name, target, keywords in track(list(config_cases(targets)), "configs"):
+        words = ", ".join(str(v) if k == "config" else f"{k} {v}" for k, v in keywords.items())
+        key = {"kernel": kernel, "plan": name, "target": target, "keywords": words}
+        if not records.has("configs", **key):
+            records.add("configs", **key, **_compiled(kernel, name, target, keywords))
+
+
+def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) -> dict[str, object]:
+    config = keywords.get("config")
+    if config and config.kernel == "split-k" and TARGETS[target].backend == "hip":
+        return {"status": "refused", "reason": "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)"}
+    try:
+        loop = kernel == "matmul"
+        built = compile_matmul(target, **keywords) if loop else COMPILERS[kernel](plan_named(name), target, **keywords)
+    except Exception as error:  # whatever a compiler raises belongs into the row
+        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+    row = {"registers": built.registers, "spills": built.spills, "shared": built.shared}
+    row["matrix"] = ", ".join(built.matrix_instructions())
+    if built.shared > SHARED[target]:
+        return row | {
+            "status": "does not fit",
+            "reason": f"{target} has {SHARED[target]} bytes of shared memory a block",
+        }
+    return row
+
+
+def configs_section(frame: pd.DataFrame) -> str:
+    """Of report.md: one row a binary, a column a target."""
+    cells = frame["registers"].map("{:.0f}".format) + " / " + frame["spills"].map("{:.0f}".format)
+    cells += " / " + (frame["shared"] / 1024).map("{:.1f}".format)
+    cells = cells.where(frame["status"] == "ok", frame["status"])
+    table = frame.assign(cell=cells).pivot_table(
+        index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
+    )
+    return (
+        "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
+        "compiled ahead of time (`castpoint configs`): registers a thread / bytes spilled a thread / KiB of "
+        "shared memory a block. Nothing is timed by this: `castpoint tune` does that on a GPU."
+        f"\n\n{markdown(table.reset_index())}"
+    )

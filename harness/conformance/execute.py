@@ -1,0 +1,55 @@
+"""Every kernel as a launch would compile it for a GPU that is not here, its PTX run on this CPU, held to its spec.
+
+The checks are those that `make gpu` begins with, on every plan; and bit equality of every tile that tuning may choose,
+for a plan of each place of rstd. Sums on a tensor core are in another order here, and rounded instead of truncated: on
+exact inputs neither counts, on drawn ones the envelope holds both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from castpoint.harness.conformance.cuda import DEFAULT, EXACT, TOKENS, checked, kernel_checks
+from castpoint.harness.gpu.tune import STANDS_FOR
+from castpoint.harness.ptx.driver import executed
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.kernels.config import Config, candidates, unsupported
+from castpoint.variants.catalogue import PLANS
+
+
+@dataclass(frozen=True)
+class Here:
+    """What the checks ask of timing.cuda.Cuda."""
+
+    device: str = "cpu"
+
+    def probe(self) -> None:
+        """Nothing here breaks."""
+
+
+def execute_kernels(records: Records, target: str) -> None:
+    """One row of `executed` a check."""
+    todo = [*kernel_checks(), *tile_checks()]
+    with executed(target):
+        for name, config, check, rope, tokens in track(todo, target):
+            words = f"{config or DEFAULT}{', RoPE' * rope}"
+            key = {"target": target, "plan": name, "config": words, "tokens": tokens, "check": check}
+            if not records.has("executed", **key):
+                found = checked(PLANS[name].plan, config, check, Here(), rope, tokens)
+                records.add("executed", **key, **found)
+
+
+def tile_checks() -> Iterator[tuple[str, Config, str, bool, int]]:
+    """(plan, config, check, rope, tokens) of each tile of gpu.tune, on the problem of the exact checks."""
+    tiles = dict.fromkeys(
+        (config, 1 if tokens == 1 else TOKENS)
+        for tokens in (1, 16, 64, 256)
+        for config in candidates(tokens, 1024, 8, 128)
+        if config.kernel != "separate"
+    )
+    for name, (config, tokens) in itertools.product(STANDS_FOR.values(), tiles):
+        if not unsupported(config, PLANS[name].plan.choices()):
+            yield name, config, EXACT, False, tokens

@@ -1,0 +1,184 @@
+"""A callable under test: called with copies, watched, and held to its contract."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    "rmsnorm": "fn(x, weight, eps) -> y; x, y [T, D]",
+    "head_norm": "fn(x, weight, eps) -> y; x, y [T, H, Dh]",
+    "qkv": "fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads) -> (q, k, v)",
+}
+
+
+class Fault(ValueError):
+    """What a callable did against its contract, in one sentence."""
+
+
+class Refused(Fault):
+    """The callable raised an exception instead of an answer."""
+
+
+class BlackBox:
+    """fn of one of KINDS on a device. Its optional arguments `residual` and `bias` are given where it has them.
+
+    Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. Of kind
+    qkv q, k and v may be flat, [T, heads * Dh]. shapes: of every x that was answered, in the order of their first call.
+    """
+
+    def __init__(self, fn: Callable[..., Any], kind: str, device: str = "cpu") -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        if not callable(fn):
+            raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
+        self.fn, self.kind, self.device = fn, kind, device
+        self.shapes: list[list[int]] = []
+
+    def takes(self, name: str) -> bool:
+        """Whether fn has an argument of that name."""
+        try:
+            return name in inspect.signature(self.fn).parameters
+        except (TypeError, ValueError):
+            return False
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU."""
+        extra = {} if residual is None else {"residual": self._given(residual)}
+        (y,) = self._call([self._given(x), self._given(weight), eps], extra, [list(x.shape)])
+        return y
+
+    def qkv(
+        self, x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor,
+        eps: float, num_q_heads: int, num_kv_heads: int, residual: Tensor | None = None, bias: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
+        tensors = [self._given(t) for t in (x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight)]
+        optional = {"residual": residual, "bias": bias}
+        extra = {name: self._given(value) for name, value in optional.items() if value is not None}
+        shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
+        return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes)
+
+    def _given(self, value: Tensor) -> Tensor:
+        return value.to(torch.bfloat16).contiguous().to(self.device)
+
+    def _call(self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]]) -> tuple[Tensor, ...]:
+        tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            with torch.no_grad():
+                result = self.fn(*arguments, **extra)
+        except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
+            raise self._verdict(error, arguments, extra) from error
+        if any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)):
+            raise Fault("the callable writes into its inputs: give it copies")
+        outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
+        if self.kind != "qkv":
+            outputs = outputs[:1]  # (y, x + residual) of a fused add
+        elif len(outputs) == len(shapes):
+            outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
+        self._check(outputs, shapes)
+        if list(arguments[0].shape) not in self.shapes:
+            self.shapes.append(list(arguments[0].shape))
+        return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
+
+    def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Tensor]) -> Fault:
+        """What to say of an exception of fn called with these."""
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, TypeError) and (parameters := _misfit(self.fn, arguments, extra)):
+            named = f", {' and '.join(extra)} by name" if extra else ""
+            return Fault(f"the callable takes ({parameters}), it must take {KINDS[self.kind]}{named}: wrap it in one")
+        if _raised_by_the_machine(error) and not isinstance(error, IndexError):  # that is an access out of bounds
+            return Refused(f"its Triton kernel cannot be run on a CPU: {text}")
+        kind = Fault if _raised_by_the_machine(error) else Refused
+        return kind(f"the callable raised {type(error).__name__}: {text}")
+
+    def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]]) -> None:
+        if len(outputs) != len(shapes) or not all(isinstance(output, Tensor) for output in outputs):
+            kinds = ", ".join(type(output).__name__ for output in outputs)
+            raise Fault(f"the callable returned ({kinds}), expected {KINDS[self.kind]}")
+        for output, shape in zip(outputs, shapes, strict=True):
+            if output.layout != torch.strided or output.is_meta:
+                raise Fault(
+                    f"the callable returned a {'meta' if output.is_meta else 'sparse'} tensor, expected a dense one"
+                )
+            if list(output.shape) != shape:
+                raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
+            if output.dtype not in (torch.bfloat16, torch.float32) or output.dtype != outputs[0].dtype:
+                raise Fault(
+                    f"the callable returned {output.dtype}, expected torch.bfloat16 or torch.float32 throughout"
+                )
+            wrong = 1 - output.isfinite().double().mean().item()
+            if wrong:
+                raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
+
+
+def _by_head(output: Any, shape: list[int]) -> Any:
+    """[T, heads * Dh] as [T, heads, Dh]; anything else as it is."""
+    flat = isinstance(output, Tensor) and output.layout == torch.strided
+    flat = flat and list(output.shape) == [shape[0], shape[1] * shape[2]]
+    return output.reshape(shape) if flat else output
+
+
+def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Tensor]) -> str:
+    """fn's parameters without annotations where it cannot take these arguments; empty if it can, or says nothing."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*arguments, **extra)
+    except TypeError:
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        shown = ", ".join(map(str, bare[:12]))
+        return shown + ", ..." * (len(bare) > 12)
+    return ""
+
+
+def _raised_by_the_machine(error: BaseException) -> bool:
+    """Whether it comes from castpoint.harness.ptx.machine or what it is made of: a Triton kernel's PTX run on a CPU."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("castpoint.harness.ptx.") for name in frames)
+
+
+def load(target: str) -> Callable[..., Any]:
+    """The callable of MODULE:FUNCTION; MODULE is a dotted name, importable from here, or the path of a .py file.
+
+    Raises Fault if it cannot be imported or is no callable.
+    """
+    module_name, _, attribute = target.rpartition(":")
+    if not module_name or not attribute:
+        raise Fault(f"{target!r} is not MODULE:FUNCTION, such as my_kernels.norm:rms_norm or norm.py:rms_norm")
+    try:
+        if module_name.endswith(".py"):
+            value: Any = _from_file(Path(module_name))
+        else:
+            sys.path.insert(0, "")
+            value = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            value = getattr(value, name)
+    except Exception as error:  # user code runs on import and may raise anything
+        text = " ".join(str(error).split())[:300]
+        raise Fault(f"{target} cannot be imported: {type(error).__name__}: {text}") from error
+    if not callable(value):
+        raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
+    return value
+
+
+def _from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,337 @@
+"""Rows that make a fingerprint exact: every sum in them is exact in fp32, in any order and any block size.
+
+Values are small integers times a power of two, so squares and sums of squares fit into 24 bits. Differences of one
+fp32 ulp are found where they show: rows are searched for, on which two rules store different bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint.rules import (
+    Readout,
+    Rows,
+    Rule,
+    mean_of_squares,
+    predict,
+    predict_with,
+    scalar,
+    scaled,
+    two_step,
+)
+from castpoint.kernels.checks import KEEP, RNE
+from castpoint.variants.spec import round_to
+
+ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
+EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
+VARYING = 8  # channels whose sizes change from row to row of the pool that is searched; the others change places
+POOL = 1 << 17
+EPS_TRIED, BOUNDARIES = 32, 1 << 12
+LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
+# bf16 w of 2^-16 to 2^-4: 1 + w has 11 to 24 bits, so that products of three factors are not exact in fp32.
+FINE_WEIGHTS = (
+    torch.arange(128, 256) * 2.0 ** torch.arange(-23, -11)[:, None] * torch.tensor([1, -1])[:, None, None]
+).flatten()
+
+
+def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Integers in [low, high) of random sign, float32."""
+    signs = torch.randint(0, 2, list(shape), generator=rng) * 2 - 1
+    return (torch.randint(low, high, list(shape), generator=rng) * signs).float()
+
+
+def norm_weight(width: int, rng: torch.Generator) -> Tensor:
+    """[width] bf16 values in fp32, as stored: 0.001 to 100 in size, so that 1 + w needs up to 18 bits."""
+    size = 10 ** (5 * torch.rand(width, generator=rng) - 3)
+    return round_to(size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1), "bf16-rne")
+
+
+def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS) -> Rows:
+    """General rows, eps EPS_SMALL. A third are made of numbers whose squares bf16 rounds up, a third down, for the
+    statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels."""
+    if residual:
+        x, rest = 2 * integers(128, 256, [count, width], rng), integers(1, 64, [count, width], rng)
+        places = torch.rand(count, width, generator=rng).argsort(1) < min(64, width)
+        rest = torch.where((x + rest).abs() < 512, rest, -rest)
+        scale = 2.0 ** torch.randint(-12, -2, [count, 1], generator=rng)
+        return Rows(x * places * scale, norm_weight(width, rng), EPS_SMALL, width, rest * places * scale)
+    numbers = torch.arange(64, 256).float()
+    error = (round_to(numbers.square(), "bf16-rne") - numbers.square()) / numbers.square()
+    kinds = [numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]]
+    chosen = [
+        kind[torch.randint(0, len(kind), [width], generator=rng)] for i in range(count) for kind in [kinds[i % 3]]
+    ]
+    signs = torch.randint(0, 2, [count, width], generator=rng) * 2 - 1
+    scale = 2.0 ** torch.randint(-10, 0, [count, 1], generator=rng)
+    return Rows(torch.stack(chosen) * signs * scale, norm_weight(width, rng), EPS_SMALL, width)
+
+
+def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Gaussian bf16 values in fp32."""
+    return round_to(torch.randn(list(shape), generator=rng), "bf16-rne")
+
+
+def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+    """ROWS rows on which the rules store different bits, or None if the search finds no such row.
+
+    Rows of the pool share the values of all channels but VARYING, and each has the first so many of those: a rounded
+    variance has few values, of which such rows take most. Only rows are used on which 1 / sqrt in one rounding and in
+    two agree, so that it does not matter how an implementation computes it. Every seed has an eps near EPS_LARGE; where
+    variance and normed are rounded, so that few pairs of them are left, the best of EPS_TRIED. Where rstd is rounded
+    every other seed gives _boundary_rows, and those between _order_rows where an order is in question.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    if all(rule.rstd != KEEP for rule in rules):
+        if seed % 2 == 0:
+            rows = _boundary_rows(rules, width, rng)
+            return rows and dataclasses.replace(rows, readout=readout)
+        if len({rule.order for rule in rules}) > 1:
+            return _order_rows(rules, width, rng, readout)
+    several = EPS_LARGE * 2 ** (2 * torch.rand(EPS_TRIED, generator=rng, dtype=torch.float64) - 1)
+    few = all(KEEP not in (rule.variance, rule.normed) for rule in rules)
+    eps = max(several.tolist(), key=lambda eps: _telling_pairs(rules, eps)) if few else several[0].item()
+    shared = integers(64, 256, [width - VARYING], rng) / 64
+    varying = torch.randint(64, 256, [POOL, VARYING], generator=rng).float() / 64
+    scale = 2.0 ** torch.randint(-3, 4, [POOL, 1], generator=rng)
+    count = torch.randint(len(shared) // 4, len(shared) + 1, [POOL, 1], generator=rng)
+    agree, differ = _factors(rules, shared, count.flatten(), varying, scale.flatten(), width, eps)
+    order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:LOOKED_AT]
+    order = order[agree[order]]
+    held = torch.where(torch.arange(len(shared)) < count[order], shared, 0)
+    turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)
+    held = held.gather(1, turned)  # each row meets the weights otherwise
+    x = torch.cat([varying[order], held], dim=1) * scale[order]
+    rows = Rows(x, norm_weight(width, rng), eps, width, readout=readout)
+    stored = [predict(rule, rows) for rule in rules]
+    counts = [(stored[i] != stored[j]).sum(1) for i in range(len(rules)) for j in range(i)]
+    chosen = _most_telling(counts)
+    if not len(chosen):
+        return None
+    others = torch.arange(len(x))
+    chosen = torch.cat([chosen, others[~torch.isin(others, chosen)]])[:ROWS]
+    return dataclasses.replace(rows, x=x[chosen])
+
+
+def _telling_pairs(rules: Sequence[Rule], eps: float) -> int:
+    """Pairs of a bf16 variance, 2^-6 to 2^7, and a bf16 value of which two rules store another normed."""
+    variance = (torch.arange(128, 256)[:, None] * 2.0 ** torch.arange(-13, 0)).double().reshape(-1, 1)
+    agree = torch.ones(variance.shape, dtype=torch.bool)
+    normed = []
+    for rule in rules:
+        factor = scalar(rule, variance, eps)
+        agree &= factor == two_step(rule, variance, eps)
+        normed.append(round_to(scaled(rule, torch.arange(128, 256).float(), factor), rule.normed))
+    differ = torch.stack([other != normed[0] for other in normed]).any(0)
+    return int((differ & agree).sum())
+
+
+def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> Rows | None:
+    """One row in ROWS orders, with an eps that brings variance + eps so near a boundary of rstd's rounding that two
+    rules store another rstd; None if none was found."""
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, BOUNDARIES, 1.0)
+    differ = sum((a != b).long() for i, a in enumerate(factors) for b in factors[:i]) * agree
+    return _in_orders(pool, eps, int(differ.argmax()), rng) if differ.any() else None
+
+
+def control_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+    """One row in ROWS orders, of which all rules, whose rstd is rounded, store the same rstd, and a root that is an
+    fp32 ulp off another: so it shows whether an implementation's roots are what the rules say. None if none was found.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    pool, eps, factors, agree = _near_boundaries(rules, width, rng, 4 * ROWS, 4.0)
+    rule = rules[0].replace(rstd=KEEP, root="rsqrt" if rules[0].root == "rsqrt" else "sqrt")
+    root = scalar(rule, mean_of_squares(rules[0], pool), eps)
+    beside = [torch.nextafter(root, root * far) for far in (0.5, 2.0)]
+    critical = sum((round_to(near, rules[0].rstd) != round_to(root, rules[0].rstd)).long() for near in beside)
+    critical *= agree & torch.stack([factor == factors[0] for factor in factors]).all(0)
+    rows = _in_orders(pool, eps, int(critical.argmax()), rng) if critical.any() else None
+    return rows and dataclasses.replace(rows, readout=readout)
+
+
+def _near_boundaries(
+    rules: Sequence[Rule], width: int, rng: torch.Generator, count: int, ulps: float
+) -> tuple[Rows, Tensor, list[Tensor], Tensor]:
+    """So many rows, an eps for each that brings its root to about so many ulps from a boundary of rstd's rounding, the
+    factor by each rule, and whether one and two roundings of the root agree for all of them; [count, 1]."""
+    pool = Rows(integers(64, 256, [count, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
+    variances = [mean_of_squares(rule, pool) for rule in rules]
+    boundary = torch.randint(128, 256, [count, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
+    root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
+    off = ulps * torch.randn([count, 1], generator=rng, dtype=torch.float64)
+    eps = root.square() * (1 + off * 2.0**-24) - variances[0]
+    factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]
+    agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE)
+    for rule, variance, factor in zip(rules, variances, factors, strict=True):
+        agree &= factor == two_step(rule, variance, eps)
+    return pool, eps, factors, agree
+
+
+def _in_orders(pool: Rows, eps: Tensor, place: int, rng: torch.Generator) -> Rows:
+    """That row of the pool in ROWS orders of its channels, with its eps."""
+    orders = torch.rand(ROWS, pool.width, generator=rng).argsort(1)
+    return dataclasses.replace(pool, x=pool.x[place][orders], eps=eps[place].item())
+
+
+def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout: Readout | None) -> Rows | None:
+    """Rows on which products of the same three factors, taken in another order, are stored as other bits; None if none
+    was found.
+
+    Where rstd is rounded, orders differ by an fp32 ulp, which bf16 shows of one product in thousands. So all values are
+    tried with FINE_WEIGHTS and each row's rstd, and what tells two rules apart gets a column of its own.
+    """
+    x = torch.zeros(ROWS, width)
+    for row in x:  # in another number of channels each, so that their rstd differ
+        filled = torch.randperm(width, generator=rng)[: int(torch.randint(width // 4, width, [1], generator=rng))]
+        row[filled] = integers(128, 256, [len(filled)], rng) / 128
+    rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
+    factors = torch.stack([scalar(rule, mean_of_squares(rule, rows), EPS_LARGE) for rule in rules])  # [rules, ROWS, 1]
+    values = torch.arange(128, 256).float() / 128
+    pairs = Rows(values.repeat_interleave(len(FINE_WEIGHTS))[None], FINE_WEIGHTS.repeat(128)[None], EPS_LARGE, width)
+    if readout is not None:
+        pairs = dataclasses.replace(pairs, readout=identity_readout(pairs.x.shape[1]))
+    columns = torch.randperm(width if readout is None else len(readout.channel), generator=rng)
+    found = False
+    for row, factor, free in zip(x, factors.unbind(1), columns.view(ROWS, -1).tolist(), strict=True):
+        if (factor != factor[0]).any():
+            continue
+        pairs = dataclasses.replace(pairs)  # what it remembers is of another row's rstd
+        stored = [predict_with(rule, pairs, factor[:1]) for rule in rules]
+        telling = torch.cat([other != stored[0] for other in stored]).any(0).nonzero()[:, 0]
+        placed: list[int] = []
+        for pair in telling[torch.randperm(len(telling), generator=rng)].tolist():
+            if not free:
+                break
+            places = [p for p in (row.abs() == pairs.x[0, pair]).nonzero()[:, 0].tolist() if p not in placed]
+            if places:
+                placed.append(free.pop())
+                row[[placed[-1], places[0]]] = row[[places[0], placed[-1]]]
+                rows.weight[placed[-1]] = pairs.weight[0, pair]
+                found = True
+    return dataclasses.replace(rows, x=x) if found else None
+
+
+def _factors(
+    rules: Sequence[Rule], shared: Tensor, count: Tensor, varying: Tensor, scale: Tensor, width: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Of each row of the pool: do one and two roundings of 1 / sqrt agree, and do factors of the same root differ?"""
+    agree = torch.ones(len(varying), dtype=torch.bool)
+    differ = torch.zeros(len(varying), dtype=torch.bool)
+    factors: dict[str, Tensor] = {}
+    for rule in rules:
+        held, free = (round_to(part.square(), rule.statistics).double() for part in (shared, varying))
+        total = held.cumsum(0)[count - 1] + free.sum(-1)
+        variance = round_to((total / width * scale**2).float(), rule.variance).double()
+        factor = scalar(rule, variance, eps)
+        agree &= factor == two_step(rule, variance, eps)
+        differ |= factors.setdefault(rule.root, factor) != factor
+    return agree, differ
+
+
+def _most_telling(counts: list[Tensor]) -> Tensor:
+    """Rows with the most differing elements, taken from each pair of rules in turn; at most ROWS."""
+    best = [count.argsort(descending=True, stable=True)[: int((count > 0).sum())] for count in counts]
+    chosen: list[int] = []
+    for place in range(ROWS):
+        for rows in best:
+            if place < len(rows) and int(rows[place]) not in chosen:
+                chosen.append(int(rows[place]))
+    return torch.tensor(chosen[:ROWS], dtype=torch.long)
+
+
+# ---------------------------------------------------------------- the whole chain
+
+HEAD_DIM, NUM_Q_HEADS, NUM_KV_HEADS = 128, 2, 1
+WIDTH = 256  # of the residual stream
+READ = 16  # channels of a head that are not zero: 10-bit numbers, whose squares' sum has 24 bits
+
+
+def general_readout(rng: torch.Generator, *, bias: bool = False) -> Readout:
+    """HEAD_DIM columns: a third read one channel as it is, a third one channel times 8 bits, a third two channels."""
+    channel, other = (torch.randint(0, WIDTH, [HEAD_DIM], generator=rng) for _ in range(2))
+    other = torch.where(other == channel, (other + 1) % WIDTH, other)
+    first = 2.0 ** torch.randint(-2, 3, [HEAD_DIM], generator=rng)
+    second = 2.0 ** torch.randint(-4, 1, [HEAD_DIM], generator=rng)
+    third = HEAD_DIM // 3
+    first[:third] = integers(129, 256, [third], rng) / 128
+    second[: 2 * third] = 0
+    values = integers(129, 256, [HEAD_DIM], rng) / 128 if bias else None
+    return Readout(channel, first, other, second, values)
+
+
+def identity_readout(columns: int = HEAD_DIM) -> Readout:
+    """So many columns, which read the first channels as they are."""
+    channel, zero = torch.arange(columns), torch.zeros(columns)
+    return Readout(channel, zero + 1, channel, zero)
+
+
+def cancelling_rows(rule: Rule, rng: torch.Generator) -> Rows:
+    """Rows whose readout takes differences of nearly equal hidden values, 2^-14 to 2^-11 of them: the low bits of the
+    matmul's operand, which no single value stored as bf16 shows. On all of them one and two roundings of the rule's
+    1 / sqrt agree, since a difference would show here."""
+    pairs = HEAD_DIM // 2
+    a, wa, b = torch.randint(129, 256, [3, 1 << 19], generator=rng).double()
+    wb = (a * wa / b).round()
+    difference = (a * wa / (b * wb) - 1).abs()
+    good = ((difference > 2.0**-14) & (difference < 2.0**-11) & (wb > 128) & (wb < 256)).nonzero()[:pairs, 0]
+    channel = torch.arange(0, 2 * pairs, 2)
+    x = integers(64, 256, [4 * ROWS, WIDTH], rng)
+    signs = x[:, : 2 * pairs : 2].sign()
+    x[:, channel], x[:, channel + 1] = signs * a[good].float(), signs * b[good].float()
+    weight = integers(129, 256, [WIDTH], rng)
+    weight[channel], weight[channel + 1] = wa[good].float(), wb[good].float()
+    columns = torch.cat([channel, channel])
+    ones = torch.ones(HEAD_DIM)
+    stored = weight if rule.weight_offset == "none" else weight - 1
+    rows = Rows(x / 64, stored, EPS_SMALL, WIDTH, readout=Readout(columns, ones, columns + 1, -ones))
+    variance = mean_of_squares(rule, rows)
+    agree = scalar(rule, variance, EPS_SMALL) == two_step(rule, variance, EPS_SMALL)
+    return dataclasses.replace(rows, x=rows.x[agree.flatten()][:ROWS])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadRows:
+    """An input of the chain whose first norm is the identity times 2^-15, whatever it rounds, so that the heads see
+    known numbers of 10 bits: x [ROWS, WIDTH], the weight's Q and K rows, and where each head's READ channels lie."""
+
+    x: Tensor
+    qk_weight: Tensor  # [(Hq + Hkv) * HEAD_DIM, WIDTH]
+    places: Tensor  # [Hq + Hkv, READ]
+    proj: Tensor  # [ROWS, Hq + Hkv, READ], fp32
+    bias: Tensor  # [Hq + Hkv, READ], fp32: proj + bias has 10 bits too
+
+    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float, proj: Tensor | None = None) -> Rows:
+        """The heads as rows of a norm, [ROWS * (Hq + Hkv), READ]; their x is proj."""
+        proj = self.proj if proj is None else proj
+        weight = torch.cat([q_norm_weight.expand(NUM_Q_HEADS, -1), k_norm_weight.expand(NUM_KV_HEADS, -1)])
+        weight = weight.gather(1, self.places).expand(ROWS, -1, -1)
+        return Rows(proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
+
+    def packed_bias(self) -> Tensor:
+        """The bias of all rows of the weight, V's zero."""
+        qk = torch.zeros(len(self.places), HEAD_DIM).scatter(1, self.places, self.bias)
+        return torch.cat([qk.flatten(), torch.zeros(NUM_KV_HEADS * HEAD_DIM)])
+
+
+def head_rows(rng: torch.Generator) -> HeadRows:
+    heads, half = NUM_Q_HEADS + NUM_KV_HEADS, WIDTH // 2
+    x = torch.zeros(ROWS, WIDTH)
+    x[:, :half] = integers(8, 16, [ROWS, half], rng)
+    for row in x:  # the other half brings the sum of squares to 2^16, in numbers of 4 bits
+        left, place = 2**16 - int(row.square().sum()), half
+        while left:
+            number = max(m << e for m in range(1, 16) for e in range(8) if (m << e) ** 2 <= left)
+            row[place], left, place = number, left - number**2, place + 1
+    places = torch.rand(heads, HEAD_DIM, generator=rng).argsort(1)[:, :READ]
+    first, second = torch.rand(2, heads, READ, half, generator=rng).argsort(-1)[..., 0]
+    second = torch.where(second == first, (second + 1) % half, second)
+    weight = torch.zeros(heads, HEAD_DIM, WIDTH)
+    head = torch.arange(heads)[:, None]
+    weight[head, places, first] = 1.0
+    weight[head, places, second] = 2.0**-6
+    proj = (x[:, first] + x[:, second] / 64) / 16
+    bias = (2 * integers(0, 20, [heads, READ], rng) + 1) / 64 / 16
+    return HeadRows(x * 2**11, weight.flatten(0, 1), places, proj, bias)

@@ -1,0 +1,79 @@
+"""The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
+harm. `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE` is that process and writes one line of JSON to
+standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from castpoint.harness.fingerprint.blackbox import Fault, load
+from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.ptx.driver import executed
+
+
+def identify_target(target: str, kind: str, device: str, time_limit_s: float) -> Answer:
+    """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", target, kind, device]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    try:
+        output, _ = child.communicate(timeout=time_limit_s)
+        return Answer(**json.loads(output.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {time_limit_s:g} s: the callable hangs, or needs a longer --time-limit"
+    except (json.JSONDecodeError, IndexError, TypeError):
+        code = child.returncode
+        reason = f"the callable ended its process ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
+    finally:
+        _kill_group(child)
+    return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+    """Ends the child and whatever it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def _answer(target: str, kind: str, device: str) -> Answer:
+    """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
+    try:
+        fn = _loaded(target, device)
+        with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
+            return identify(fn, kind, device)
+    except Fault as fault:
+        return Answer("error", reason=str(fault))
+
+
+def _loaded(target: str, device: str) -> Callable[..., Any]:
+    """Outside of executed, where a package that looks for a GPU takes its way without one; inside it only a module that
+    asks Triton for its driver as it is imported."""
+    try:
+        return load(target)
+    except Fault:
+        if device != "cpu":
+            raise
+        with executed("sm_90"), contextlib.suppress(Fault):
+            return load(target)
+        raise
+
+
+if __name__ == "__main__":
+    result = os.dup(1)
+    os.dup2(2, 1)  # what the callable prints goes to standard error
+    line = json.dumps(_answer(*sys.argv[1:]).as_dict())
+    os.write(result, f"{line}\n".encode())
+    sys.stdout.flush()
+    os._exit(0)  # threads that the callable left behind are not waited for

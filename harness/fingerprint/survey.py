@@ -1,0 +1,189 @@
+"""Fingerprints by the row: of public implementations, and of this lab's own plans, whose answers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.kernels.checks import KEEP, RNE, STORAGE
+from castpoint.kernels.head_norm import head_norm
+from castpoint.variants.backends import run
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.plan import OPTIONAL, CastPlan
+from castpoint.variants.problem import Problem
+from castpoint.variants.spec import spec
+
+EXECUTED = "triton, PTX for sm_90 run on a CPU"
+NOISY = 1e-3  # share of elements that noise moves by one ulp
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+
+
+# ---------------------------------------------------------------- public implementations
+
+
+def survey_implementations(records: Records, device: str) -> None:
+    """One row an implementation: its fingerprint, or why there is none here."""
+    for row in track(implementations(), "public implementations"):
+        how = EXECUTED if (row.how, device) == (TRITON, "cpu") else row.how
+        key = {"implementation": row.name, "kind": row.kind, "how": how}
+        if not records.has("implementations", **key):
+            status, columns = _fingerprint(row, device)
+            columns |= {"package": row.package, "versions": describe_versions(row), "device": device}
+            records.add("implementations", **key, **columns, status=status)
+
+
+def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]:
+    try:
+        answer = identify(row.make(device), row.kind, device)
+    except ImportError as error:
+        return "not installed", {"reason": str(error)}
+    except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
+        return "error", {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
+    columns = {
+        name: value
+        for name, value in answer.as_dict().items()
+        if name not in ("status", "candidates", "nearest", "plans", "shapes")
+    }
+    candidates = answer.candidates or ([answer.nearest] if answer.nearest else [])
+    return answer.status, {**columns, "plan": json.dumps(candidates)}
+
+
+# ---------------------------------------------------------------- plans whose answer is known
+
+
+def norm_plans() -> list[CastPlan]:
+    """Every plan of a single norm, 729: five boundaries kept, rounded or truncated, and the weight offset."""
+    plans = []
+    for statistics, variance, rstd, normed, out in itertools.product(STORAGE, repeat=5):
+        for offset in ("none", KEEP, RNE):
+            matmul = "fp32" if out == KEEP else "bf16"
+            choices = {"statistics": statistics, "variance": variance, "rstd": rstd, "normed": normed, "hidden": out}
+            plans.append(CastPlan(**choices, matmul=matmul, weight_offset=offset))
+    return plans
+
+
+def spec_norm(plan: CastPlan) -> Norm:
+    """The plan's first norm by its spec, as kind `rmsnorm`."""
+
+    def fn(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        unused = torch.zeros(3, x.shape[1], dtype=torch.bfloat16)
+        offset = plan.weight_offset != "none"
+        problem = Problem(x, weight, unused, num_q_heads=1, num_kv_heads=1, eps=eps, weight_offset=offset)
+        return spec(plan, problem).hidden.to(torch.float32 if plan.hidden == KEEP else torch.bfloat16)
+
+    return fn
+
+
+def triton_head_norm(plan: CastPlan) -> Norm:
+    """The same norm by the Triton kernel, as kind `head_norm`: its head_rstd, head_normed and out are the plan's
+    rstd, normed and hidden."""
+    flags = {"head_rstd": plan.rstd, "head_normed": plan.normed, "out_storage": plan.hidden}
+    flags |= {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
+    return lambda x, weight, eps: head_norm(x, weight, eps, **flags)
+
+
+def chain(plan: CastPlan, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The plan's whole chain on one of variants.backends.BACKENDS, as kind `qkv`."""
+
+    def fn(
+        x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float,
+        num_q_heads: int, num_kv_heads: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        offset = plan.weight_offset != "none"
+        heads = (num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight)
+        problem = Problem(x, norm_weight, qkv_weight, *heads, eps=eps, weight_offset=offset)
+        dtype = torch.float32 if plan.out == KEEP else torch.bfloat16
+        return tuple(output.to(dtype) for output in run(plan, problem, backend))
+
+    return fn
+
+
+def with_noise(fn: Norm) -> Norm:
+    """fn with NOISY of its elements one ulp off, the same in every call."""
+
+    def noisy(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = fn(x, weight, eps)
+        rng = torch.Generator().manual_seed(y.numel())
+        step = torch.randint(0, 2, y.shape, generator=rng) * 2 - 1
+        hit = (torch.rand(y.shape, generator=rng) < NOISY) & (y != 0)  # from 0 a step of bits leads to NaN
+        integers = torch.int16 if y.dtype == torch.bfloat16 else torch.int32
+        return (y.view(integers) + (step * hit).to(integers)).view(y.dtype)
+
+    return noisy
+
+
+def expected(plan: CastPlan, kind: str) -> dict[str, str]:
+    """The words that a fingerprint of this plan must answer."""
+    if kind == "qkv":
+        return {name: word for name, word in plan.choices().items() if name not in OPTIONAL}  # no residual is given
+    names = {"rmsnorm": ("rstd", "normed", "hidden"), "head_norm": ("head_rstd", "head_normed", "out")}[kind]
+    words = dict(zip(names, (plan.rstd, plan.normed, plan.hidden), strict=True))
+    return words | {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
+
+
+def right(answer: Answer, plan: CastPlan, kind: str, source: str) -> bool:
+    """Whether the answer is that plan and no other, and its fp32 arithmetic that of the source: spec or kernel."""
+    if answer.status != "identified":
+        return False
+    words = answer.candidates[0]
+    fp32 = {"eps": "float32" if source == "triton" else "float64", "root": "rsqrt", "order": "(x*rstd)*w"}
+    return expected(plan, kind).items() <= words.items() and all(v in words[k].split(" or ") for k, v in fp32.items())
+
+
+def known_subjects() -> Iterator[tuple[str, str, CastPlan, Callable[..., Any]]]:
+    """(source, kind, plan, callable): every norm plan by spec and by kernel, a third of them with noise; every named
+    chain by spec and by kernel, and drawn chains by spec."""
+    for place, plan in enumerate(norm_plans()):
+        yield "spec", "rmsnorm", plan, spec_norm(plan)
+        yield "triton", "head_norm", plan, triton_head_norm(plan)
+        if place % 3 == 0:
+            yield "spec with noise", "rmsnorm", plan, with_noise(spec_norm(plan))
+    for plan in [named.plan for named in PLANS.values()] + drawn_chains(40):
+        yield "spec", "qkv", plan, chain(plan, "spec")
+    for named in PLANS.values():
+        yield "triton", "qkv", named.plan, chain(named.plan, "triton")
+
+
+def drawn_chains(count: int) -> list[CastPlan]:
+    """Plans of the whole chain, which has 137,781: each choice drawn from the words that it may take."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(words: tuple[str, ...]) -> str:
+        return words[int(torch.randint(0, len(words), [1], generator=rng))]
+
+    plans: list[CastPlan] = []
+    while len(plans) < count:
+        names = ("statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed", "out")
+        words = {name: draw(STORAGE) for name in names}
+        words |= {"scale": draw(("prologue", "epilogue", "folded")), "weight_offset": draw(("none", KEEP, RNE))}
+        words["matmul"] = "bf16" if words["hidden"] != KEEP else draw(("tf32", "tf32x3", "fp32"))
+        if words["scale"] != "prologue":
+            words["normed"] = KEEP
+        if words["scale"] == "folded":
+            words |= {"hidden": KEEP, "matmul": "bf16"}
+        plans.append(CastPlan(**words))
+    return plans
+
+
+def survey_known(records: Records) -> None:
+    """One row a known subject: what was planted, what was answered."""
+    subjects = list(known_subjects())
+    for source, kind, plan, fn in track(subjects, "known plans"):
+        key = {"source": source, "kind": kind, "planted": json.dumps(expected(plan, kind))}
+        if records.has("fingerprints", **key):
+            continue
+        answer = identify(fn, kind)
+        found = answer.candidates or ([answer.nearest] if answer.nearest else [])
+        columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
+        del columns["candidates"], columns["nearest"], columns["plans"], columns["shapes"]
+        records.add("fingerprints", **key, **columns)

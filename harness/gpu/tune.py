@@ -1,0 +1,115 @@
+"""Which config is fastest where: the separate command that writes kernels/dispatch.csv.
+
+At each point of the grid every candidate is timed in turns with `separate`, on cold weights, as the plan that stands
+for its place of rstd. Before the matmul a fused config enters the table only where it beats `separate` by more than
+the A/A noise, so that a dispatched chain is not slower than the fallback. Behind the matmul there is no fallback to
+compare with, `separate` being another function: there the fastest config stands, and whether it pays is a finding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from castpoint.harness.conformance.cuda import EXACT, TOKENS, checked
+from castpoint.harness.gpu.sweep import SEPARATE, Setting, measure_limits, own_arm, prepared
+from castpoint.harness.problems.grid import Point
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.harness.timing.cuda import Cuda
+from castpoint.harness.timing.rig import Measurement, Outcome, ratios
+from castpoint.kernels.config import Config, candidates, unsupported
+from castpoint.kernels.dispatch import Table
+from castpoint.variants.catalogue import plan_named
+from castpoint.variants.plan import CastPlan
+
+STANDS_FOR = {"prologue": "one-rounding", "epilogue": "deferred", "folded": "folded"}  # scale: plan that is timed
+BUDGET_S = 0.5
+
+
+def tune(points: Sequence[Point], records: Records, gpu: Cuda) -> Table:
+    """The fastest config of every point and scale, from this run's rows of `tuning`; measures what is missing.
+
+    Raises DeviceLost where the CUDA context broke.
+    """
+    todo = [p for p in points if not records.has("tuning", **_key(p, "folded", str(SEPARATE)))]
+    limits = measure_limits(todo, records, gpu) if todo else None
+    for point in track(todo, "tuning"):
+        setting = prepared(point, gpu, limits)
+        for scale, name in STANDS_FOR.items():
+            _time_candidates(setting, scale, plan_named(name), records, gpu)
+        gpu.release()
+    return fastest(records, gpu.name(), points)
+
+
+def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Records, gpu: Cuda) -> None:
+    """Rows of one point and scale; `separate` comes last and says that they are complete. It is one-rounding for all
+    scales, since it cannot apply rstd behind the matmul: what runs where fusing does not pay."""
+    g = setting.point.geometry
+    heads = g.num_q_heads + 2 * g.num_kv_heads
+    fit = [c for c in candidates(setting.point.tokens, g.hidden_size, heads, g.head_dim) if c != SEPARATE]
+    fit = [c for c in fit if not unsupported(c, plan.choices())]
+    base, _ = own_arm(setting, plan_named("one-rounding"), str(SEPARATE), SEPARATE)
+    wrong = {str(c): reason for c in fit for reason in [_wrong(plan, c, gpu)] if reason}
+    arms = [base, *(own_arm(setting, plan, str(c), c)[0] for c in fit if str(c) not in wrong)]
+    measured = setting.measure(arms, gpu, base.name, BUDGET_S)
+    for config in [*fit, SEPARATE]:
+        words = str(config)
+        outcome = Outcome("red", wrong[words]) if words in wrong else measured.outcomes[words]
+        _add(records, setting, scale, config, outcome, measured)
+
+
+def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
+    """Why this config is not timed: it does not equal the plan's spec on exact inputs; empty if it does."""
+    for tokens in (TOKENS, 1) if config.kernel == "split-k" else (TOKENS,):
+        found = checked(plan, config, EXACT, gpu, tokens=tokens)
+        if found["status"] != "ok":
+            return f"not timed: {found['reason']}"
+    return ""
+
+
+def _add(
+    records: Records, setting: Setting, scale: str, config: Config, outcome: Outcome, measured: Measurement
+) -> None:
+    key = _key(setting.point, scale, str(config))
+    if records.has("tuning", **key):
+        return
+    row = {**key, **dataclasses.asdict(config), "cold": setting.cold}
+    if outcome.seconds:
+        row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
+        against = ratios(measured.samples[str(SEPARATE)], measured.samples[str(config)]) if _timed(measured) else None
+        row |= {"speedup_separate": against.p50} if against else {}
+        row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90} if measured.noise else {}
+    records.add("tuning", **row, status=outcome.status, reason=outcome.reason)
+
+
+def _timed(measured: Measurement) -> bool:
+    return str(SEPARATE) in measured.samples
+
+
+def _key(point: Point, scale: str, words: str) -> dict[str, object]:
+    return {"model": point.model, "tokens": point.tokens, "scale": scale, "config": words}
+
+
+def fastest(records: Records, gpu_name: str, points: Sequence[Point]) -> Table:
+    """The table's configs for those points; nothing for a point where `separate` has no time."""
+    rows = [row for row in records.rows("tuning") if row["status"] == "ok" and row["speedup_separate"]]
+    table: Table = {}
+    for point in points:
+        g = point.geometry
+        shape = (g.hidden_size, g.num_q_heads, g.num_kv_heads, g.head_dim)
+        for scale in STANDS_FOR:
+            own = [r for r in rows if (r["model"], r["tokens"], r["scale"]) == (point.model, str(point.tokens), scale)]
+            own = own if scale == "prologue" else [r for r in own if r["kernel"] != SEPARATE.kernel]
+            if not own:
+                continue
+            best = max(own, key=lambda row: float(row["speedup_separate"]))
+            wins = float(best["speedup_separate"]) > max(1.0, float(best["noise_p90"] or 1))
+            config = _config(best) if wins or scale != "prologue" else SEPARATE
+            table.setdefault((gpu_name, shape, scale), {})[point.tokens] = config
+    return table
+
+
+def _config(row: dict[str, str]) -> Config:
+    values = {field.name: row[field.name] for field in dataclasses.fields(Config)}
+    return Config(**{name: value if name in ("kernel", "prepass") else int(value) for name, value in values.items()})

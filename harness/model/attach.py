@@ -1,0 +1,140 @@
+"""Any variant inside a transformers model, in place of input norm, q/k/v projection and q/k norm.
+
+The input norm of each layer becomes the whole chain: it reads the residual stream and keeps q, k and v; the projections
+behind it hand these on, and the q and k norms, which are in the chain already, do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from castpoint.kernels.checks import KEEP
+from castpoint.variants.backends import check_backend, run
+from castpoint.variants.catalogue import plan_named
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem
+
+# model_type -> the plan by which transformers runs it. The layers of all of them have the same parts.
+REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "gemma"}
+
+
+def check_architecture(model_type: str) -> None:
+    """Raises ValueError for an architecture whose layers are built otherwise, or unknown."""
+    if model_type not in REFERENCE_PLANS:
+        raise ValueError(f"unsupported architecture {model_type!r}: supported are {', '.join(REFERENCE_PLANS)}")
+
+
+def fitted(plan: CastPlan, model_type: str) -> CastPlan:
+    """The plan for that architecture: where norm weights are stored as w - 1 (Gemma), a plan that does not say where
+    1 + w is formed forms it in fp32, as Gemma does; RoPE stays the model's own. Raises ValueError for a Gemma plan and
+    any other model, and for a plan that stores fp32, which no bf16 model can read."""
+    if plan.out == KEEP:
+        raise ValueError("a plan with out='fp32' stores float32, which the attention of a bf16 model does not read")
+    plan = plan.without_rope()
+    if model_type == "gemma3_text":
+        return plan.replace(weight_offset=KEEP) if plan.weight_offset == "none" else plan
+    if plan.weight_offset != "none":
+        raise ValueError(f"a plan that adds 1 to norm weights is for gemma3_text, not for {model_type}")
+    return plan
+
+
+def reference_plan(model_type: str) -> CastPlan:
+    """The plan by which transformers runs that architecture, up to RoPE."""
+    check_architecture(model_type)
+    return plan_named(REFERENCE_PLANS[model_type]).without_rope()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a transformers *ForCausalLM model."""
+    return model.get_decoder().layers
+
+
+def layer_problem(layer: nn.Module, config: object, x: Tensor) -> Problem:
+    """The chain of that layer on x [T, D], with the layer's own weights."""
+    attention = layer.self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return Problem(
+        x=x,
+        norm_weight=layer.input_layernorm.weight,
+        qkv_weight=torch.cat([p.weight for p in projections]),
+        bias=None if projections[0].bias is None else torch.cat([p.bias for p in projections]),
+        q_norm_weight=None if q_norm is None else q_norm.weight,
+        k_norm_weight=None if k_norm is None else k_norm.weight,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=config.rms_norm_eps,
+        weight_offset=config.model_type == "gemma3_text",
+    )
+
+
+@contextmanager
+def attached(model: nn.Module, plan: CastPlan, backend: str = "eager") -> Iterator[None]:
+    """Within the context the bf16 model computes every layer's q, k and v by that variant; behind it, by itself again.
+
+    backend: one of variants.backends.BACKENDS. Raises ValueError for an unsupported architecture, a plan that does not
+    fit it, or weights that are not bf16.
+    """
+    check_backend(backend)
+    config = model.config.get_text_config()
+    check_architecture(config.model_type)
+    plan = fitted(plan, config.model_type)
+    if model.dtype != torch.bfloat16:
+        raise ValueError(f"a variant needs a bfloat16 model, this one is {model.dtype}: load it with dtype=bfloat16")
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(_layer_attached(layer, config, plan, backend))
+        yield
+
+
+@contextmanager
+def _layer_attached(layer: nn.Module, config: object, plan: CastPlan, backend: str) -> Iterator[None]:
+    attention = layer.self_attn
+    with torch.no_grad():
+        chain = _Chain(layer_problem(layer, config, layer.input_layernorm.weight[None]), plan, backend)
+    replaced = {
+        (layer, "input_layernorm"): chain,
+        (attention, "q_proj"): _Take(chain, 0),
+        (attention, "k_proj"): _Take(chain, 1),
+        (attention, "v_proj"): _Take(chain, 2),
+    }
+    replaced |= {(attention, name): nn.Identity() for name in ("q_norm", "k_norm") if hasattr(attention, name)}
+    own = {place: getattr(*place) for place in replaced}
+    try:
+        for (owner, name), module in replaced.items():
+            setattr(owner, name, module)
+        yield
+    finally:
+        for (owner, name), module in own.items():
+            setattr(owner, name, module)
+
+
+class _Chain(nn.Module):
+    """Stands for the input norm: computes q, k and v of the residual stream [B, S, D], which it passes on."""
+
+    def __init__(self, problem: Problem, plan: CastPlan, backend: str) -> None:
+        super().__init__()
+        self.problem, self.plan, self.backend = problem, plan, backend
+        self.outputs: list[Tensor | None] = []
+
+    def forward(self, stream: Tensor) -> Tensor:
+        outputs = run(self.plan, self.problem.replace(x=stream.flatten(0, -2)), self.backend)
+        self.outputs = [value.to(stream.dtype).reshape(*stream.shape[:-1], -1) for value in outputs]
+        return stream
+
+
+class _Take(nn.Module):
+    """Stands for a projection: hands on what the chain has computed, [B, S, H * Dh], once."""
+
+    def __init__(self, chain: _Chain, place: int) -> None:
+        super().__init__()
+        self.chain, self.place = [chain], place  # in a list, so that the chain is no submodule of this
+
+    def forward(self, stream: Tensor) -> Tensor:
+        outputs = self.chain[0].outputs
+        value, outputs[self.place] = outputs[self.place], None
+        return value

@@ -1,0 +1,289 @@
+"""What the fused kernels are compared with, each as a call on the i-th of a list of rotated problems.
+
+P1  three kernels in a row: the best norm, the best matmul and the best head norm there are
+P2  torch.compile with all its tuning
+P4  the matmul alone, x @ W^T: norms for free; and beside it our fused kernel's loop alone, loop_peer
+
+norm_peers, matmul_peers (P4) and head_norm_peers are the parts of P1, timed by themselves; pick_chains says which
+chains of them are worth timing, chain_peer makes one. A peer that cannot run here says why. In a part's time its input
+is where the part before would leave it: in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castpoint.harness.peers.parts import (
+    HEAD_NORMS,
+    MATMULS,
+    NO_HEAD_NORM,
+    NORMS,
+    OWN_KERNEL,
+    Linear,
+    heads_of,
+    norm_of,
+    tuned,
+)
+from castpoint.harness.timing.cuda import Call
+from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
+from castpoint.harness.timing.rig import Arm
+from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
+from castpoint.kernels.config import Config
+from castpoint.kernels.matmul import matmul
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.eager import Outputs, eager, rope_table
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem
+
+NORM, MATMUL, HEADS = "norm ", "P4 ", "heads "  # how the names of parts begin
+LOOP = "own loop "  # and of our own loop, of which no chain is made
+P2 = ("P2 torch.compile", "P2 torch.compile, PDL")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One arm. status: `ok`, or `not installed`, `not applicable`, `red` or `failed` with a reason and no call.
+
+    call(i) returns (q, k, v) for whole chains, else what the part makes: hidden, proj, or (q, k).
+    plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
+    differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
+    there, so what holds a matmul is judged by values. rope: q and k are rotated, and the plan's words on it count.
+    """
+
+    name: str
+    call: Call | None
+    plan: CastPlan | None = None
+    status: str = "ok"
+    reason: str = ""
+    differs: Differs = bits_differ
+    rope: bool = False
+
+    def arm(self) -> Arm:
+        """For timing.rig.measure. Raises ValueError for a peer that cannot run."""
+        if self.call is None:
+            raise ValueError(f"{self.name} cannot be timed: {self.status}, {self.reason}")
+        return Arm(self.name, self.call, self.differs)
+
+    @property
+    def function(self) -> str:
+        """The plan's name, or what it rounds to bf16; `not known` without a plan."""
+        if self.plan is None:
+            return "not known"
+        for name, known in PLANS.items():
+            if self.plan == known.plan or not self.rope and self.plan.without_rope() == known.plan.without_rope():
+                return name
+        rounded = self.plan.roundings() + (self.plan.rope_roundings() if self.rope else [])
+        return "rounds " + ", ".join(rounded) + ", not x + residual" * (self.plan.x == KEEP)
+
+
+# ---------------------------------------------------------------- peers
+
+
+def norm_peers(problems: Sequence[Problem]) -> list[Peer]:
+    """The norms by themselves: call(i) returns (hidden,)."""
+
+    def make(name: str) -> Call:
+        norm = norm_of(name, problems[0])
+        return lambda i: (norm(_input(problems[i]), problems[i].norm_weight, problems[i].eps),)
+
+    return [_peer(NORM + name, functools.partial(make, name)) for name in NORMS]
+
+
+def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
+    """P4: the matmul by itself, on x as it is, with the bias where there is one. call(i) returns (proj,)."""
+
+    def make(linear: Linear) -> Call:
+        return lambda i: (linear(problems[i].x, problems[i].qkv_weight, problems[i].bias),)
+
+    return [
+        _peer(MATMUL + name, functools.partial(make, linear), differs=values_differ) for name, linear in MATMULS.items()
+    ]
+
+
+def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
+    """The fused kernel's loop by itself with those tiles, on x as it is, without bias. call(i) returns (proj,)."""
+
+    def call(i: int) -> tuple[Tensor]:
+        return (matmul(problems[i].x, problems[i].qkv_weight, problems[i].head_dim, config),)
+
+    return Peer(loop_name(config), call)
+
+
+def loop_name(config: Config) -> str:
+    """`own loop 128 x 64, 8 warps, 4 stages` of `fused after hidden 128 x 64, 8 warps, 4 stages`."""
+    return LOOP + str(config).removeprefix("fused after hidden ")
+
+
+def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
+    """The head norms by themselves, on one proj that all calls share, as it would lie in the cache behind a matmul.
+
+    plan: whose flags our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`; with
+    positions our own alone, which rotates too.
+    """
+    first = problems[0]
+    if not first.has_head_norm:
+        return [Peer(HEADS + NO_HEAD_NORM, None, None, "not applicable", "no head norm in this problem")]
+    q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
+
+    def make(name: str) -> Call:
+        heads = heads_of(name, plan, first)
+        return lambda i: heads(problems[i], q, k)
+
+    rotating = first.positions is not None
+    return [_peer(HEADS + name, functools.partial(make, name)) for name in HEAD_NORMS[rotating]]
+
+
+def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
+    """P1: those three parts in a row. plan: whose flags our own head norm takes, where heads is that one.
+
+    heads is `none` for problems without a head norm; with positions it must be our own, the only one that rotates.
+    Raises KeyError for a name that is no part.
+    """
+    first = problems[0]
+    linear = MATMULS[matmul]
+
+    def make() -> Call:
+        if first.has_head_norm == (heads == NO_HEAD_NORM):
+            raise ValueError(
+                f"heads={heads!r} does not fit a problem {'with' if first.has_head_norm else 'without'} one"
+            )
+        normalise, normalise_heads = norm_of(norm, first), heads_of(heads, plan, first)
+
+        def call(i: int) -> Outputs:
+            p = problems[i]
+            hidden = normalise(_input(p), p.norm_weight, p.eps)
+            q, k, v = p.split_heads(linear(hidden, p.qkv_weight, p.bias))
+            return *normalise_heads(p, q, k), v
+
+        return call
+
+    return _peer(
+        f"P1 {norm} | {matmul} | {heads}",
+        make,
+        chain_plan(norm, heads, plan, first.weight_offset),
+        values_differ,
+        first.positions is not None,
+    )
+
+
+def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> list[Peer]:
+    """P2: eager through torch.compile, without and with programmatic dependent launch.
+
+    Its plan is what Inductor makes of eager's: it cancels the roundings inside a norm, and that of x + residual, and
+    stores proj in bf16. So on a CPU; on a GPU tuning may choose another matmul: check it. With positions it is no plan:
+    of the two products under a rotated value one then takes the head as it is, the other one rounded to bf16.
+    """
+    first = problems[0]
+    x = RNE if first.residual is None else KEEP
+    plan = CastPlan(x=x, proj=RNE, weight_offset="fp32" if first.weight_offset else "none")
+    if first.positions is not None:
+        plan = None
+
+    table = rope_table(first)
+
+    def make(pdl: bool) -> Call:
+        function = tuned(eager, pdl)
+        return lambda i: function(problems[i], table=table)
+
+    return [_peer(name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
+
+
+def eager_peer(problems: Sequence[Problem]) -> Peer:
+    """Hugging Face's own arithmetic, op by op: the plan `hf`, or `gemma` for weights stored as w - 1."""
+    first = problems[0]
+    plan, table = PLANS["gemma" if first.weight_offset else "hf"].plan, rope_table(first)
+    return Peer("eager", lambda i: eager(problems[i], table=table), plan, differs=values_differ)
+
+
+def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan | None:
+    """The numerical function of a chain of those parts; None where a part's is not known.
+
+    Also where our head norm rounds its statistics, which no plan does in one norm and not in the other.
+    """
+    inner = {name: part.inner and not offset for name, part in NORMS.items()}
+    changes = {"weight_offset": "fp32" if offset else "none", "proj": RNE}
+    if heads == OWN_KERNEL:
+        if (plan.statistics, plan.variance) != (KEEP, KEEP):
+            return None
+        changes |= {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
+    elif heads != NO_HEAD_NORM:
+        if inner[heads] is None:
+            return None
+        changes["head_normed"] = RNE if inner[heads] else KEEP
+    if inner[norm] is None:
+        return None
+    return CastPlan(normed=RNE if inner[norm] else KEEP, **changes)
+
+
+def pick_chains(seconds: dict[str, float], within: float = 0.03, at_most: int = 4) -> list[tuple[str, str, str]]:
+    """The chains (norm, matmul, heads) worth timing whole, best sum of parts first; what chain_peer takes.
+
+    seconds: of the parts that have a time, by their peers' names. The parts hardly touch one another, so the best
+    chain is made of the best parts, up to what overlaps at their borders: every chain whose sum lies within 3 % of the
+    best is taken, four at most. Raises ValueError where no norm or no matmul was timed.
+    """
+    norms, matmuls, heads = (
+        {name.removeprefix(kind): s for name, s in seconds.items() if name.startswith(kind)}
+        for kind in (NORM, MATMUL, HEADS)
+    )
+    if not norms or not matmuls:
+        raise ValueError("no chain without the times of at least one norm and one matmul")
+    heads = heads or {NO_HEAD_NORM: 0.0}
+    sums = {(n, m, h): norms[n] + matmuls[m] + heads[h] for n, m, h in itertools.product(norms, matmuls, heads)}
+    best = min(sums.values())
+    return sorted((chain for chain in sums if sums[chain] <= best * (1 + within)), key=sums.__getitem__)[:at_most]
+
+
+def _input(p: Problem) -> Tensor:
+    return p.x if p.residual is None else p.x + p.residual
+
+
+def _peer(
+    name: str,
+    make: Callable[[], Call],
+    plan: CastPlan | None = None,
+    differs: Differs = bits_differ,
+    rope: bool = False,
+) -> Peer:
+    try:
+        return Peer(name, make(), plan, differs=differs, rope=rope)
+    except ImportError as error:
+        status, reason = "not installed", str(error)
+    except ValueError as error:
+        status, reason = "not applicable", str(error)
+    except Exception as error:  # a package that is broken under this torch belongs into its row
+        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Peer(name, None, plan, status, reason, differs)
+
+
+# ---------------------------------------------------------------- settings
+
+REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {
+    "default": True,  # split-K partial sums may be stored and added in bf16
+    "fp32 partials": False,
+    "one fp32 chain": (False, False),  # no split-K either
+}
+
+
+@contextmanager
+def bf16_reduction(setting: str) -> Iterator[None]:
+    """Sets how cuBLAS may add in bf16 matmuls, one of REDUCTIONS, and restores what was. A graph keeps what held
+    while it was captured. Raises KeyError for another name, and what torch raises where its version lacks a setting."""
+    matmul = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    before = getattr(matmul, name)
+    if hasattr(matmul, f"{name}_split_k"):
+        before = (before, getattr(matmul, f"{name}_split_k"))
+    setattr(matmul, name, REDUCTIONS[setting])
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

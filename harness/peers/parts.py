@@ -1,0 +1,143 @@
+"""The parts that separate chains are made of: norms, matmuls and head norms, by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castpoint.harness.peers.implementations import TRITON, Norm, compiled, implementations
+from castpoint.kernels.head_norm import head_norm
+from castpoint.variants.eager import eager_norm
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Heads = Callable[[Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # (problem, q, k) -> q, k normalised
+
+TUNED = "max-autotune-no-cudagraphs"  # the rig captures graphs itself
+PDL = "triton.enable_pdl"  # Inductor's programmatic dependent launch, between the kernels that it writes itself
+NO_HEAD_NORM = "none"
+OWN_KERNEL = "head_norm kernel"
+
+
+@dataclass(frozen=True)
+class NormPart:
+    """A norm over the last dimension. inner: x * rstd is rounded before the weight; None: not known, or by version.
+
+    offset: whether it takes weights stored as w (False), as w - 1 (True), or both (None).
+    make(device, offset) raises ImportError where a package is missing, ValueError where it cannot run on the device.
+    """
+
+    name: str
+    inner: bool | None
+    offset: bool | None
+    make: Callable[[str, bool], Norm]
+
+
+def _eager(device: str, offset: bool) -> Norm:
+    return lambda x, weight, eps: eager_norm(x, weight, eps, offset)
+
+
+def _f_rms_norm(device: str, offset: bool) -> Norm:
+    return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _public(name: str, device: str, offset: bool) -> Norm:
+    rows = [row for row in implementations() if row.name == name and row.how == TRITON]
+    return rows[0].make(device)
+
+
+def _quack(device: str, offset: bool) -> Norm:
+    from quack.rmsnorm import rmsnorm
+
+    if device == "cpu":
+        raise ValueError("quack needs a GPU")
+    return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
+
+
+NORMS = {
+    part.name: part
+    for part in (
+        NormPart("eager", True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
+        NormPart("F.rms_norm", False, False, _f_rms_norm),
+        *(
+            NormPart(name, inner, offset, functools.partial(_public, name))
+            for name, inner, offset in (
+                ("LigerRMSNorm, casting mode llama", True, False),
+                ("LigerRMSNorm, casting mode gemma", False, True),
+                ("flash-linear-attention RMSNorm", False, False),
+                ("FlagGems rms_norm", None, False),  # versions differ in this
+            )
+        ),
+        NormPart("quack rmsnorm", False, False, _quack),
+    )
+}
+
+
+HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
+
+
+def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by cuBLASLt's first heuristic, where by default PyTorch asks cuBLAS.
+
+    torch.backends.cuda.preferred_blas_library is documented as experimental, and holds for the process: it is set
+    for this call alone, which in a graph is the capture. No search over heuristics is to be had: of TunableOp
+    (torch.cuda.tunable) torch 2.13 says that CUDA builds know no other solution than the default.
+    """
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
+
+
+def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    names = ("statistics", "variance", "head_rstd", "head_normed", "unrotated", "products")
+    flags = {name: getattr(plan, name) for name in names} | {"cos_sin_storage": plan.cos_sin}
+    flags["weight_offset"] = "fp32" if p.weight_offset else "none"
+    weights, rope = (p.q_norm_weight, p.k_norm_weight), (p.positions, p.cos_sin_cache)
+    return tuple(head_norm(t, w, p.eps, *rope, **flags) for t, w in zip((q, k), weights, strict=True))
+
+
+def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
+    """The head norm of that name. Raises as NormPart.make does, ValueError for one that does not rotate where there are
+    positions, and KeyError for a name that is none."""
+    if problem.positions is not None and name != OWN_KERNEL:
+        raise ValueError(f"heads={name!r} does not rotate: with positions only {OWN_KERNEL!r} does")
+    if name == NO_HEAD_NORM:
+        return lambda p, q, k: (q, k)
+    if name == OWN_KERNEL:
+        return functools.partial(_own_heads, plan)
+    norm = norm_of(name, problem)
+    return lambda p, q, k: (norm(q, p.q_norm_weight, p.eps), norm(k, p.k_norm_weight, p.eps))
+
+
+def norm_of(name: str, problem: Problem) -> Norm:
+    part = NORMS[name]
+    if part.offset not in (None, problem.weight_offset):
+        stored = "w - 1" if problem.weight_offset else "w"
+        raise ValueError(f"{name} does not take norm weights stored as {stored}")
+    return part.make(problem.x.device.type, problem.weight_offset)
+
+
+@functools.cache
+def tuned(function: Callable, pdl: bool = False) -> Callable:
+    """function through Inductor in its mode max-autotune-no-cudagraphs, with programmatic dependent launch or without.
+
+    Raises ValueError where this version of Inductor has no such launch.
+    """
+    options = dict(torch._inductor.list_mode_options(TUNED))
+    if pdl:
+        if PDL not in torch._inductor.list_options():
+            raise ValueError(f"Inductor of torch {torch.__version__} has no option {PDL}")
+        options[PDL] = True
+    return compiled(function, options)

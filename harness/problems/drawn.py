@@ -1,0 +1,201 @@
+"""Problems to measure on: calibrated or random weights, and checkpoints.
+
+Calibrated means: drawn so that every tensor has the published statistics of that layer of Qwen3-0.6B
+(data/README.md). It is not the checkpoint: individual weights, and how they correlate, are not its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.variants.problem import Problem
+
+DATA = Path(__file__).parent / "data"
+CALIBRATED_MODEL = "qwen3-0.6b"
+GROWTH = 1.2  # of the residual stream, a layer; published
+# Largest channel rms over the median channel's, and the first token's largest value over the other tokens' rms, in
+# the residual stream entering layer 8 of Qwen2.5-Coder-0.5B (a public sample of 64 tokens of Python source).
+MASSIVE_CHANNELS = (16.4, 11.6, 11.6, 8.2)
+MASSIVE_FIRST_TOKEN = 1800.0
+
+
+@cache
+def layer_statistics() -> list[dict[str, float | None]]:
+    """Published statistics of Qwen3-0.6B, a dict for each of the 28 layers; None where nothing was published."""
+    with open(DATA / "qwen3-0.6b-layer-statistics.csv", newline="") as file:
+        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def k_norm_statistics(layer: int) -> tuple[float, float, float]:
+    """Mean, standard deviation and maximum of the K-norm weights of a layer of Qwen3-0.6B.
+
+    The mean is the derivative's. Maximum and deviation are Qwen3-0.6B's own where published. Elsewhere the
+    deviation is the derivative's, and the maximum stands as far out as in the layers where both are published:
+    on average 0.94 of the farthest that one channel of 128 can stand at that deviation. That rule is checked by
+    a figure it does not use: it puts 16 of 28 layers above 10, as published.
+    """
+    row = layer_statistics()[layer]
+    mean, std, maximum = row["k_norm_mean"], row["qwen3_k_norm_std"], row["qwen3_k_norm_max"]
+    farthest = math.sqrt(geometry_named(CALIBRATED_MODEL).head_dim - 1)
+    both = [r for r in layer_statistics() if r["qwen3_k_norm_std"]]
+    share = fmean((r["qwen3_k_norm_max"] - r["k_norm_mean"]) / (r["qwen3_k_norm_std"] * farthest) for r in both)
+    if std is None:
+        std = row["k_norm_std"] if maximum is None else (maximum - mean) / (share * farthest)
+    if maximum is None:
+        maximum = mean + share * farthest * std
+    return mean, std, maximum
+
+
+def residual_std(layer: int) -> float:
+    """Standard deviation of Qwen3-0.6B's residual stream at that layer's input: published, or geometric between."""
+    with open(DATA / "qwen3-0.6b-residual-stream.csv", newline="") as file:
+        known = {int(row["layer"]): float(row["std"]) for row in csv.DictReader(file)}
+    if layer in known:
+        return known[layer]
+    below = max(at for at in known if at < layer)
+    above = min((at for at in known if at > layer), default=None)
+    growth = GROWTH if above is None else (known[above] / known[below]) ** (1 / (above - below))
+    return known[below] * growth ** (layer - below)
+
+
+def heavy_tailed(size: int, mean: float, std: float, maximum: float | None, rng: torch.Generator) -> Tensor:
+    """[size] float64, shuffled: positive weights of exactly that mean, population deviation and maximum.
+
+    The quantiles of a lognormal distribution, whose width is solved for; the maximum, if given, is one outlier on top.
+    """
+    rest = size
+    if maximum is not None:
+        rest = size - 1
+        total, squares = size * mean - maximum, size * (std**2 + mean**2) - maximum**2
+        mean, std = total / rest, math.sqrt(squares / rest - (total / rest) ** 2)
+    z = torch.tensor([NormalDist().inv_cdf((i + 0.5) / rest) for i in range(rest)], dtype=torch.float64)
+    low, high = 0.0, 10.0
+    for _ in range(60):  # the relative deviation of exp(sigma z) grows with sigma
+        sigma = (low + high) / 2
+        values = (sigma * z).exp()
+        low, high = (sigma, high) if values.std(correction=0) / values.mean() < std / mean else (low, sigma)
+    values = values * (mean / values.mean())
+    if maximum is not None:
+        values = torch.cat([values, torch.tensor([maximum], dtype=torch.float64)])
+    return values[torch.randperm(size, generator=rng)]
+
+
+def residual_stream(tokens: int, hidden_size: int, layer: int, rng: torch.Generator) -> Tensor:
+    """[tokens, hidden_size] bf16: a stream with massive channels, of Qwen3-0.6B's published deviation at that layer.
+
+    Channel scales are lognormal (width 0.2 at the embedding, 0.5 later, as in Qwen2.5-Coder-0.5B). From layer 1
+    on four massive channels keep their sign over all tokens. From layer 2 on the first token carries one massive
+    activation; the published deviation is taken as that of the tokens after it.
+    """
+    scale = (torch.randn(hidden_size, generator=rng) * (0.5 if layer else 0.2)).exp()
+    stream = torch.randn(tokens, hidden_size, generator=rng) * scale
+    massive = torch.randperm(hidden_size, generator=rng)[: len(MASSIVE_CHANNELS)]
+    if layer >= 1:
+        level = torch.tensor(MASSIVE_CHANNELS) * scale.median()
+        stream[:, massive] = level * (1 + 0.1 * torch.randn(tokens, len(massive), generator=rng))
+    if tokens:
+        stream *= residual_std(layer) / stream.square().mean().sqrt()
+    if layer >= 2:
+        stream[:1, massive[0]] = MASSIVE_FIRST_TOKEN * residual_std(layer)
+    return stream.to(torch.bfloat16)
+
+
+def synthetic_problem(
+    model: str = CALIBRATED_MODEL,
+    layer: int = 0,
+    tokens: int = 128,
+    seed: int = 0,
+    *,
+    weight_offset: bool | None = None,
+    uniform_k_norm: float | None = None,
+) -> Problem:
+    """One layer of a model with drawn weights: `calibrated` for qwen3-0.6b, `random` for every other.
+
+    `random` takes the statistics of the layer of Qwen3-0.6B at the same depth, the projection scaled to keep the
+    size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). uniform_k_norm:
+    that number in place of every K-norm weight, a control for what the calibrated ones amplify.
+    Raises KeyError for an unknown model, ValueError for a layer that the model does not have.
+    """
+    g = geometry_named(model)
+    if not 0 <= layer < g.num_layers:
+        raise ValueError(f"{model} has layers 0 to {g.num_layers - 1}, not {layer}")
+    source = layer * len(layer_statistics()) // g.num_layers
+    row = layer_statistics()[source]
+    rng = torch.Generator().manual_seed(seed * 1000 + layer)
+    x = residual_stream(tokens, g.hidden_size, source, rng)
+    rescale = math.sqrt(geometry_named(CALIBRATED_MODEL).hidden_size / g.hidden_size)
+    sizes = {"q": g.num_q_heads * g.head_dim, "k": g.num_kv_heads * g.head_dim, "v": g.num_kv_heads * g.head_dim}
+    projections = [
+        torch.randn(rows, g.hidden_size, generator=rng) * (row[f"{name}_proj_std"] * rescale)
+        for name, rows in sizes.items()
+    ]
+    offset = g.weight_offset if weight_offset is None else weight_offset
+    norms = {
+        "norm_weight": heavy_tailed(g.hidden_size, row["input_layernorm_mean"], row["input_layernorm_std"], None, rng)
+    }
+    if g.head_norm:
+        norms["q_norm_weight"] = heavy_tailed(g.head_dim, row["q_norm_mean"], row["q_norm_std"], None, rng)
+        norms["k_norm_weight"] = heavy_tailed(g.head_dim, *k_norm_statistics(source), rng)
+        if uniform_k_norm is not None:
+            norms["k_norm_weight"] = torch.full([g.head_dim], uniform_k_norm, dtype=torch.float64)
+    label = "calibrated" if model == CALIBRATED_MODEL else "random"
+    if uniform_k_norm is not None:
+        label += f", k_norm={uniform_k_norm:g}"
+    if offset != g.weight_offset:
+        label += ", stored as w-1" if offset else ", stored as w"
+    return Problem(
+        x=x,
+        qkv_weight=torch.cat(projections).to(torch.bfloat16),
+        num_q_heads=g.num_q_heads,
+        num_kv_heads=g.num_kv_heads,
+        bias=_bias(g, rng) if g.bias else None,
+        eps=g.eps,
+        weight_offset=offset,
+        model=model,
+        layer=layer,
+        weights=label,
+        **{name: (weight - 1 if offset else weight).to(torch.bfloat16) for name, weight in norms.items()},
+    )
+
+
+def _bias(g: Geometry, rng: torch.Generator) -> Tensor:
+    """QKV bias: a few large entries in K, as in Qwen2.5 (up to 145 in layer 0 of Qwen2.5-Coder-0.5B)."""
+    bias = torch.randn(g.rows, generator=rng)
+    k = slice(g.num_q_heads * g.head_dim, (g.num_q_heads + g.num_kv_heads) * g.head_dim)
+    bias[k] *= torch.randn(g.num_kv_heads * g.head_dim, generator=rng).abs().mul(2).exp()
+    return bias.to(torch.bfloat16)
+
+
+def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: int) -> Problem:
+    """One layer of real weights. The residual stream is the file's own where it holds one (`x`), else drawn.
+
+    Raises ValueError or FileNotFoundError where the checkpoint cannot be read or does not fit; see problems.checkpoint.
+    """
+    from castpoint.harness.problems.checkpoint import load_layer
+
+    g, tensors = load_layer(source, layer, model)
+    weights = "checkpoint"
+    if "x" in tensors:
+        tensors["x"] = tensors["x"][:tokens]
+    else:
+        weights = "checkpoint, drawn residual stream"
+        depth = layer * len(layer_statistics()) // g.num_layers
+        tensors["x"] = residual_stream(tokens, g.hidden_size, depth, torch.Generator().manual_seed(seed * 1000 + layer))
+    return Problem(
+        **tensors,
+        num_q_heads=g.num_q_heads,
+        num_kv_heads=g.num_kv_heads,
+        eps=g.eps,
+        weight_offset=g.weight_offset,
+        model=model,
+        layer=layer,
+        weights=weights,
+    )

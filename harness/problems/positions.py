@@ -1,0 +1,34 @@
+"""Positions for problems: RoPE's table of cos and sin, as engines keep it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from castpoint.variants.problem import Problem
+
+FIRST = 1000  # default position of the first token: angles of many turns
+ROTATED = ", rotated from position "  # in the words for a problem's weights
+THETA = 1e6  # rope_theta of Qwen3 and Qwen2.5, and of Gemma 3's global layers
+
+
+def cos_sin_cache(rows: int, head_dim: int, theta: float = THETA) -> Tensor:
+    """[rows, head_dim] fp32: cos of position * theta^(-2i / head_dim) for i < head_dim / 2, then sin of the same.
+
+    In float64, rounded once to fp32. Engines and transformers form the angle in fp32, which errs by position * 2^-24,
+    a thousandth of a radian at position 16,384: that is their input's error, and no rounding of the chain.
+    """
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    angles = torch.outer(torch.arange(rows, dtype=torch.float64), theta ** (-steps / head_dim))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.float32)
+
+
+def with_positions(problem: Problem, first: int = FIRST, theta: float = THETA) -> Problem:
+    """That problem with its tokens at first, first + 1, and so on. Raises ValueError for a head size that the kernels
+    do not rotate."""
+    device = problem.x.device
+    return problem.replace(
+        positions=torch.arange(first, first + problem.tokens, device=device),
+        cos_sin_cache=cos_sin_cache(first + problem.tokens, problem.head_dim, theta).to(device),
+        weights=f"{problem.weights}{ROTATED}{first}",
+    )

@@ -1,0 +1,238 @@
+"""What PTX's arithmetic instructions compute, on numpy arrays of their types.
+
+Approximate instructions (rsqrt.approx, div.full, ex2.approx, ...) are rounded correctly here; a GPU may be off by the
+error that the PTX ISA states for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from castpoint.harness.ptx.numbers import (
+    NAN,
+    SIGNED,
+    TYPE,
+    UNSIGNED,
+    Array,
+    Unsupported,
+    bits_of,
+    extended,
+    flushed,
+    fma,
+    read,
+    width,
+)
+
+Binary = Callable[[Array, Array], Array]
+# Parts of an opcode that change no bit of a result, or say what is done here anyway.
+KNOWN = {"rn", "approx", "full", "ftz", "lo", "wide", "hi", "NaN", "xorsign", "abs", "clamp"}
+COMPARE: dict[str, Binary] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+LOGIC: dict[str, Binary] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
+    "sqrt": np.sqrt,  # of float32, correctly rounded
+    "rcp": lambda a: np.float32(1) / a,
+    "rsqrt": lambda a: 1 / np.sqrt(a.astype(np.float64)),
+    "ex2": lambda a: np.exp2(a.astype(np.float64)),
+    "lg2": lambda a: np.log2(a.astype(np.float64)),
+}
+INTEGER: dict[str, np.ufunc] = {
+    **LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
+}  # fmt: skip
+WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+def arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
+    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them). Raises Unsupported
+    for what no kernel here has needed yet."""
+    if unknown := [word for word in words[1:-1] if word not in KNOWN]:
+        raise Unsupported(f"{words[0]} with .{unknown[0]}")
+    if kind.endswith("x2"):
+        half = kind.removesuffix("x2")
+        shift = np.uint32(width(half))
+        halves = [[bits.astype(np.uint32) >> shift * np.uint32(n) for bits in operands] for n in (0, 1)]
+        low, high = (arithmetic(words, half, each) for each in halves)
+        return low.astype(np.uint32) | high.astype(np.uint32) << shift
+    if kind in ("f32", "bf16"):
+        return _of_floats(words, kind, operands)
+    return _of_integers(words, kind, operands)
+
+
+def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
+    ftz, name = "ftz" in words, words[0]
+    if name in ("neg", "abs", "copysign"):  # of bits: a NaN keeps its own
+        return _signed(name, kind, operands)
+    values = [flushed(value) if ftz else value for value in (read(bits, kind) for bits in operands)]
+    if name in UNARY:
+        result = UNARY[name](*values)
+    elif name == "fma":
+        result = fma(*values)
+    elif name in ("add", "sub"):
+        result = fma(values[0], np.float32(1), values[1] if name == "add" else -values[1])
+    elif name == "mul":
+        result = fma(*values, np.float32(-0.0))
+    elif name == "div":
+        result = np.divide(*values)
+    elif name in ("max", "min") and len(values) == 2:
+        result = _extreme(words, *values)
+    else:
+        raise Unsupported(name)
+    bits = bits_of(result, kind)
+    return _flushed_bits(bits) if ftz and kind == "f32" else bits
+
+
+def _flushed_bits(bits: Array) -> Array:
+    return np.where(bits & np.uint32(0x7F800000) == 0, bits & np.uint32(0x80000000), bits)
+
+
+def _signed(name: str, kind: str, operands: Sequence[Array]) -> Array:
+    word = UNSIGNED[width(kind)]
+    sign = word(1 << width(kind) - 1)
+    bits = operands[0].astype(word)
+    if name == "copysign":  # the sign of the first, all else of the second
+        return bits & sign | operands[1].astype(word) & ~sign
+    return bits ^ sign if name == "neg" else bits & ~sign
+
+
+def _extreme(words: Sequence[str], a: Array, b: Array) -> Array:
+    """max and min: of two zeros the positive one is larger; .xorsign.abs: of sizes, with the sign of the product."""
+    if "xorsign" in words:
+        sign = np.where(np.signbit(a) ^ np.signbit(b), np.float32(-1), np.float32(1))
+        return sign * _extreme([word for word in words if word not in ("xorsign", "abs")], np.abs(a), np.abs(b))
+    larger, smaller = (np.maximum, np.minimum) if "NaN" in words else (np.fmax, np.fmin)
+    negative = (np.logical_and if words[0] == "max" else np.logical_or)(np.signbit(a), np.signbit(b))
+    zero = np.where(negative, np.float32(-0.0), np.float32(0))
+    return np.where((a == 0) & (b == 0), zero, (larger if words[0] == "max" else smaller)(a, b))
+
+
+def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
+    name, bits = words[0], width(kind)
+    if name in ("shl", "shr"):
+        return _shifted(name, read(operands[0], kind), read(operands[1], "u32"), bits)
+    values = [read(operand, kind) for operand in operands]
+    a = values[0]
+    if "wide" in words or "hi" in words:
+        result = _long_product(words, bits, *values)
+    elif name == "bfe":
+        result = _field(bits, *values)
+    elif name == "prmt":
+        result = _permuted(*values)
+    elif name == "lop3":
+        result = _table(*values)
+    elif name in ("div", "rem"):
+        a, b = (value.astype(np.int64) if value.dtype.kind == "i" else value for value in values)
+        quotient = np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))  # towards zero
+        result = quotient if name == "div" else a - quotient * b
+    elif name == "mad":
+        result = a * values[1] + values[2]
+    elif name in ("not", "neg", "abs"):
+        result = {"not": np.invert, "neg": np.negative, "abs": np.abs}[name](a)
+    elif name in INTEGER and len(values) == 2:
+        result = INTEGER[name](*values)
+    else:
+        raise Unsupported(name)
+    return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits])
+
+
+def _long_product(words: Sequence[str], bits: int, *values: Array) -> Array:
+    """mul.wide and mul.hi."""
+    if words[0] != "mul":
+        raise Unsupported(f"{words[0]} with .hi")
+    if bits == 64:
+        exact = values[0].astype(object) * values[1].astype(object) >> 64 & (1 << 64) - 1
+        return np.asarray(exact).astype(np.uint64)
+    long = (SIGNED if values[0].dtype.kind == "i" else UNSIGNED)[64]
+    product = values[0].astype(long) * values[1].astype(long)
+    return product.view(np.uint64) if "wide" in words else product >> long(bits)
+
+
+def _shifted(name: str, a: Array, by: Array, bits: int) -> Array:
+    """Shifts by the type's width or more give zeros, or copies of the sign."""
+    most = np.minimum(by, np.uint32(bits - 1)).astype(a.dtype)
+    moved = np.left_shift(a, most) if name == "shl" else np.right_shift(a, most)
+    kept = name == "shr" and a.dtype.kind == "i"
+    return (moved if kept else np.where(by >= bits, a.dtype.type(0), moved)).astype(UNSIGNED[bits])
+
+
+def _field(bits: int, a: Array, start: Array, count: Array) -> Array:
+    """bfe of one field in all threads, which lies inside of the register, with its sign."""
+    places = np.unique(start), np.unique(count)
+    if any(len(place) > 1 for place in places) or not 0 < int(places[1][0]) <= bits - int(places[0][0]):
+        raise Unsupported("bfe of a field that differs by thread, or reaches out of its register")
+    first, size = (int(place[0]) for place in places)
+    kind = a.dtype.type
+    return a << kind(bits - first - size) >> kind(bits - size)
+
+
+def _permuted(a: Array, b: Array, choice: Array) -> Array:
+    """prmt: four bytes of a and b, or copies of their signs."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.uint32(0)
+    for n in range(4):
+        nibble = choice >> np.uint32(4 * n) & np.uint32(15)
+        byte = (both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)).astype(np.uint32)
+        signs = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+        result = result | np.where(nibble & np.uint32(8), signs, byte) << np.uint32(8 * n)
+    return result
+
+
+def _table(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """lop3: the logical function of three bits whose results are the table's bits."""
+    result = np.uint32(0)
+    for n in range(8):
+        if int(table) >> n & 1:
+            result = result | ((a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c))
+    return result
+
+
+def converted(words: Sequence[str], bits: Array, of: str, to: str) -> Array:
+    """cvt of bits of one type to bits of another; integers keep their sign in a wider register."""
+    how = [word for word in words[1:] if word not in ("rn", "ftz") and not TYPE.fullmatch(word.removesuffix("x2"))]
+    if len(how) > 1 or how and how[0] not in (*WHOLE, "rz", "sat"):
+        raise Unsupported(f"cvt with .{how[-1]}")
+    values = read(bits, of)
+    if values.dtype.kind in "iu":
+        if to[0] in "us":
+            return extended(extended(bits, of), to)
+        return bits_of(values.astype(np.float64) if to == "bf16" else values.astype(np.float32), to)
+    values = flushed(values) if "ftz" in words else values
+    if how and how[0] in WHOLE:
+        values = WHOLE[how[0]](values)
+    if how == ["sat"]:
+        values = np.where(np.isnan(values), np.float32(0), np.clip(values, np.float32(0), np.float32(1)))
+    if to[0] in "us":
+        return _whole_number(values.astype(np.float64), to)
+    if how == ["rz"]:
+        if (of, to) != ("f32", "bf16"):
+            raise Unsupported("cvt with .rz")
+        return np.where(np.isnan(values), NAN, values.view(np.uint32)).astype(np.uint32) >> np.uint32(16)
+    return bits_of(values, to)
+
+
+def _whole_number(values: Array, to: str) -> Array:
+    """float64 that hold whole numbers as an integer type: the nearest there is; 0 for NaN."""
+    limits = np.iinfo((SIGNED if to[0] == "s" else UNSIGNED)[width(to)])
+    inside = (values > float(limits.min)) & (values < float(limits.max))
+    found = np.where(inside, values, 0).astype(limits.dtype)
+    found = np.where(values >= float(limits.max), limits.max, found)
+    found = np.where(values <= float(limits.min), limits.min, found).astype(limits.dtype)
+    return extended(found.view(UNSIGNED[width(to)]), to)
+
+
+def compared(words: Sequence[str], a: Array, b: Array) -> Array:
+    """setp's first word on floats or integers. Ordered relations are false of a NaN, unordered ones (`ltu`) true."""
+    relation = words[1]
+    if a.dtype.kind != "f":
+        relation = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(relation, relation)
+        return COMPARE[relation](a, b)
+    if "ftz" in words:
+        a, b = flushed(a), flushed(b)
+    unordered = np.isnan(a) | np.isnan(b)
+    if relation in ("nan", "num"):
+        return unordered if relation == "nan" else ~unordered
+    if relation in COMPARE:
+        return COMPARE[relation](a, b) & ~unordered
+    return COMPARE[relation.removesuffix("u")](a, b) | unordered

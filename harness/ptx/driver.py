@@ -1,0 +1,87 @@
+"""Triton kernels on CPU tensors: compiled for a GPU that is not there, their PTX run by ptx.machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+
+from castpoint.harness.compiled.compile import TARGETS
+from castpoint.harness.ptx.machine import launch
+from castpoint.harness.ptx.program import parse
+
+# Of an A100 and an H200: bytes of shared memory that a program may have, and processors.
+LIMITS = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132)}
+
+
+@contextmanager
+def executed(target: str = "sm_90") -> Iterator[None]:
+    """Inside, every launch compiles as it would on that target of compiled.compile.TARGETS, and runs on the CPU.
+
+    Kernels must have been imported without TRITON_INTERPRET=1. Packages that look for a GPU while they are imported
+    must be imported before. Launches raise what ptx.machine.launch raises. Times mean nothing. Raises
+    ValueError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
+    """
+    check_target(target)
+    before = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError unless executed knows that target."""
+    if target not in LIMITS:
+        raise ValueError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
+
+
+class _Driver:
+    """What Triton's runtime asks a driver for."""
+
+    def __init__(self, target: str) -> None:
+        self.target = TARGETS[target]
+        shared, processors = LIMITS[target]
+        limits = {"max_shared_mem": shared, "multiprocessor_count": processors, "max_num_regs": 65536, "warpSize": 32}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=_load)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps one set of compiled kernels a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return lambda call, quantiles, **options: [1.0] * len(quantiles)  # so that autotuners take their first config
+
+    @staticmethod
+    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+        """Runs the kernel's PTX, which Triton's cache holds. Arguments behind the ninth are those of the kernel."""
+        files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json")
+        program = parse(Path(files[f"{metadata.name}.ptx"]).read_text())
+        passed = [n for n, name in enumerate(source.fn.arg_names) if source.signature[name] != "constexpr"]
+        threads = metadata.num_warps * metadata.warp_size
+
+        def run(*values: Any) -> None:
+            arguments = values[9:]
+            launch(program, values[:3], threads, metadata.shared, [arguments[n] for n in passed])
+
+        return run
+
+
+def _load(name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
+    """No module, no function, registers, spills, most threads a program."""
+    return None, None, 0, 0, 1024

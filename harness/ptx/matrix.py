@@ -1,0 +1,140 @@
+"""PTX's instructions of whole warps: shuffles, matrices in shared memory, and products of matrices.
+
+Fragments lie as the PTX ISA draws them (ldmatrix, mma.m16n8k16, wgmma.m64nNk16): in a warp, thread 4 g + t holds rows g
+and g + 8, and columns 2 t and 2 t + 1 of each eight. A product is added to its accumulator in float64 and rounded
+once: exact where the sums are. A tensor core truncates instead, in an order that is not published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from castpoint.harness.ptx.memory import Shared, check_aligned
+from castpoint.harness.ptx.numbers import Array, Unsupported, read
+
+LANE = np.arange(32)
+G, T = LANE // 4, LANE % 4
+WARPS = np.arange(4)[:, None]  # of a warp group
+
+
+def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
+    """[W, 32] values of other threads, and whether there is one: `idx` of the one that lanes name, `bfly` of the
+    exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own."""
+    lanes = lanes.astype(np.int64)
+    if mode not in ("bfly", "idx", "up"):
+        raise Unsupported(f"shfl.sync.{mode}")
+    source = {"idx": lanes & 31, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
+    there = (source >= 0) & (source < 32)
+    return np.take_along_axis(values, np.where(there, source, LANE), 1), there
+
+
+# ---------------------------------------------------------------- ldmatrix, stmatrix
+
+
+def load(shared: Shared, programs: Array, addresses: Array, count: int, transposed: bool) -> list[Array]:
+    """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. programs, addresses: [W, 32]; threads 8 n to
+    8 n + 7 name the rows of the n-th."""
+    check_aligned(addresses[:, : 8 * count], 16)
+    words = []
+    for n in range(count):
+        places = [addresses[:, 8 * n + row] + 2 * column for row, column in _halves(transposed)]
+        low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
+        words.append(low | high << np.uint32(16))
+    return words
+
+
+def store(shared: Shared, programs: Array, addresses: Array, words: Sequence[Array], transposed: bool) -> None:
+    """stmatrix: the reverse of load."""
+    check_aligned(addresses[:, : 8 * len(words)], 16)
+    for n, word in enumerate(words):
+        for half, (row, column) in enumerate(_halves(transposed)):
+            bits = (word >> np.uint32(16 * half)).astype(np.uint16)
+            shared.store(programs, addresses[:, 8 * n + row] + 2 * column, bits, 16)
+
+
+def _halves(transposed: bool) -> list[tuple[Array, Array]]:
+    """Row and column, [32] each, of the lower and of the upper half of a thread's register."""
+    return [(2 * T + half, G) if transposed else (G, 2 * T + half) for half in (0, 1)]
+
+
+# ---------------------------------------------------------------- products
+
+
+def mma(shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+    """Accumulators [W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A by rows and B by columns."""
+    if (shape, *kinds) == ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
+        left = np.zeros((len(c[0]), 16, 16))
+        right = np.zeros((len(c[0]), 8, 16))
+        for n, word in enumerate(a):
+            left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2)], left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2) + 1] = pair(
+                word
+            )
+        for n, word in enumerate(b):
+            right[:, G, 2 * T + 8 * n], right[:, G, 2 * T + 8 * n + 1] = pair(word)
+    elif (shape, *kinds) == ("m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"):
+        left = np.zeros((len(c[0]), 16, 8))
+        right = np.zeros((len(c[0]), 8, 8))
+        for n, word in enumerate(a):
+            left[:, G + 8 * (n % 2), T + 4 * (n // 2)] = tf32(word)
+        for n, word in enumerate(b):
+            right[:, G, T + 4 * n] = tf32(word)
+    else:
+        raise Unsupported(f"mma of {shape} in {kinds[-2]}")
+    total = left @ right.swapaxes(1, 2)
+    places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]
+    return [_added(word, total[:, row, column]) for word, (row, column) in zip(c, places, strict=True)]
+
+
+def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> list[Array]:
+    """Accumulators [groups, 128] of a [groups, 64, 16] and b [groups, columns, 16]; c None: they start at zero."""
+    total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 16, columns)  # a warp holds 16 rows
+    words = []
+    for n in range(columns // 2):
+        part = total[:, WARPS, G + 8 * (n // 2 % 2), 2 * T + 8 * (n // 4) + n % 2].reshape(-1, 128)
+        words.append(_added(np.zeros(part.shape, np.uint32) if c is None else c[n], part))
+    return words
+
+
+def left_of(words: Sequence[Array]) -> Array:
+    """[groups, 64, 16] of four registers [groups, 128]."""
+    left = np.zeros((len(words[0]), 4, 16, 16))
+    for n, word in enumerate(words):
+        row, column = G + 8 * (n % 2), 2 * T + 8 * (n // 2)
+        left[:, WARPS, row, column], left[:, WARPS, row, column + 1] = pair(word.reshape(-1, 4, 32))
+    return left.reshape(-1, 64, 16)
+
+
+def described(shared: Shared, programs: Array, descriptors: Array, rows: int) -> Array:
+    """[groups, rows, 16] of bf16 that matrix descriptors [groups] name, each row contiguous.
+
+    Bits 0 to 13: address / 16. 32 to 45: bytes / 16 from eight rows to the next eight. 62 and 63: rows of 128, 64 or 32
+    bytes, whose parts of 16 bytes are exchanged by the address bits three above their number.
+    """
+
+    def field(low: int, bits: int) -> Array:
+        return (descriptors >> np.uint64(low) & np.uint64((1 << bits) - 1)).astype(np.int64)[:, None, None]
+
+    swizzle = field(62, 2)
+    if (swizzle == 0).any() or field(49, 3).any():
+        raise Unsupported("a matrix descriptor without swizzle, or with a base offset")
+    line = 256 >> swizzle
+    row, column = np.arange(rows)[:, None], 2 * np.arange(16)
+    address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + column
+    address ^= (address >> 7 & line // 16 - 1) << 4
+    return read(shared.load(programs[:, None, None], address, 16), "bf16").astype(np.float64)
+
+
+def pair(word: Array) -> tuple[Array, Array]:
+    """The two bf16 values of a register, as float64."""
+    return read(word, "bf16").astype(np.float64), read(word >> np.uint32(16), "bf16").astype(np.float64)
+
+
+def tf32(word: Array) -> Array:
+    """A register as tf32, as float64: its low 13 bits are not read."""
+    return read(word & np.uint32(0xFFFFE000), "f32").astype(np.float64)
+
+
+def _added(word: Array, total: Array) -> Array:
+    return (read(word, "f32").astype(np.float64) + total).astype(np.float32).view(np.uint32)

@@ -1,0 +1,78 @@
+"""Memory of kernels that run on a CPU: the tensors of their arguments, and shared memory, which starts as NaN."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from torch import Tensor
+
+from castpoint.harness.ptx.numbers import UNSIGNED, Array
+
+
+class Global:
+    """The storages of CPU tensors, at the addresses where they lie. They must outlive it."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        storages = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)}
+        merged: list[list[int]] = []
+        for start, end in sorted(storages):  # of two that overlap, one
+            if merged and start < merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+            elif end > start:
+                merged.append([start, end])
+        self.starts, self.ends = np.array(merged, np.int64).reshape(-1, 2).T
+        self.aligned = self.starts & -8  # where the views begin, so that elements lie at multiples of their size
+        self.bytes = [
+            np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+            for start, end in zip(self.aligned.tolist(), self.ends.tolist(), strict=True)
+        ]
+
+    def load(self, addresses: Array, bits: int) -> Array:
+        found = np.zeros(addresses.shape, UNSIGNED[bits])
+        for elements, mine, places in self._places(addresses, bits):
+            found[mine] = elements[places]
+        return found
+
+    def store(self, addresses: Array, values: Array, bits: int) -> None:
+        """Where threads write to one address, the last one's value stays."""
+        for elements, mine, places in self._places(addresses, bits):
+            elements[places] = values[mine]
+
+    def _places(self, addresses: Array, bits: int) -> Iterator[tuple[Array, Array, Array]]:
+        """A storage's elements, which addresses lie there, and where. Raises IndexError for one outside of all."""
+        size = bits // 8
+        owner = np.searchsorted(self.starts, addresses, side="right") - 1
+        outside = (owner < 0) | (addresses + size > self.ends[owner])
+        if outside.any():
+            raise IndexError(f"{int(outside.sum())} threads reach beyond the tensors that the kernel was given")
+        for each in np.unique(owner).tolist():
+            mine = owner == each
+            whole = self.bytes[each][: len(self.bytes[each]) // size * size]
+            yield whole.view(UNSIGNED[bits]), mine, (addresses[mine] - self.aligned[each]) // size
+
+
+class Shared:
+    """Bytes of each program of a launch; an address counts from their start."""
+
+    def __init__(self, programs: int, size: int) -> None:
+        self.size = max(16, -(-size // 16) * 16)
+        self.bytes = np.full((programs, self.size), 0xFF, np.uint8)
+
+    def load(self, programs: Array, addresses: Array, bits: int) -> Array:
+        return self.bytes.view(UNSIGNED[bits])[programs, self._places(addresses, bits)]
+
+    def store(self, programs: Array, addresses: Array, values: Array, bits: int) -> None:
+        self.bytes.view(UNSIGNED[bits])[programs, self._places(addresses, bits)] = values
+
+    def _places(self, addresses: Array, bits: int) -> Array:
+        if (addresses < 0).any() or (addresses + bits // 8 > self.size).any():
+            raise IndexError(f"an address outside of {self.size} bytes of shared memory")
+        return addresses // (bits // 8)
+
+
+def check_aligned(addresses: Array, size: int) -> None:
+    """Raises IndexError for an address that is no multiple of the bytes read or written there."""
+    if (addresses % size).any():
+        raise IndexError(f"{size} bytes at an address that is no multiple of {size}")

@@ -1,0 +1,157 @@
+"""The error budget in figures and a sentence, from the rows of accuracy.budget as a data frame.
+
+Rows of kernels are kept out of every mean: they are no part of a plan's error.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
+from castpoint.harness.problems.positions import ROTATED
+from castpoint.harness.report.markdown import markdown
+from castpoint.harness.runs.frames import own
+from castpoint.kernels.checks import ROPE_BOUNDARIES
+
+LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
+WHOSE = {"k_rel_ms": "K's", "logit_ms": "the logits'"}  # squared error
+
+
+def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Plan x player: share of the plan's squared error, mean over layers, each counting alike; NaN: no player of it.
+
+    Plans in falling order of their total (its mean over layers), players in the order of the chain, then fp32.
+    """
+    rows = _parts(frame, measure)
+    shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    order = rows.groupby("plan")["total"].mean().sort_values(ascending=False, kind="stable").index
+    return shares.loc[order, [player for player in (*PLAYERS, FP32) if player in shares.columns]]
+
+
+def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
+    """Plan -> rms error, over layers."""
+    return _root(_parts(frame, measure))
+
+
+def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
+    """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
+    rows = own(frame[frame["player"] == ORDER_OF_SUMS])
+    if not len(rows):
+        return None
+    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
+    where = f"{WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens"
+    return worst["kernel_vs_spec_share"], worst["plan"], where
+
+
+def largest_share_sentence(frame: pd.DataFrame) -> str:
+    """One sentence in Markdown, from the rows of budget_rows and order_rows; empty where there are none."""
+    clauses = [c for c in (_clause(mean_shares(frame, measure), WHOSE[measure]) for measure in MEASURES) if c]
+    if not clauses:
+        return ""
+    rows = _parts(frame, MEASURES[0])
+    layers = sorted(rows["layer"].unique())
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
+    sentence = (
+        f"**Error budget** ({where}, {rows['tokens'].iloc[0]} tokens; besides the store, `out`): {'; '.join(clauses)}"
+    )
+    kernel = kernel_share(frame)
+    if kernel is not None:
+        share, plan, where = kernel
+        sentence += f". Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {where})"
+    return sentence + "."
+
+
+def leader(shares: pd.DataFrame) -> tuple[str, int, int] | None:
+    """The player that, besides the store, makes the largest part of most plans; of how many plans; out of how many.
+
+    Counted are plans in which any but the store makes 1 % or more; None if there are none. shares: mean_shares(...).
+    """
+    others = _besides_store(shares)
+    counted = others[others.max(axis=1) >= 0.01]
+    if not counted.size:
+        return None
+    leaders = counted.idxmax(axis=1).value_counts()
+    return leaders.index[0], int(leaders.iloc[0]), len(counted)
+
+
+def _clause(shares: pd.DataFrame, whose: str) -> str:
+    others = _besides_store(shares)
+    if not others.size:
+        return ""
+    plan, player = others.stack().idxmax()
+    clause = (
+        f"the largest part of {whose} squared error is {_quoted(player)} in `{plan}`, {others.loc[plan, player]:.0%}"
+    )
+    if "hf" in others.index:
+        hf = others.loc["hf"].dropna()
+        most, least = hf.idxmax(), hf.idxmin()
+        clause += f" (in `hf` from {_quoted(least)}, {hf[least]:.0%}, to {_quoted(most)}, {hf[most]:.0%})"
+    return clause
+
+
+def _besides_store(shares: pd.DataFrame) -> pd.DataFrame:
+    return shares.drop(columns=["out", FP32], errors="ignore")
+
+
+def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
+    rows = own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
+    return rows[rows["weights"].str.contains(ROTATED) == rotated]
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame:
+    """Plan -> `before` and `behind`, rms error of measure (K's relative to its head) without RoPE and with it on the
+    same layers; and the share of the squared error behind that each of RoPE's boundaries makes, NaN: not rounded.
+
+    Plans in falling order of the error behind; empty where no rotated problem was measured. A rotation keeps the
+    size of a head, so that K's two errors compare; logits are those of rotated q and k.
+    """
+    behind = _parts(frame, measure, rotated=True)
+    before = _parts(frame, measure)
+    before = before[before["layer"].isin(behind["layer"])]
+    table = pd.DataFrame({"before": _root(before), "behind": _root(behind)}).dropna()
+    shares = behind.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    return table.join(shares.reindex(columns=list(ROPE_BOUNDARIES))).sort_values("behind", ascending=False)
+
+
+def rope_sentence(frame: pd.DataFrame) -> str:
+    """One sentence in Markdown on what RoPE's roundings cost K; empty where none was measured."""
+    table = rope_shares(frame)
+    if not len(table):
+        return ""
+    clauses = []
+    for plan, row in table.iterrows():
+        parts = ", ".join(f"`{name}` {row[name]:.0%}" for name in ROPE_BOUNDARIES if row[name] == row[name])
+        made = f" (of the squared error: {parts})" if parts else " (nothing rounded there)"
+        clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
+    layers = frame[frame["weights"].str.contains(ROTATED)]["layer"].nunique()
+    where = f"{layers} layer{'s' * (layers > 1)}"
+    negative = (table[list(ROPE_BOUNDARIES)] < -0.005).any(axis=None)
+    below = " A share below 0: that rounding cancels more of the others' error than it adds." if negative else ""
+    return f"**RoPE** ({where}), K's relative rms error before → behind it: {'; '.join(clauses)}.{below}"
+
+
+def rope_table(frame: pd.DataFrame) -> str:
+    """rope_shares of both measures as a Markdown table; empty where none was measured."""
+    k, logits = (rope_shares(frame, measure) for measure in MEASURES)
+    if not len(k):
+        return ""
+    shares = k[list(ROPE_BOUNDARIES)].map(lambda share: "–" if pd.isna(share) else f"{share:.0%}")
+    table = shares.add_prefix("of its square: ")
+    for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
+        table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
+        table.insert(2 * place + 1, f"{name} behind", rows["behind"].map("{:.3g}".format))
+    words = (
+        "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
+    )
+    return f"{words}\n\n{markdown(table.rename_axis('plan').reset_index())}"
+
+
+def _root(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby("plan")["total"].mean() ** 0.5
+
+
+def _quoted(player: str) -> str:
+    return LABELS.get(player, f"`{player}`")

@@ -1,0 +1,126 @@
+"""The error budget as a plot: for every plan, which rounding makes how much of its squared error."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from castpoint.harness.accuracy.shapley import FP32, MEASURES
+from castpoint.harness.report.budget import LABELS, kernel_share, leader, mean_shares, root_totals
+from castpoint.harness.report.style import GREY
+from castpoint.harness.report.style import colour as colour_of
+
+# Tol's light colours for roundings, so that none is taken for a plan's; grey for the store, which every plan with bf16
+# outputs has. Hatched: the rarer rounding of two at the same step (operand: hidden, folded weight, tf32; weights and
+# residual; the mean of squares).
+PINK, OLIVE, YELLOW, ORANGE, BLUE, CYAN, MINT = "#FFAABB #AAAA00 #EEDD88 #EE8866 #77AADD #99DDFF #44BB99".split()
+STYLES = {
+    "x": (PINK, "//"),
+    "weight_offset": (PINK, ""),
+    "statistics": (OLIVE, "//"),
+    "variance": (OLIVE, ""),
+    "rstd": ("#BBCC33", ""),
+    "normed": (YELLOW, ""),
+    "hidden": (ORANGE, ""),
+    "scale": (ORANGE, "//"),
+    "matmul": (ORANGE, "xx"),
+    "proj": (BLUE, ""),
+    "head_rstd": (CYAN, ""),
+    "head_normed": (MINT, ""),
+    "out": ("#DDDDDD", ""),
+}
+VISIBLE = 0.003  # of a bar: about one pixel
+
+
+def budget_bars(frame: pd.DataFrame) -> Figure | None:
+    """Two panels of stacked bars, K and logits, from the rows of accuracy.budget; None where there are none.
+
+    One bar a plan, in falling order of K's error; parts below zero to the left of zero.
+    """
+    panels = {measure: mean_shares(frame, measure) for measure in MEASURES}
+    plans = list(panels[MEASURES[0]].index)[::-1]
+    if not plans:
+        return None
+    height = 0.36 * len(plans) + 2.1  # inches: the bars, 0.85 above and 1.25 below
+    figure, axes = plt.subplots(1, 2, figsize=(13, height), sharey=True)
+    figure.subplots_adjust(left=0.115, right=0.955, bottom=1.25 / height, top=1 - 0.85 / height, wspace=0.16)
+    for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "logits"), strict=True), strict=True):
+        _bars(panel, panels[measure].reindex(plans))
+        _totals(panel, root_totals(frame, measure).reindex(plans), "relative rms" if measure == MEASURES[0] else "rms")
+        panel.set_title(f"{name}: {_message(panels[measure])}", loc="left", fontsize=9.5)
+    axes[0].set_yticks(range(len(plans)), plans)
+    for tick, plan in zip(axes[0].get_yticklabels(), plans, strict=True):
+        tick.set_color(colour_of(plan))
+    largest = pd.concat(panels).abs().max()
+    drawn = [player for player in largest.index if largest[player] > VISIBLE]
+    handles = [
+        Patch(
+            facecolor=STYLES[p][0],
+            hatch=STYLES[p][1],
+            edgecolor="white",
+            label=(LABELS | {"out": "out, the store"}).get(p, p),
+        )
+        for p in drawn
+    ]
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.535, 0.45 / height), ncol=len(handles),
+                  fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)  # fmt: skip
+    figure.text(0.005, 0.18 / height, _note(frame, panels, drawn), fontsize=7, color=GREY)
+    title = "Which rounding makes a plan's error: Shapley shares of the squared error against float64"
+    figure.suptitle(title, x=0.005, y=1 - 0.15 / height, ha="left", va="top", fontsize=12)
+    return figure
+
+
+def _bars(axes: Axes, shares: pd.DataFrame) -> None:
+    for place, (_, row) in enumerate(shares.iterrows()):
+        left = right = 0.0
+        for player, share in row.drop(FP32).dropna().items():  # fp32 arithmetic makes 1e-8 of a bar
+            start = right if share > 0 else left + share
+            left, right = (left, right + share) if share > 0 else (start, right)
+            colour, hatch = STYLES[player]
+            axes.barh(place, abs(share), 0.8, start, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+            texts = (f"{LABELS.get(player, player)} {share:.0%}", f"{share:.0%}", "")
+            text = next(t for t in texts if len(t) <= 70 * abs(share))  # so many characters fill a bar
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch and text else None
+            axes.text(start + share / 2 if share > 0 else start - share / 2, place, text, ha="center", va="center",
+                      fontsize=7, bbox=box)  # fmt: skip
+    low, high = shares.clip(upper=0).sum(axis=1).min(), shares.clip(lower=0).sum(axis=1).max()
+    axes.set_xlim(low, max(1, high))
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("share of the plan's squared error")
+
+
+def _totals(axes: Axes, totals: pd.Series, heading: str) -> None:
+    """The whole error in the right margin."""
+    style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
+    axes.text(1.01, len(totals) - 0.3, heading, color=GREY, **style)
+    for place, total in enumerate(totals):
+        axes.text(1.01, place, f"{total:.2g}", **style)
+
+
+def _message(shares: pd.DataFrame) -> str:
+    found = leader(shares)
+    if found is None:
+        return "out makes it all"
+    player, plans, counted = found
+    alone = f"; {len(shares) - counted} have out alone" if counted < len(shares) else ""
+    return f"beside out, {LABELS.get(player, player)} is largest in {plans} of {counted} plans{alone}"
+
+
+def _note(frame: pd.DataFrame, panels: dict[str, pd.DataFrame], drawn: list[str]) -> str:
+    """What the bars do not show, and how small it is."""
+    everything = pd.concat(panels)
+    unseen = everything.drop(columns=drawn).abs().max()
+    first = f"Too small to see: {', '.join(unseen.index)} (at most {unseen.max():.1g})." if len(unseen) else ""
+    second = ""
+    if (everything < -VISIBLE).any(axis=None):
+        second += "Left of zero: a rounding that makes up for errors of others, or noise. "
+    kernel = kernel_share(frame)
+    if kernel is not None:
+        second += f"Not in the bars: order of sums (kernels against specs), at most {kernel[0]:.1g} of a plan's error."
+    return f"{first}\n{second}"

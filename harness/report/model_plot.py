@@ -1,0 +1,146 @@
+"""Whole-model studies as plots: error of each layer, change of log probabilities, where greedy text parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from castpoint.harness.model.study import BINS
+from castpoint.harness.report.model import against, arms_of, parted, plans_of, truth_name
+from castpoint.harness.report.style import GREY, colour
+from castpoint.harness.runs.frames import Frames
+
+DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+
+def model_plots(frames: Frames) -> dict[str, Figure]:
+    """layers, tokens and parting."""
+    return {"layers": layers(frames), "tokens": tokens(frames), "parting": parting(frames)}
+
+
+def style(frames: Frames, arm: str) -> dict[str, object]:
+    """Colour and line of an arm: plans have their own colours, yardsticks are grey and dashed."""
+    plans = plans_of(frames)
+    if arm in plans:
+        return {"color": colour(arm), "linestyle": "-", "linewidth": 1.6}
+    yardsticks = [name for name in arms_of(frames) if name not in plans]
+    return {"color": GREY, "linestyle": DASHES[yardsticks.index(arm) % len(DASHES)], "linewidth": 1.3}
+
+
+def layers(frames: Frames) -> Figure:
+    """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=[2, 3])
+    figure.subplots_adjust(left=0.07, right=0.76, bottom=0.15, top=0.9, wspace=0.22)
+    rows = against(frames["model_layers"], truth_name(frames))
+    errors = rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
+    drawn = [arm for arm in arms_of(frames) if arm in errors.index]
+    beside = [arm for arm in drawn if 0.3 < (errors[arm] / errors["eager"]).median() < 3]
+    together = errors.loc[beside].unstack("arm")
+    left.fill_between(together.index, together.min(axis=1), together.max(axis=1), color="black", linewidth=1)
+    left.annotate(f"eager and {len(beside) - 1} arms beside it (right)", (together.index[-1], together.min(axis=None)),
+                  (0, -6), textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
+    for arm in beside:
+        right.plot(errors[arm].index, errors[arm] / errors["eager"], **style(frames, arm))
+    left.set_yscale("log")
+    left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
+    left.set_title("Error behind every layer", loc="left")
+    right.set_title("… as a multiple of eager's error", loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for arm in (arm for arm in drawn if arm not in beside):
+        left.plot(errors[arm].index, errors[arm], **style(frames, arm))
+        left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
+    _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})
+    return figure
+
+
+def tokens(frames: Frames) -> Figure:
+    """Distribution of the change of a token's log probability against eager, all texts together, a row an arm."""
+    rows = against(frames["model_dlogp"], "eager")
+    counts = rows.groupby(["arm", "above"])["tokens"].sum()
+    arms = [arm for arm in arms_of(frames) if arm in counts.index and arm != "eager"][::-1]
+    figure, axes = _rows(arms)
+    for place, arm in enumerate(arms):
+        shade = style(frames, arm)["color"]
+        low, quarter, middle, most, top = quantiles(counts[arm], (0.1, 0.25, 0.5, 0.75, 0.99))
+        if top:
+            axes.plot([low, top], [place, place], color=shade, linewidth=1)
+            axes.plot([quarter, most], [place, place], color=shade, linewidth=5, alpha=0.5, solid_capstyle="butt")
+            axes.scatter(middle, place, color=shade, s=50, zorder=3)
+        said = f"{middle:.2g}" if top else "no change"
+        axes.text(1.02, place, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=shade)
+    axes.set_xscale("log")
+    axes.set_xlabel("|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)")
+    axes.set_title("How far a token's log probability is from eager's", loc="left")
+    return figure
+
+
+def quantiles(counts: pd.Series, shares: Sequence[float]) -> list[float]:
+    """Of a histogram: counts by the lower edge of each bin (model.study.BINS; 0: below the first), even in
+    the logarithm within a bin."""
+    edges, ends = counts.index.to_numpy(float), counts.cumsum().to_numpy(float)
+    found = []
+    for wanted in np.multiply(shares, ends[-1]):
+        place = int(np.searchsorted(ends, wanted))
+        inside = (wanted - (ends[place - 1] if place else 0.0)) / counts.iloc[place]
+        found.append(edges[place] * (BINS[1] / BINS[0]) ** inside)
+    return found
+
+
+def _rows(arms: list[str]) -> tuple[Figure, Axes]:
+    """A row an arm, named on the left, with a margin for a figure on the right."""
+    height = 0.36 * len(arms) + 1.6  # inches: 0.7 above and 0.9 below
+    figure, axes = plt.subplots(figsize=(9.5, height))
+    figure.subplots_adjust(left=0.2, right=0.87, bottom=0.9 / height, top=1 - 0.7 / height)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    return figure, axes
+
+
+def parting(frames: Frames) -> Figure:
+    """One dot a continuation: tokens until the arm would choose another than eager."""
+    rows = against(frames["model_tokens"], "eager")
+    arms = [arm for arm in arms_of(frames) if arm in set(rows["arm"])][::-1]
+    length = rows["parts_at"].max()
+    figure, axes = _rows(arms)
+    for place, arm in enumerate(arms):
+        at = rows[rows["arm"] == arm].sort_values("prompt")["parts_at"].to_numpy()
+        spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
+        shade = style(frames, arm)["color"]
+        stays = at == length
+        axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
+        axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
+        axes.text(1.02, place, f"{int((~stays).sum())} of {len(at)} part", transform=axes.get_yaxis_transform(),
+                  va="center", fontsize=9, color=shade)  # fmt: skip
+    axes.set_xlim(-0.5, length + 0.8)
+    axes.set_xlabel(f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})")
+    title = "Where greedy text parts from eager's"
+    count = parted(frames)["parted"].get("eager", 0)
+    if count:  # eager chose the text token by token and reads it here in one pass: near ties fall otherwise
+        title += f"\neager parts from its own in {count:.0f}, read in one pass: counts like that say nothing of a plan"
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def _labels(axes: Axes, frames: Frames, ends: dict[str, float]) -> None:
+    """Arms' names at the right end of their lines, spread so that none covers another; equal ends share a line."""
+    low, high = axes.get_ylim()
+    groups: dict[float, list[str]] = {}
+    for arm, end in ends.items():
+        groups.setdefault(round(end, 4), []).append(arm)
+    places, previous = {}, -1.0
+    for end in sorted(groups):
+        previous = max((end - low) / (high - low), previous + 0.05)
+        places[end] = previous
+    over = max(0.0, previous - 0.98)
+    for end, place in places.items():
+        shade = style(frames, groups[end][-1])["color"]
+        axes.text(1.02, place - over, " = ".join(groups[end]), transform=axes.transAxes, fontsize=8, va="center",
+                  color=shade)  # fmt: skip

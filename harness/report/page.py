@@ -1,0 +1,214 @@
+"""report.md and the README's tables, generated from the records of one run. No number here is typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from castpoint.harness.report.findings import findings
+from castpoint.harness.report.gpu import speed_table as gpu_speed_table
+from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.studies import implementation_groups, study_sections, study_sentences
+from castpoint.harness.runs.frames import Frames, best_backend, latest, load, over_layers, own
+from castpoint.harness.runs.records import load_runs
+from castpoint.variants.catalogue import PLANS
+
+BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
+END = "<!-- generated: end -->"
+GPU_FOLDER = "h200"  # beside the CPU's results: where the README takes GPU times from
+BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- generated: end -->", re.DOTALL)
+
+
+def newest_run(folder: Path) -> str:
+    """The newest finished run of `bench` or `gpu` in a results folder. Raises ValueError if there is none."""
+    whole = ("bench", "gpu")
+    finished = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") in whole]
+    if not finished:
+        raise ValueError(f"{folder} holds no finished run: run `make bench` first")
+    return finished[-1]
+
+
+def plan_table(frames: Frames) -> pd.DataFrame:
+    """One row a plan: where it rounds, what that costs against the truth and eager, and its time here."""
+    errors, speed = frames["errors"], frames["speed"]
+    names = [name for name in PLANS if name in set(errors["plan"])]
+    table = pd.DataFrame({"plan": names, "rounds": [" ".join(PLANS[name].plan.roundings()) for name in names]})
+    table["K error, relative rms"] = table["plan"].map(over_layers(errors, "truth", "rel_rms"))
+    table["K correctly rounded"] = table["plan"].map(over_layers(errors, "truth", "share_equal"))
+    table["K equal to eager"] = table["plan"].map(over_layers(errors, "eager", "share_equal"))
+    table["K bias"] = table["plan"].map(over_layers(errors, "truth", "signed_mean"))
+    if len(speed):
+        tokens = int(speed["tokens"].max())
+        rows = speed[(speed["tokens"] == tokens) & (speed["backend"] == best_backend(speed))].set_index("plan")
+        processor = "CPU time" if best_backend(speed) == "inductor" else "time"
+        table[f"{processor} at {tokens} tokens, µs"] = table["plan"].map(rows["p50_us"])
+        table["against eager"] = table["plan"].map(rows["speedup_vs_eager"])
+    return table
+
+
+def noise_floor_table(frames: Frames) -> pd.DataFrame:
+    """Eager against itself, and each backend of each plan against its own spec."""
+    errors = own(frames["errors"])
+    floor = errors[(errors["reference"] == "eager") & errors["backend"].str.startswith("eager,")]
+    table = floor[["plan", "backend", "output", "share_equal", "max_ulp", "max_abs", "rel_rms"]]
+    return table.rename(columns={"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs"})
+
+
+def _worst(statuses: pd.Series) -> str:
+    return next((status for status in statuses if status != "ok"), "ok")
+
+
+def kernel_table(frames: Frames) -> pd.DataFrame:
+    """Each plan's kernels against its spec, worst of q, k and v, and whether the envelope explains every element."""
+    errors = own(frames["errors"])
+    rows = errors[(errors["reference"] == "spec") | (errors["status"] == "failed")]
+    worst = rows.groupby(["plan", "backend"], sort=False).agg(
+        **{"equal to spec": ("share_equal", "min"), "rel_rms": ("rel_rms", "max"), "status": ("status", _worst)}
+    )
+    return worst.reset_index()
+
+
+def amplification_table(frames: Frames, plan: str = "hf") -> pd.DataFrame:
+    """What grows with the K-norm weights and what does not: one plan, first layer, own weights and controls."""
+    amplified, errors = frames["amplification"], frames["errors"]
+    rows = amplified[(amplified["plan"] == plan) & (amplified["layer"] == amplified["layer"].min())]
+    rows_of = errors[(errors["plan"] == plan) & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
+    rows_of = rows_of[rows_of["layer"] == amplified["layer"].min()].set_index("weights")
+    before, after = (rows_of[rows_of["output"] == output] for output in ("k_proj", "k"))
+    measures = {
+        "largest K-norm weight": rows["k_norm_max"],
+        "gain of a channel, largest (measured)": rows["gain_measured_max"],
+        "K max abs error, before the norm": rows["k_max_abs_before"],
+        "K max abs error, after": rows["k_max_abs_after"],
+        "logit rms error": rows["logit_rms_error"],
+        "logit max error": rows["logit_max_error"],
+        "softmax total variation, mean": rows["softmax_tv_mean"],
+        "most attended key flips": rows["top_key_flips"],
+        "K relative rms error, before": rows["k_rel_rms_before"],
+        "K relative rms error, after": rows["k_rel_rms_after"],
+        "K p99 error in ulps, before": rows["weights"].map(before["p99_ulp"]),
+        "K p99 error in ulps, after": rows["weights"].map(after["p99_ulp"]),
+        "K correctly rounded, before": rows["weights"].map(before["share_equal"]),
+        "K correctly rounded, after": rows["weights"].map(after["share_equal"]),
+    }
+    table = pd.DataFrame(measures).T
+    table.columns = list(rows["weights"])
+    return table.reset_index(names="measure, plan " + plan)
+
+
+def amplification_markdown(table: pd.DataFrame) -> str:
+    """The transposed table: shares are rows here, so percent goes by row."""
+    lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " --: |" * (len(table.columns) - 1)]
+    for row in table.itertuples(index=False):
+        percent = any(word in row[0] for word in ("flips", "rounded"))
+        cells = [f"{100 * v:.3g} %" if percent else f"{v:.4g}" for v in row[1:]]
+        lines.append("| " + " | ".join([row[0], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def speed_table(frames: Frames) -> pd.DataFrame:
+    speed = frames["speed"]
+    table = speed[["tokens", "plan", "backend", "p10_us", "p50_us", "p90_us", "roofline_share", "speedup_vs_eager"]]
+    table = table.assign(**{"against compile": speed["speedup_vs_compile"], "status": speed["status"]})
+    names = {"p10_us": "p10, µs", "p50_us": "p50, µs", "p90_us": "p90, µs", "roofline_share": "share of roofline"}
+    table = table.rename(columns=names | {"speedup_vs_eager": "against eager"})
+    return table.sort_values(["tokens", "p50, µs"], kind="stable")
+
+
+def tables(folder: Path, run_id: str) -> dict[str, str]:
+    """The bench's tables in Markdown, by name."""
+    frames = load(folder, run_id)
+    return {
+        "plans": markdown(plan_table(frames)),
+        "noise": markdown(noise_floor_table(frames)),
+        "kernels": markdown(kernel_table(frames)),
+        "amplification": amplification_markdown(amplification_table(frames)),
+        "speed": markdown(speed_table(frames)),
+    }
+
+
+def conditions(folder: Path, run_id: str) -> str:
+    """One sentence on what was measured, where, and by which versions."""
+    run = load_runs(folder)[run_id]
+    s, e = run["settings"], run["environment"]
+    weights = f"real weights ({s['checkpoint']})" if s["checkpoint"] else "drawn weights"
+    if not s["checkpoint"] and s["model"] == "qwen3-0.6b":
+        weights = (
+            "drawn weights calibrated to published statistics, **not the checkpoint** (K-norm maxima are Qwen3-0.6B's own "
+            "in layers 0, 1, 2, 4 and 5, inferred elsewhere)"
+        )
+    machine = e["gpu"]["name"] if "gpu" in e else f"CPU: {e['processor']}, {e['threads']} threads"
+    native = "" if "gpu" in e or e["native_bf16"] else ", which has no bf16 instructions"
+    return (
+        f"{s['model']}, {len(s['layers'])} layers, {s['tokens']} tokens, {weights}. {machine}{native}; torch "
+        f"{e['versions']['torch']}, Triton {e['versions']['triton']}, commit {e['commit']}, run {run_id}."
+    )
+
+
+def write_report(folder: Path, run_id: str) -> Path:
+    """Writes report.md into the results folder and returns its path."""
+    frames = load(folder, run_id)
+    t = tables(folder, run_id)
+    run = load_runs(folder)[run_id]
+    ceilings = run.get("ceilings")
+    rate = (ceilings or {}).get("fp32_flops_per_s")
+    fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
+    limits = (
+        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16"
+        f"{fp32} matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
+        f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on {run['environment']['threads']} "
+        "threads; a second busy process multiplies CPU times."
+        if ceilings and len(frames["speed"])
+        else ""
+    )
+    sections = [
+        f"# Results\n\n{conditions(folder, run_id)}",
+        "## Findings\n\n"
+        + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])]),
+        "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
+        "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
+        f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
+        "![speed against error](plots/pareto.png)\n\n![error of each plan](plots/plans.png)\n\n"
+        "![histogram in ulps](plots/ulps.png)",
+        "## What the K-norm weights amplify\n\nFirst layer, and the same layer with every K-norm weight set to one "
+        "number. Attention is causal, without position encoding.\n\n"
+        f"{t['amplification']}\n\n![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
+        f"## Noise floor\n\nEager against itself, first layer.\n\n{t['noise']}",
+        "## Kernels against their specs\n\nFirst layer; the worst of q, k and v. `ok`: every element lies in the plan's "
+        "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
+        f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
+        f"## Times\n\n{limits}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
+        *study_sections(folder),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(section.rstrip() for section in sections) + "\n")
+    return path
+
+
+def readme_block(folder: Path, run_id: str) -> str:
+    """What stands between the README's markers: the table of plans and the findings of one run, and what the newest
+    fingerprints of public implementations say."""
+    frames = load(folder, run_id)
+    table = plan_table(frames).drop(columns=["rounds", "K bias"])
+    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])])
+    gemma = "The gemma plans run on the same weights stored as w − 1; their eager is Hugging Face's Gemma 3 code."
+    body = f"{conditions(folder, run_id)} {gemma}\n\n{markdown(table)}\n\n### Findings\n\n{lines}"
+    surveyed = latest(folder, "implementations")
+    if surveyed is not None:
+        body += (
+            "\n\n### What public implementations do\n\nBy fingerprint, on this machine. What is not named is kept in fp32.\n\n"
+            f"{markdown(implementation_groups(surveyed[1]))}"
+        )
+    body += f"\n\n### Speed on a GPU\n\n{gpu_speed_table(folder.parent / GPU_FOLDER)}"
+    return f"{BEGIN.format(folder=folder.as_posix(), run_id=run_id)}\n{body}\n{END}"
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Replaces the README's generated block by that of the newest run. Raises ValueError if it has no markers."""
+    text = readme.read_text()
+    if not BLOCK.search(text):
+        raise ValueError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+    block = readme_block(folder, newest_run(folder))
+    readme.write_text(BLOCK.sub(lambda _: block, text))

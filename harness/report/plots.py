@@ -1,0 +1,373 @@
+"""Plots of one run, each drawn from its records alone: PNG and SVG, plans named where they are drawn."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+
+from castpoint.harness.report import model as impact_report
+from castpoint.harness.report.budget_plot import budget_bars
+from castpoint.harness.report.model_plot import model_plots
+from castpoint.harness.report.style import BLUE, GREY, KINDS, colour, kind
+from castpoint.harness.report.style import GREEN as GREEN
+from castpoint.harness.report.style import ORANGE as ORANGE
+from castpoint.harness.report.style import RED as RED
+from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
+from castpoint.harness.runs.records import load_runs
+from castpoint.kernels.checks import RNE
+from castpoint.variants.catalogue import PLANS
+
+ONE_ROUNDING = 1.66e-3  # rms relative error of one rounding to bf16 of values spread evenly over a binade
+BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line
+
+
+def draw(folder: Path, run_id: str) -> list[Path]:
+    """Draws every plot the run has data for, and the newest error budget, into folder/plots; returns the PNGs."""
+    runs, frames = load_runs(folder), load(folder, run_id)
+    plots: dict[str, Callable[[Frames], Figure | None]] = {
+        "pareto": pareto,
+        "plans": error_per_plan,
+        "layers": error_per_layer,
+        "gain": gain_per_channel,
+        "ulps": ulp_histogram,
+        "time": time_against_tokens,
+    }
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "castpoint"}
+    drawn = []
+    (folder / "plots").mkdir(exist_ok=True)
+    with plt.rc_context(style):
+        figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
+        budget = latest(folder, "budget")
+        if budget is not None:
+            figures["budget"] = (budget_bars(budget[1]), budget[0])
+        for study in impact_report.studies(folder):
+            for name, plot in model_plots(study.frames).items():
+                figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
+        for name, (figure, of_run) in figures.items():
+            if figure is None:
+                continue
+            figure.text(0.005, 0.005, _label(runs[of_run], tokens=name != "time"), fontsize=7, color=GREY)
+            for suffix, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
+                figure.savefig(folder / "plots" / f"{name}.{suffix}", **options)
+            plt.close(figure)
+            drawn.append(folder / "plots" / f"{name}.png")
+    return drawn
+
+
+def _label(run: dict, tokens: bool) -> str:
+    """Model, weights, number of tokens (where an axis does not say it), machine."""
+    s, e = run["settings"], run["environment"]
+    drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
+    weights = s.get("weights") or s.get("checkpoint") or drawn
+    where = e["gpu"]["name"] if "gpu" in e else e["processor"]
+    more = " and 32 that eager wrote" if s.get("command") == "model" else ""
+    count = f"{s['tokens']} tokens{more}; " if tokens else ""
+    return f"{s['model']}, {weights}; {count}{where}; torch {e['versions']['torch']}"
+
+
+def pareto(frames: Frames) -> Figure | None:
+    """K's error over time, one point a plan; lower left is better."""
+    speed = frames["speed"]
+    speed = speed[speed["status"] == "ok"]
+    if not len(speed):
+        return None
+    tokens, backend = int(speed["tokens"].max()), best_backend(speed)
+    speed = speed[speed["tokens"] == tokens]
+    times = speed[speed["backend"] == backend].set_index("plan")
+    error = over_layers(frames["errors"], "truth", "rel_rms")
+    plans = [name for name in PLANS if name in times.index and name in error.index]
+    figure, axes = _figure(10, 5.4, right=0.86)
+    x, y = times.loc[plans, "p50_us"].to_numpy() / 1e3, error[plans].to_numpy()
+    if backend == "inductor":
+        _matmuls(axes, dict(zip(plans, x, strict=True)))
+    low, high = times.loc[plans, "p10_us"] / 1e3, times.loc[plans, "p90_us"] / 1e3
+    axes.hlines(y, low, high, color=[colour(p) for p in plans], linewidth=1)
+    axes.scatter(x, y, c=[colour(p) for p in plans], s=45, zorder=3)
+    baselines = speed[speed["backend"].isin(BASELINES)].sort_values("p50_us")
+    for at, name, side in zip(baselines["p50_us"] / 1e3, baselines["backend"], ("right", "left"), strict=False):
+        axes.axvline(at, 0.97, color="black", linewidth=1.5)
+        axes.text(at, 1.005, f" {name} ", fontsize=8, ha=side, transform=axes.get_xaxis_transform())
+    ends = [low.min(), high.max(), *baselines["p50_us"] / 1e3]
+    axes.set(xscale="log", yscale="log", xlim=(min(ends) / 1.1, max(ends) * 1.6))
+    axes.margins(y=0.1)
+    _plain_ticks(axes.yaxis)
+    _plain_ticks(axes.xaxis)
+    _labels_beside(axes, high.to_numpy(), y, plans)
+    axes.set_xlabel(f"time of one layer's call at {tokens} tokens [ms] (dot: median; line: 10th to 90th percentile)")
+    axes.set_ylabel("K error against float64: relative rms, all layers")
+    title = f"K's error over {_ran(backend)}; lower left is better"
+    if backend == "inductor":
+        title += "\nThe times rank two CPU matmuls, not plans on a GPU"
+    axes.set_title(title, loc="left", pad=16)
+    return figure
+
+
+def _matmuls(axes: Axes, times: dict[str, float]) -> None:
+    """Grey bands over the plans of each CPU matmul: bf16's returns bf16, so only plans that round proj can use it."""
+    narrow = {name: PLANS[name].plan.matmul == "bf16" and PLANS[name].plan.proj == RNE for name in times}
+    for matmul, is_narrow in (("bf16 matmul", True), ("fp32 matmul", False)):
+        spent = [time for name, time in times.items() if narrow[name] == is_narrow]
+        if spent:
+            axes.axvspan(min(spent) / 1.03, max(spent) * 1.03, color="#f2f2f2", zorder=0)
+            middle = (min(spent) * max(spent)) ** 0.5
+            axes.text(middle, 0.015, matmul, fontsize=8, ha="center", transform=axes.get_xaxis_transform())
+
+
+def error_per_plan(frames: Frames) -> Figure | None:
+    """Distance to the truth and distance to eager, with the noise floor of each."""
+    errors = frames["errors"]
+    truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False)
+    if not len(truth):
+        return None
+    eager = 1 - over_layers(errors, "eager", "share_equal")
+    rows = own(errors)
+    rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
+    low, high = (rows.groupby("plan")["rel_rms"].agg(kind) for kind in ("min", "max"))
+    height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), sharey=True, width_ratios=[3, 2])
+    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.85 / height, top=1 - 1.15 / height, wspace=0.08)
+    for place, plan in enumerate(truth.index):
+        left.plot([low[plan], high[plan]], [place, place], color=colour(plan), linewidth=1.5, alpha=0.5)
+        left.scatter(truth[plan], place, color=colour(plan), s=40, zorder=3)
+        right.scatter(eager[plan] * 100, place, color=colour(plan), s=40, zorder=3, clip_on=False)
+        right.annotate(f"{eager[plan] * 100:.2g} %", (eager[plan] * 100, place), (7, 0), textcoords="offset points",
+                       va="center", fontsize=8, color=GREY)  # fmt: skip
+    left.set_yticks(range(len(truth)), truth.index)
+    left.set_ylim(-0.6, len(truth) - 0.4)
+    left.axvline(ONE_ROUNDING, color=GREY, linestyle="--", linewidth=1)
+    left.text(ONE_ROUNDING, 1, " one rounding to bf16", fontsize=8, color=GREY, va="bottom",
+              transform=left.get_xaxis_transform())  # fmt: skip
+    left.set_xscale("log")
+    _plain_ticks(left.xaxis)
+    left.set_xlabel("K relative rms error against float64\n(dot: all layers; bar: smallest to largest layer)")
+    left.set_title("distance to the truth", loc="left", pad=14)
+    noise = noise_floor(errors)
+    floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
+    right.set_xlim(0, 100)
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    right.set_xlabel(f"K elements that differ from eager bf16{floor}")
+    right.set_title("distance to the PyTorch bf16 path", loc="left", pad=14)
+    top = 1 - 0.1 / height
+    title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
+    figure.suptitle(title, x=0.01, y=top, ha="left", va="top")
+    _kinds(figure, list(truth.index), 1 - 0.42 / height)
+    return figure
+
+
+def _kinds(figure: Figure, plans: list[str], top: float) -> None:
+    """A legend of the colours in one line: every kind with the shades of these plans."""
+    present = [name for name in KINDS if any(kind(plan) == name for plan in plans)]
+    handles = [
+        tuple(Line2D([], [], color=colour(plan), marker="o", linestyle="") for plan in plans if kind(plan) == name)
+        for name in present
+    ]
+    figure.legend(handles, present, handler_map={tuple: HandlerTuple(None, pad=-0.3)}, loc="upper left",
+                  bbox_to_anchor=(0.0, top), ncol=len(handles), fontsize=9, frameon=False, handletextpad=0.6,
+                  columnspacing=1.8)  # fmt: skip
+
+
+def error_per_layer(frames: Frames) -> Figure | None:
+    """K's error in every layer, absolute and relative, above the layer's largest K-norm weight."""
+    amplified = own(frames["amplification"])
+    if not len(amplified):
+        return None
+    plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
+    figure, axes = plt.subplots(3, 1, figsize=(9, 7.6), sharex=True, height_ratios=[3, 3, 2])
+    figure.subplots_adjust(left=0.11, right=0.85, bottom=0.09, top=0.93, hspace=0.28)
+    weights = amplified.groupby("layer")["k_norm_max"].first()
+    axes[2].bar(weights.index, weights, color=GREY, width=0.7)
+    for layer in weights.nlargest(3).index:
+        axes[2].text(layer, weights[layer], f"{weights[layer]:g}", ha="center", va="bottom", fontsize=8)
+    axes[2].set_ylabel("largest K-norm\nweight")
+    axes[2].set_xlabel("layer")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    panels = ((axes[0], "k_max_abs_after", "max |error| of K"), (axes[1], "k_rel_rms_after", "relative rms error of K"))
+    for panel, column, label in panels:
+        ends = []
+        for plan in plans:
+            rows = amplified[amplified["plan"] == plan].sort_values("layer")
+            panel.plot(rows["layer"], rows[column], color=colour(plan), marker="o", markersize=3, linewidth=1.3)
+            ends.append(rows[column].iloc[-1])
+        panel.set_yscale("log")
+        _plain_ticks(panel.yaxis)
+        panel.set_ylabel(label)
+        shades = [colour(plan) for plan in plans]
+        _margin_labels(panel, np.full(len(plans), amplified["layer"].max()), np.array(ends), plans, shades)
+    title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
+    axes[0].set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def gain_per_channel(frames: Frames) -> Figure | None:
+    """Measured gain of every K channel against |w| / rms(k)."""
+    channels = frames["channels"]
+    if not len(channels):
+        return None
+    figure, axes = _figure(6.6, 6)
+    x, y = channels["gain_predicted"].to_numpy(), channels["gain_measured"].to_numpy()
+    ends = np.array([min(x.min(), y.min()) * 0.8, max(x.max(), y.max()) * 1.25])
+    axes.plot(ends, ends, color=GREY, linewidth=1)
+    axes.text(0.55, 0.45, "line: measured = predicted", fontsize=8, color=GREY, transform=axes.transAxes)
+    axes.scatter(x, y, color=BLUE, s=18, zorder=3)
+    for row in channels.nlargest(1, "gain_predicted").itertuples():
+        axes.annotate(f"channel {row.channel}\nweight {row.k_norm_weight:g}", (row.gain_predicted, row.gain_measured),
+                      textcoords="offset points", xytext=(-8, 2), ha="right", fontsize=8)  # fmt: skip
+    axes.set(xscale="log", yscale="log", aspect="equal")
+    axes.set_xlabel("predicted gain |w| / rms(k) of a K channel")
+    axes.set_ylabel("measured gain: K error after the norm / before")
+    axes.set_title(
+        f"Gain of every K channel through the K norm\n(layer {int(channels['layer'].iloc[0])}, plan hf)", loc="left"
+    )
+    return figure
+
+
+def ulp_histogram(frames: Frames) -> Figure | None:
+    """Share of K elements by their error in bf16 ulps, one small panel a plan."""
+    ulps = frames["ulps"]
+    plans = [name for name in PLANS if name in set(ulps["plan"])]
+    if not plans:
+        return None
+    columns = min(5, len(plans))
+    lines = -(-len(plans) // columns)
+    width, height = max(7.5, 2.3 * columns + 0.4), 1.8 * lines + 1.5  # inches: 0.85 above the panels, 0.8 below
+    figure, grid = plt.subplots(lines, columns, figsize=(width, height), sharex=True, sharey=True, squeeze=False)
+    figure.subplots_adjust(left=0.8 / width, right=0.99, bottom=0.8 / height, top=1 - 0.85 / height, hspace=0.38,
+                           wspace=0.1)  # fmt: skip
+    for axes, plan in zip(grid.flat, plans, strict=False):
+        rows = ulps[ulps["plan"] == plan].sort_values("ulp_from")
+        axes.bar(rows["ulp_from"], rows["share"] * 100, width=0.25, align="edge", color=colour(plan))
+        axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+        axes.set_title(plan, fontsize=9, loc="left")
+        beyond = rows[rows["ulp_from"] == 4]["share"].sum()
+        axes.text(0.98, 0.5, f"over 4: {beyond:.1%}", fontsize=7, ha="right", color=GREY, transform=axes.transAxes)
+    for axes in list(grid.flat)[len(plans) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share [%]")
+    for axes in grid[-1]:
+        axes.set_xlabel("|error| [bf16 ulp]")
+        axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
+    title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=11)
+    return figure
+
+
+def time_against_tokens(frames: Frames) -> Figure | None:
+    """Time of a call over the number of tokens, one line a plan, eager and torch.compile among them."""
+    speed = frames["speed"]
+    speed = speed[speed["status"] == "ok"]
+    if not len(speed):
+        return None
+    backend = best_backend(speed)
+    figure, axes = _figure(9.5, 5.6, right=0.68)
+    ends = {}
+    for (plan, ran), rows in speed[speed["backend"].isin([backend, *BASELINES])].groupby(["plan", "backend"]):
+        rows = rows.sort_values("tokens")
+        shade, style = ("black", BASELINES[ran]) if ran in BASELINES else (colour(plan), "-")
+        axes.plot(
+            rows["tokens"], rows["p50_us"] / 1e3, color=shade, linestyle=style, marker="o", markersize=3, linewidth=1.2
+        )
+        ends[ran if ran in BASELINES else plan] = rows["p50_us"].iloc[-1] / 1e3
+    axes.set(xscale="log", yscale="log")
+    tokens = sorted(speed["tokens"].unique())
+    axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
+    axes.minorticks_off()
+    _plain_ticks(axes.yaxis)
+    bundles = _bundles(ends)
+    middles = np.array([np.mean([ends[name] for name in bundle]) for bundle in bundles])
+    shades = ["black" if len(bundle) > 1 or bundle[0] in BASELINES else colour(bundle[0]) for bundle in bundles]
+    labels = [_bundle_label(bundle, ends) for bundle in bundles]
+    _margin_labels(axes, np.full(len(bundles), max(tokens)), middles, labels, shades)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("time of one layer's call, median [ms]")
+    axes.set_title(f"{_ran(backend)} over tokens; eager dashed, torch.compile dotted", loc="left")
+    return figure
+
+
+def _bundles(ends: dict[str, float]) -> list[list[str]]:
+    """Lines that end within 4 % of a neighbour, together: no label could point at one of them. Fastest first."""
+    bundles: list[list[str]] = []
+    for name in sorted(ends, key=ends.__getitem__):
+        if bundles and ends[name] < 1.04 * ends[bundles[-1][-1]]:
+            bundles[-1].append(name)
+        else:
+            bundles.append([name])
+    return bundles
+
+
+def _bundle_label(bundle: list[str], ends: dict[str, float]) -> str:
+    if len(bundle) == 1:
+        return bundle[0]
+    apart = ends[bundle[-1]] / ends[bundle[0]] - 1
+    return f"{len(bundle)} lines end within {apart:.0%}:\n" + textwrap.fill(
+        ", ".join(bundle), 34, break_on_hyphens=False
+    )
+
+
+def _ran(backend: str) -> str:
+    return "CPU time through Inductor" if backend == "inductor" else "Triton's time"
+
+
+def _figure(width: float, height: float, right: float = 0.97) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height))
+    figure.subplots_adjust(left=0.11, right=right, bottom=0.13, top=0.87)
+    return figure, axes
+
+
+def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
+    """Ticks at 1, 2, 3, 5, 7 in plain numbers: logarithmic axes of less than a decade are unreadable otherwise."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-"))
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _labels_beside(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
+    """Names right of their points; points too close for labels of their own share one, beside the rightmost."""
+    axes.figure.canvas.draw()
+    pixels = axes.transData.transform(np.column_stack([x, y])) * 72 / axes.figure.dpi  # points, as font sizes are
+    groups: list[list[int]] = []
+    for at in np.argsort(pixels[:, 1]):
+        near = [g for g in groups if np.all(np.abs(pixels[g] - pixels[at]) < (40, 8))]
+        if near:
+            near[0].append(at)
+        else:
+            groups.append([at])
+    for group in groups:
+        last = max(group, key=lambda at: x[at])
+        label = ", ".join(names[at] for at in sorted(group, key=lambda at: x[at]))
+        axes.annotate(label, (x[last], np.exp(np.log(y[group]).mean())), (5, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=colour(names[last]) if len(group) == 1 else "black")  # fmt: skip
+
+
+def _margin_labels(axes: Axes, x: np.ndarray, y: np.ndarray, labels: list[str], shades: list[str]) -> None:
+    """Labels in the right margin, spread so that none covers another, each tied to its point by a thin line."""
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    points = to_axes.transform(np.column_stack([x, y]))
+    line = 13 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # of text, as a part of the axes
+    order = np.argsort(points[:, 1])
+    places = points[order, 1].copy()
+    half = np.array([line * (labels[at].count("\n") + 1) / 2 for at in order])
+    for _ in range(300):  # push neighbours apart until every gap fits their lines of text, within the axes
+        for i in range(len(places) - 1):
+            overlap = half[i] + half[i + 1] - (places[i + 1] - places[i])
+            if overlap > 1e-6:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+        places = places.clip(half - 0.03, 1 - half)
+    for place, at in zip(places, order, strict=True):
+        axes.plot([points[at, 0], 1.02], [points[at, 1], place], transform=axes.transAxes, color=shades[at],
+                  linewidth=0.5, alpha=0.6, clip_on=False)  # fmt: skip
+        axes.text(1.025, place, labels[at], transform=axes.transAxes, color=shades[at], fontsize=9, va="center")

@@ -1,0 +1,101 @@
+"""What machine and versions a run is measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "triton", "numpy", "transformers")
+
+
+def machine_name(device: str) -> str:
+    """Name of the results folder: `cpu`, or the GPU's short name (`NVIDIA H200` is h200)."""
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    words = re.findall(r"[a-z]+\d+\w*|\d+\w*", torch.cuda.get_device_name().lower())
+    return words[0] if words else "gpu"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions, commit and machine, as environment.json records them."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": device,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "last_cache_bytes": last_cache_bytes(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": p.name,
+            "multiprocessors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "l2_bytes": p.L2_cache_size,
+            "capability": f"{p.major}.{p.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+            "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        }
+    return facts
+
+
+def last_cache_bytes(device: str) -> int:
+    """Size of the last cache before memory: the GPU's L2, or the CPU's largest; 0 where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` behind it where tracked code differs from it; `unknown` outside git."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        code = ["kernels", "variants", "harness"]
+        clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, check=False).returncode == 0
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("" if clean else "+")
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip().split("\n")[0]
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,76 @@
+"""The records of one run as data frames, and the figures that more than one table or plot takes from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from castpoint.harness.runs.records import TABLES, check_table, load_runs
+
+TEXT_COLUMNS = set(
+    "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
+    "device source planted answered measure player where before after "
+    "unit claimed_text verdict why target kernel keywords declared ttir machine roundings matmul "
+    "not_followed matrix text arm function config cold p1 slowed_by check prepass scale".split()
+)
+
+Frames = dict[str, pd.DataFrame]
+
+
+def load(folder: Path, run_id: str) -> Frames:
+    """The run's rows of every table. Raises ValueError if a table has other columns than this version writes."""
+    return {table: load_table(folder, run_id, table) for table in TABLES}
+
+
+def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
+    """The run's rows of one table. Raises ValueError if it has other columns than this version writes."""
+    path, columns = folder / f"{table}.csv", TABLES[table]
+    check_table(path, columns)
+    words = {column: str for column in columns if column in TEXT_COLUMNS}
+    frame = pd.DataFrame(columns=list(columns))
+    if path.exists():
+        frame = pd.read_csv(path, keep_default_na=False, dtype=words)
+    frame = frame[frame["run_id"] == run_id]
+    numbers = [column for column in columns if column not in TEXT_COLUMNS]
+    return frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
+
+
+def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
+    """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
+    finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
+    for run_id in reversed(finished):
+        frame = load_table(folder, run_id, table)
+        if len(frame):
+            return run_id, frame
+    return None
+
+
+def own(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the weights under study, without the controls of uniform K-norm weights."""
+    return frame[~frame["weights"].str.contains("k_norm=")]
+
+
+def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
+    """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
+    rows = own(errors)
+    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == "spec")]
+    by_plan = rows.groupby("plan")[column]
+    return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
+
+
+def noise_floor(errors: pd.DataFrame) -> float | None:
+    """Share of the first layer's K elements that eager changes against itself when it runs one token at a time."""
+    rows = own(errors)
+    rows = rows[(rows["backend"] == "eager, batch of 1") & (rows["plan"] == "hf") & (rows["output"] == "k")]
+    return 1 - rows["share_equal"].iloc[0] if len(rows) else None
+
+
+def first_layer(errors: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the first layer, to be set beside the noise floor."""
+    return errors[errors["layer"] == errors["layer"].min()]
+
+
+def best_backend(speed: pd.DataFrame) -> str:
+    """What runs a plan in tables of times: compiled Triton where it was timed, else Inductor."""
+    return "triton" if (speed["backend"] == "triton").any() else "inductor"

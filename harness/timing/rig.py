@@ -1,0 +1,281 @@
+"""The measuring rig for CUDA: each arm of a comparison is a CUDA graph, timed in turns with the others and checked.
+
+call(i)   runs an arm on the i-th copy of its weights and returns a tuple of new tensors. Copies rotate, so that none
+          is in the L2 cache when its turn comes round again. With a model's layers for copies, the same measurement
+          is a chain of layers: kernels of one stream follow one another, and the time of a call is that of a layer
+graph     call(0) ... call(copies - 1), captured as often in a row as it takes to make the cost of replaying it small
+round     A B C ... C B A, each graph timed twice: a machine that slows down linearly slows all arms by equal amounts
+
+A time counts only with its outputs: before and after the timing each graph's outputs are filled with NaN, the graph
+runs once, and they must equal what the same calls returned outside it. An arm that fails is a status and a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
+from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
+from castpoint.variants.problem import Problem
+
+COLD_CACHES = 3  # rotated weights must exceed this many times the L2 cache
+MEMORY_SHARE = 0.4  # of free memory, for copies of weights; outputs of all arms and workspaces need the rest
+GRAPH_S, GRAPH_CALLS = 1e-3, 256  # a replay costs a few us: laps of the rotation until the graph runs 1 ms
+SAMPLE_S = 1e-3  # replays of a graph between two events, so that their own resolution (0.5 us) is small
+MAX_REPLAYS = 500
+WARM_S = 0.2  # rounds that are not counted, so that clocks settle
+MIN_ROUNDS, MAX_ROUNDS = 10, 200
+STEADY = 0.01  # (p90 - p10) / p50 of every arm, at which no more rounds are needed
+LOAD_S = 0.5  # replays that run while the GPU is asked for its clocks
+AGAIN = " (again)"
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the work. differs judges the graph's outputs against those of the same calls outside it."""
+
+    name: str
+    call: Call
+    differs: Differs = bits_differ
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles over rounds: of seconds, or of a ratio."""
+
+    p10: float
+    p50: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one arm: status `ok`, `red` (wrong outputs) or `failed` (did not run), with the reason.
+
+    seconds  of one call
+    speedup  the baseline's seconds / this arm's. Above 1 this arm is faster. None where either has no time
+    """
+
+    status: str
+    reason: str = ""
+    seconds: Spread | None = None
+    speedup: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """noise: the baseline's seconds / those of the same call captured once more, and what it is the noise of.
+    samples: seconds of every arm that has a time, one a round, for ratios to another arm than the baseline."""
+
+    outcomes: dict[str, Outcome]
+    samples: dict[str, list[float]]
+    rounds: int
+    laps: int
+    noise: Spread | None
+    noise_of: str | None
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """copies of a weight; cold: together they exceed three times the L2 cache."""
+
+    copies: int
+    cold: bool
+
+
+def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> Rotation:
+    """How many copies to rotate: more than 3 x L2 (22 for 8.4 MB and 60 MB), or what fits into 0.4 of free memory.
+
+    sets: how many times each copy is stored, by arms that fold or quantise it. Where the cache's size is unknown (0),
+    one copy that is not cold. Raises ValueError for a weight without bytes.
+    """
+    if weight_bytes <= 0:
+        raise ValueError(f"a weight of {weight_bytes} bytes cannot be rotated: it must have some")
+    wanted = COLD_CACHES * l2_bytes // weight_bytes + 1
+    copies = max(1, min(wanted, int(MEMORY_SHARE * free_bytes) // (weight_bytes * sets)))
+    return Rotation(copies, l2_bytes > 0 and copies * weight_bytes > COLD_CACHES * l2_bytes)
+
+
+def laps_for(copies: int, floor_s: float) -> int:
+    """How often the rotation is captured in one graph: until it runs 1 ms at floor_s a call, at most 256 calls."""
+    return max(1, min(math.ceil(GRAPH_S / (copies * floor_s)), GRAPH_CALLS // copies))
+
+
+def rotated(problem: Problem, copies: int) -> list[Problem]:
+    """The problem and others like it, each with weights of its own in memory: a rotation, or a chain of layers.
+
+    Their channels are shifted, so that they differ in values too: an output that was left from another copy, or made
+    from another copy's weights, is a wrong one.
+    """
+    weight = problem.qkv_weight
+    return [problem, *(problem.replace(qkv_weight=weight.roll(i, 1)) for i in range(1, copies))]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass
+class _Ready:
+    """An arm that was captured and checked."""
+
+    arm: Arm
+    graph: Graph
+    expected: list[tuple[Tensor, ...]]
+    graph_s: float = SAMPLE_S  # until it is known: samples of one replay
+
+
+def measure(
+    arms: Sequence[Arm],
+    gpu: Cuda,
+    *,
+    copies: int,
+    baseline: str,
+    laps: int = 1,
+    budget_s: float = 1.0,
+    state: Callable[[], dict[str, Any]] | None = None,
+) -> Measurement:
+    """Seconds a call of every arm, and speedups over the baseline, from rounds A B C ... C B A.
+
+    Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
+    10 even if those cost more than the budget, since fewer have no 10th percentile.
+
+    In a round an arm's time is the mean of its two. speedup and noise are percentiles over rounds of the ratio of
+    two times of one round, not ratios of percentiles: the clock that both share in a round cancels (where it varies by
+    3 to 30 %, the median so errs 1.4 to 3.3 times less in 10 to 50 rounds), and p10 and p90 say how far the ratio
+    itself can be trusted. The noise floor is the same ratio between two graphs of the baseline
+    (or, where that failed, of the first arm that did not): a difference that lies inside it is none.
+
+    state: asked once after the last round, while the GPU still works (timing.state.gpu_state).
+    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name or an unknown baseline.
+    """
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names) or baseline not in names:
+        raise ValueError(f"arms need different names, and the baseline {baseline!r} must be one of them: {names}")
+    ready: dict[str, _Ready] = {}
+    lost: dict[str, Outcome] = {}
+    for arm in arms:
+        _prepare(arm, gpu, copies, laps, ready, lost)
+    noise_of = baseline if baseline in ready else next(iter(ready), None)
+    if noise_of is not None:
+        first = ready[noise_of].arm
+        _prepare(Arm(noise_of + AGAIN, first.call, first.differs), gpu, copies, laps, ready, lost)
+
+    _warm_up(gpu, ready, lost)
+    seconds = _rounds(gpu, ready, lost, budget_s)
+    facts = _state_under_load(gpu, ready, state) if state else {}
+    _check_again(gpu, ready, lost)
+    ready.clear()
+    gpu.release()
+
+    timed = {name: values for name, values in seconds.items() if name not in lost}
+    outcomes = {name: lost.get(name) or _outcome(timed[name], timed.get(baseline)) for name in names}
+    pair = [timed.get(noise_of or ""), timed.get(f"{noise_of}{AGAIN}")]
+    noise = ratios(*pair) if all(pair) else None
+    rounds = max((len(values) for values in timed.values()), default=0)
+    samples = {name: timed[name] for name in names if name in timed}
+    return Measurement(outcomes, samples, rounds, laps, noise, noise_of if noise else None, facts)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(*(float(v) for v in np.quantile(values, [0.1, 0.5, 0.9])))
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Percentiles of above / below, round by round."""
+    return spread(np.divide(above, below))
+
+
+def replays_for(graph_s: float, wanted_s: float) -> int:
+    """Replays of a graph of that duration that fill the wanted time, 1 to 500."""
+    return max(1, min(math.ceil(wanted_s / max(graph_s, 1e-9)), MAX_REPLAYS))
+
+
+def _outcome(seconds: list[float], baseline: list[float] | None) -> Outcome:
+    return Outcome("ok", "", spread(seconds), ratios(baseline, seconds) if baseline else None)
+
+
+def _prepare(arm: Arm, gpu: Cuda, copies: int, laps: int, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:
+    """Runs the arm outside a graph, captures it and checks the graph's outputs; a failure goes to lost."""
+    try:
+        expected = [tuple(tensor.clone() for tensor in arm.call(i)) for i in range(copies)]
+        graph = gpu.capture(arm.call, copies, laps)
+        wrong = wrong_outputs(gpu, graph, expected, arm.differs)
+        if wrong:
+            lost[arm.name] = Outcome("red", f"before timing: {wrong}")
+        else:
+            ready[arm.name] = _Ready(arm, graph, expected)
+    except Exception as error:
+        lost[arm.name] = Outcome("failed", reason_of(gpu, arm.name, error))
+    if arm.name in lost:
+        expected = graph = None  # what the next arm may need
+        gpu.release()
+
+
+def _warm_up(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:
+    """Rounds that are not counted. The first, of single replays, says how many replays make a sample."""
+    start = gpu.now()
+    _round(gpu, ready, lost)
+    for name, seconds in _round(gpu, ready, lost).items():
+        ready[name].graph_s = seconds * ready[name].graph.calls
+    while ready and gpu.now() - start < WARM_S:
+        _round(gpu, ready, lost)
+
+
+def _rounds(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome], budget_s: float) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    start = gpu.now()
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and (gpu.now() - start > budget_s or _steady([seconds[name] for name in ready])):
+            break
+        for name, value in _round(gpu, ready, lost).items():
+            seconds[name].append(value)
+    return seconds
+
+
+def _round(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> dict[str, float]:
+    """A B C ... C B A: the mean of each arm's two times. An arm that fails moves from ready to lost."""
+    sums = dict.fromkeys(ready, 0.0)
+    for name in [*ready, *reversed(ready)]:
+        if name not in ready:
+            continue
+        try:
+            sums[name] += gpu.seconds(ready[name].graph, replays_for(ready[name].graph_s, SAMPLE_S)) / 2
+        except Exception as error:
+            lost[name] = Outcome("failed", reason_of(gpu, name, error))
+            del ready[name]
+    return {name: sums[name] for name in ready}
+
+
+def _steady(seconds: list[list[float]]) -> bool:
+    spreads = [spread(values) for values in seconds]
+    return all(s.p90 - s.p10 <= STEADY * s.p50 for s in spreads)
+
+
+def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:
+    for name, one in ready.items():
+        try:
+            wrong = wrong_outputs(gpu, one.graph, one.expected, one.arm.differs)
+        except Exception as error:
+            lost[name] = Outcome("failed", reason_of(gpu, name, error))
+        else:
+            if wrong:
+                lost[name] = Outcome("red", f"after timing: {wrong}")
+
+
+def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The GPU's state while replays of the first arm run: an idle GPU would show the clocks of an idle GPU."""
+    for one in list(ready.values())[:1]:
+        gpu.replay(one.graph, replays_for(one.graph_s, LOAD_S))
+    facts = state()
+    gpu.synchronize()
+    return facts

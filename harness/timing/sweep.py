@@ -1,0 +1,164 @@
+"""Times of eager, torch.compile and every plan, written to records."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.accuracy.sweep import problem_at
+from castpoint.harness.runs.environment import last_cache_bytes
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.settings import Settings
+from castpoint.harness.timing.cpu import (
+    Ceilings,
+    interleaved_times,
+    keep_freed_memory,
+    measure_ceilings,
+    rotating,
+    work_of,
+)
+from castpoint.harness.timing.cuda import Cuda
+from castpoint.harness.timing.limits import ceilings as gpu_ceilings
+from castpoint.harness.timing.outputs import bits_differ, values_differ
+from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure, spread
+from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
+from castpoint.variants.catalogue import plan_named
+from castpoint.variants.eager import eager, plan_weight
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem
+
+
+def sweep_speed(settings: Settings, records: Records) -> None:
+    """Eager, torch.compile and every plan, at every token count, cold: all layers' weights in rotation."""
+    s = settings
+    todo = [t for t in s.speed_tokens if not records.has("speed", tokens=t, plan="hf", backend="eager")]
+    if not todo:
+        return
+    load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
+    keep_freed_memory()
+    gpu = Cuda() if s.device == "cuda" else None
+    ceilings = measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
+    records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
+    problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
+    weights = {name: _stored_weights(plan_named(name), problems) for name in s.plans}
+    for tokens in track(todo, "speed"):
+        rng = torch.Generator().manual_seed(s.seed)
+        x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
+        at = [p.replace(x=x) for p in problems]
+        arms = dict(_speed_arms(s, at, weights))
+        red = {f"{r['plan']}/{r['backend']}": r for r in records.rows("errors") if r["status"] in ("red", "failed")}
+        outcomes = {arm: Outcome("red", f"not timed: {row['reason']}") for arm, row in red.items() if arm in arms}
+        fit = {name: arm for name, arm in arms.items() if name not in red}
+        outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
+        for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
+            _add_speed(records, s, arm, at, outcomes, ceilings)
+
+
+def _gpu_ceilings(gpu: Cuda) -> Ceilings:
+    found = gpu_ceilings(gpu)
+    if found["reason"]:
+        raise ValueError(f"the GPU's own limits could not be measured: {found['reason']}")
+    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
+
+
+def _timed_on_cpu(arms: dict[str, Callable[[int], object]], count: int, s: Settings) -> dict[str, Outcome]:
+    """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
+    ready, outcomes = {}, {}
+    turn = itertools.cycle(range(count))
+    for name, call in track(list(arms.items()), "compiling"):
+        try:
+            call(0)
+            ready[name] = rotating(call, turn)
+        except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
+            outcomes[name] = Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
+    times = interleaved_times(ready, s.speed_budget_s)
+    return outcomes | {name: Outcome("ok", seconds=spread(values)) for name, values in times.items()}
+
+
+def _timed_on_gpu(
+    arms: dict[str, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
+) -> dict[str, Outcome]:
+    own = [Arm(name, call, bits_differ if "/triton" in name else values_differ) for name, call in arms.items()]
+    laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
+    return measure(own, gpu, copies=len(problems), laps=laps, baseline="hf/eager").outcomes
+
+
+def _add_speed(
+    records: Records, s: Settings, arm: str, problems: list[Problem], outcomes: dict[str, Outcome], ceilings: Ceilings
+) -> None:
+    """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
+    plan, backend = arm.split("/")
+    problem, outcome = problems[0], outcomes[arm]
+    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, "plan": plan, "backend": backend}
+    if records.has("speed", **{name: row[name] for name in ("tokens", "plan", "backend")}):
+        return
+    rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
+    cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
+    row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + (
+        ", CUDA graph" if s.device == "cuda" else ""
+    )
+    row |= dataclasses.asdict(work_of(problem))
+    if outcome.seconds is None:
+        records.add("speed", **row, status=outcome.status, reason=outcome.reason)
+        return
+    p50 = outcome.seconds.p50
+    baselines = {"speedup_vs_eager": "hf/eager", "speedup_vs_compile": "hf/torch.compile"}
+    records.add(
+        "speed",
+        **row,
+        **{f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()},
+        gbps=row["bytes"] / p50 / 1e9,
+        tflops=row["flops"] / p50 / 1e12,
+        roofline_share=ceilings.floor_s(problem) / p50,
+        **{c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds},
+    )
+
+
+def _stored_weights(plan: CastPlan, problems: list[Problem]) -> list[Tensor]:
+    """The QKV weight of every problem as the plan stores it: folded where it folds, else the problem's own tensor."""
+    return [plan_weight(plan, _as_stored(plan, p)) for p in problems]
+
+
+def _as_stored(plan: CastPlan, problem: Problem) -> Problem:
+    """The problem with its norm weights read as the plan reads them: the time of a plan does not depend on values."""
+    offset = plan.weight_offset != "none"
+    return problem if problem.weight_offset == offset else problem.replace(weight_offset=offset)
+
+
+def _speed_arms(
+    s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]
+) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """`plan/backend` -> a call on the i-th problem."""
+    yield "hf/eager", lambda i: eager(problems[i])
+    yield "hf/torch.compile", lambda i: compiled_eager()(problems[i])
+    for name in s.plans:
+        plan = plan_named(name)
+        own = [_as_stored(plan, p) for p in problems]
+        if s.device == "cpu":  # where Triton would run interpreted
+            yield f"{name}/inductor", partial(_inductor_call, plan, own, weights[name])
+        else:
+            yield f"{name}/triton", partial(_triton_call, plan, own, weights[name], separate=False)
+            yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights[name], separate=True)
+
+
+def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int) -> object:
+    return compiled_plan(plan)(problems[i], weights[i])
+
+
+def _triton_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int, *, separate: bool) -> object:
+    return run_triton(plan, problems[i], qkv_weight=weights[i], separate=separate)
+
+
+def _rotation(problems: list[Problem], device: str) -> list[Problem]:
+    """Enough problems that their weights exceed three times the last cache, by copies of what there is."""
+    wanted = 3 * last_cache_bytes(device) // (problems[0].qkv_weight.numel() * 2) + 1
+    copies = [problems[i % len(problems)] for i in range(max(wanted, len(problems)))]
+    return [p.replace(qkv_weight=p.qkv_weight.clone()) if i >= len(problems) else p for i, p in enumerate(copies)]

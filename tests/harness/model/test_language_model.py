@@ -1,0 +1,359 @@
+"""Language models: what loads, what is refused in one line before any weight is read, and the calibrated model."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import psutil
+import pytest
+import torch
+from tiny_models import add_tokenizer, saved, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from castpoint.harness.model import language_model
+from castpoint.harness.model.attach import decoder_layers
+from castpoint.harness.model.language_model import (
+    calibrated_config,
+    calibrated_model,
+    load,
+    norms,
+    precision_for,
+    set_eps,
+)
+from castpoint.harness.problems.drawn import DATA, k_norm_statistics, residual_std
+
+
+def refusal(source: object, kind: type[Exception] = ValueError) -> str:
+    """What load says of a source that it must refuse with that error, in one line."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        load(str(source))
+    assert isinstance(caught.value, kind) and "\n" not in str(caught.value), repr(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading weights fails the test."""
+
+    def read(*arguments: object, **options: object) -> None:
+        pytest.fail("weights were read before the model was refused")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(language_model, "calibrated_model", read)
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, amount: float) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(amount)))
+
+
+# ---------------------------------------------------------------- what loads
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "gemma3_text"])
+def test_a_folder_comes_back_bit_for_bit(tmp_path: Path, model_type: str) -> None:
+    lm = load(str(saved(tmp_path / "tiny-model", model_type)))
+    own, state = tiny_model(model_type).state_dict(), lm.model.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16} and not lm.model.training
+    assert (lm.name, lm.weights) == ("tiny-model", "checkpoint")
+    if model_type != "qwen2":  # transformers makes every Qwen2 tokenizer one of byte pairs, which this is not
+        assert lm.encode("it was the best") == [1, 2, 3, 4] and lm.encode("it is") == [1, 0]
+    assert lm.config.model_type == model_type
+
+
+def test_shards_are_joined(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    own, state = tiny_model("qwen3").state_dict(), load(str(folder)).model.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in own)
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    refusal(folder)
+
+
+def test_wider_weights_are_rounded_to_bf16(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3", 1), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    own, state = model.state_dict(), load(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(own[name].bfloat16(), state[name]) for name in own)
+
+
+def test_what_made_the_weights_is_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"made_from": "GGUF, dequantised to bf16",', 1))
+    assert load(str(folder)).weights == "GGUF, dequantised to bf16"
+
+
+def write_gguf(path: Path, model_type: str) -> Path:
+    """The tiny model as llama.cpp's converter lays it out, in float32, with a byte-level vocabulary of 64 tokens."""
+    model, writer = tiny_model(model_type), gguf.GGUFWriter(path, model_type)
+    writer.add_block_count(3)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(model.config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([chr(ord("0") + i) for i in range(62)] + ["ab", "<end>"])
+    writer.add_token_types([1] * 63 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(63)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model_type.upper()], 3)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_weights_and_eps_come_back(tmp_path: Path) -> None:
+    lm = load(str(write_gguf(tmp_path / "m.gguf", "qwen2")))
+    own, state = tiny_model("qwen2").state_dict(), lm.model.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+    assert lm.weights == "GGUF, dequantised to bf16" and lm.encode("abc") == [62, 51]
+    assert lm.config.rms_norm_eps == 1e-6 and {norm.variance_epsilon for norm in norms(lm.model)} == {1e-6}
+
+
+def test_a_gguf_file_of_other_heads_than_transformers_thinks_is_refused(tmp_path: Path) -> None:
+    """Of a Qwen3 file it does not read the head size, and takes 128; this one has 32."""
+    assert "m.gguf" in refusal(write_gguf(tmp_path / "m.gguf", "qwen3"))
+
+
+def test_eps_reaches_every_norm() -> None:
+    for model_type, per_layer in (("qwen3", 4), ("qwen2", 2), ("gemma3_text", 6)):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, 2))
+        found = norms(model)
+        assert len(found) == 2 * per_layer + 1
+        set_eps(model, 0.25)
+        x = torch.ones(1, found[0].weight.numel())
+        found[0].weight.data.fill_(0.0 if model_type == "gemma3_text" else 1.0)
+        assert torch.allclose(found[0](x), x / 1.25**0.5) and model.config.rms_norm_eps == 0.25
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path, no_weights: None) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path / "m")
+    assert "a tokenizer cannot be read" in refusal(tmp_path / "m")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("a pickle was opened"))
+    folder = saved(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model("qwen3").state_dict(), folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert "safetensors" in message and str(folder) in message
+    assert "pickle" in refusal(folder / "pytorch_model.bin")
+    assert "pickle" in refusal(tmp_path / "not-there.pt")
+
+
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = '{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}'
+    (folder / "config.json").write_text(config)
+    refusal(folder)
+    assert not ran.exists()
+
+
+def test_an_unsupported_architecture_is_named(tmp_path: Path, no_weights: None) -> None:
+    AutoConfig.for_model("olmo2").save_pretrained(tmp_path)
+    assert "unsupported architecture 'olmo2': supported are qwen3, qwen2, llama, gemma3_text" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "no/such/folder", "./m", "qwen3-0.6", "m.gguf", "a b/c", ""])
+def test_a_nonsense_path_says_what_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refusal(source, FileNotFoundError if source else Exception)
+    assert source in message and ("a hub id" in message or not source)
+
+
+def test_one_file_of_a_model_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    assert "give the folder" in refusal(folder / "model.safetensors")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
+    assert "cut.gguf" in refusal(tmp_path / "cut.gguf")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "safetensors weights cannot be read" in refusal(folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "config.json cannot be read" in refusal(folder)
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
+    """transformers draws what a checkpoint lacks at random and says so in a log: a record of that would be nonsense."""
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.self_attn.k_proj.weight" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    config = saved(tmp_path / "m") / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 128'))
+    assert "safetensors weights cannot be read" in refusal(tmp_path / "m")
+
+
+def test_a_hub_id_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "m")
+    asked = []
+
+    def there(own: Callable[..., object], name: object, **options: object) -> object:
+        asked.append((name, options.get("trust_remote_code", False)))
+        return own(folder, **options)
+
+    for auto in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(auto, "from_pretrained", functools.partial(there, auto.from_pretrained))
+    lm = load("some/model")
+    assert asked.count(("some/model", False)) == 3 and not any(trusted for _, trusted in asked)
+    assert lm.name == "model" and torch.equal(lm.model.lm_head.weight, tiny_model("qwen3").lm_head.weight)
+
+
+def test_without_a_network_a_hub_id_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "castpoint-tests/not-there" in refusal("castpoint-tests/not-there", Exception)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_too_little_memory_is_said_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    folder = saved(tmp_path / "m")
+    free_memory(monkeypatch, 2**29)
+    message = refusal(folder)
+    assert "0.2 million" not in message and "needs 1.0 GiB" in message and "0.5 GiB are free" in message
+    calibrated = refusal("qwen3-0.6b")  # 441 million x 8 bytes and 1 GiB
+    assert "441 million parameters needs 4.3 GiB" in calibrated
+    free_memory(monkeypatch, 2**40)
+    with pytest.raises(BaseException, match="weights were read"):  # the fixture sees what it should
+        load(str(folder))
+
+
+def test_float64_where_it_fits_else_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 bytes a parameter or 8, and 1 GiB and logits on top, to the byte. Tied parameters count once."""
+    config = tiny_config("qwen3")
+    parameters = sum(parameter.numel() for parameter in tiny_model("qwen3").parameters())
+    work = 2**30 + 48 * 100 * 64
+    for free, expected in ((12, torch.float64), (11.99, torch.float32), (8, torch.float32)):
+        free_memory(monkeypatch, free * parameters + work)
+        assert precision_for(config, "cpu", 100) == expected
+    free_memory(monkeypatch, 8 * parameters + work - 1)
+    with pytest.raises(ValueError, match="float32 copies"):
+        precision_for(config, "cpu", 100)
+    config.tie_word_embeddings = True
+    free_memory(monkeypatch, 8 * (parameters - 64 * 64) + work)
+    assert precision_for(config, "cpu", 100) == torch.float32
+
+
+def test_more_tokens_need_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
+    folder = saved(tmp_path / "m")
+    free_memory(monkeypatch, 2**30 + 2**28)
+    with pytest.raises(ValueError, match="GiB are free"):
+        load(str(folder), tokens=2**28 // (48 * 64) + 1)
+    with pytest.raises(BaseException, match="weights were read"):
+        load(str(folder), tokens=2**27 // (48 * 64))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("Qwen/Qwen3-0.6B", "Qwen3-0.6B"), ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("x/y-1.5.gguf", "y-1.5")],
+)
+def test_a_model_keeps_its_whole_name(source: str, name: str) -> None:
+    assert language_model.name_of(source) == name
+
+
+def test_a_folder_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-0.6B").mkdir()
+    monkeypatch.chdir(tmp_path / "Qwen3-0.6B")
+    assert language_model.name_of(".") == language_model.name_of("../Qwen3-0.6B/") == "Qwen3-0.6B"
+
+
+# ---------------------------------------------------------------- the calibrated model
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> torch.nn.Module:
+    """Its first two layers of 28: the statistics are cut, the widths are not."""
+    rows = language_model.layer_statistics()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "layer_statistics", lambda: rows)
+        config = calibrated_config()
+        config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+        return calibrated_model(config).eval()
+
+
+def published(layer: int) -> dict[str, str]:
+    with open(DATA / "qwen3-0.6b-layer-statistics.csv", newline="") as file:
+        return list(csv.DictReader(file))[layer]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_weights_have_the_published_statistics(calibrated: torch.nn.Module, layer: int) -> None:
+    """Norms to bf16's 2^-9 of their largest weight; of n drawn weights mean and deviation to six standard errors."""
+    row, seen = published(layer), set()
+    for name, weight in decoder_layers(calibrated)[layer].named_parameters():
+        stem, values = name.split(".")[-2], weight.double()
+        mean, std = float(row[f"{stem}_mean"]), float(row[f"{stem}_std"])
+        if stem == "k_norm":
+            mean, std, maximum = k_norm_statistics(layer)
+            assert maximum == float(row["qwen3_k_norm_max"]) == values.max().item()
+        errors = (abs(values.mean().item() - mean), abs(values.std(correction=0).item() - std))
+        root = values.numel() ** 0.5
+        allowed = (6 * std / root, 6 * std / root) if weight.ndim == 2 else (values.abs().max().item() * 2**-9,) * 2
+        assert errors[0] <= allowed[0] and errors[1] <= allowed[1], (name, errors, allowed)
+        seen.add(stem)
+    assert seen == {key.removesuffix("_mean") for key in row if key.endswith("_mean")}
+
+
+def test_its_head_is_tied_and_its_frequencies_are_float32(calibrated: torch.nn.Module) -> None:
+    assert calibrated.lm_head.weight is calibrated.model.embed_tokens.weight
+    assert abs(calibrated.lm_head.weight.double().std().item() / residual_std(0) - 1) < 6 / (2 * 256 * 1024) ** 0.5
+    frequencies = calibrated.model.rotary_emb.inv_freq
+    expected = 1e6 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    relative = (frequencies.double() / expected - 1).abs().max().item()
+    assert frequencies.dtype == torch.float32 and relative <= 2 * 2**-23  # two fp32 steps; bf16: 2^-9
+    assert calibrated.dtype == torch.bfloat16 and calibrated.model.norm.weight.unique().tolist() == [1.0]
+
+
+def test_it_reads_bytes_and_is_drawn_by_its_seed(calibrated: torch.nn.Module) -> None:
+    lm = language_model.LanguageModel(calibrated, None, "qwen3-0.6b", "calibrated")
+    assert lm.encode("é!") == [0xC3, 0xA9, 0x21] and lm.config.vocab_size == 256
+    ids = torch.tensor([lm.encode("It was the best of times")])
+    with torch.no_grad():
+        assert calibrated(ids).logits.isfinite().all()
+
+
+def test_its_configuration_is_the_published_one() -> None:
+    config = calibrated_config()
+    values = {field: getattr(config, field) for field in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    assert values == {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 8, 128)
+    assert config.tie_word_embeddings and config.rms_norm_eps == 1e-6 and not config.attention_bias

@@ -1,0 +1,405 @@
+"""Each peer computes the function that its row names, or says why it does not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_bit_equal, assert_inside, random_problem
+
+from castpoint.harness.peers import chains as peers
+from castpoint.harness.peers import parts as peers_parts
+from castpoint.harness.peers.chains import (
+    P2,
+    REDUCTIONS,
+    bf16_reduction,
+    chain_peer,
+    chain_plan,
+    compiled_peers,
+    eager_peer,
+    head_norm_peers,
+    matmul_peers,
+    norm_peers,
+    pick_chains,
+)
+from castpoint.harness.peers.parts import MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, linear_cublaslt, tuned
+from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.runs.environment import version
+from castpoint.harness.timing.rig import rotated
+from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES, RTZ
+from castpoint.variants.catalogue import PLANS, plan_named
+from castpoint.variants.eager import eager, eager_norm
+from castpoint.variants.envelope import Interval, envelope
+from castpoint.variants.plan import CastPlan
+from castpoint.variants.problem import Problem, rotate_half
+from castpoint.variants.spec import spec, store
+
+HERE = ("eager", "F.rms_norm")  # norms that run on a CPU
+HF = plan_named("hf")
+PACKAGES = {
+    "LigerRMSNorm, casting mode llama": "liger_kernel",
+    "flash-linear-attention RMSNorm": "fla",
+    "FlagGems rms_norm": "flag_gems",
+    "quack rmsnorm": "quack",
+}
+
+
+@functools.cache
+def problems(weight_offset: bool = False, head_norm: bool = True) -> list[Problem]:
+    return rotated(random_problem(weight_offset=weight_offset, head_norm=head_norm), 2)
+
+
+@functools.cache
+def allowed(plan: CastPlan, i: int, head_norm: bool = True) -> dict[str, Interval]:
+    return envelope(plan, problems(plan.weight_offset != "none", head_norm)[i])
+
+
+def named(outputs: tuple) -> dict[str, torch.Tensor]:
+    return dict(zip("qkv", outputs, strict=True))
+
+
+# ---------------------------------------------------------------- what they compute
+
+
+@pytest.mark.parametrize("heads", [*HERE, OWN_KERNEL])
+@pytest.mark.parametrize("norm", HERE)
+def test_chains_lie_in_the_envelope_of_their_plan(norm: str, heads: str):
+    given = problems()
+    chain = chain_peer(given, norm, "cuBLAS", heads, HF)
+    assert chain.name == f"P1 {norm} | cuBLAS | {heads}" and chain.status == "ok"
+    for i in range(len(given)):
+        outputs = chain.call(i)
+        assert [list(t.shape) for t in outputs] == [[33, 2, 32], [33, 1, 32], [33, 1, 32]]
+        assert all(t.dtype == torch.bfloat16 for t in outputs)
+        assert_inside(actual=named(outputs), allowed=allowed(chain.plan, i), what=chain.name)
+        for name in ("normed", "head_normed"):  # the plan says which roundings there are, and which not
+            moved = chain.plan.replace(**{name: KEEP if getattr(chain.plan, name) == RNE else RNE})
+            with pytest.raises(AssertionError, match="outside the envelope"):
+                assert_inside(actual=named(outputs), allowed=allowed(moved, i))
+
+
+@pytest.mark.parametrize(("norm", "heads"), [("eager", "eager"), ("eager", OWN_KERNEL)])
+def test_chains_of_weights_stored_less_one(norm: str, heads: str):
+    chain = chain_peer(problems(weight_offset=True), norm, "cuBLAS", heads, plan_named("gemma"))
+    gemma = plan_named("gemma")
+    assert chain.plan == (gemma if heads == OWN_KERNEL else gemma.without_rope())
+    assert chain.function == "gemma"
+    assert_inside(actual=named(chain.call(1)), allowed=allowed(chain.plan, 1))
+    with pytest.raises(AssertionError, match="outside the envelope"):
+        assert_inside(actual=named(chain.call(1)), allowed=allowed(plan_named("gemma-bf16-offset"), 1))
+
+
+def test_the_chain_of_eager_parts_is_eager():
+    for i, p in enumerate(problems()):
+        chain = chain_peer(problems(), "eager", "cuBLAS", "eager", HF)
+        for actual, other, expected in zip(chain.call(i), eager_peer(problems()).call(i), eager(p), strict=True):
+            assert_bit_equal(actual=actual, expected=expected)
+            assert_bit_equal(actual=other, expected=expected)
+    assert chain.function == eager_peer(problems()).function == "hf"
+    assert eager_peer(problems(weight_offset=True)).function == "gemma"
+
+
+def test_copies_are_told_apart():
+    chain = chain_peer(problems(), "eager", "cuBLAS", "eager", HF)
+    assert not torch.equal(chain.call(0)[2], chain.call(1)[2])
+
+
+def test_our_head_norm_takes_the_plans_flags():
+    plan = HF.replace(head_rstd=RNE, head_normed=RTZ)
+    chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", OWN_KERNEL, plan)
+    assert chain.plan.without_rope() == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)
+    assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan, 0))
+    with pytest.raises(AssertionError, match="outside the envelope"):
+        assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan.replace(head_rstd=KEEP), 0))
+
+
+def test_models_without_a_head_norm():
+    given = problems(head_norm=False)
+    chain = chain_peer(given, "eager", "cuBLAS", NO_HEAD_NORM, HF)
+    assert_inside(actual=named(chain.call(1)), allowed=allowed(chain.plan, 1, head_norm=False))
+    (only,) = head_norm_peers(given, HF)
+    assert (only.status, only.reason) == ("not applicable", "no head norm in this problem")
+    wrong = chain_peer(given, "eager", "cuBLAS", "eager", HF)
+    assert wrong.status == "not applicable" and "heads='eager' does not fit a problem without one" in wrong.reason
+    wrong = chain_peer(problems(), "eager", "cuBLAS", NO_HEAD_NORM, HF)
+    assert wrong.status == "not applicable" and "heads='none' does not fit a problem with one" in wrong.reason
+
+
+def test_parts_are_those_of_the_chain():
+    p, given = problems()[1], problems()
+    x = p.x + p.residual
+    by_name = {peer.name: peer for peer in (*norm_peers(given), *head_norm_peers(given, HF), *matmul_peers(given))}
+    hidden = {"norm eager": eager_norm(x, p.norm_weight, p.eps, False)}
+    hidden["norm F.rms_norm"] = F.rms_norm(x, [200], p.norm_weight, p.eps)
+    for name, expected in hidden.items():
+        assert_bit_equal(actual=by_name[name].call(1)[0], expected=expected)
+    assert_bit_equal(actual=by_name["P4 cuBLAS"].call(1)[0], expected=F.linear(p.x, p.qkv_weight, p.bias))
+    q, k, _ = given[0].split_heads(F.linear(given[0].x, given[0].qkv_weight, given[0].bias))  # one proj for all calls
+    for actual, value, weight in zip(
+        by_name["heads eager"].call(1), (q, k), (p.q_norm_weight, p.k_norm_weight), strict=True
+    ):
+        assert_bit_equal(actual=actual, expected=eager_norm(value, weight, p.eps, False))
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiled_eager_rounds_once_a_norm_and_compiles_once_for_all_layers(residual: bool):
+    """Inductor keeps x + residual in fp32 too, which eager rounds: with a residual it is no plan of the catalogue."""
+    first = random_problem(residual=residual)
+    given = [first, rotated(first, 2)[1].replace(layer=7)]
+    plain, pdl = compiled_peers(given)
+    assert (plain.status, pdl.status) == ("ok", "ok")
+    assert plain.function == ("rounds hidden, proj, out, not x + residual" if residual else "one-rounding")
+    for peer in (plain, pdl):
+        peer.call(0)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            outputs = named(peer.call(1))
+        assert_inside(actual=outputs, allowed=envelope(peer.plan, given[1]))
+        for wrong in (HF, peer.plan.replace(x=RNE)) if residual else (HF,):
+            with pytest.raises(AssertionError, match="outside the envelope"):
+                assert_inside(actual=outputs, allowed=envelope(wrong, given[1]))
+
+
+def test_tuning_is_on_and_graphs_are_ours(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(peers_parts, "compiled", lambda function, options: asked.append(options))
+    tuned.__wrapped__(eager)
+    tuned.__wrapped__(eager, True)
+    common = {"max_autotune": True, "coordinate_descent_tuning": True}
+    assert asked == [common, common | {"triton.enable_pdl": True}]
+
+
+def test_an_inductor_without_pdl_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers_parts, "PDL", "triton.enable_what")
+    tuned.cache_clear()
+    plain, pdl = compiled_peers(problems())
+    assert plain.status == "ok" and pdl.status == "not applicable"
+    assert pdl.reason == f"Inductor of torch {torch.__version__} has no option triton.enable_what"
+    tuned.cache_clear()
+
+
+# ---------------------------------------------------------------- what does not run
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
+    package = PACKAGES[name]
+    for module in [m for m in sys.modules if m == package or m.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    peer = peers._peer(name, lambda: NORMS[name].make("cuda", False))
+    assert peer.status == "not installed" and package in peer.reason and peer.call is None
+    with pytest.raises(ValueError, match=f"{name} cannot be timed: not installed"):
+        peer.arm()
+
+
+def test_what_is_not_installed_is_a_row():
+    rows = {peer.name: peer for peer in norm_peers(problems())}
+    assert set(rows) == {f"norm {name}" for name in NORMS}
+    for name in NORMS:
+        peer = rows[f"norm {name}"]
+        assert (peer.status == "ok") == (name in HERE) and bool(peer.reason) == (name not in HERE)
+    if version("quack-kernels") is None:
+        assert rows["norm quack rmsnorm"].status == "not installed"
+        whole = chain_peer(problems(), "eager", "cuBLAS", "quack rmsnorm", HF)
+        assert whole.status == "not installed" and whole.call is None
+
+
+def test_norms_of_the_other_storage_are_not_applicable():
+    rows = {peer.name: peer for peer in norm_peers(problems(weight_offset=True))}
+    assert rows["norm F.rms_norm"].reason == "F.rms_norm does not take norm weights stored as w - 1"
+    rows = {peer.name: peer for peer in norm_peers(problems())}
+    gemma = rows["norm LigerRMSNorm, casting mode gemma"]
+    assert gemma.reason == "LigerRMSNorm, casting mode gemma does not take norm weights stored as w"
+
+
+def test_a_broken_package_is_a_row():
+    def broken() -> None:
+        raise RuntimeError("built for another\ntorch")
+
+    peer = peers._peer("x", broken)
+    assert (peer.status, peer.reason) == ("failed", "RuntimeError: built for another torch")
+
+
+def test_unknown_parts_are_errors():
+    with pytest.raises(KeyError):
+        chain_peer(problems(), "eager", "cuBLOS", "eager", HF)
+
+
+def test_arms_that_hold_a_matmul_are_judged_by_values():
+    for peer in (eager_peer(problems()), *compiled_peers(problems()), *matmul_peers(problems())):
+        assert peer.arm().differs is peers.values_differ
+    for peer in (*norm_peers(problems()), *head_norm_peers(problems(), HF)):
+        assert peer.differs is peers.bits_differ
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize(
+    ("norm", "heads", "function"),
+    [
+        ("eager", "eager", "hf"),
+        ("F.rms_norm", "F.rms_norm", "one-rounding"),
+        ("quack rmsnorm", "F.rms_norm", "one-rounding"),
+        ("F.rms_norm", "eager", "separate-head-norm"),
+        ("LigerRMSNorm, casting mode llama", OWN_KERNEL, "hf"),
+        ("eager", "F.rms_norm", "rounds normed, hidden, proj, out"),
+        ("FlagGems rms_norm", "eager", "not known"),
+        ("eager", "FlagGems rms_norm", "not known"),
+    ],
+)
+def test_functions_by_name(norm: str, heads: str, function: str):
+    assert peers.Peer("", None, chain_plan(norm, heads, HF, offset=False)).function == function
+
+
+def test_a_plan_that_rounds_statistics_in_one_norm_only_has_no_name():
+    assert chain_plan("eager", OWN_KERNEL, plan_named("bf16-statistics"), offset=False) is None
+    assert chain_plan("eager", "eager", plan_named("bf16-statistics"), offset=False) == HF.without_rope()
+
+
+# ---------------------------------------------------------------- with positions
+
+
+@pytest.fixture(scope="module")
+def turned() -> list[Problem]:
+    return rotated(random_problem(rope=True, residual=False), 2)
+
+
+@pytest.mark.parametrize("plan", ["hf", "one-rounding"])
+def test_our_head_norm_rotates_as_the_plan_says(plan: str, turned: list[Problem]):
+    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", OWN_KERNEL, plan_named(plan))
+    outputs = named(chain.call(1))
+    assert_inside(actual=outputs, allowed=envelope(chain.plan, turned[1]))
+    for name in ROPE_BOUNDARIES:
+        moved = chain.plan.replace(**{name: KEEP if getattr(chain.plan, name) == RNE else RNE})
+        with pytest.raises(AssertionError, match="outside the envelope"):
+            assert_inside(actual=outputs, allowed=envelope(moved, turned[1]))
+    assert chain.function == {"one-rounding": "one-rounding", "hf": "separate-head-norm"}[plan]
+    assert dataclasses.replace(chain, plan=HF.replace(cos_sin=RTZ)).function.endswith("unrotated, cos_sin, products")
+
+
+def test_with_positions_other_head_norms_are_not_applicable(turned: list[Problem]):
+    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", "F.rms_norm", HF)
+    assert (chain.status, chain.reason) == (
+        "not applicable", "heads='F.rms_norm' does not rotate: with positions only 'head_norm kernel' does",
+    )  # fmt: skip
+
+
+def test_compiled_eager_rounds_one_of_the_two_heads_that_it_turns():
+    """Inductor cancels the rounding of a head on its way to one product and keeps it on its way to the other."""
+    problem = exact_problem(HF, rope=True)
+    (peer,) = compiled_peers([problem], P2[:1])
+    assert (peer.plan, peer.function, eager_peer([problem]).function) == (None, "not known", "hf")
+    chain = spec(plan_named("one-rounding").replace(out=KEEP), problem.replace(positions=None, cos_sin_cache=None))
+    cos, sin = (store(value.double(), RNE) for value in problem.cos_sin())  # a bf16 table, as the model makes it
+    outputs = named(peer.call(0))
+    for name in ("q", "k"):
+        head = getattr(chain, name)
+        sums = [
+            store(a * cos, KEEP) + store(rotate_half(b) * sin, KEEP)
+            for a in (head, store(head, RNE))
+            for b in (head, store(head, RNE))
+        ]
+        neither, crossed, own, both = (store(value, RNE) for value in sums)
+        assert_bit_equal(actual=outputs[name], expected=crossed, what=name)
+        assert all((other != crossed).any() for other in (neither, own, both)), "the test would not notice"
+
+
+# ---------------------------------------------------------------- picking
+
+
+def test_the_best_parts_make_the_best_chain():
+    seconds = {
+        "norm eager": 9e-6,
+        "norm F.rms_norm": 3e-6,
+        "P4 cuBLAS": 6e-6,
+        "P4 cuBLASLt": 5e-6,
+        "heads eager": 8e-6,
+        "heads quack rmsnorm": 2e-6,
+    }
+    assert pick_chains(seconds) == [("F.rms_norm", "cuBLASLt", "quack rmsnorm")]
+    near = seconds | {"P4 cuBLAS": 5.2e-6, "norm quack rmsnorm": 3.05e-6}
+    assert pick_chains(near) == [
+        ("F.rms_norm", "cuBLASLt", "quack rmsnorm"),
+        ("quack rmsnorm", "cuBLASLt", "quack rmsnorm"),
+        ("F.rms_norm", "cuBLAS", "quack rmsnorm"),
+        ("quack rmsnorm", "cuBLAS", "quack rmsnorm"),
+    ]
+    assert pick_chains(near, at_most=2) == pick_chains(near)[:2]
+    assert pick_chains(near, within=0.0) == pick_chains(seconds)
+    assert len(pick_chains(seconds, within=10.0)) == 4
+
+
+def test_picking_without_head_norms_and_without_times():
+    assert pick_chains({"norm eager": 1e-6, "P4 cuBLAS": 1e-6}) == [("eager", "cuBLAS", NO_HEAD_NORM)]
+    for seconds in ({}, {"norm eager": 1e-6}, {"P4 cuBLAS": 1e-6, "heads eager": 1e-6}):
+        with pytest.raises(ValueError, match="at least one norm and one matmul"):
+            pick_chains(seconds)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_cublaslt_is_preferred_for_its_own_call_alone(monkeypatch: pytest.MonkeyPatch):
+    held, seen = ["default"], []
+
+    def preferred(backend: str | None = None) -> str:
+        held[0] = backend or held[0]
+        return held[0]
+
+    def linear(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(held[0])
+        if inputs[0] is None:
+            raise RuntimeError("no memory")
+        return inputs[0]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    monkeypatch.setattr(peers_parts.F, "linear", linear)
+    assert linear_cublaslt(torch.ones(1), None, None) == 1
+    assert seen == ["cublaslt"] and held == ["default"]
+    with pytest.raises(RuntimeError, match="no memory"):
+        linear_cublaslt(None, None, None)
+    assert held == ["default"]
+    assert list(MATMULS) == ["cuBLAS", "cuBLASLt"]
+
+
+@pytest.mark.parametrize("setting", REDUCTIONS)
+def test_reduced_precision_is_set_and_restored(setting: str):
+    matmul = torch.backends.cuda.matmul
+
+    def current() -> tuple[bool, bool]:
+        name = "allow_bf16_reduced_precision_reduction"
+        return getattr(matmul, name), getattr(matmul, f"{name}_split_k")
+
+    inside = {"default": (True, True), "fp32 partials": (False, True), "one fp32 chain": (False, False)}
+    before = current()
+    for outer in REDUCTIONS:  # whatever held before holds after, also after an error
+        with bf16_reduction(outer):
+            with pytest.raises(RuntimeError, match="on purpose"), bf16_reduction(setting):
+                assert current() == inside[setting]
+                raise RuntimeError("on purpose")
+            assert current() == inside[outer]
+    assert current() == before
+
+
+def test_a_torch_without_split_k_settings(monkeypatch: pytest.MonkeyPatch):
+    matmul = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    with bf16_reduction("fp32 partials"):
+        assert matmul.allow_bf16_reduced_precision_reduction is False
+    assert matmul.allow_bf16_reduced_precision_reduction is True
+    with pytest.raises(KeyError):
+        bf16_reduction("strict").__enter__()
+
+
+def test_plans_of_the_catalogue_are_known_by_name():
+    assert all(peers.Peer("", None, known.plan).function == name for name, known in PLANS.items())

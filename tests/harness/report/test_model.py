@@ -1,0 +1,243 @@
+"""Whole-model studies as a reader sees them: the command, its tables, sentences and plots, from a tiny model's records
+and from records whose figures are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from tiny_models import saved
+
+import castpoint.harness.__main__ as cli
+from castpoint.harness.model.study import BINS
+from castpoint.harness.report import model as impact_report
+from castpoint.harness.report.model import (
+    Difference,
+    Study,
+    against,
+    arm_table,
+    conditions,
+    difference,
+    given_depth,
+    last_layer,
+    layer_table,
+    parted,
+    perplexity,
+    section,
+    sentences,
+    studies,
+    told_apart,
+    truth_name,
+)
+from castpoint.harness.report.model_plot import model_plots, quantiles
+from castpoint.harness.report.style import colour
+from castpoint.harness.runs.frames import load
+from castpoint.harness.runs.records import TABLES
+from castpoint.variants import catalogue
+
+PLANS = ("hf", "one-rounding")
+NO_BENCH = pd.DataFrame(columns=list(TABLES["speed"]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `model` writes for a tiny model in the dress of a checkpoint."""
+    where = tmp_path_factory.mktemp("study")
+    model = saved(where / "tiny", "llama")
+    arguments = ["--plans", ",".join(PLANS), "--tokens", "6", "--passages", "2", "--results", str(where / "records")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["harness", "model", str(model), *arguments])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+    assert status.value.code in (0, None)
+    return where / "records"
+
+
+def test_the_command_writes_every_arm_and_finds_its_study(folder: Path) -> None:
+    (study,) = studies(folder)
+    frames = study.frames
+    assert study.model == "tiny" and truth_name(frames) == "float64"
+    assert list(arm_table(frames)["arm"])[-2:] == list(PLANS) and len(arm_table(frames)) == 8
+    assert set(frames["model_tokens"]["status"]) <= {"ok", "failed"}
+    assert load(folder, study.run_id)["model_tokens"].equals(frames["model_tokens"])
+
+
+def test_the_section_shows_what_the_records_hold(folder: Path) -> None:
+    (study,) = studies(folder)
+    text = section(study)
+    for arm in ("eager", "one ulp on K", *PLANS):
+        assert f"| {arm} |" in text
+    assert "in float64" in text and "| 0 |" in text.split("layer by layer")[1]
+
+
+def test_plots_are_drawn(folder: Path) -> None:
+    plots = model_plots(studies(folder)[0].frames)
+    assert set(plots) == {"layers", "tokens", "parting"}
+    assert all(isinstance(plot, Figure) and plot.axes[0].has_data() for plot in plots.values())
+
+
+# ---------------------------------------------------------------- known figures
+
+ARMS = ("eager", "one ulp on K", "float32", "4-bit weights", *PLANS)
+
+
+@pytest.fixture
+def known() -> Study:
+    """Two passages of every arm; figures of an arm grow with its place, and of the second passage they are larger."""
+    tokens, layers, dlogp = [], [], []
+    for place, arm in enumerate(ARMS):
+        for prompt in (0, 1):
+            for reference in ("float64", "eager"):
+                same = {"run_id": "r", "model": "m", "weights": "checkpoint", "text": "passages", "prompt": prompt}
+                same |= {"arm": arm, "backend": "eager", "reference": reference, "status": "ok", "reason": ""}
+                size = 0.0 if (arm, reference) == ("eager", "eager") else place + 1 + prompt
+                row = dict.fromkeys("logit_max kl_mean kl_max dlogp_p50 dlogp_p99 dlogp_max".split(), size)
+                parts = [32, 5][prompt] if arm in PLANS else 32
+                row |= {
+                    "top1": 1 - size / 10,
+                    "top5": 1.0,
+                    "parts_at": parts,
+                    "nll": prompt + place / 10,
+                    "seconds": place + 1,
+                }
+                tokens.append(same | row | {"tokens": 40})
+                dlogp.append(same | {"above": 0.0 if size == 0 else 0.1 * size, "tokens": 39})
+                for layer, weight in enumerate((10.0, 30.0, 20.0)):
+                    found = {"max_abs": 1.0, "rms": 1.0, "one_minus_cosine": 0.0, "rel_rms": size * 3 + prompt}
+                    found |= {"k_max_abs": weight, "k_rel_rms": -weight, "k_p99_ulp": 1 / weight, "k_norm_max": weight}
+                    layers.append(same | found | {"layer": layer, "attention_logit_rms": [1, 2, 3][layer]})
+    frames = {"model_tokens": tokens, "model_layers": layers, "model_dlogp": dlogp}
+    tables = {name: pd.DataFrame(rows).reindex(columns=list(TABLES[name])) for name, rows in frames.items()}
+    settings = {"model": "m", "weights": "checkpoint", "tokens": 8}
+    return Study("m", "r1", {"settings": settings, "environment": {"commit": "c0ffee"}}, tables)
+
+
+def test_what_is_taken_over_texts(known: Study) -> None:
+    frames = known.frames
+    assert last_layer(frames, "float64")["eager"] == pytest.approx(math.sqrt((3**2 + 7**2) / 2))
+    assert perplexity(frames)["float32"] == pytest.approx(math.exp(0.7))
+    table = parted(frames)
+    assert table.loc["hf"].tolist() == [1, 2, 5] and table.loc["eager", "parted"] == 0
+    arms = arm_table(frames).set_index("arm")
+    assert arms.loc["one-rounding", "KL to eager, nats"] == 6.5 and arms.loc["hf", "greedy: parted"] == "1 of 2"
+    assert arms.loc["one-rounding", "Δ log p, max"] == 7
+    assert layer_table(frames)["K, max abs error"].tolist() == [10, 30, 20]
+
+
+def test_differences_are_paired_by_text(known: Study) -> None:
+    """Texts differ by one, arms by one: the difference has no error where that of the means would have."""
+    rows = against(known.frames["model_tokens"], "float64")
+    assert difference(rows, "kl_mean", "one ulp on K") == Difference(1.0, 0.0, 0.5)
+    rows = rows.assign(kl_mean=rows["kl_mean"] * rows["kl_mean"])  # 1, 4 of eager; 4, 9 of the other
+    assert difference(rows, "kl_mean", "one ulp on K") == Difference(4.0, pytest.approx(1.0), 0.5)
+    assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == Difference(3.0, math.inf, 1.0)
+
+
+def test_quantiles_of_a_histogram() -> None:
+    """Tokens between 0.001 and 0.1, even in the logarithm, and as many again that do not change."""
+    edges = [edge for edge in BINS if 0.00099 < edge < 0.099]
+    even = pd.Series(5, index=edges)
+    assert quantiles(even, (0.25, 0.5, 0.75)) == pytest.approx([10**-2.5, 0.01, 10**-1.5])
+    half = pd.concat([pd.Series([5 * len(edges)], index=[0.0]), even])
+    assert quantiles(half, (0.25, 0.75)) == pytest.approx([0.0, 0.01])
+
+
+def test_a_plan_has_one_colour_of_its_own() -> None:
+    assert len({colour(plan) for plan in catalogue.PLANS}) == len(catalogue.PLANS)
+
+
+def test_a_correlation_that_is_depth_alone_is_none() -> None:
+    """Two columns that each follow depth, and otherwise nothing that they share."""
+    depth = pd.Series(range(16), dtype=float)
+    one = pd.Series([1, 1, -1, -1] * 4) * 1.6
+    other = pd.Series([1, -1, -1, 1] * 4) * 1.6
+    table = pd.DataFrame({"layer": depth, "largest K-norm weight": depth + one, "goes with depth": depth + other})
+    table["goes with weight"] = table["largest K-norm weight"] * 3
+    assert given_depth(table, "goes with weight") == pytest.approx(1.0)
+    assert table["goes with depth"].corr(table["largest K-norm weight"]) > 0.8
+    assert abs(given_depth(table, "goes with depth")) < 0.2
+
+
+def test_sentences_say_those_figures(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    notice, closest, greedy, surprise, amplified = sentences(tmp_path, NO_BENCH)
+    assert "(checkpoint; 2 texts of up to 8 tokens" in notice and "commit c0ffee, run r1" in notice
+    assert "`hf` 5.5 (p99 5.5, 55.0%), `one-rounding` 6.5 (p99 6.5, 65.0%). Yardsticks: one ulp on K 2.5" in notice
+    assert "KL of eager 1.5 nats" in closest and "relative error: eager 5.39, `hf` 17.1" in closest
+    assert "`hf` +4.0e+00 ± 0e+00" in closest and "Time of" not in closest
+    assert "`hf` 1, `one-rounding` 1; one ulp on K 0" in greedy and "of 2 continuations of 32" in greedy
+    assert "eager 1.65, float32 2.01, plans 2.46 to 2.72" in surprise
+    assert "largest weights from 10 to 30 over 3 layers" in amplified and "K absolute +1.00" in amplified
+
+
+def test_plans_are_told_apart_by_all_ways_to_choose_signs(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def found(values: list[float]) -> Difference:
+        rows = [{"text": "t", "prompt": n, "arm": "eager", "x": 1.0} for n in range(len(values))]
+        rows += [{"text": "t", "prompt": n, "arm": "hf", "x": 1 + v} for n, v in enumerate(values)]
+        return difference(pd.DataFrame(rows), "x", "hf")
+
+    all_above, one_below = [1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, 2, 3, 4, 5, 6, 7, 8]
+    assert found(all_above).chance == 2 / 256 and found(one_below).chance == 4 / 256
+    assert found([1.0, -1.0] * 4).chance == 1 and found(all_above * 3).chance < 1e-3
+    same = Difference(0.0, 0.0, 1.0)
+    assert told_apart({"a": found(all_above), **dict.fromkeys("bcd", found(one_below)), "same": same}) == ["a"]
+    assert told_apart(dict.fromkeys("abcdefg", found(all_above))) == []  # 7 * 2 / 256 is above 5 %
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    assert "for all plans together): none" in sentences(tmp_path, NO_BENCH)[1]  # two texts say nothing
+    monkeypatch.setattr(impact_report, "told_apart", lambda found: ["hf"])
+    assert "together): `hf` farther" in sentences(tmp_path, NO_BENCH)[1]
+
+
+def test_times_are_those_of_the_bench_that_is_given(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [
+        {"tokens": tokens, "plan": "hf", "backend": "inductor", "speedup_vs_eager": up}
+        for tokens, up in ((1, 9), (16, 2))
+    ]
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
+    closest = sentences(tmp_path, pd.DataFrame(rows))[1]
+    assert closest.endswith("Time of one layer's chain over eager's in the table above (another model's): `hf` 0.50.")
+
+
+def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = known.frames["model_tokens"]
+    same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    assert (
+        "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path, NO_BENCH)[0]
+    )
+
+
+def test_plans_are_measured_by_what_eager_does_to_itself(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens})
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    assert (
+        "medians are 2.2 to 2.6 times what eager changes in itself" in sentences(tmp_path, NO_BENCH)[0]
+    )  # 5.5 and 6.5 of 2.5
+
+
+def test_drawn_weights_get_no_sentence(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = {**known.run, "settings": {**known.run["settings"], "weights": "calibrated"}}
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [dataclasses.replace(known, run=run)])
+    assert sentences(tmp_path, NO_BENCH) == []
+
+
+def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passages(known: Study) -> None:
+    tokens = known.frames["model_tokens"]
+    asked = tokens[tokens["prompt"] == 0].assign(text="prompts", kl_mean=77.0, nll=9.0)
+    both = {**known.frames, "model_tokens": pd.concat([tokens, asked], ignore_index=True)}
+    table = arm_table(both).set_index("arm")
+    assert table.loc["hf", "KL to eager, nats"] == 77 and table.loc["hf", "perplexity"] == f"{math.exp(0.9):.3f}"
+    assert "1 texts of up to" in conditions(dataclasses.replace(known, frames=both))

@@ -1,0 +1,203 @@
+"""Studies beside the bench: their commands, records, tables and sentences."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import castpoint.harness.__main__ as cli
+import castpoint.harness.fingerprint.survey as survey
+from castpoint.harness.peers.implementations import Implementation
+from castpoint.harness.report.studies import (
+    ANOTHER,
+    OPEN,
+    SAME_BITS,
+    SECTIONS,
+    THAT,
+    answer_words,
+    case_sentence,
+    confusion_sentence,
+    confusion_summary,
+    confusion_table,
+    implementation_groups,
+    implementation_sentence,
+    study_sections,
+    study_sentences,
+)
+from castpoint.harness.runs.frames import latest
+from castpoint.harness.runs.records import TABLES, Records, load_runs
+from castpoint.variants.catalogue import HF, ONE_ROUNDING
+from castpoint.variants.eager import eager_norm
+
+HF_WORDS = {"variance": "fp32", "normed": "bf16-rne", "hidden": "bf16-rne", "weight_offset": "none", "eps": "float32"}
+ONE_WORDS = HF_WORDS | {"normed": "fp32"}
+
+
+def missing(device: str) -> survey.Norm:
+    raise ImportError("the package engine is missing")
+
+
+def broken(device: str) -> survey.Norm:
+    raise RuntimeError("driver\ntoo old")
+
+
+def a_few() -> list[Implementation]:
+    def hf(device: str) -> survey.Norm:
+        return lambda x, w, eps: eager_norm(x, w, eps, False)
+
+    def one(device: str) -> survey.Norm:
+        return lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)
+
+    return [
+        Implementation("norm", "torch", "rmsnorm", "eager", hf),
+        Implementation("norm", "torch", "rmsnorm", "torch.compile", one),
+        Implementation("norm", "torch", "head_norm", "eager", hf),
+        Implementation("absent", "engine", "rmsnorm", "eager", missing),
+        Implementation("broken", "engine", "rmsnorm", "eager", broken),
+        Implementation("kernel", "engine", "rmsnorm", "triton", hf),
+    ]
+
+
+@pytest.fixture
+def surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    monkeypatch.setattr(survey, "implementations", a_few)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command unsets
+    cli.survey(tmp_path, "cpu")
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_survey_writes_a_row_an_implementation(surveyed: Path) -> None:
+    run_id, frame = latest(surveyed, "implementations")
+    assert load_runs(surveyed)[run_id]["command"] == "survey"
+    assert list(frame["status"]) == ["identified"] * 3 + ["not installed", "error", "identified"]
+    assert list(frame["reason"])[3:] == ["the package engine is missing", "RuntimeError: driver too old", ""]
+    assert list(frame["how"])[4:] == ["eager", survey.EXECUTED]
+    assert answer_words(frame["plan"][0]) == "normed, hidden" and answer_words(frame["plan"][1]) == "hidden"
+    assert answer_words(frame["plan"][2]) == "head_normed, out" and frame["plan"][3] == ""
+    assert (frame["share_equal"][:3] == 1).all() and (frame["runner_up_share_equal"][:3] < 0.95).all()
+
+
+def test_what_a_compiler_moves_is_a_sentence(surveyed: Path) -> None:
+    _, frame = latest(surveyed, "implementations")
+    assert implementation_sentence(frame) == (
+        "**torch.compile moves a boundary** in 1 of 1 implementations (norm): eager rounds `normed, hidden`, compiled "
+        "`hidden`."
+    )
+    same = frame.assign(plan=frame["plan"][0])
+    assert implementation_sentence(same) == ""
+    groups = implementation_groups(frame)
+    assert list(groups["rounds to bf16"]) == ["normed, hidden", "hidden", "head_normed, out", "–", "–"]
+    assert groups["implementations"][2] == "norm (head norm) (eager)"
+
+
+def test_a_survey_that_was_stopped_goes_on(surveyed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(survey, "identify", never)
+    runs = load_runs(surveyed)
+    records = Records(surveyed, {"other": 1}, {"commit": "x"})
+    records.run_id = next(iter(runs))
+    records.done = {table: records._read_keys(table) for table in TABLES}
+    survey.survey_implementations(records, "cpu")
+    assert len(records.rows("implementations")) == len(a_few())
+
+
+def test_words_of_an_answer() -> None:
+    gemma = ONE_WORDS | {"weight_offset": "bf16-rne", "eps": "bf16", "root": "1/sqrt", "order": "x*(rstd*w)"}
+    assert answer_words(json.dumps([gemma])) == "hidden; 1 + w in bf16; eps bf16; root 1/sqrt; order x*(rstd*w)"
+    assert answer_words(json.dumps([HF_WORDS | {"hidden": "bf16-rtz"}])) == "normed, hidden (truncated)"
+    either = [HF_WORDS, HF_WORDS | {"eps": "float64"}]
+    assert answer_words(json.dumps(either)) == "normed, hidden; eps float32 **or** float64"
+    assert answer_words(json.dumps([HF_WORDS | {"normed": "fp32", "hidden": "fp32"}])) == "nothing"
+
+
+def known(status: str, planted: dict[str, str], answered: list[dict[str, str]]) -> dict[str, object]:
+    row = {"kind": "rmsnorm", "source": "spec", "status": status, "seconds": 1.0}
+    return row | {"planted": json.dumps(planted), "answered": json.dumps(answered)}
+
+
+def test_confusion_counts_what_was_answered() -> None:
+    rows = [
+        known("identified", HF_WORDS, [HF_WORDS | {"root": "rsqrt"}]),
+        known("identified", HF_WORDS, [ONE_WORDS]),  # a wrong answer
+        known("undecided", HF_WORDS, [HF_WORDS, ONE_WORDS]),
+        known("none", ONE_WORDS, [HF_WORDS]),
+        known("identified", HF_WORDS, [HF_WORDS | {"normed": "bf16-rne or fp32"}]),
+        known("undecided", HF_WORDS, [HF_WORDS | {"order": "a"}, HF_WORDS | {"order": "b"}]),
+    ]
+    frame = pd.DataFrame(rows)
+    summary = confusion_summary(frame).iloc[0]
+    counts = ["plans", THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"]
+    assert [summary[name] for name in counts] == [6, 1, 1, 1, 1, 1, 1, 0]
+    table = confusion_table(frame).set_index("planted")
+    assert table.loc["normed = bf16-rne", "bf16-rne"] == 2 and table.loc["normed = bf16-rne", "fp32"] == 1
+    assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 2 and table.loc["normed = fp32", "none"] == 1
+    assert confusion_sentence(frame) == (
+        "**The fingerprint** named 1 of 6 planted plans by the planted words alone, 1 together with other words that "
+        "store the same bits; 1 up to a step in fp32 that plans do not fix, 3 not at all."
+    )
+
+
+def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
+    subjects = list(survey.known_subjects())
+    for source in ("spec", "triton"):
+        norms = {plan for s, kind, plan, _ in subjects if s == source and kind != "qkv"}
+        assert norms == set(survey.norm_plans()) and len(norms) == 3**6
+    chains = [plan for s, kind, plan, _ in subjects if kind == "qkv" and s == "spec"]
+    assert len(chains) == len(set(chains)) == 55 and {HF, ONE_ROUNDING} < set(chains)
+
+
+def test_noise_moves_one_element_in_a_thousand_by_an_ulp() -> None:
+    x, w = torch.randn(64, 256).bfloat16(), torch.ones(256).bfloat16()
+    clean, noisy = survey.spec_norm(HF)(x, w, 1e-6), survey.with_noise(survey.spec_norm(HF))(x, w, 1e-6)
+    steps = (clean.view(torch.int16).int() - noisy.view(torch.int16).int()).abs()
+    assert steps.max() == 1 and 5 < steps.sum() < 40
+    assert torch.equal(noisy, survey.with_noise(survey.spec_norm(HF))(x, w, 1e-6))
+
+
+def test_cases_and_budget_commands_fill_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import castpoint.harness.cases.run as cases
+
+    monkeypatch.setattr(cases, "CASES", [case for case in cases.CASES if case.thread.number == 9])
+    cli.cases(tmp_path)
+    assert "vllm #53203" in capsys.readouterr().out
+    options = {"layers": "0", "tokens": 8, "plans": "hf,gemma", "device": "cpu", "results": tmp_path}
+    cli.budget(**options)
+    assert "**Error budget** (layer 0, 8 tokens" in capsys.readouterr().out
+    _, frame = latest(tmp_path, "budget")
+    shares = frame[frame["share"].notna()].groupby(["weights", "plan", "measure"])["share"].sum()
+    assert len(shares) == 6 and ((shares - 1).abs() < 1e-5).all()  # hf with RoPE too
+    assert (frame["player"] == "order of sums").sum() == 4, "two plans, two measures"
+    sections = study_sections(tmp_path)
+    assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
+    run_id, frame = latest(tmp_path, "cases")
+    no_times = pd.DataFrame(columns=list(TABLES["speed"]))
+    said = study_sentences(tmp_path, run_id, no_times)
+    assert len(said) == 3 and not any("(Commit" in sentence for sentence in said)  # the budget's two
+    path = tmp_path / "environment.json"
+    content = json.loads(path.read_text())
+    content["runs"][run_id]["environment"]["commit"] = "c0ffee"
+    path.write_text(json.dumps(content))
+    assert sum("(Commit" in sentence for sentence in study_sentences(tmp_path, run_id, no_times)) == 2
+    sentence = case_sentence(frame)
+    assert f"of {len(frame)} claims" in sentence and "fit" in sentence
+
+
+def test_unfinished_runs_are_not_reported(surveyed: Path) -> None:
+    path = surveyed / "environment.json"
+    content = json.loads(path.read_text())
+    for run in content["runs"].values():
+        del run["finished"]
+    path.write_text(json.dumps(content))
+    assert latest(surveyed, "implementations") is None and study_sections(surveyed) == []
+
+
+def test_every_section_has_a_table_of_records() -> None:
+    assert set(SECTIONS) <= set(TABLES)

@@ -1,0 +1,241 @@
+"""The sweeps, small: every row they promise, failed cases as rows, no time for what is red or interpreted."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import castpoint.harness.accuracy.sweep
+import castpoint.harness.timing.sweep
+from castpoint.harness.accuracy.sweep import problem_at, sweep_kernels, sweep_precision
+from castpoint.harness.problems.geometry import geometry_named
+from castpoint.harness.problems.work import layer_work
+from castpoint.harness.report.findings import findings
+from castpoint.harness.report.page import write_report
+from castpoint.harness.report.plots import draw
+from castpoint.harness.runs.environment import describe, last_cache_bytes
+from castpoint.harness.runs.frames import load
+from castpoint.harness.runs.records import KEYS, TABLES, Records
+from castpoint.harness.runs.settings import Settings
+from castpoint.harness.timing.cpu import Ceilings, interleaved_times, rotating, work_of
+from castpoint.harness.timing.sweep import sweep_speed
+from castpoint.variants.catalogue import PLANS
+
+CPU = Settings(
+    layers=(0, 1),
+    tokens=8,
+    kernel_tokens=4,
+    speed_tokens=(1, 4),
+    plans=("hf", "fp32", "gemma"),
+    speed_budget_s=0.1,
+)
+
+
+def records_for(folder: Path, settings: Settings) -> Records:
+    return Records(folder, settings.row(), describe("cpu"))
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    records = records_for(folder, CPU)
+    sweep_precision(CPU, records)
+    sweep_kernels(CPU, records)
+    sweep_speed(CPU, records)
+    records.finish()
+    return folder
+
+
+def test_every_promised_error_row(run: Path) -> None:
+    errors = table(run, "errors")
+    assert set(errors["status"]) == {"ok"}
+    calibrated = errors[~errors["weights"].str.contains("k_norm")]
+    for plan in CPU.plans:
+        rows = calibrated[(calibrated["plan"] == plan) & (calibrated["backend"] == "spec")]
+        assert set(rows["layer"]) == {0, 1}
+        assert set(rows["output"]) == {"q", "k", "v", "k_proj"} and set(rows["reference"]) == {"truth", "eager"}
+        for backend in ("triton", "inductor"):
+            rows = calibrated[(calibrated["plan"] == plan) & (calibrated["backend"] == backend)]
+            assert set(rows["reference"]) == {"truth", "eager", "spec"} and set(rows["output"]) == set("qkv")
+    floor = calibrated[calibrated["backend"].str.startswith("eager,")]
+    assert set(floor["backend"]) == {"eager, batch of 1", "eager, 1 thread"}
+    keys = ["weights", "layer", "tokens", "plan", "backend", "output", "reference"]
+    assert not errors.duplicated(keys).any()
+
+
+def test_amplification_has_every_layer_and_the_controls(run: Path) -> None:
+    amplification = table(run, "amplification")
+    hf = amplification[amplification["plan"] == "hf"]
+    assert list(hf["weights"]) == ["calibrated", "calibrated, k_norm=1", "calibrated, k_norm=64", "calibrated"]
+    assert (amplification[amplification["layer"] == 0]["k_norm_max"].isin([96.5, 1.0, 64.0])).all()
+
+
+def test_what_one_draw_says_is_not_taken_for_all(run: Path) -> None:
+    """Five draws; the first is the run's own, and the sentence gives the range of the ratios, not a ratio of ranges."""
+    draws, amplification = table(run, "draws"), table(run, "amplification")
+    assert list(draws.groupby("weights", sort=False)["seed"].apply(list)) == [[0, 1, 2, 3, 4]] * 3
+    first = draws[draws["seed"] == 0].set_index("weights")
+    own = amplification[(amplification["plan"] == "hf") & (amplification["layer"] == 0)].set_index("weights")
+    for column in ("k_norm_max", "k_max_abs_after", "logit_rms_error", "softmax_tv_mean", "top_key_flips"):
+        assert first[column].to_dict() == own[column].to_dict()
+    by_seed = draws.pivot(index="seed", columns="weights", values="logit_rms_error")
+    ratios = sorted(by_seed["calibrated"] / by_seed["calibrated, k_norm=1"])
+    assert ratios[-1] > 1.2 * ratios[0]
+    (sentence,) = (s for s in findings(load(run, draws["run_id"][0])) if "K-norm weight of 96.5" in s)
+    assert f"rms error by {ratios[2]:.2g} ({ratios[0]:.2g} to {ratios[4]:.2g})" in sentence
+
+
+def test_times_are_measured_and_consistent(run: Path) -> None:
+    speed = table(run, "speed")
+    assert set(zip(speed["plan"], speed["backend"], strict=True)) == {
+        ("hf", "eager"),
+        ("hf", "torch.compile"),
+        *((plan, "inductor") for plan in CPU.plans),
+    }
+    assert (speed["backend"] != "triton").all(), "interpreted code was timed"
+    for row in speed.itertuples():
+        assert 0 < row.p10_us <= row.p50_us <= row.p90_us
+        assert row.gbps == pytest.approx(row.bytes / row.p50_us / 1e3, rel=1e-4)
+        assert row.tflops == pytest.approx(row.flops / row.p50_us / 1e6, rel=1e-4)
+        assert row.roofline_share > 0 and "of weights in rotation" in row.regime
+    for _tokens, rows in speed.groupby("tokens"):
+        eager = rows[rows["backend"] == "eager"].iloc[0]
+        assert eager["speedup_vs_eager"] == 1
+        other = rows[rows["backend"] == "inductor"].iloc[0]
+        assert other["speedup_vs_eager"] == pytest.approx(eager["p50_us"] / other["p50_us"], rel=1e-4)
+
+
+def test_bytes_and_flops_by_hand() -> None:
+    problem = problem_at(CPU, 0, 3)
+    work = work_of(problem)
+    assert work.flops == 2 * 3 * 1024 * 4096
+    assert work.bytes == 2 * (3 * 1024 + 4096 * 1024 + 1024 + 3 * 4096 + 128 + 128)
+    assert work == layer_work(geometry_named("qwen3-0.6b"), 3), "by sizes alone"
+    slow_memory, slow_matmul = Ceilings(1e6, 1e15, 1e12), Ceilings(1e15, 1e6, 2e6)
+    assert slow_memory.floor_s(problem) == work.bytes / 1e6
+    assert slow_matmul.floor_s(problem) == work.flops / 2e6
+
+
+def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
+    run_id = Records(run, {"other": 1}, {}).runs.keys().__iter__().__next__()
+    drawn = {path.stem for path in draw(run, run_id)}
+    assert drawn == {"pareto", "plans", "layers", "gain", "ulps", "time"}
+    assert all((run / "plots" / f"{name}.{kind}").stat().st_size > 5000 for name in drawn for kind in ("png", "svg"))
+    text = write_report(run, run_id).read_text()
+    assert "not the checkpoint" in text and "nan" not in text
+    assert f"{float(table(run, 'speed')['p50_us'].iloc[0]):,.0f}" in text
+
+
+@pytest.mark.parametrize("stop_after", [5, 40, 100])
+def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch, stop_after: int) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",))
+    environment = describe("cpu") | {"commit": "clean"}
+    left = [stop_after]
+    add = Records.add
+
+    def stopping(self: Records, *args: object, **kwargs: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        add(self, *args, **kwargs)
+
+    records = Records(tmp_path, settings.row(), environment)
+    monkeypatch.setattr(Records, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_precision(settings, records)
+    monkeypatch.setattr(Records, "add", add)
+    before = {name: (tmp_path / f"{name}.csv").read_text() for name in TABLES}
+    again = Records(tmp_path, settings.row(), environment)
+    assert again.run_id == records.run_id
+    sweep_precision(settings, again)
+    for name, keys in KEYS.items():
+        rows = table(tmp_path, name)
+        assert (tmp_path / f"{name}.csv").read_text().startswith(before[name])
+        assert not rows.duplicated(list(keys)).any(), name
+    assert len(table(tmp_path, "channels")) == 128 and len(table(tmp_path, "ulps")) == 17
+    assert set(table(tmp_path, "errors").query("backend == 'spec'")["output"]) == {"q", "k", "v", "k_proj"}
+
+
+def test_a_kernel_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf", "fp32"))
+    real = castpoint.harness.accuracy.sweep.run
+
+    def failing(plan: object, problem: object, backend: str) -> object:
+        if backend == "inductor" and plan == PLANS["hf"].plan:
+            raise RuntimeError("no compiler\nfound")
+        return real(plan, problem, backend)
+
+    monkeypatch.setattr(castpoint.harness.accuracy.sweep, "run", failing)
+    records = records_for(tmp_path, settings)
+    sweep_kernels(settings, records)
+    errors = table(tmp_path, "errors")
+    failed = errors[errors["status"] == "failed"]
+    assert list(failed["reason"]) == ["RuntimeError: no compiler found"]
+    assert len(errors[(errors["plan"] == "fp32") & (errors["backend"] == "inductor")]) == 9
+
+
+@pytest.mark.parametrize("fault", ["moved boundary", "one wrong element", "nan"])
+def test_a_wrong_kernel_is_red_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",), speed_tokens=(1,))
+    real = castpoint.harness.accuracy.sweep.run
+
+    def wrong(plan: object, problem: object, backend: str) -> object:
+        if backend != "inductor":
+            return real(plan, problem, backend)
+        q, k, v = real(PLANS["one-rounding"].plan if fault == "moved boundary" else plan, problem, backend)
+        if fault != "moved boundary":
+            k = k.clone()
+            k[0, 0, 0] = math.nan if fault == "nan" else k[0, 0, 0] * 1.5
+        return q, k, v
+
+    monkeypatch.setattr(castpoint.harness.accuracy.sweep, "run", wrong)
+    records = records_for(tmp_path, settings)
+    sweep_kernels(settings, records)
+    errors = table(tmp_path, "errors")
+    red = errors[errors["status"] == "red"]
+    assert set(red["backend"]) == {"inductor"} and "outside the envelope" in red["reason"].iloc[0]
+    sweep_speed(settings, records)
+    speed = table(tmp_path, "speed")
+    row = speed[speed["backend"] == "inductor"].iloc[0]
+    assert row["status"] == "red" and row["p50_us"] == "" and "not timed" in row["reason"]
+
+
+def test_a_checkpoint_runs_and_plans_that_do_not_fit_it_say_so(tmp_path: Path) -> None:
+    sample = Path(__file__).parents[1] / "data" / "qwen2.5-coder-0.5b-layer0.safetensors"
+    settings = dataclasses.replace(CPU, model="qwen2.5-0.5b", checkpoint=str(sample), layers=(0,))
+    records = records_for(tmp_path, settings)
+    sweep_precision(settings, records)
+    sweep_kernels(settings, records)
+    errors = table(tmp_path, "errors")
+    assert set(errors[errors["plan"] == "gemma"]["status"]) == {"not applicable"}
+    fitting = errors[errors["plan"] != "gemma"]
+    assert set(fitting["status"]) == {"ok"} and set(fitting["weights"]) == {"checkpoint"}
+    assert set(fitting["output"]) == set("qkv"), "Qwen2.5 has no head norm, so no K before it"
+    assert not len(table(tmp_path, "amplification"))
+
+
+def test_threads_are_restored_after_the_noise_floor(run: Path) -> None:
+    assert torch.get_num_threads() == describe("cpu")["threads"] > 0
+
+
+def test_calls_of_all_arms_rotate_through_the_same_weights() -> None:
+    """An arm must not find the weights in the cache that another arm has just read."""
+    read: list[int] = []
+    turn = itertools.cycle(range(5))
+    arms = {name: rotating(read.append, turn) for name in ("a", "b")}
+    interleaved_times(arms, 0.0)
+    assert read[:12] == [0, 1, 2, 3, 4] * 2 + [0, 1] and len(read) >= 2 * 10
+
+
+def test_rotation_exceeds_three_times_the_last_cache() -> None:
+    problems = castpoint.harness.timing.sweep._rotation([problem_at(CPU, 0, 1)], "cpu")
+    assert sum(p.qkv_weight.numel() * 2 for p in problems) > 3 * last_cache_bytes("cpu")
+    assert len({p.qkv_weight.data_ptr() for p in problems}) == len(problems)

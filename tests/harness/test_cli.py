@@ -1,0 +1,233 @@
+"""The command line: one-line errors with a non-zero exit, quick help, README in step with the records."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, command, failure
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from castpoint.harness.doctor import checks, hub_package, interpreter, interpreter_with_numpy, package_origin
+from castpoint.harness.options import parse_layers, select
+from castpoint.harness.report.page import BLOCK, newest_run, readme_block, update_readme
+from castpoint.harness.runs.records import TABLES, load_runs
+from castpoint.variants.catalogue import PLANS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--model", "qwen3-0.6"], "did you mean 'qwen3-0.6b'?"),
+        (["bench", "--plans", "hf,fp23"], "did you mean 'fp32'?"),
+        (["errors", "--layers", "0,28"], "the model has layers 0 to 27"),
+        (["amplify", "--layers", "first"], "numbers and ranges such as 0-3,8"),
+        (["speed", "--device", "tpu"], "must be cpu or cuda"),
+        (["bench", "--checkpoint", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["report", "--results", "nowhere"], "run `make bench` first"),
+    ],
+)
+def test_wrong_arguments(capsys, monkeypatch, tmp_path: Path, arguments: list[str], words: str) -> None:
+    if arguments[0] != "report":
+        arguments = [*arguments, "--results", str(tmp_path / "results")]
+    assert words in failure(capsys, monkeypatch, *arguments)
+    assert not (tmp_path / "results").exists(), "a refused run left a results folder"
+
+
+def test_a_pickle_is_never_opened(capsys, monkeypatch, tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "model.bin")
+    words = failure(
+        capsys, monkeypatch, "bench", "--checkpoint", str(tmp_path / "model.bin"), "--results", str(tmp_path / "r")
+    )
+    assert "pickle" in words and "safetensors" in words
+
+
+def test_a_checkpoint_is_checked_against_the_model_and_the_layers(capsys, monkeypatch, tmp_path: Path) -> None:
+    sample = ["bench", "--checkpoint", str(ROOT / "tests/data/qwen2.5-coder-0.5b-layer0.safetensors")]
+    results = ["--results", str(tmp_path / "results")]
+    assert "qwen3-0.6b" in failure(capsys, monkeypatch, *sample, *results)
+    assert "layer 0" in failure(capsys, monkeypatch, *sample, "--model", "qwen2.5-0.5b", "--layers", "0,1", *results)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config |= {"num_hidden_layers": 24, "rms_norm_eps": 1e-6, "vocab_size": 8, "intermediate_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    with safe_open(sample[2], "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    names = {
+        name: f"model.layers.0.self_attn.{name.replace('_proj_', '_proj.')}" for name in tensors if "_proj_" in name
+    }
+    names["input_layernorm_weight"] = "model.layers.0.input_layernorm.weight"
+    save_file({new: tensors[old] for old, new in names.items()}, folder / "model.safetensors")
+    own = ["bench", "--checkpoint", str(folder), *results]
+    assert "not --model qwen3-8b: leave --model out" in failure(
+        capsys, monkeypatch, *own, "--model", "qwen3-8b", "--layers", "0"
+    )
+    settings, _ = select(checkpoint=str(folder), layers="0", device="cpu", results=tmp_path / "results")
+    assert settings.model == "qwen2.5-0.5b", "the record would name another model"
+
+
+def test_a_truncated_checkpoint(capsys, monkeypatch, tmp_path: Path) -> None:
+    whole = (ROOT / "tests/data/qwen2.5-coder-0.5b-layer0.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:100_000])
+    arguments = ["bench", "--model", "qwen2.5-0.5b", "--layers", "0", "--results", str(tmp_path / "r")]
+    assert "cut.safetensors" in failure(
+        capsys, monkeypatch, *arguments, "--checkpoint", str(tmp_path / "cut.safetensors")
+    )
+
+
+def test_results_that_cannot_be_written_or_are_of_another_schema(capsys, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in failure(capsys, monkeypatch, "bench", "--results", str(tmp_path / "file" / "x"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "speed.csv").write_text("a,b\n1,2\n")
+    assert "other columns" in failure(capsys, monkeypatch, "bench", "--results", str(tmp_path / "old"))
+    assert (tmp_path / "old" / "speed.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_gpu_without_a_device_says_so(tmp_path: Path) -> None:
+    result = command("gpu", "--results", str(tmp_path / "h200"), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert (
+        result.stderr.strip()
+        == "error: no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU"
+    )
+    assert not (tmp_path / "h200").exists()
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        result = command("--help")
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1.5 and result.returncode == 0
+    for (
+        name
+    ) in "bench errors amplify speed budget gpu identify survey cases confusion audit report plans doctor".split():
+        assert re.search(rf"\b{name}\b", result.stdout), name
+
+
+def test_plans_are_listed() -> None:
+    result = command("plans")
+    assert result.returncode == 0 and all(name in result.stdout for name in PLANS)
+
+
+def test_errors_command_prints_the_table(tmp_path: Path) -> None:
+    arguments = [
+        "errors",
+        "--layers",
+        "0",
+        "--tokens",
+        "4",
+        "--plans",
+        "hf,fp32",
+        "--device",
+        "cpu",
+        "--results",
+        str(tmp_path),
+    ]
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "| hf |" in result.stdout and "K error" in result.stdout
+    assert (tmp_path / "errors.csv").exists()
+
+
+def test_layers_are_parsed() -> None:
+    assert parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
+    assert parse_layers("", 28) == ()
+    with pytest.raises(ValueError, match="layers 0 to 4"):
+        parse_layers("5", 5)
+
+
+def test_doctor_finds_nothing_here_and_names_what_is_in_the_way(monkeypatch, tmp_path: Path) -> None:
+    assert all(check.ok for check in checks()), [check for check in checks() if not check.ok]
+    (tmp_path / "kernels-0.9.0.dist-info").mkdir()
+    (tmp_path / "kernels-0.9.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not hub_package().ok and "pip uninstall kernels" in hub_package().cure
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert any(not check.ok and "g++" in check.cure for check in checks())
+
+
+def test_doctor_sees_an_interpreter_variable_that_came_too_late(monkeypatch) -> None:
+    assert interpreter().ok
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # kernels were imported interpreted
+    assert not interpreter().ok and "before the kernels are imported" in interpreter().cure
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "ok"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0+git1", "2.10.1", True)]
+)
+def test_doctor_knows_the_numpy_that_an_interpreter_fails_under(triton: str, numpy: str, ok: bool, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
+    assert interpreter_with_numpy().ok == ok and "numpy<2.4" in interpreter_with_numpy().cure
+
+
+def test_each_package_is_this_checkouts_own() -> None:
+    assert all(package_origin(name).ok for name in ("kernels", "variants", "harness"))
+    assert not package_origin("torch").ok
+
+
+def test_doctor_command() -> None:
+    result = command("doctor", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_readme_shows_the_records() -> None:
+    """The block of the README is what the run it names gives, letter for letter."""
+    text = (ROOT / "README.md").read_text()
+    match = BLOCK.search(text)
+    assert match, "README.md has no generated block"
+    folder, run_id = match.groups()
+    assert match.group(0) == readme_block(ROOT / folder, run_id).replace(str(ROOT) + "/", "")
+    assert "finished" in load_runs(ROOT / folder)[run_id]
+
+
+def test_a_newer_bench_does_not_change_what_the_readme_says_of_an_older_one(tmp_path: Path) -> None:
+    folder, run_id = BLOCK.search((ROOT / "README.md").read_text()).groups()
+    copy = tmp_path / "cpu"
+    shutil.copytree(ROOT / folder, copy, ignore=shutil.ignore_patterns("plots"))
+    before = readme_block(copy, run_id)
+    runs = json.loads((copy / "environment.json").read_text())
+    runs["runs"]["29990101T000000"] = runs["runs"][run_id]
+    (copy / "environment.json").write_text(json.dumps(runs))
+    for table in ("errors", "amplification", "speed"):
+        rows = [line.split(",") for line in (copy / f"{table}.csv").read_text().splitlines()[1:]]
+        newer = [",".join(["29990101T000000", *(cell.replace("1", "3") for cell in row[1:])]) for row in rows]
+        with open(copy / f"{table}.csv", "a") as file:
+            file.write("\n".join(newer) + "\n")
+    assert newest_run(copy) == "29990101T000000" and readme_block(copy, run_id) == before
+
+
+def test_a_typed_number_in_the_readme_is_noticed(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    folder, run_id = BLOCK.search(text).groups()
+    changed = re.sub(r"(\| hf \| 0\.00)(\d)", lambda m: m.group(1) + str((int(m.group(2)) + 1) % 10), text)
+    assert changed != text and BLOCK.search(changed).group(0) != readme_block(Path(folder), run_id)
+    (tmp_path / "README.md").write_text(changed)
+    update_readme(tmp_path / "README.md", Path(folder))
+    assert "| hf |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="no generated block"):
+        update_readme(tmp_path / "README.md", ROOT / "results" / "cpu")
+
+
+def test_committed_records_are_whole() -> None:
+    for folder in (ROOT / "results").iterdir():
+        runs = load_runs(folder)
+        assert runs and all({"settings", "environment"} <= set(run) for run in runs.values())
+        assert json.loads((folder / "environment.json").read_text())["schema"] == 1
+        for table, columns in TABLES.items():
+            lines = (folder / f"{table}.csv").read_text().splitlines()
+            assert lines[0] == ",".join(columns) and {line.split(",")[0] for line in lines[1:]} <= set(runs)

@@ -1,0 +1,74 @@
+"""Tiny transformers models with drawn weights, and what the tests ask of models."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+HEAD_SIZES = {"qwen3": 32, "qwen2": 16, "llama": 16, "gemma3_text": 32}
+REFERENCE_OFFSET = {"gemma3_text": 1}  # norm weights are stored as w - 1
+IDS = torch.randint(0, 64, [40], generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def tiny_config(model_type: str, layers: int = 3) -> object:
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HEAD_SIZES[model_type],
+        rms_norm_eps=1e-5 if model_type == "llama" else 1e-6,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,  # a tied model of random weights repeats its last token
+    )
+
+
+@functools.cache
+def tiny_model(model_type: str, layers: int = 3) -> nn.Module:
+    """A bf16 model of that architecture with drawn weights: norms far from 1, K norms larger, biases if it has any.
+    One for all tests, so every test that changes it must leave it as it was."""
+    rng = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, layers), dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            drawn = torch.randn(weight.shape, generator=rng)
+            if "norm" in name:
+                drawn = (drawn / 2).exp() * (8 if "k_norm" in name else 1) - REFERENCE_OFFSET.get(model_type, 0)
+            elif weight.ndim == 2 and "embed" not in name:
+                drawn /= weight.shape[1] ** 0.5
+            weight.copy_(drawn)
+    return model
+
+
+def differing(actual: Tensor, expected: Tensor) -> float:
+    """Share of elements that differ."""
+    return (actual != expected).double().mean().item()
+
+
+def modules(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in model.named_modules()]
+
+
+WORDS = {word: i for i, word in enumerate("<unk> it was the best of times worst".split())}
+
+
+def add_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def saved(folder: Path, model_type: str = "qwen3", **options: object) -> Path:
+    tiny_model(model_type).save_pretrained(folder, **options)
+    add_tokenizer(folder)
+    return folder
