@@ -110,7 +110,9 @@ def gpu(
     from castpoint.harness.problems import grid
 
     if dry_run:
-        print("\n".join(grid.listing(quick)))
+        from castpoint.harness.gpu.arms import listing
+
+        print("\n".join(listing(quick)))
         return
     settings, records = select(device="cuda", results=results, short=quick)
     records.note(command="gpu")

@@ -36,7 +36,7 @@ def checks() -> Iterator[Check]:
             f"package {name}" + (f" {importlib.metadata.version(name)}" if found else " is missing"),
             "make bench",
         )
-    yield from (package_origin(name) for name in ("kernels", "variants", "harness"))
+    yield from (package_origin(name) for name in ("castpoint.kernels", "castpoint.variants", "castpoint.harness"))
     yield hub_package()
     yield compiler()
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
@@ -50,7 +50,7 @@ def package_origin(name: str) -> Check:
     spec = importlib.util.find_spec(name)
     origin = spec.origin if spec else None
     return Check(
-        origin is not None and Path(origin).resolve() == ROOT.resolve() / name / "__init__.py",
+        origin is not None and Path(origin).resolve() == ROOT.resolve() / name.rpartition(".")[2] / "__init__.py",
         f"package {name} is imported from {origin}",
         "run castpoint from the root of the checkout",
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import amplification, channel_gains, k_before
 from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
-from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
+from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.progress import track
@@ -33,18 +33,6 @@ from castpoint.variants.spec import Chain, spec, truth
 KERNEL_BACKENDS = {"cpu": ("triton", "inductor"), "cuda": ("triton", "triton-separate")}
 UNIFORM_K_NORMS = (1.0, 64.0)  # controls: no amplification, and one by a power of two, the same in every channel
 DRAWS = 5  # seeds, the settings' own first: how far one draw of weights and inputs can be trusted
-
-
-def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:
-    """The problem of a layer; drawn norm weights are stored as w - 1 for Gemma's plans (None: as the model does).
-
-    A checkpoint's own residual stream may have fewer tokens. Raises what problems.drawn raises.
-    """
-    s = settings
-    if s.checkpoint is not None:
-        return checkpoint_problem(s.checkpoint, s.model, layer, tokens, s.seed).to(s.device)
-    offset = None if plan_name is None else plan_named(plan_name).weight_offset != "none"
-    return synthetic_problem(s.model, layer, tokens, s.seed, weight_offset=offset).to(s.device)
 
 
 def sweep_precision(settings: Settings, records: Records) -> None:

@@ -18,7 +18,7 @@ from castpoint.harness.audit.machine import compare_machine, fused, sites_of
 from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.compiled.compile import TARGETS, Compiled, check_compilable, resources
-from castpoint.harness.fingerprint.blackbox import Fault, load
+from castpoint.harness.compiled.loading import Fault, load
 
 TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
 OPTIONS = ("num_warps", "num_stages")

@@ -8,7 +8,7 @@ from typing import Any
 
 from castpoint.harness.audit.flow import LOADS, Edge, Flow
 from castpoint.harness.audit.words import dot_precisions, listed, titled
-from castpoint.harness.compiled.compile import Compiled
+from castpoint.harness.compiled.compile import SHARED, Compiled
 from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.variants.plan import CastPlan
 
@@ -168,9 +168,6 @@ def compare_stores(flow: Flow, plan: CastPlan, part: Part) -> list[str]:
 
 # ---------------------------------------------------------------- instructions and resources
 
-# Bytes of shared memory a block may ask for. CUDA C++ Programming Guide, Technical Specifications per Compute
-# Capability; CDNA3 ISA reference guide, local data share.
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Bytes of registers a thread may spill with bf16 operands: eight, not an accumulator.
 SPILLS = 32
 # The matrix instruction that a target has for those operands; fp32 products are not exact on NVIDIA's.

@@ -37,6 +37,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Bytes of shared memory a block may ask for. CUDA C++ Programming Guide, Technical Specifications per Compute
+# Capability; CDNA3 ISA reference guide, local data share.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ROPE_POINTERS = ("positions_ptr", "cos_sin_ptr")
 MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pandas as pd
-
-from castpoint.harness.audit.plan import SHARED
-from castpoint.harness.compiled.compile import COMPILERS, TARGETS, compile_matmul, config_cases
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compile_matmul, config_cases
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.variants.catalogue import plan_named
@@ -44,19 +40,3 @@ def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) 
             "reason": f"{target} has {SHARED[target]} bytes of shared memory a block",
         }
     return row
-
-
-def configs_section(frame: pd.DataFrame) -> str:
-    """Of report.md: one row a binary, a column a target."""
-    cells = frame["registers"].map("{:.0f}".format) + " / " + frame["spills"].map("{:.0f}".format)
-    cells += " / " + (frame["shared"] / 1024).map("{:.1f}".format)
-    cells = cells.where(frame["status"] == "ok", frame["status"])
-    table = frame.assign(cell=cells).pivot_table(
-        index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
-    )
-    return (
-        "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
-        "compiled ahead of time (`castpoint configs`): registers a thread / bytes spilled a thread / KiB of "
-        "shared memory a block. Nothing is timed by this: `castpoint tune` does that on a GPU."
-        f"\n\n{markdown(table.reset_index())}"
-    )

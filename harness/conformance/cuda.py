@@ -14,14 +14,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from castpoint.harness.accuracy.errors import error_stats
-from castpoint.harness.doctor import interpreter_with_numpy
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem
@@ -214,22 +211,7 @@ def _compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, object
     return {"share_equal": share, "max_ulp": max(row.max_ulp for row in rows)}
 
 
-def mend_interpreter() -> None:
-    """Triton 3.6, which PyTorch 2.11 pins, counts the steps of an interpreted loop by int(array of one element), which
-    NumPy refuses from 2.4 on; Triton 3.7 squeezes the array first, and so does 3.6 behind this."""
-    interpreter = triton.runtime.interpreter
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patched
-
-
 if __name__ == "__main__":  # the interpreter's half of check_interpreter, in a process of its own
-    if not interpreter_with_numpy().ok:
-        mend_interpreter()
     for plan_name in sys.argv[2:]:
         outputs = run_triton(PLANS[plan_name].plan, problem_for(PLANS[plan_name].plan, DRAWN, "cpu"))
         torch.save(list(outputs), Path(sys.argv[1]) / f"{plan_name}.pt")

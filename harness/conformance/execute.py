@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from castpoint.harness.conformance.cuda import DEFAULT, EXACT, TOKENS, checked, kernel_checks
-from castpoint.harness.gpu.tune import STANDS_FOR
+from castpoint.harness.problems.grid import STANDS_FOR
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records

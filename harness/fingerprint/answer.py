@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from castpoint.harness.fingerprint.blackbox import Fault, Refused
+from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated, count_votes
 from castpoint.harness.fingerprint.probes import ROWS
 from castpoint.harness.fingerprint.rules import Rule

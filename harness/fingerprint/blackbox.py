@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from castpoint.harness.compiled.loading import Fault
 
 KINDS = {
     "rmsnorm": "fn(x, weight, eps) -> y; x, y [T, D]",
     "head_norm": "fn(x, weight, eps) -> y; x, y [T, H, Dh]",
     "qkv": "fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads) -> (q, k, v)",
 }
-
-
-class Fault(ValueError):
-    """What a callable did against its contract, in one sentence."""
 
 
 class Refused(Fault):
@@ -148,37 +142,3 @@ def _raised_by_the_machine(error: BaseException) -> bool:
     """Whether it comes from castpoint.harness.ptx.machine or what it is made of: a Triton kernel's PTX run on a CPU."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.startswith("castpoint.harness.ptx.") for name in frames)
-
-
-def load(target: str) -> Callable[..., Any]:
-    """The callable of MODULE:FUNCTION; MODULE is a dotted name, importable from here, or the path of a .py file.
-
-    Raises Fault if it cannot be imported or is no callable.
-    """
-    module_name, _, attribute = target.rpartition(":")
-    if not module_name or not attribute:
-        raise Fault(f"{target!r} is not MODULE:FUNCTION, such as my_kernels.norm:rms_norm or norm.py:rms_norm")
-    try:
-        if module_name.endswith(".py"):
-            value: Any = _from_file(Path(module_name))
-        else:
-            sys.path.insert(0, "")
-            value = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            value = getattr(value, name)
-    except Exception as error:  # user code runs on import and may raise anything
-        text = " ".join(str(error).split())[:300]
-        raise Fault(f"{target} cannot be imported: {type(error).__name__}: {text}") from error
-    if not callable(value):
-        raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
-    return value
-
-
-def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.blackbox import Fault
 from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, factor_of, mean_of_squares, predict, scalar
 from castpoint.kernels.checks import KEEP, RNE, RTZ, STORAGE
 from castpoint.variants.spec import round_to

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import (
     UNEXPLAINED,
@@ -28,7 +29,7 @@ from castpoint.harness.fingerprint.answer import (
     none_of_these,
     plans_of,
 )
-from castpoint.harness.fingerprint.blackbox import BlackBox, Fault
+from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.chain import chain, other_rows
 from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_share, outs, rank, refine
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules

@@ -1,6 +1,6 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
-harm. `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE` is that process and writes one line of JSON to
-standard output."""
+harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE`; it writes one line of JSON
+to standard output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from castpoint.harness.fingerprint.blackbox import Fault, load
+from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.ptx.driver import executed
 

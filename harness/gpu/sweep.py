@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.conformance.cuda import check_loops, red_plans
+from castpoint.harness.gpu.arms import compiled_peers, rows
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem
@@ -115,7 +116,7 @@ def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red:
     setting = prepared(point, gpu, limits)
     seconds = _time_parts(setting, records, gpu, limits, red)
     arms = [_own_chain(setting), *_chains(setting, seconds), peers.eager_peer(setting.problems)]
-    arms += [] if quick else peers.compiled_peers(setting.problems, point.compiled_peers)
+    arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
     ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
     measured = _plausible(setting, limits, "own", setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state))
@@ -281,8 +282,8 @@ def _cold_bytes(setting: Setting, kind: str, arm: str) -> float:
 
 
 def _work_of(point: Point, arm: str) -> Work:
-    """What the arm needs at least; grid.rows says it for every arm that has no name of its own there."""
-    known = {row.arm: row.work for row in grid.rows(point)}
+    """What the arm needs at least; gpu.arms.rows says it for every arm that has no name of its own there."""
+    known = {row.arm: row.work for row in rows(point)}
     return known.get(arm, known["P1 best"])
 
 

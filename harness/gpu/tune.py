@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from castpoint.harness.conformance.cuda import EXACT, TOKENS, checked
 from castpoint.harness.gpu.sweep import SEPARATE, Setting, measure_limits, own_arm, prepared
-from castpoint.harness.problems.grid import Point
+from castpoint.harness.problems.grid import STANDS_FOR, Point
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.timing.cuda import Cuda
@@ -23,7 +23,6 @@ from castpoint.kernels.dispatch import Table
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.plan import CastPlan
 
-STANDS_FOR = {"prologue": "one-rounding", "epilogue": "deferred", "folded": "folded"}  # scale: plan that is timed
 BUDGET_S = 0.5
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.harness.runs.settings import Settings
+from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
 DATA = Path(__file__).parent / "data"
@@ -199,3 +201,15 @@ def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: i
         layer=layer,
         weights=weights,
     )
+
+
+def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:
+    """The problem of a layer; drawn norm weights are stored as w - 1 for Gemma's plans (None: as the model does).
+
+    A checkpoint's own residual stream may have fewer tokens. Raises what those two raise.
+    """
+    s = settings
+    if s.checkpoint is not None:
+        return checkpoint_problem(s.checkpoint, s.model, layer, tokens, s.seed).to(s.device)
+    offset = None if plan_name is None else plan_named(plan_name).weight_offset != "none"
+    return synthetic_problem(s.model, layer, tokens, s.seed, weight_offset=offset).to(s.device)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from castpoint.harness.conformance.cuda import DRAWN, EAGER, INTERPRETER
 from castpoint.harness.conformance.cuda import EXACT as EXACT_INPUTS
+from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
 from castpoint.harness.report.gpu_goals import PREFILL, break_even, goals
 from castpoint.harness.report.gpu_rows import (
@@ -83,7 +84,7 @@ def _missing(run: Run, model: str, tokens: int, regime: str, what: str) -> str:
     points = run.points[_is(run.points, model, tokens, regime) & (run.points["status"] != "ok")]
     if len(points):
         return textwrap.shorten(f"{points['status'].iloc[0]}: {plain(points['reason'].iloc[0])}", 80, placeholder=" …")
-    asked = {what_of(row.kind, row.arm) for row in grid.rows(grid.Point(model, int(tokens), regime))}
+    asked = {what_of(row.kind, row.arm) for row in arms.rows(grid.Point(model, int(tokens), regime))}
     return "not measured" if what in asked else "–"
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.compiled.resources import configs_section
 from castpoint.harness.conformance.cuda import EXACT
 from castpoint.harness.report import gpu as gpu_report
 from castpoint.harness.report import gpu_findings
@@ -306,6 +305,22 @@ def _executed(frame: pd.DataFrame) -> str:
         "## Compiled kernels, run on a CPU\n\nEvery kernel as a launch compiles it, its PTX run instruction by instruction "
         "(`castpoint execute`): what Triton's compiler made of it, without ptxas and without a GPU's order of sums. "
         f"Tiles of tuning are run for a plan of each place of rstd.\n\n{markdown(executed_table(frame))}"
+    )
+
+
+def configs_section(frame: pd.DataFrame) -> str:
+    """Of report.md: one row a binary, a column a target."""
+    cells = frame["registers"].map("{:.0f}".format) + " / " + frame["spills"].map("{:.0f}".format)
+    cells += " / " + (frame["shared"] / 1024).map("{:.1f}".format)
+    cells = cells.where(frame["status"] == "ok", frame["status"])
+    table = frame.assign(cell=cells).pivot_table(
+        index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
+    )
+    return (
+        "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
+        "compiled ahead of time (`castpoint configs`): registers a thread / bytes spilled a thread / KiB of "
+        "shared memory a block. Nothing is timed by this: `castpoint tune` does that on a GPU."
+        f"\n\n{markdown(table.reset_index())}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castpoint.harness.accuracy.sweep import problem_at
+from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records

@@ -172,7 +172,7 @@ def test_doctor_knows_the_numpy_that_an_interpreter_fails_under(triton: str, num
 
 
 def test_each_package_is_this_checkouts_own() -> None:
-    assert all(package_origin(name).ok for name in ("kernels", "variants", "harness"))
+    assert all(package_origin(name).ok for name in ("castpoint.kernels", "castpoint.variants", "castpoint.harness"))
     assert not package_origin("torch").ok
 
 

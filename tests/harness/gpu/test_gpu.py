@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from fake_cuda import FakeCuda
 from support import ROOT
 
 import castpoint.harness.gpu.sweep
 from castpoint.harness.conformance import cuda as gpu_checks
-from castpoint.harness.gpu import tune
+from castpoint.harness.gpu import arms, tune
 from castpoint.harness.gpu.sweep import sweep_gpu
 from castpoint.harness.peers.chains import HEADS, LOOP, NORM, OWN_KERNEL, loop_name, pick_chains
 from castpoint.harness.problems import grid
@@ -33,7 +32,6 @@ from castpoint.kernels import dispatch
 from castpoint.kernels.checks import BOUNDARIES, CHOICES
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen, fallback, read_table, write_table
-from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.envelope import envelope, outside
 
@@ -92,7 +90,7 @@ def test_the_grid_is_the_issues():
 def test_floors_as_published(model: str, megabytes: float, at_1: float, at_4096: float):
     """Weight bytes and floors in us at 4.3 TB/s and 790 TFLOP/s, computed elsewhere by hand."""
     for tokens, floor_us in ((1, at_1), (4096, at_4096)):
-        (row,) = [row for row in grid.rows(Point(model, tokens)) if row.arm == "P1 best"]
+        (row,) = [row for row in arms.rows(Point(model, tokens)) if row.arm == "P1 best"]
         assert row.floor_s() * 1e6 == pytest.approx(floor_us, rel=0.01)
         assert 2 * row.point.geometry.rows * row.point.geometry.hidden_size / 1e6 == pytest.approx(megabytes, rel=0.01)
 
@@ -108,7 +106,7 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
             (line,) = [line for line in lines if line.split()[:3] == [model, "16", COLD] and line.endswith(f"  {plan}")]
             assert float(line.split()[6]) > 0
     assert len(lines) == len(set(lines)), "a measurement is listed twice"
-    assert len([line for line in lines if line.startswith("# not built")]) == len(grid.NOT_BUILT)
+    assert len([line for line in lines if line.startswith("# not built")]) == len(arms.NOT_BUILT)
     *_, last = lines
     listed = [line.split() for line in lines[2:] if line[0] != "#"]
     assert last.startswith(f"# {len({tuple(words[:3]) for words in listed})} points, {len(listed)} measurements (")
@@ -165,7 +163,7 @@ def test_a_point_has_a_row_for_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["one-rounding"]["p1"] == own and found["one-rounding"]["config"] == "separate"
     assert found["deferred"]["status"] == "failed" and "no such instruction" in found["deferred"]["reason"]
     assert found["deferred"]["p50_us"] == "" and found["fp32"]["cold"] == "True"
-    work = [row.work for row in grid.rows(Point("tiny", 4)) if row.arm == "fp32"][0]
+    work = [row.work for row in arms.rows(Point("tiny", 4)) if row.arm == "fp32"][0]
     floor_us = max(work.bytes / 2e12, work.flops / 1e14) * 1e6
     assert float(found["fp32"]["roofline_share"]) == pytest.approx(floor_us / 80, rel=1e-4)
     assert float(found["fp32"]["sm_mhz"]) == 1980
@@ -290,22 +288,6 @@ def test_checks_with_rope_rotate(check: str):
 
 
 # ---------------------------------------------------------------- checks
-
-
-def test_an_interpreter_that_numpy_refuses_is_mended(monkeypatch: pytest.MonkeyPatch):
-    interpreter = triton.runtime.interpreter
-    patch = interpreter._patch_lang_tensor
-
-    def of_triton_3_6(tensor: type, scope: object) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", of_triton_3_6)
-    problem = small_problem(plan_named("hf"), gpu_checks.EXACT, "cpu", False)
-    with pytest.raises(triton.runtime.errors.InterpreterError, match="0-dimensional"):
-        run_triton(plan_named("hf"), problem)
-    gpu_checks.mend_interpreter()
-    assert len(run_triton(plan_named("hf"), problem)) == 3
 
 
 def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -439,7 +421,7 @@ LOOPS = tuple(loop_name(tile) for tile in TILES)
 def test_our_own_loop_is_asked_for_wherever_a_candidate_runs_it():
     """With the bare matmul's work, at cold points alone, and every such tile: no table chooses among them."""
     for point in grid.points():
-        rows_of = {row.arm: row for row in grid.rows(point)}
+        rows_of = {row.arm: row for row in arms.rows(point)}
         own = [row for arm, row in rows_of.items() if arm.startswith(LOOP)]
         assert len(own) == (0 if point.regime != COLD or point.tokens <= 32 else 1 if point.tokens <= 128 else 4)
         assert {(row.kind, row.work) for row in own} <= {("part", rows_of["P4 cuBLAS"].work)} if own else True
@@ -447,7 +429,8 @@ def test_our_own_loop_is_asked_for_wherever_a_candidate_runs_it():
 
 def sweep_own_loop(folder: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], records=None) -> dict:
     """Rows of one point, with the tiles of a larger one, by arm. Without the check on drawn weights, for its time."""
-    monkeypatch.setattr(grid, "loop_tiles", lambda point: TILES)
+    for module in (grid, arms):
+        monkeypatch.setattr(module, "loop_tiles", lambda point: TILES)
     monkeypatch.setattr(grid, "PLANS", {"one-rounding": PLANS["one-rounding"]})
     monkeypatch.setattr(gpu_checks, "DRAWN", gpu_checks.EXACT)
     sweep_gpu([Point("tiny", 4)], records or records_in(folder), seconds_by(times))

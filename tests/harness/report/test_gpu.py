@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
 from castpoint.harness.report import gpu as gpu_report
 from castpoint.harness.report import gpu_plots, gpu_rows
@@ -439,12 +440,12 @@ def invent_whole(folder: Path) -> str:
         key = (point.model, point.tokens, point.regime)
         if point.regime != grid.COLD or point.model == "qwen3-235b-a22b" or point.tokens == 512:
             continue
-        floor = next(row for row in grid.rows(point) if row.arm == "P1 best").floor_s() * 1e6
+        floor = next(row for row in arms.rows(point) if row.arm == "P1 best").floor_s() * 1e6
         p4 = 1.15 * floor + 2.5
         p1 = p4 + 3.0 + 0.02 * point.tokens**0.9
         add(records, key, CHAIN, p1, p1, roofline_share=floor / p1)
         add(records, key, "P4 cuBLAS", p4, roofline_share=floor / p4)
-        for row in grid.rows(point):
+        for row in arms.rows(point):
             if row.arm.startswith("P2 "):
                 add(records, key, row.arm, 1.1 * p1, p1)
         for place, name in enumerate(grid.own_plans(point)):
