@@ -31,7 +31,7 @@ from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.kernels.checks import RNE
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import fallback, read_table
-from castpoint.kernels.matmul import matmul
+from castpoint.kernels.main_loop import matmul
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager

@@ -37,7 +37,7 @@ from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm
 from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.kernels.config import Config
-from castpoint.kernels.matmul import matmul
+from castpoint.kernels.main_loop import matmul
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager, rope_table
 from castpoint.variants.plan import CastPlan
