@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import ROPE_BOUNDARIES, check_eps, check_flags, check_rope, check_tensor
+from .checks import check_eps, check_rope, check_tensor
+from .plan import ROPE_BOUNDARIES, check_flags
 from .rounding import applied_weight, narrow, round_to, widen
 
 BLOCK_M = 16  # tokens of one program of head_norm_kernel

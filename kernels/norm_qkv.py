@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import finish_head, multiply, row_rstd, row_squares
-from .checks import check_flags, check_inputs
+from .checks import check_inputs
 from .config import Config, default_config, head_block, unsupported
 from .head_norm import check_device, launch_head_norm, output_tensor
+from .plan import check_flags
 from .rms_norm import launch_rms_norm
 from .separate import launch_separate
 from .split_k import launch_split_k

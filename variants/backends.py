@@ -10,8 +10,8 @@ from torch import Tensor
 
 from castpoint.kernels.config import Config
 from castpoint.kernels.norm_qkv import norm_qkv
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import Outputs, eager, plan_eager, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import check_offset, spec
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.kernels.norm_qkv import fold_norm_weight
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import round_to, truncate_tf32
 

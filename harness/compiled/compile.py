@@ -26,10 +26,10 @@ from castpoint.kernels.config import Config, candidates, default_config, unsuppo
 from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
 from castpoint.kernels.main_loop import matmul_kernel
 from castpoint.kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from castpoint.kernels.plan import CastPlan
 from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
 from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import CastPlan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

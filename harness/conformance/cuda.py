@@ -28,15 +28,14 @@ from castpoint.harness.runs.environment import ROOT
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.timing.cuda import Cuda, reason_of
-from castpoint.kernels.checks import RNE
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import fallback, read_table
 from castpoint.kernels.main_loop import matmul
+from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager
 from castpoint.variants.envelope import Interval, dot_interval, envelope, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store
 

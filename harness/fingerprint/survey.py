@@ -15,11 +15,10 @@ from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.kernels.checks import KEEP, RNE, STORAGE
 from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.plan import KEEP, OPTIONAL, RNE, STORAGE, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import OPTIONAL, CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec
 

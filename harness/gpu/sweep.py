@@ -34,10 +34,10 @@ from castpoint.harness.timing.rig import Arm, Measurement, Outcome, copies_for, 
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import Outputs, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost

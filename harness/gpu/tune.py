@@ -20,8 +20,8 @@ from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.rig import Measurement, Outcome, ratios
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.kernels.dispatch import Table
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 
 BUDGET_S = 0.5
 

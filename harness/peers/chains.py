@@ -35,12 +35,11 @@ from castpoint.harness.peers.parts import (
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.kernels.config import Config
 from castpoint.kernels.main_loop import matmul
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager, rope_table
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 NORM, MATMUL, HEADS = "norm ", "P4 ", "heads "  # how the names of parts begin

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from castpoint.harness.peers.implementations import TRITON, Norm, compiled, implementations
 from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import eager_norm
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]

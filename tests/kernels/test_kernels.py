@@ -30,9 +30,9 @@ from nets import (
 from support import DEVICE, KERNELS, NAN, ROOT, assert_bit_equal, assert_inside, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
-from castpoint.kernels.checks import CHOICES, STORAGE
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import fold_norm_weight, norm_qkv
+from castpoint.kernels.plan import CHOICES, STORAGE
 from castpoint.variants.backends import run, run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import plan_eager, plan_weight

@@ -32,10 +32,9 @@ from nets import (
 )
 from support import KERNELS, ROOT, Kernels, assert_bit_equal, assert_inside
 
-from castpoint.kernels.checks import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
 from castpoint.kernels.config import Config
+from castpoint.kernels.plan import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import CastPlan
 
 NEIGHBOURS = {KEEP: (RNE,), RNE: (KEEP, RTZ), RTZ: (RNE,)}
 TINY = {"tokens": 33, "hidden_size": 200, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 32}

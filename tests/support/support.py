@@ -17,10 +17,10 @@ import castpoint.kernels.rounding
 import castpoint.kernels.split_k
 from castpoint.harness.problems.positions import cos_sin_cache
 from castpoint.kernels.config import Config
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import triton_flags
 from castpoint.variants.eager import plan_weight
 from castpoint.variants.envelope import Interval, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 ROOT = Path(__file__).parents[2]

@@ -26,9 +26,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.positions import THETA, cos_sin_cache, with_positions
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import norm_qkv
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, plan_eager, plan_weight

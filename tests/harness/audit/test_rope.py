@@ -30,7 +30,7 @@ from audit_support import (
 
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
 from castpoint.harness.compiled.compile import TARGETS, Compiled, compile_head_norm
-from castpoint.kernels.checks import KEEP, ROPE_BOUNDARIES
+from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES
 from castpoint.variants.catalogue import PLANS
 
 ROPE = {"rope": True}

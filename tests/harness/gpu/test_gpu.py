@@ -29,9 +29,9 @@ from castpoint.harness.runs.records import Records
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.harness.timing.rig import AGAIN, Arm
 from castpoint.kernels import dispatch
-from castpoint.kernels.checks import BOUNDARIES, CHOICES
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen, fallback, read_table, write_table
+from castpoint.kernels.plan import BOUNDARIES, CHOICES
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.envelope import envelope, outside
 
