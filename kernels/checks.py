@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .plan import CastPlan
+
 
 def check_inputs(
     x: Tensor,
@@ -77,6 +79,12 @@ def check_rope(
             f"cos_sin_cache must be contiguous, cos in the first half of each row, not of strides "
             f"{cos_sin_cache.stride()}"
         )
+
+
+def check_plan(plan: CastPlan) -> None:
+    """Raises ValueError for what is no plan, such as the name of one."""
+    if not isinstance(plan, CastPlan):
+        raise ValueError(f"plan must be a CastPlan, such as CastPlan(proj='bf16-rne'), not {plan!r}")
 
 
 def check_eps(eps: float) -> None:

@@ -47,9 +47,8 @@ HEAD_DIM = 128  # of every model of the grid
 
 def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
     """Every config that a launch of the plan may take on some shape and some GPU, by its words."""
-    flags = plan.choices()
     listed = [config for configs in read_table().values() for config in configs.values()]
-    fit = {str(c): c for c in [fallback(head_dim, flags), *listed] if not unsupported(c, flags)}
+    fit = {str(c): c for c in [fallback(head_dim, plan), *listed] if not unsupported(c, plan)}
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 

@@ -86,9 +86,9 @@ def spec_norm(plan: CastPlan) -> Norm:
 def triton_head_norm(plan: CastPlan) -> Norm:
     """The same norm by the Triton kernel, as kind `head_norm`: its head_rstd, head_normed and out are the plan's
     rstd, normed and hidden."""
-    flags = {"head_rstd": plan.rstd, "head_normed": plan.normed, "out_storage": plan.hidden}
-    flags |= {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
-    return lambda x, weight, eps: head_norm(x, weight, eps, **flags)
+    same = {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
+    head = CastPlan(head_rstd=plan.rstd, head_normed=plan.normed, out=plan.hidden, **same)
+    return lambda x, weight, eps: head_norm(x, weight, eps, plan=head)
 
 
 def chain(plan: CastPlan, backend: str) -> Callable[..., tuple[Tensor, ...]]:

@@ -151,7 +151,7 @@ def own_arm(setting: Setting, plan: CastPlan, name: str, config: Config | None =
     first = problems[0]
     if config is None:
         shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.gpu_name, shape, first.tokens, plan.choices())
+        config = chosen(setting.gpu_name, shape, first.tokens, plan)
     weights = _weights(plan, problems)
 
     def call(i: int) -> Outputs:

@@ -171,7 +171,7 @@ CHANGES = {  # file, old text, new text, the net that must notice
     "every head the first": ("main_loop.py", "head * DH + offs_n", "offs_n", SUMS),
     "every block the first": ("main_loop.py", ".to(tl.int64) * BLOCK_M", ".to(tl.int64) * 0", SUMS),
     "contiguous hidden": ("main_loop.py", "stride_xm, stride_xk, 0", "stride_xm, 1, 0", STRIDES),
-    "contiguous weight": ("main_loop.py", "        stride_wk, DH", "        1, DH", STRIDES),
+    "contiguous weight": ("main_loop.py", "        stride_wk, PLAN", "        1, PLAN", STRIDES),
 }
 
 

@@ -108,7 +108,7 @@ def test_copies_are_told_apart():
     assert not torch.equal(chain.call(0)[2], chain.call(1)[2])
 
 
-def test_our_head_norm_takes_the_plans_flags():
+def test_our_head_norm_takes_the_plans_words():
     plan = HF.replace(head_rstd=RNE, head_normed=RTZ)
     chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", OWN_KERNEL, plan)
     assert chain.plan.without_rope() == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)
