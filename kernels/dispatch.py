@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from .config import Config, default_config, unsupported
+from .plan import CastPlan
 
 TABLE = Path(__file__).parent / "dispatch.csv"
 KEY = ("gpu", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "scale", "tokens")
@@ -56,30 +57,30 @@ def write_table(table: Table, path: Path = TABLE) -> None:
         writer.writerows([COLUMNS, *sorted(lines)])
 
 
-def dispatch(table: Table, gpu: str, shape: Shape, tokens: int, flags: dict[str, str]) -> Config | None:
-    """The table's config for that launch, or None. flags: as kernels.config.unsupported takes them."""
-    configs = table.get((gpu, shape, flags["scale"]), {}) if flags["matmul"] == "bf16" else {}
+def dispatch(table: Table, gpu: str, shape: Shape, tokens: int, plan: CastPlan) -> Config | None:
+    """The table's config for that launch, or None."""
+    configs = table.get((gpu, shape, plan.scale), {}) if plan.matmul == "bf16" else {}
     if not configs:
         return None
     config = configs[min((known for known in configs if known >= tokens), default=max(configs))]
-    return None if unsupported(config, flags) else config
+    return None if unsupported(config, plan) else config
 
 
-def fallback(head_dim: int, flags: dict[str, str]) -> Config:
+def fallback(head_dim: int, plan: CastPlan) -> Config:
     """What runs where the table says nothing: `separate` where it expresses the plan, else the default config."""
     separate = Config("separate")
-    return default_config(head_dim, flags["matmul"], False) if unsupported(separate, flags) else separate
+    return default_config(head_dim, plan, False) if unsupported(separate, plan) else separate
 
 
-def chosen(gpu: str, shape: Shape, tokens: int, flags: dict[str, str]) -> Config:
+def chosen(gpu: str, shape: Shape, tokens: int, plan: CastPlan) -> Config:
     """The config of a launch on the GPU of that name (torch.cuda.get_device_name): the table's, or the fallback,
     which is said once."""
-    config = dispatch(_committed(), gpu, shape, tokens, flags)
+    config = dispatch(_committed(), gpu, shape, tokens, plan)
     if config is not None:
         return config
-    if flags["matmul"] == "bf16":  # wider operands have no rows by design
+    if plan.matmul == "bf16":  # wider operands have no rows by design
         _say_once(gpu, shape)
-    return fallback(shape[3], flags)
+    return fallback(shape[3], plan)
 
 
 @functools.cache

@@ -67,26 +67,9 @@ def split_k_kernel(
     stride_kh,
     stride_vm,
     stride_vh,
+    PLAN: tl.constexpr,  # Words of a CastPlan
     DH: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HEAD_NORM: tl.constexpr,
-    X: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    RSTD: tl.constexpr,
-    NORMED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PROJ: tl.constexpr,
-    HEAD_RSTD: tl.constexpr,
-    HEAD_NORMED: tl.constexpr,
-    UNROTATED: tl.constexpr,
-    COS_SIN: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    OUT: tl.constexpr,
-    SCALE: tl.constexpr,
-    MATMUL: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
     PREPASS: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,19 +87,19 @@ def split_k_kernel(
     if PREPASS != "none":
         if rstd_ptr is not None:
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < T, other=0.0)
-    elif SCALE == "prologue":  # hidden needs the rstd of whole rows, which are few: every program reads them
+    elif PLAN.scale == "prologue":  # hidden needs the rstd of whole rows, which are few: every program reads them
         whole = row_squares(
             x_ptr, residual_ptr, block * BLOCK_M + tl.arange(0, BLOCK_R), T, D, stride_xm, stride_xk,
-            stride_rm, stride_rk, HAS_RESIDUAL, X, STATISTICS, BLOCK_R, BLOCK_X, STAGES,
+            stride_rm, stride_rk, PLAN, BLOCK_R, BLOCK_X, STAGES,
         )  # fmt: skip
-        rstd += row_rstd(whole, D, eps, VARIANCE, RSTD)  # one token's is spread over rows that hold nothing else
+        rstd += row_rstd(whole, D, eps, PLAN)  # one token's is spread over rows that hold nothing else
 
     share = tl.cdiv(tl.cdiv(D, BLOCK_K), splits) * BLOCK_K  # channels; the last shares may be shorter, or empty
     begin = split * share
     acc, sum_of_squares = multiply(
         x_ptr, residual_ptr, norm_weight_ptr, qkv_weight_ptr, rstd, offs_m, head, begin, tl.minimum(begin + share, D),
-        T, D, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, DH, HAS_RESIDUAL, X, STATISTICS,
-        NORMED, HIDDEN, SCALE, MATMUL, WEIGHT_OFFSET, PREPASS, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+        T, D, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, PLAN, DH, PREPASS, INTERPRETED,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     cell = block * tl.num_programs(1) + head  # of the grid: a head of a block of tokens
@@ -126,7 +109,7 @@ def split_k_kernel(
     sums_ptrs = sums_ptr + cell * splits * BLOCK_M * BLOCK_N + in_tile
     squares_ptrs = squares_ptr + cell * splits * BLOCK_M + tile_m
     tl.store(sums_ptrs + split * BLOCK_M * BLOCK_N, acc, mask=mask)
-    if SCALE != "prologue" and PREPASS == "none":
+    if PLAN.scale != "prologue" and PREPASS == "none":
         tl.store(squares_ptrs + split * BLOCK_M, sum_of_squares, mask=offs_m < T)
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + cell, 1, sem="acq_rel", scope="gpu")
@@ -135,15 +118,14 @@ def split_k_kernel(
         sum_of_squares = tl.zeros([BLOCK_M], dtype=tl.float32)
         for other in tl.range(0, splits, loop_unroll_factor=TOGETHER):
             acc += tl.load(sums_ptrs + other * BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg")
-            if SCALE != "prologue" and PREPASS == "none":
+            if PLAN.scale != "prologue" and PREPASS == "none":
                 squares = tl.load(squares_ptrs + other * BLOCK_M, mask=offs_m < T, other=0.0, cache_modifier=".cg")
                 sum_of_squares += squares
-        if SCALE != "prologue" and PREPASS == "none":
-            rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
+        if PLAN.scale != "prologue" and PREPASS == "none":
+            rstd = row_rstd(sum_of_squares, D, eps, PLAN)
         finish_head(
             acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head,
-            T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM,
-            STATISTICS, VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, UNROTATED, COS_SIN, PRODUCTS, OUT, SCALE, WEIGHT_OFFSET,
+            T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, PLAN, DH, HEAD_NORM,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
         tl.store(counter_ptr + cell, 0)  # seen by the next launch, which starts when all programs have ended

@@ -12,8 +12,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from castpoint.kernels.checks import KEEP, RNE, RTZ
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
 
 
 @dataclass(frozen=True)

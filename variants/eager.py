@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.kernels.norm_qkv import fold_norm_weight
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import round_to, truncate_tf32
 
@@ -56,7 +56,7 @@ def eager(problem: Problem, proj_only: bool = False, table: tuple[Tensor, Tensor
 def plan_weight(plan: CastPlan, problem: Problem) -> Tensor:
     """The QKV weight as the plan stores it: folded ahead of time for scale='folded', else as it is."""
     if plan.scale == "folded":
-        return fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan.weight_offset)
+        return fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan)
     return problem.qkv_weight
 
 

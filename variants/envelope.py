@@ -23,8 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import KEEP, RNE
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import applied_weight, check_offset, matmul_operand, store
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import KEEP, RNE
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 
 TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa

@@ -16,7 +16,7 @@ from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.settings import Settings
 from castpoint.harness.runs.threads import one_thread
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 

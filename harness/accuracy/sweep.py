@@ -20,11 +20,11 @@ from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import TABLES, Records
 from castpoint.harness.runs.settings import Settings
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import eager
 from castpoint.variants.envelope import envelope, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth
 

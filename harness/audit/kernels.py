@@ -39,8 +39,8 @@ from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
 from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, cases, check_compilable
 from castpoint.kernels.norm_qkv import norm_qkv_kernel
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 
 Row = dict[str, str | int | None]
 COLUMNS = (

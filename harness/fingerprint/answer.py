@@ -12,8 +12,8 @@ from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated, count_votes
 from castpoint.harness.fingerprint.probes import ROWS
 from castpoint.harness.fingerprint.rules import Rule
+from castpoint.kernels.plan import OPTIONAL, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
-from castpoint.variants.plan import OPTIONAL, CastPlan
 
 # Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
 # 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.

@@ -33,7 +33,7 @@ from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.chain import chain, other_rows
 from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_share, outs, rank, refine
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
-from castpoint.kernels.checks import RNE, STORAGE
+from castpoint.kernels.plan import RNE, STORAGE
 
 # A rule's words, as a plan calls them.
 NORM_WORDS = {

@@ -34,10 +34,10 @@ from castpoint.harness.timing.rig import Arm, Measurement, Outcome, copies_for, 
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import Outputs, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
@@ -151,7 +151,7 @@ def own_arm(setting: Setting, plan: CastPlan, name: str, config: Config | None =
     first = problems[0]
     if config is None:
         shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.gpu_name, shape, first.tokens, plan.choices())
+        config = chosen(setting.gpu_name, shape, first.tokens, plan)
     weights = _weights(plan, problems)
 
     def call(i: int) -> Outputs:

@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from castpoint.kernels.checks import KEEP
+from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import check_backend, run
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 # model_type -> the plan by which transformers runs it. The layers of all of them have the same parts.

@@ -11,7 +11,7 @@ from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, PL
 from castpoint.harness.problems.positions import ROTATED
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import own
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
 WHOSE = {"k_rel_ms": "K's", "logit_ms": "the logits'"}  # squared error

@@ -26,7 +26,7 @@ from castpoint.harness.report.style import ORANGE as ORANGE
 from castpoint.harness.report.style import RED as RED
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
-from castpoint.kernels.checks import RNE
+from castpoint.kernels.plan import RNE
 from castpoint.variants.catalogue import PLANS
 
 ONE_ROUNDING = 1.66e-3  # rms relative error of one rounding to bf16 of values spread evenly over a binade

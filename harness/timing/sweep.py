@@ -29,10 +29,10 @@ from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.limits import ceilings as gpu_ceilings
 from castpoint.harness.timing.outputs import bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure, spread
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import eager, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 

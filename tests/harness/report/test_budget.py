@@ -11,7 +11,7 @@ from castpoint.harness.accuracy.budget import budget_rows, order_rows, ways_to_r
 from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
 from castpoint.harness.report.budget import largest_share_sentence, mean_shares, rope_sentence, rope_shares, rope_table
 from castpoint.harness.runs.records import TABLES
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 matplotlib.use("agg")
 

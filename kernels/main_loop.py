@@ -17,6 +17,7 @@ from .checks import check_tensor
 from .config import Config
 from .head_norm import check_device, output_tensor
 from .norm_qkv import launch_blocks
+from .plan import DEFAULT, RNE, words
 from .rounding import narrow, round_to
 
 
@@ -32,6 +33,7 @@ def matmul_kernel(
     stride_wn,
     stride_wk,
     stride_pm,
+    PLAN: tl.constexpr,  # Words of DEFAULT
     DH: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,11 +42,9 @@ def matmul_kernel(
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
-    acc, _squares = multiply(  # after a stored hidden it reads no other tensor, and no word but MATMUL
+    acc, _squares = multiply(  # after a stored hidden it reads no other tensor, and no word but PLAN.matmul
         hidden_ptr, None, None, weight_ptr, None, offs_m, head, 0, D, T, D, stride_xm, stride_xk, 0, 0, stride_wn,
-        stride_wk, DH, HAS_RESIDUAL=False, X="fp32", STATISTICS="fp32", NORMED="fp32", HIDDEN="bf16-rne",
-        SCALE="prologue", MATMUL="bf16", WEIGHT_OFFSET="none", PREPASS="hidden", INTERPRETED=INTERPRETED,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        stride_wk, PLAN, DH, "hidden", INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)  # [N]
     proj_ptrs = proj_ptr + offs_m[:, None] * stride_pm + head * DH + offs_n[None, :]
@@ -71,7 +71,7 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
     check_tensor("hidden", hidden, [tokens, hidden_size], like=hidden)
     check_tensor("weight", weight, [rows, hidden_size], like=hidden)
     interpreted = check_device("hidden", hidden, matmul_kernel)
-    out = output_tensor("out", out, (tokens, rows), "bf16-rne", like=hidden)
+    out = output_tensor("out", out, (tokens, rows), RNE, like=hidden)
     if tokens == 0:
         return out
     matmul_kernel[(triton.cdiv(tokens, config.block_m), rows // head_dim)](
@@ -83,6 +83,7 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
         *hidden.stride(),
         *weight.stride(),
         out.stride(0),
+        PLAN=words(DEFAULT),
         DH=head_dim,
         INTERPRETED=interpreted,
         **launch_blocks(config, head_dim, interpreted),

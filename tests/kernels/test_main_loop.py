@@ -23,7 +23,7 @@ from torch import Tensor
 from castpoint.harness.compiled.compile import config_cases
 from castpoint.harness.conformance.cuda import proj_bounds
 from castpoint.kernels.config import Config
-from castpoint.kernels.matmul import matmul
+from castpoint.kernels.main_loop import matmul
 
 Matmul = Callable[..., Tensor]
 TILE = Config("fused", "hidden", 16, 64)
@@ -164,14 +164,14 @@ CHANGES = {  # file, old text, new text, the net that must notice
     "a step short": ("chain.py", RANGE, "range(begin, end - BLOCK_K, BLOCK_K)", SUMS),
     "a step too many": ("chain.py", RANGE, "range(begin, end + 1, BLOCK_K)", ""),
     "no mask of channels": ("chain.py", "mask=(offs_k < D)[:, None] & ", "mask=", MEMORY),
-    "no mask of tokens": ("matmul.py", MASK, "mask=(offs_m >= 0)[:, None] & (offs_n < DH)[None, :]", MEMORY),
-    "no mask of a head": ("matmul.py", MASK, "mask=(offs_m < T)[:, None] & (offs_n >= 0)[None, :]", MEMORY),
-    "not rounded": ("matmul.py", 'narrow(round_to(acc, "bf16-rne"))', "narrow(acc)", SUMS),
-    "truncated": ("matmul.py", 'round_to(acc, "bf16-rne")', 'round_to(acc, "bf16-rtz")', DRAWN),
-    "every head the first": ("matmul.py", "head * DH + offs_n", "offs_n", SUMS),
-    "every block the first": ("matmul.py", ".to(tl.int64) * BLOCK_M", ".to(tl.int64) * 0", SUMS),
-    "contiguous hidden": ("matmul.py", "stride_xm, stride_xk, 0", "stride_xm, 1, 0", STRIDES),
-    "contiguous weight": ("matmul.py", "        stride_wk, DH", "        1, DH", STRIDES),
+    "no mask of tokens": ("main_loop.py", MASK, "mask=(offs_m >= 0)[:, None] & (offs_n < DH)[None, :]", MEMORY),
+    "no mask of a head": ("main_loop.py", MASK, "mask=(offs_m < T)[:, None] & (offs_n >= 0)[None, :]", MEMORY),
+    "not rounded": ("main_loop.py", 'narrow(round_to(acc, "bf16-rne"))', "narrow(acc)", SUMS),
+    "truncated": ("main_loop.py", 'round_to(acc, "bf16-rne")', 'round_to(acc, "bf16-rtz")', DRAWN),
+    "every head the first": ("main_loop.py", "head * DH + offs_n", "offs_n", SUMS),
+    "every block the first": ("main_loop.py", ".to(tl.int64) * BLOCK_M", ".to(tl.int64) * 0", SUMS),
+    "contiguous hidden": ("main_loop.py", "stride_xm, stride_xk, 0", "stride_xm, 1, 0", STRIDES),
+    "contiguous weight": ("main_loop.py", "        stride_wk, PLAN", "        1, PLAN", STRIDES),
 }
 
 
@@ -188,7 +188,7 @@ def changed(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Matmu
         (package / source.name).write_text(text)
     monkeypatch.syspath_prepend(folder)
     try:
-        return importlib.import_module("changed_kernels.matmul").matmul
+        return importlib.import_module("changed_kernels.main_loop").matmul
     finally:
         for module in [module for module in sys.modules if module.split(".")[0] == "changed_kernels"]:
             del sys.modules[module]

@@ -26,10 +26,26 @@ the plan that one plan makes and another does not define two different numerical
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
-from castpoint.kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, check_flags
+KEEP = "fp32"
+RNE = "bf16-rne"
+RTZ = "bf16-rtz"
+STORAGE = (KEEP, RNE, RTZ)  # how a value is held: kept, rounded to nearest even, truncated
 
+# The values of the chain that may be rounded, in order; three of them exist only where q and k are rotated.
+ROPE_BOUNDARIES = ("unrotated", "cos_sin", "products")
+BOUNDARIES = (
+    *("x", "statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed"),
+    *ROPE_BOUNDARIES,
+    "out",
+)
+CHOICES = {
+    "scale": ("prologue", "epilogue", "folded"),
+    "matmul": ("bf16", "tf32", "tf32x3", "fp32"),
+    "weight_offset": ("none", "fp32", "bf16-rne"),
+}
 OPTIONAL = ("x", *ROPE_BOUNDARIES)  # boundaries that a problem may have no use for
 
 
@@ -84,7 +100,32 @@ class CastPlan:
     weight_offset: str = "none"
 
     def __post_init__(self) -> None:
-        check_flags(self.choices())
+        for name, word in self.choices().items():
+            allowed = CHOICES.get(name, STORAGE)
+            if word not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
+        if self.scale != "prologue" and self.normed != KEEP:
+            raise ValueError(
+                f"scale={self.scale!r} applies rstd after the matmul, so x * rstd is never formed: "
+                f"normed must be {KEEP!r}, not {self.normed!r}"
+            )
+        if self.scale == "folded":
+            if self.hidden != KEEP:
+                raise ValueError(
+                    "scale='folded' feeds x itself to the matmul, so there is no x * w_in to round: "
+                    f"hidden must be {KEEP!r}, not {self.hidden!r}"
+                )
+            if self.matmul != "bf16" or self.x == KEEP:
+                raise ValueError(
+                    "scale='folded' multiplies x in bf16 with weights folded to bf16: "
+                    f"matmul must be 'bf16' and x rounded, not matmul={self.matmul!r} with x={self.x!r}"
+                )
+        elif (self.matmul == "bf16") != (self.hidden != KEEP):
+            raise ValueError(
+                f"matmul={self.matmul!r} contradicts hidden={self.hidden!r}: a bf16 matmul needs hidden in bf16, and "
+                "with hidden in bf16 every wider matmul is the same function, because products of bf16 values are "
+                "exact in fp32"
+            )
 
     def replace(self, **changes: str) -> CastPlan:
         """This plan with some choices changed; checked like a new one."""
@@ -95,7 +136,7 @@ class CastPlan:
         return self.replace(**dict.fromkeys(ROPE_BOUNDARIES, KEEP))
 
     def choices(self) -> dict[str, str]:
-        """Every boundary and choice by name: the compile-time flags of the Triton kernels."""
+        """The word of every boundary and choice, by name."""
         return dataclasses.asdict(self)
 
     def roundings(self) -> list[str]:
@@ -106,3 +147,36 @@ class CastPlan:
     def rope_roundings(self) -> list[str]:
         """Names of RoPE's boundaries that are rounded."""
         return [name for name in ROPE_BOUNDARIES if getattr(self, name) != KEEP]
+
+
+DEFAULT = CastPlan()
+
+
+class Words:
+    """A plan as the kernels read it, their one compile-time argument PLAN: `PLAN.proj` and so on.
+
+    Each word is a tl.constexpr, since Triton 3.6 does not compile with plain strings. The repr holds every word, since
+    Triton's caches know the argument by it: two plans that print alike would share one binary.
+    """
+
+    def __init__(self, plan: CastPlan) -> None:
+        import triton.language as tl  # not above: plans are named where no Triton is
+
+        self.plan = plan
+        for name, word in plan.choices().items():
+            setattr(self, name, tl.constexpr(word))
+
+    def __repr__(self) -> str:
+        return repr(self.plan)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Words) and self.plan == other.plan
+
+    def __hash__(self) -> int:
+        return hash(self.plan)
+
+
+@functools.cache
+def words(plan: CastPlan) -> Words:
+    """PLAN of a launch."""
+    return Words(plan)
