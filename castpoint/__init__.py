@@ -15,7 +15,7 @@ if _CHECKOUT:  # not a wheel: the three folders lie beside this one
     __path__.append(str(_CHECKOUT))
 
 _HOMES = {
-    "CastPlan": "castpoint.variants.plan",
+    "CastPlan": "castpoint.variants.catalogue",
     "PLANS": "castpoint.variants.catalogue",
     "plan_named": "castpoint.variants.catalogue",
     "norm_qkv": "castpoint.kernels.norm_qkv",
