@@ -4,6 +4,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+TORCH   := torch==2.13.0
 RESULTS ?=
 ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
@@ -15,13 +16,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of castpoint"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$$(grep -oE '^torch==[0-9.]+' requirements.txt)"
-	$(BIN)/python -m pip install -q -r requirements.txt
-	$(BIN)/python -m pip install -q --no-deps -e .
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@
 
 bench: $(READY)  ## errors, amplification and speed of every plan on Qwen3-0.6B, plots and report
@@ -36,7 +36,7 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
 study: $(READY)  ## fingerprints of public implementations, error budget, cases, audit, compiled kernels run on a CPU
-	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-extras.txt
+	$(BIN)/python -m pip install -q -e '.[studies]'
 	$(BIN)/castpoint survey $(WHERE)
 	$(BIN)/castpoint budget --tokens 64 $(WHERE)
 	$(BIN)/castpoint cases $(WHERE)
@@ -62,9 +62,12 @@ gpu-tune:  ## time every tile of the kernels and write the fastest into kernels/
 report: $(READY)  ## plots, report.md and the README's tables from the newest finished run
 	$(BIN)/castpoint report $(WHERE)
 
-lint: $(READY)  ## check style, change nothing
+lint: $(READY)  ## check style, the import rule and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/lint && mkdir -p build/lint && cp -Rp castpoint build/lint && cp -Rp kernels variants harness build/lint/castpoint
+	cd build/lint && $(abspath $(BIN))/lint-imports --no-cache ../../pyproject.toml
+	$(BIN)/mypy
 
 format: $(READY)  ## rewrite to style
 	$(BIN)/ruff check --fix .
