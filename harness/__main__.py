@@ -23,6 +23,7 @@ from castpoint.harness.options import (
     select,
 )
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import AuditRow, CaseRow
 from castpoint.harness.runs.settings import Settings
 
 app = typer.Typer(
@@ -225,8 +226,7 @@ def cases(results: ResultsFolder = None) -> None:
 
     records = records_of("cases", results, device_named("cpu"))
     for row in run_cases():
-        if not records.has("cases", **row):
-            records.add("cases", **row)
+        records.add(CaseRow(**row))
     records.finish()
     _print_study(records, "cases")
 
@@ -279,8 +279,7 @@ def audit(
     else:
         records = records_of("audit", results, "cpu", targets=targets)
         for row in audit_all(targets):
-            if not records.has("audit", **row):
-                records.add("audit", **row)
+            records.add(AuditRow(**row))
         records.finish()
         _print_study(records, "audit")
         rows = records.rows("audit")

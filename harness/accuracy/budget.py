@@ -7,13 +7,16 @@ of a kernel stand beside it, without a share.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, Errors, budget, order_of_sums
+from castpoint.harness.accuracy.shapley import Errors, budget, order_of_sums
 from castpoint.harness.accuracy.sweep import by_storage, problem_at
 from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, Backend, BudgetRow, Status
 from castpoint.harness.runs.settings import Settings
 from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import ROPE_BOUNDARIES
@@ -28,12 +31,12 @@ def sweep_budget(settings: Settings, records: Records) -> None:
         for layer in track(s.layers, "error budget"):
             for _, names in by_storage(s.plans):
                 problem = problem_at(s, layer, s.tokens, names[0])
-                _add_rows(records, problem, names, "spec", budget_rows)
+                _divide(records, problem, names)
                 if problem.has_head_norm and not problem.weight_offset:
-                    _add_rows(records, with_positions(problem), ways_to_rotate(names), "spec", budget_rows)
+                    _divide(records, with_positions(problem), ways_to_rotate(names))
     for name in track(s.plans, "kernels against specs"):
         problem = problem_at(s, s.layers[0], s.kernel_tokens, name)
-        _add_rows(records, problem, [name], "triton", order_rows)
+        _add_rows(records, problem, name, Backend.TRITON, order_rows)
 
 
 def ways_to_rotate(names: Iterable[str]) -> list[str]:
@@ -44,36 +47,49 @@ def ways_to_rotate(names: Iterable[str]) -> list[str]:
     return list(words.values())
 
 
+def _divide(records: Records, problem: Problem, names: Iterable[str]) -> None:
+    errors = functools.cache(lambda: Errors(problem))  # where any is asked for
+    for name in names:
+        _add_rows(records, problem, name, Backend.SPEC, lambda names, p: budget_rows(names, p, errors()))
+
+
 def _add_rows(
     records: Records,
     problem: Problem,
-    names: list[str],
-    backend: str,
-    rows_of: Callable[[list[str], Problem], Iterator[dict[str, object]]],
+    name: str,
+    backend: Backend,
+    rows_of: Callable[[list[str], Problem], Iterator[BudgetRow]],
 ) -> None:
-    """The rows of those plans that have none yet. The last row of a plan says that it is complete."""
-    last = {"measure": MEASURES[-1], "player": ORDER_OF_SUMS if backend != "spec" else FP32}
-    todo = [name for name in names if not records.has("budget", **_key(problem, name, backend), **last)]
-    for row in rows_of(todo, problem):
-        if not records.has("budget", **row):
-            records.add("budget", **row)
+    """The rows of that plan if it has none yet. The last says that it is complete; one that fails has no other."""
+    player = FP32 if backend == Backend.SPEC else ORDER_OF_SUMS
+    last = {**_key(problem, name, backend), "measure": MEASURES[-1], "player": player}
+    if records.has(BudgetRow, **last):
+        return
+    try:
+        rows = list(rows_of([name], problem))
+    except Exception as error:  # no compiler, an error that is not finite: a row, and on
+        rows = [BudgetRow(**last, status=Status.FAILED, reason=f"{type(error).__name__}: {str(error)[:200]}")]
+    for row in rows:
+        records.add(row)
 
 
-def budget_rows(names: Iterable[str], problem: Problem) -> Iterator[dict[str, object]]:
-    """Rows of budget.csv of named plans on one problem: one for each measure and player, and one for fp32 arithmetic.
+def budget_rows(names: Iterable[str], problem: Problem, errors: Errors | None = None) -> Iterator[BudgetRow]:
+    """Rows of named plans on one problem: one for each measure and player, and one for fp32 arithmetic.
 
-    A plan's `shapley` of one measure sum to its `total`, its `share` to 1. Raises what budget raises.
+    A plan's `shapley` of one measure sum to its `total`, its `share` to 1. errors: Errors(problem), if they are at
+    hand. Raises what budget raises.
     """
-    errors = Errors(problem)
+    errors = errors or Errors(problem)
     for name in names:
+        key = _key(problem, name, Backend.SPEC)
         for measure, b in budget(plan_named(name), problem, errors).items():
             for player, value in b.all_parts().items():
-                key = {**_key(problem, name, "spec"), "measure": measure, "player": player}
-                yield {**key, "shapley": value, "share": b.share(value), "total": b.total}
+                parts = {"shapley": value, "share": b.share(value), "total": b.total}
+                yield BudgetRow(**key, measure=measure, player=player, **parts)
 
 
-def order_rows(names: Iterable[str], problem: Problem, backend: str = "triton") -> Iterator[dict[str, object]]:
-    """Rows of budget.csv of what that backend adds to the specs of named plans on one problem.
+def order_rows(names: Iterable[str], problem: Problem, backend: Backend = Backend.TRITON) -> Iterator[BudgetRow]:
+    """Rows of what that backend adds to the specs of named plans on one problem.
 
     They have no `shapley` and no `share`: this is no part of the plan's error. `total` is that error on the same
     tokens, and `kernel_vs_spec_share` relative to it. Raises what variants.backends.run raises.
@@ -81,18 +97,15 @@ def order_rows(names: Iterable[str], problem: Problem, backend: str = "triton") 
     for name in names:
         for measure, (added, total) in order_of_sums(plan_named(name), problem, backend).items():
             key = {**_key(problem, name, backend), "measure": measure, "player": ORDER_OF_SUMS}
-            yield {
-                **key,
-                "total": total,
-                "kernel_vs_spec": added,
-                "kernel_vs_spec_share": added / total if total else 0.0,
-            }
+            share = added / total if total else 0.0
+            yield BudgetRow(**key, total=total, kernel_vs_spec=added, kernel_vs_spec_share=share)
 
 
-def _key(problem: Problem, plan: str, backend: str) -> dict[str, object]:
+def _key(problem: Problem, plan: str, backend: Backend) -> dict[str, Any]:
     return {
         "model": problem.model,
         "weights": problem.weights,
+        "rotated_from": None if problem.positions is None else int(problem.positions[0]),
         "layer": problem.layer,
         "tokens": problem.tokens,
         "plan": plan,

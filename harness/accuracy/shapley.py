@@ -29,20 +29,11 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import attention_logits
+from castpoint.harness.runs.schema import FP32, MEASURES, PLAYERS
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, applied_weight, check_offset, matmul_operand, rotated, spec, store, truth
-
-# k_rel_ms: mean over heads of (mean square of the head's error / of the head): the square of ErrorStats.rel_rms.
-# logit_ms: mean square of the error of causal attention logits: the square of amplification's logit_rms_error.
-MEASURES = ("k_rel_ms", "logit_ms")
-FP32 = "fp32 arithmetic"
-ORDER_OF_SUMS = "order of sums"
-# In the order of the chain: subsets that share a matmul come one after another, and it is computed once for them.
-PLAYERS = tuple(
-    "x weight_offset statistics variance rstd normed hidden scale matmul proj head_rstd head_normed".split()
-) + (*ROPE_BOUNDARIES, "out")
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,8 @@ def players(plan: CastPlan, problem: Problem) -> list[str]:
 
     x rounds only where there is a residual, head_rstd and head_normed only where there is a head norm, those of RoPE
     only where there are positions. statistics
-    and variance are one player each for both norms, out for q, k and v.
+    and variance are one player each for both norms, out for q, k and v. In the order of PLAYERS subsets that share a
+    matmul come one after another, and it is computed once for them.
     """
     rounding = {name for name in BOUNDARIES if getattr(plan, name) != KEEP}
     if problem.residual is None:

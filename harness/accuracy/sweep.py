@@ -6,6 +6,7 @@ Each sweep asks the records what they have, measures what is missing, and goes o
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,10 @@ from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import TABLES, Records
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, DrawRow, ErrorRow, Status, UlpRow
 from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
@@ -30,7 +33,7 @@ from castpoint.variants.spec import Chain, spec, truth
 
 # On a CPU the second structure is left to the tests: interpreted, it says nothing that they do not. On a GPU Inductor,
 # the plans' way to run compiled on a CPU, is left out: it is timed nowhere there.
-KERNEL_BACKENDS = {"cpu": ("triton", "inductor"), "cuda": ("triton", "triton-separate")}
+KERNEL_BACKENDS = {"cpu": (Backend.TRITON, Backend.INDUCTOR), "cuda": (Backend.TRITON, Backend.TRITON_SEPARATE)}
 UNIFORM_K_NORMS = (1.0, 64.0)  # controls: no amplification, and one by a power of two, the same in every channel
 DRAWS = 5  # seeds, the settings' own first: how far one draw of weights and inputs can be trusted
 
@@ -53,7 +56,7 @@ def sweep_precision(settings: Settings, records: Records) -> None:
             for uniform in UNIFORM_K_NORMS:
                 control = synthetic_problem(s.model, layer, s.tokens, s.seed, uniform_k_norm=uniform)
                 fitting = [n for n in s.plans if (plan_named(n).weight_offset != "none") == control.weight_offset]
-                _layer_precision(records, s, control.to(s.device), fitting)
+                _layer_precision(records, s, control.to(s.device), fitting, uniform)
             _draws(records, s, layer)
 
 
@@ -64,36 +67,43 @@ def sweep_kernels(settings: Settings, records: Records) -> None:
             _kernel_errors(records, settings, settings.layers[0], name, backend)
 
 
-def _layer_precision(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
-    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete."""
-    todo = [n for n in names if not records.has("errors", **_key(problem, n, "spec", "v", "eager"))]
+def _layer_precision(
+    records: Records, s: Settings, problem: Problem, names: list[str], uniform: float | None = None
+) -> None:
+    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete.
+    uniform: its one K-norm weight, if it is a control."""
+    todo = [n for n in names if not records.has(ErrorRow, **_key(s, problem, n, Backend.SPEC, "v", "eager"))]
     if not todo:
         return
     exact = truth(problem)
     true_values = _values(problem, exact)
     eager_values = _eager_values(problem)
+    control = {"uniform_k_norm": uniform}
     for output, value in eager_values.items():
-        _add_error(records, s, problem, _eager_plan(problem), "eager", output, "truth", value, true_values[output])
+        key = _key(s, problem, _eager_plan(problem), Backend.EAGER, output, "truth")
+        _add_error(records, key | control, value, true_values[output])
     for name in todo:
         chain = spec(plan_named(name), problem)
-        key = {"weights": problem.weights, "layer": problem.layer, "plan": name}
-        if problem.has_head_norm and not records.has("amplification", **key):
-            records.add("amplification", model=s.model, **key, **amplification(problem, chain, exact))
+        row = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name, **control}
+        if problem.has_head_norm and not records.has(AmplificationRow, **row):
+            records.add(AmplificationRow(**row, **amplification(problem, chain, exact)))
         for output, value in _values(problem, chain).items():
-            _add_error(records, s, problem, name, "spec", output, "truth", value, true_values[output])
-            _add_error(records, s, problem, name, "spec", output, "eager", value, eager_values[output])
+            for reference, values in (("truth", true_values), ("eager", eager_values)):
+                key = _key(s, problem, name, Backend.SPEC, output, reference)
+                _add_error(records, key | control, value, values[output])
 
 
 def _draws(records: Records, s: Settings, layer: int) -> None:
     """What eager's plan and the K norm do on other draws of the layer, and on its controls."""
+    columns = {field.name for field in fields(DrawRow)}
     for seed, uniform in itertools.product(range(s.seed, s.seed + DRAWS), (None, *UNIFORM_K_NORMS)):
         problem = synthetic_problem(s.model, layer, s.tokens, seed, uniform_k_norm=uniform).to(s.device)
         name = _eager_plan(problem)
-        key = {"weights": problem.weights, "layer": layer, "seed": seed, "plan": name}
-        if not records.has("draws", **key):
+        row = {"model": s.model, "tokens": s.tokens, "weights": problem.weights, "layer": layer, "seed": seed}
+        row |= {"plan": name, "uniform_k_norm": uniform}
+        if not records.has(DrawRow, **row):
             measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
-            row = {column: measured[column] for column in TABLES["draws"] if column in measured}
-            records.add("draws", model=s.model, tokens=s.tokens, **key, **row)
+            records.add(DrawRow(**row, **{column: v for column, v in measured.items() if column in columns}))
 
 
 def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
@@ -110,11 +120,9 @@ def _offset_fits(s: Settings, stored_as_offset: bool) -> bool:
 
 
 def _refused(records: Records, s: Settings, layer: int, name: str) -> None:
-    problem = problem_at(s, layer, 1)
-    if not records.has("errors", **_key(problem, name, "spec", "", "")):
-        reason = "the plan reads norm weights as 1 + w, this checkpoint stores w, or the other way round"
-        row = _key(problem, name, "spec", "", "")
-        records.add("errors", model=s.model, seed=s.seed, **row, status="not applicable", reason=reason)
+    reason = "the plan reads norm weights as 1 + w, this checkpoint stores w, or the other way round"
+    key = _key(s, problem_at(s, layer, 1), name, Backend.SPEC, "", "")
+    records.add(ErrorRow(**key, status=Status.NOT_APPLICABLE, reason=reason))
 
 
 def _named(problem: Problem, outputs: tuple[Tensor, ...], k_proj: Tensor) -> dict[str, Tensor]:
@@ -138,41 +146,35 @@ def _eager_plan(problem: Problem) -> str:
 def _noise_floor(records: Records, s: Settings, problem: Problem) -> None:
     """Eager against itself: one token at a time, and (on a CPU) on one thread."""
     name, expected = _eager_plan(problem), _eager_values(problem)
-    if records.has("errors", **_key(problem, name, "eager, batch of 1", "v", "eager")):
+    if records.has(ErrorRow, **_key(s, problem, name, Backend.EAGER_BATCH_OF_1, "v", "eager")):
         return
     rows = [eager(problem.replace(x=problem.x[i : i + 1])) for i in range(problem.tokens)]
-    floors = {"eager, batch of 1": [torch.cat(parts) for parts in zip(*rows, strict=True)]}
+    floors = {Backend.EAGER_BATCH_OF_1: [torch.cat(parts) for parts in zip(*rows, strict=True)]}
     if s.device == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            floors["eager, 1 thread"] = list(eager(problem))
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread():
+            floors[Backend.EAGER_ONE_THREAD] = list(eager(problem))
     for backend, outputs in floors.items():
         for output, value in zip("qkv", outputs, strict=True):
-            _add_error(records, s, problem, name, backend, output, "eager", value, expected[output])
+            _add_error(records, _key(s, problem, name, backend, output, "eager"), value, expected[output])
 
 
 def _first_layer_details(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
     """Histogram of K's error in ulps for every plan, and the gain of every channel for eager's plan."""
     exact = truth(problem)
     for name in names:
-        key = {"weights": problem.weights, "layer": problem.layer, "plan": name}
-        details = {"output": "k", "reference": "truth", **key}
-        if records.has("ulps", ulp_from=0.0, **details):
+        key = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name}
+        details = {**key, "backend": Backend.SPEC, "output": "k", "reference": "truth"}
+        if records.has(UlpRow, ulp_from=0.0, **details):
             continue
         chain = spec(plan_named(name), problem)
         if name == "hf" and problem.has_head_norm:
             gains = zip(*channel_gains(problem, chain, exact), strict=True)
             for channel, (predicted, measured) in enumerate(gains):
-                row = {"gain_predicted": predicted.item(), "gain_measured": measured.item()}
+                row = {"gain_predicted": predicted.item(), "gain_measured": measured.item(), **key}
                 weight = problem.k_norm_weight[channel].item()
-                if not records.has("channels", channel=channel, **key):
-                    records.add("channels", model=s.model, channel=channel, k_norm_weight=weight, **row, **key)
+                records.add(ChannelRow(channel=channel, k_norm_weight=weight, **row))
         for low, high, share in reversed(ulp_histogram(actual=chain.k, reference=exact.k)):
-            if not records.has("ulps", ulp_from=low, **details):
-                records.add("ulps", model=s.model, backend="spec", ulp_from=low, ulp_to=high, share=share, **details)
+            records.add(UlpRow(ulp_from=low, ulp_to=high, share=share, **details))
 
 
 def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend: str) -> None:
@@ -181,7 +183,7 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
     if not _offset_fits(s, plan.weight_offset != "none"):
         return
     problem = problem_at(s, layer, s.kernel_tokens, name)
-    if records.has("errors", **_key(problem, name, backend, "v", "spec")):
+    if records.has(ErrorRow, **_key(s, problem, name, backend, "v", "spec")):
         return
     try:
         outputs = dict(zip("qkv", run(plan, problem, backend), strict=True))
@@ -193,20 +195,17 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
         bounds = envelope(plan, problem)
         exact_share = _exact_share(plan, problem.head_dim, backend, s.device)
     except Exception as error:  # no compiler, no launch, no memory: a row, and on
-        row = _key(problem, name, backend, "", "")
-        if not records.has("errors", **row):
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            records.add("errors", model=s.model, seed=s.seed, **row, status="failed", reason=reason)
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        records.add(ErrorRow(**_key(s, problem, name, backend, "", ""), status=Status.FAILED, reason=reason))
         return
     for output, value in outputs.items():
         unexplained = int(outside(value, bounds[output]).sum())
         for reference, values in references.items():
-            red = reference == "spec" and (unexplained or exact_share < 1)
-            reason = (
-                f"{unexplained} elements outside the envelope, {exact_share:.4%} equal on exact inputs" if red else ""
-            )
-            status = "red" if red else "ok"
-            _add_error(records, s, problem, name, backend, output, reference, value, values[output], status, reason)
+            found: dict[str, str] = {}
+            if reference == "spec" and (unexplained or exact_share < 1):
+                said = f"{unexplained} elements outside the envelope, {exact_share:.4%} equal on exact inputs"
+                found = {"status": Status.RED, "reason": said}
+            _add_error(records, _key(s, problem, name, backend, output, reference) | found, value, values[output])
 
 
 def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> float:
@@ -215,7 +214,7 @@ def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> fl
     Of Inductor the envelope alone is asked here: on a GPU its rsqrt is approximate, on a CPU the tests hold it to
     equal bits.
     """
-    if backend == "inductor":
+    if backend == Backend.INDUCTOR:
         return 1.0
     problem = exact_problem(plan, head_dim=head_dim).to(device)
     pairs = zip(run(plan, problem, backend), spec(plan, problem).outputs().values(), strict=True)
@@ -223,11 +222,13 @@ def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> fl
     return equal.double().mean().item()
 
 
-def _key(problem: Problem, plan: str, backend: str, output: str, reference: str) -> dict[str, Any]:
+def _key(s: Settings, problem: Problem, plan: str, backend: str, output: str, reference: str) -> dict[str, Any]:
     return {
+        "model": s.model,
         "weights": problem.weights,
         "layer": problem.layer,
         "tokens": problem.tokens,
+        "seed": s.seed,
         "plan": plan,
         "backend": backend,
         "output": output,
@@ -235,20 +236,6 @@ def _key(problem: Problem, plan: str, backend: str, output: str, reference: str)
     }
 
 
-def _add_error(
-    records: Records,
-    s: Settings,
-    problem: Problem,
-    plan: str,
-    backend: str,
-    output: str,
-    reference: str,
-    actual: Tensor,
-    expected: Tensor,
-    status: str = "ok",
-    reason: str = "",
-) -> None:
-    key = _key(problem, plan, backend, output, reference)
-    if not records.has("errors", **key):
-        stats = error_stats(actual=actual, reference=expected).row()
-        records.add("errors", model=s.model, seed=s.seed, **key, **stats, status=status, reason=reason)
+def _add_error(records: Records, row: dict[str, Any], actual: Tensor, expected: Tensor) -> None:
+    if not records.has(ErrorRow, **row):
+        records.add(ErrorRow(**row, **error_stats(actual=actual, reference=expected).row()))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compile_matmul, config_cases
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import ConfigRow, Status
 from castpoint.variants.catalogue import plan_named
 
 
@@ -19,24 +20,27 @@ def sweep_configs(records: Records, targets: Iterable[str] = tuple(TARGETS)) -> 
     for kernel, name, target, keywords in track(list(config_cases(targets)), "configs"):
         words = ", ".join(str(v) if k == "config" else f"{k} {v}" for k, v in keywords.items())
         key = {"kernel": kernel, "plan": name, "target": target, "keywords": words}
-        if not records.has("configs", **key):
-            records.add("configs", **key, **_compiled(kernel, name, target, keywords))
+        if not records.has(ConfigRow, **key):
+            records.add(ConfigRow(**key, **_compiled(kernel, name, target, keywords)))
 
 
 def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) -> dict[str, object]:
     config = keywords.get("config")
     if config and config.kernel == "split-k" and TARGETS[target].backend == "hip":
-        return {"status": "refused", "reason": "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)"}
+        return {
+            "status": Status.REFUSED,
+            "reason": "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)",
+        }
     try:
         loop = kernel == "matmul"
         built = compile_matmul(target, **keywords) if loop else COMPILERS[kernel](plan_named(name), target, **keywords)
     except Exception as error:  # whatever a compiler raises belongs into the row
-        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {"status": Status.FAILED, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
     row = {"registers": built.registers, "spills": built.spills, "shared": built.shared}
     row["matrix"] = ", ".join(built.matrix_instructions())
     if built.shared > SHARED[target]:
         return row | {
-            "status": "does not fit",
+            "status": Status.DOES_NOT_FIT,
             "reason": f"{target} has {SHARED[target]} bytes of shared memory a block",
         }
     return row

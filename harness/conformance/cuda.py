@@ -27,6 +27,7 @@ from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.environment import ROOT
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
 from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import fallback, read_table
@@ -40,7 +41,7 @@ from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store
 
 TOKENS = 70  # of the checks: more than one tile of 64 or of 16, and not whole ones
-EXACT, DRAWN, EAGER, INTERPRETER = "exact", "envelope", "eager", "interpreter"
+AGAINST_SPEC = (Check.EXACT, Check.ENVELOPE)
 DEFAULT = "default"  # the config of a launch that is given none
 HEAD_DIM = 128  # of every model of the grid
 
@@ -52,7 +53,7 @@ def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 
-def kernel_checks() -> Iterator[tuple[str, Config | None, str, bool, int]]:
+def kernel_checks() -> Iterator[tuple[str, Config | None, Check, bool, int]]:
     """(plan, config, check, rope, tokens): two of each plan and config, exact inputs and drawn ones; two more where the
     plan is timed with RoPE too; and for split-K, which has another binary for it, of one token."""
     turned = grid.own_plans(grid.Point(grid.MODELS[0], 1, grid.ROPE))
@@ -60,32 +61,34 @@ def kernel_checks() -> Iterator[tuple[str, Config | None, str, bool, int]]:
         for config in configs_of(named.plan).values():
             counts = (TOKENS, 1) if config and config.kernel == "split-k" else (TOKENS,)
             ropes = (False, True) if name in turned else (False,)
-            for rope, tokens, check in itertools.product(ropes, counts, (EXACT, DRAWN)):
+            for rope, tokens, check in itertools.product(ropes, counts, AGAINST_SPEC):
                 yield name, config, check, rope, tokens
 
 
 def check_kernels(records: Records, gpu: Cuda) -> None:
     """One row for each of kernel_checks. Raises DeviceLost if the context broke."""
     for name, config, check, rope, tokens in track(list(kernel_checks()), "checks"):
-        words = f"{config or DEFAULT}{', RoPE' * rope}{', 1 token' * (tokens == 1)}"
-        key = {"plan": name, "config": words, "check": check}
-        if not records.has("gpu_checks", **key):
-            records.add("gpu_checks", **key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens))
+        key = {"plan": name, "config": str(config or DEFAULT), "rope": rope, "tokens": tokens, "check": check}
+        if not records.has(GpuCheckRow, **key):
+            records.add(GpuCheckRow(**key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens)))
 
 
 def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
     """Two rows for each tile of our own loop at those points, named as its arm. Raises DeviceLost as check_kernels."""
     for tile in dict.fromkeys(tile for p in points for tile in grid.loop_tiles(p)):
-        for check in (EXACT, DRAWN):
-            key = {"plan": peers.loop_name(tile), "config": str(tile), "check": check}
-            if not records.has("gpu_checks", **key):
-                records.add("gpu_checks", **key, **loop_checked(tile, check, gpu))
+        for check in AGAINST_SPEC:
+            key = {"plan": peers.loop_name(tile), "config": str(tile), "rope": False, "tokens": TOKENS, "check": check}
+            if not records.has(GpuCheckRow, **key):
+                records.add(GpuCheckRow(**key, **loop_checked(tile, check, gpu)))
 
 
 def red_plans(records: Records) -> dict[str, str]:
     """plan, or arm of our own loop -> reason, of those that a check found wrong in some config."""
-    rows = [row for row in records.rows("gpu_checks") if row["check"] in (EXACT, DRAWN) and row["status"] != "ok"]
-    return {row["plan"]: f"{row['config']}, {row['check']}: {row['reason']}" for row in rows}
+    rows = [row for row in records.rows("gpu_checks") if row["check"] in AGAINST_SPEC and row["status"] != Status.OK]
+    return {
+        row["plan"]: f"{row['config']}{', RoPE' * (row['rope'] == str(True))}, {row['check']}: {row['reason']}"
+        for row in rows
+    }
 
 
 def checked(
@@ -98,9 +101,9 @@ def checked(
         outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
         again = run_triton(plan, problem, config=config)
     except Exception as error:  # no compile, no launch, no memory: a row, and on
-        return {"status": "failed", "reason": reason_of(gpu, "a check", error)}
+        return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
     equal = torch.cat([(outputs[n].double() == expected[n]).flatten() for n in "qkv"])
-    if check == EXACT:
+    if check == Check.EXACT:
         wrong, what = int((~equal).sum()), "differ from the spec where no sum depends on order"
     else:
         bounds = envelope(plan, problem)
@@ -114,12 +117,12 @@ def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, ob
     if not repeats:
         reason += "; two runs differ"
     share = equal.double().mean().item()
-    return {"share_equal": share, "status": "red" if reason else "ok", "reason": reason.removeprefix("; ")}
+    return {"share_equal": share, "status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
 
 
 def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS) -> Problem:
     """The problem of a check: heads of 128 as the models of the grid have them."""
-    if check == EXACT:
+    if check == Check.EXACT:
         return exact_problem(plan, tokens=tokens, hidden_size=1024, head_dim=128, rope=rope).to(device)
     problem = synthetic_problem("qwen3-0.6b", 0, tokens, weight_offset=plan.weight_offset != "none").to(device)
     return with_positions(problem) if rope else problem
@@ -131,8 +134,8 @@ def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:
         hidden, weight, (low, high) = loop_problem(check, gpu.device)
         actual, again = (matmul(hidden, weight, HEAD_DIM, tile) for _ in range(2))
     except Exception as error:  # no compile, no launch, no memory: a row, and on
-        return {"status": "failed", "reason": reason_of(gpu, "a check", error)}
-    what = "differ where sums are exact" if check == EXACT else "lie outside the interval of fp32 sums"
+        return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
+    what = "differ where sums are exact" if check == Check.EXACT else "lie outside the interval of fp32 sums"
     wrong = int(outside(actual, (low, high)).sum())
     return _judged(actual.double() == low, wrong, what, torch.equal(actual, again))
 
@@ -143,7 +146,7 @@ def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:
     Exact: whole numbers up to 8, whose sums fp32 holds in any order and bf16 mostly does not, many of them ties; the
     last block of tokens and the last step of D are not whole at any tile.
     """
-    if check == EXACT:
+    if check == Check.EXACT:
         rng = torch.Generator().manual_seed(0)
         shapes = (2 * TOKENS, 1008), (4 * HEAD_DIM, 1008)
         hidden, weight = (torch.randint(-8, 9, s, generator=rng).to(device, torch.bfloat16) for s in shapes)
@@ -165,23 +168,24 @@ def proj_bounds(hidden: Tensor, weight: Tensor) -> Interval:
 def check_eager(records: Records, gpu: Cuda) -> None:
     """Eager against the spec of its plan, with partial sums in bf16 allowed (PyTorch's default) and not."""
     plan = PLANS["hf"].plan
-    problem = problem_for(plan, DRAWN, gpu.device)
+    problem = problem_for(plan, Check.ENVELOPE, gpu.device)
     for setting in peers.REDUCTIONS:
-        key = {"plan": "hf", "config": setting, "check": EAGER}
-        if records.has("gpu_checks", **key):
+        key = {"plan": "hf", "config": setting, "rope": False, "tokens": TOKENS, "check": Check.EAGER}
+        if records.has(GpuCheckRow, **key):
             continue
         try:
             with peers.bf16_reduction(setting):
                 outputs = eager(problem)
         except Exception as error:  # a setting that this PyTorch does not know
-            records.add("gpu_checks", **key, status="failed", reason=reason_of(gpu, "eager", error))
+            records.add(GpuCheckRow(**key, status=Status.FAILED, reason=reason_of(gpu, "eager", error)))
             continue
-        records.add("gpu_checks", **key, **_compared(outputs, tuple(spec(plan, problem).outputs().values())))
+        records.add(GpuCheckRow(**key, **_compared(outputs, tuple(spec(plan, problem).outputs().values()))))
 
 
 def check_interpreter(records: Records, gpu: Cuda) -> None:
     """Compiled kernels against the same kernels interpreted: sums in another order, and nothing else."""
-    todo = [n for n in PLANS if not records.has("gpu_checks", plan=n, config=DEFAULT, check=INTERPRETER)]
+    common = {"config": DEFAULT, "rope": False, "tokens": TOKENS, "check": Check.INTERPRETER}
+    todo = [n for n in PLANS if not records.has(GpuCheckRow, plan=n, **common)]
     if not todo:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -189,16 +193,16 @@ def check_interpreter(records: Records, gpu: Cuda) -> None:
         command = [sys.executable, "-m", "castpoint.harness.conformance.cuda", folder, *todo]
         child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         for name in todo:
-            key = {"plan": name, "config": DEFAULT, "check": INTERPRETER}
             path = Path(folder) / f"{name}.pt"
             if not path.exists():
                 lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-                records.add("gpu_checks", **key, status="failed", reason=lines[-1])
+                records.add(GpuCheckRow(plan=name, **common, status=Status.FAILED, reason=lines[-1]))
                 continue
             plan = PLANS[name].plan
             interpreted = torch.load(path, weights_only=True)
-            compiled = run_triton(plan, problem_for(plan, DRAWN, gpu.device))
-            records.add("gpu_checks", **key, **_compared(tuple(t.cpu() for t in compiled), interpreted))
+            compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
+            found = _compared(tuple(t.cpu() for t in compiled), interpreted)
+            records.add(GpuCheckRow(plan=name, **common, **found))
 
 
 def _compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, object]:
@@ -211,5 +215,5 @@ def _compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, object
 
 if __name__ == "__main__":  # the interpreter's half of check_interpreter, in a process of its own
     for plan_name in sys.argv[2:]:
-        outputs = run_triton(PLANS[plan_name].plan, problem_for(PLANS[plan_name].plan, DRAWN, "cpu"))
+        outputs = run_triton(PLANS[plan_name].plan, problem_for(PLANS[plan_name].plan, Check.ENVELOPE, "cpu"))
         torch.save(list(outputs), Path(sys.argv[1]) / f"{plan_name}.pt")

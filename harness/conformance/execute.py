@@ -11,11 +11,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from castpoint.harness.conformance.cuda import DEFAULT, EXACT, TOKENS, checked, kernel_checks
+from castpoint.harness.conformance.cuda import DEFAULT, TOKENS, checked, kernel_checks
 from castpoint.harness.problems.grid import STANDS_FOR
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check, ExecutedRow
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.variants.catalogue import PLANS
 
@@ -35,14 +36,14 @@ def execute_kernels(records: Records, target: str) -> None:
     todo = [*kernel_checks(), *tile_checks()]
     with executed(target):
         for name, config, check, rope, tokens in track(todo, target):
-            words = f"{config or DEFAULT}{', RoPE' * rope}"
-            key = {"target": target, "plan": name, "config": words, "tokens": tokens, "check": check}
-            if not records.has("executed", **key):
+            words = str(config or DEFAULT)
+            key = {"target": target, "plan": name, "config": words, "rope": rope, "tokens": tokens, "check": check}
+            if not records.has(ExecutedRow, **key):
                 found = checked(PLANS[name].plan, config, check, Here(), rope, tokens)
-                records.add("executed", **key, **found)
+                records.add(ExecutedRow(**key, **found))
 
 
-def tile_checks() -> Iterator[tuple[str, Config, str, bool, int]]:
+def tile_checks() -> Iterator[tuple[str, Config, Check, bool, int]]:
     """(plan, config, check, rope, tokens) of each tile of gpu.tune, on the problem of the exact checks."""
     tiles = dict.fromkeys(
         (config, 1 if tokens == 1 else TOKENS)
@@ -52,4 +53,4 @@ def tile_checks() -> Iterator[tuple[str, Config, str, bool, int]]:
     )
     for name, (config, tokens) in itertools.product(STANDS_FOR.values(), tiles):
         if not unsupported(config, PLANS[name].plan):
-            yield name, config, EXACT, False, tokens
+            yield name, config, Check.EXACT, False, tokens

@@ -15,6 +15,7 @@ from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.plan import KEEP, OPTIONAL, RNE, STORAGE, CastPlan
 from castpoint.variants.backends import run
@@ -35,19 +36,19 @@ def survey_implementations(records: Records, device: str) -> None:
     for row in track(implementations(), "public implementations"):
         how = EXECUTED if (row.how, device) == (TRITON, "cpu") else row.how
         key = {"implementation": row.name, "kind": row.kind, "how": how}
-        if not records.has("implementations", **key):
+        if not records.has(ImplementationRow, **key):
             status, columns = _fingerprint(row, device)
             columns |= {"package": row.package, "versions": describe_versions(row), "device": device}
-            records.add("implementations", **key, **columns, status=status)
+            records.add(ImplementationRow(**key, **columns, status=status))
 
 
 def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]:
     try:
         answer = identify(row.make(device), row.kind, device)
     except ImportError as error:
-        return "not installed", {"reason": str(error)}
+        return Status.NOT_INSTALLED, {"reason": str(error)}
     except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
-        return "error", {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
+        return Status.ERROR, {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
     columns = {
         name: value
         for name, value in answer.as_dict().items()
@@ -179,10 +180,10 @@ def survey_known(records: Records) -> None:
     subjects = list(known_subjects())
     for source, kind, plan, fn in track(subjects, "known plans"):
         key = {"source": source, "kind": kind, "planted": json.dumps(expected(plan, kind))}
-        if records.has("fingerprints", **key):
+        if records.has(FingerprintRow, **key):
             continue
         answer = identify(fn, kind)
         found = answer.candidates or ([answer.nearest] if answer.nearest else [])
         columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
         del columns["candidates"], columns["nearest"], columns["plans"], columns["shapes"]
-        records.add("fingerprints", **key, **columns)
+        records.add(FingerprintRow(**key, **columns))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from castpoint.harness.peers.chains import HEADS, MATMUL, NORM, P2, loop_name
+from castpoint.harness.peers.chains import P2, arm_name, loop_tile
 from castpoint.harness.peers.parts import HEAD_NORMS, MATMULS, NORMS
 from castpoint.harness.problems.grid import (
     ASSUMED_BYTES_PER_S,
@@ -22,6 +22,7 @@ from castpoint.harness.problems.grid import (
     points,
 )
 from castpoint.harness.problems.work import Work, heads_work, layer_work, matmul_work, norm_work
+from castpoint.harness.runs.schema import Kind
 
 # Designs that no kernel has yet: tokens, design, and the measurement of this grid that would call for it.
 NOT_BUILT = (
@@ -39,12 +40,15 @@ NOT_BUILT = (
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. kind: `part` of P1 (and our own loop, timed among them), `peer` or `own`."""
+    """One measurement."""
 
     point: Point
-    kind: str
+    kind: Kind
     arm: str
-    work: Work
+
+    @property
+    def work(self) -> Work:
+        return work_of(self.point, self.kind)
 
     def floor_s(self) -> float:
         return self.work.floor_s(ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S)
@@ -62,18 +66,23 @@ def compiled_peers(point: Point) -> tuple[str, ...]:
 def rows(point: Point, quick: bool = False) -> Iterator[Row]:
     """The measurements of a point. Which chains P1 is made of is decided by the times of its parts: `best` here.
     quick: without compiled peers."""
-    g, tokens = point.geometry, point.tokens
-    rope = point.regime == ROPE
+    arms: dict[Kind, Iterable[str]] = {}
     if point.regime in PARTED:
-        yield from (Row(point, "part", NORM + name, norm_work(g, tokens)) for name in NORMS)
-        yield from (Row(point, "part", HEADS + name, heads_work(g, tokens, rope)) for name in HEAD_NORMS[rope])
-        yield from (Row(point, "part", MATMUL + name, matmul_work(g, tokens)) for name in MATMULS)
-        yield from (Row(point, "part", loop_name(tile), matmul_work(g, tokens)) for tile in loop_tiles(point))
-    chain = layer_work(g, tokens, rope)
-    yield Row(point, "peer", "P1 best", chain)
-    yield Row(point, "peer", "eager", chain)
-    yield from (Row(point, "peer", name, chain) for name in (() if quick else compiled_peers(point)))
-    yield from (Row(point, "own", name, chain) for name in own_plans(point))
+        arms = {Kind.NORM: NORMS, Kind.HEADS: HEAD_NORMS[point.regime == ROPE], Kind.MATMUL: MATMULS}
+        arms[Kind.LOOP] = map(loop_tile, loop_tiles(point))
+    arms |= {Kind.CHAIN: ("best",), Kind.EAGER: ("",), Kind.COMPILED: () if quick else compiled_peers(point)}
+    yield from (Row(point, kind, arm_name(kind, what)) for kind, all_of in arms.items() for what in all_of)
+    yield from (Row(point, Kind.OWN, name) for name in own_plans(point))
+
+
+def work_of(point: Point, kind: Kind) -> Work:
+    """What an arm of that kind needs at least."""
+    g, tokens, rope = point.geometry, point.tokens, point.regime == ROPE
+    if kind == Kind.NORM:
+        return norm_work(g, tokens)
+    if kind == Kind.HEADS:
+        return heads_work(g, tokens, rope)
+    return matmul_work(g, tokens) if kind in (Kind.MATMUL, Kind.LOOP) else layer_work(g, tokens, rope)
 
 
 def listing(quick: bool = False) -> Iterator[str]:
@@ -83,11 +92,11 @@ def listing(quick: bool = False) -> Iterator[str]:
         f"# floor: bytes at {ASSUMED_BYTES_PER_S / 1e12:g} TB/s or FLOPs at {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s, "
         "the larger; assumed for an H200. A run measures its own limits. No row has a time before it ran."
     )
-    yield f"{'model':16} {'tokens':>6} {'regime':6} {'kind':4} {'MB':>9} {'GFLOP':>9} {'floor_us':>9}  arm"
+    yield f"{'model':16} {'tokens':>6} {'regime':6} {'kind':8} {'MB':>9} {'GFLOP':>9} {'floor_us':>9}  arm"
     for row in listed:
         point = row.point
         yield (
-            f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:4} {row.work.bytes / 1e6:9.2f} "
+            f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:8} {row.work.bytes / 1e6:9.2f} "
             f"{row.work.flops / 1e9:9.2f} {row.floor_s() * 1e6:9.2f}  {row.arm}"
         )
     for tokens, design, reason in NOT_BUILT:

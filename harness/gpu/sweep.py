@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.conformance.cuda import check_loops, red_plans
-from castpoint.harness.gpu.arms import compiled_peers, rows
+from castpoint.harness.gpu.arms import compiled_peers, work_of
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
 from castpoint.harness.problems.positions import with_positions
-from castpoint.harness.problems.work import Work
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import GpuPointRow, GpuSpeedRow, Kind, Status
 from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.limits import ceilings, implausible, launch_costs, read_ceiling
 from castpoint.harness.timing.outputs import values_differ
@@ -60,7 +60,7 @@ def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool 
 
     Raises DeviceLost where the CUDA context broke.
     """
-    todo = [point for point in points if not records.has("gpu_points", **dataclasses.asdict(point))]
+    todo = [point for point in points if not records.has(GpuPointRow, **dataclasses.asdict(point))]
     if not todo:
         return
     limits = measure_limits(todo, records, gpu)
@@ -69,10 +69,10 @@ def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool 
     for point in track(todo, "grid"):
         try:
             _sweep_point(point, records, gpu, limits, red, quick)
-            records.add("gpu_points", **dataclasses.asdict(point))
+            records.add(GpuPointRow(**dataclasses.asdict(point)))
         except torch.OutOfMemoryError as error:
             reason = f"out of memory: {str(error)[:200]}"
-            records.add("gpu_points", **dataclasses.asdict(point), status="failed", reason=reason)
+            records.add(GpuPointRow(**dataclasses.asdict(point), status=Status.FAILED, reason=reason))
         gpu.release()
 
 
@@ -112,6 +112,16 @@ class Setting:
         return measure(arms, gpu, copies=copies, laps=self.laps, baseline=baseline, budget_s=budget_s, state=state)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An arm as its row names it. function: the plan, or what is rounded."""
+
+    kind: Kind
+    arm: str
+    function: str
+    config: Config | None = None
+
+
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str], quick: bool) -> None:
     setting = prepared(point, gpu, limits)
     seconds = _time_parts(setting, records, gpu, limits, red)
@@ -119,15 +129,15 @@ def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red:
     arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
     ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
-    measured = _plausible(setting, limits, "own", setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state))
-    best = _best_chain(measured)
-    write = functools.partial(_write, setting, records, limits, measured, best)
-    for peer in arms:
-        outcome = measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
-        write(peer.name, "peer", peer.function, "", outcome, _work_of(point, peer.name))
-    for name in grid.own_plans(point):
-        outcome = Outcome("red", f"not timed: {red[name]}") if name in red else measured.outcomes[name]
-        write(name, "own", name, str(own[name][1]) if name in own else "", outcome, _work_of(point, name))
+    entries = [Entry(peer.kind, peer.name, peer.function) for peer in arms]
+    entries += [Entry(Kind.OWN, name, name, own[name][1] if name in own else None) for name in grid.own_plans(point)]
+    timed = setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state)
+    measured = _plausible(setting, limits, entries, timed)
+    untimed = {peer.name: Outcome(peer.status, peer.reason) for peer in arms}
+    untimed |= {name: Outcome(Status.RED, f"not timed: {reason}") for name, reason in red.items()}
+    for entry in entries:
+        outcome = measured.outcomes.get(entry.arm) or untimed[entry.arm]
+        _write(setting, records, limits, measured, _best_chain(entries, measured), entry, outcome)
 
 
 def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
@@ -140,7 +150,7 @@ def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
     copies = chosen_copies.get(point.regime, rotation.copies)
     problems = [problem] * copies if point.regime == HOT else rotated(problem, copies)
     cold = point.regime != HOT and copies * _weight_bytes(problem) > 3 * gpu.l2_bytes()
-    floor_s = _work_of(point, "").floor_s(limits.bytes_per_s, limits.flops_per_s)
+    floor_s = work_of(point, Kind.OWN).floor_s(limits.bytes_per_s, limits.flops_per_s)
     return Setting(point, limits.name, problems, cold, laps_for(copies, floor_s))
 
 
@@ -174,11 +184,13 @@ def _own_chain(setting: Setting) -> peers.Peer:
     """P1 of our own norms around cuBLAS: the chain that dispatch falls back to, as one-rounding."""
     plan = plan_named("one-rounding")
     arm, _ = own_arm(setting, plan, "", SEPARATE)
-    return peers.Peer("P1 own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
+    return peers.Peer(Kind.CHAIN, "own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
 
 
-def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str]) -> dict[str, float]:
-    """Times of P1's parts and of our own loop, in rows of their own; seconds by name of those that have one."""
+def _time_parts(
+    setting: Setting, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str]
+) -> dict[Kind, dict[str, float]]:
+    """Times of P1's parts and of our own loop, in rows of their own; seconds of those that have one."""
     point, problems = setting.point, setting.problems
     if point.regime not in grid.PARTED:
         return {}
@@ -187,20 +199,23 @@ def _time_parts(setting: Setting, records: Records, gpu: Cuda, limits: Limits, r
         *peers.norm_peers(problems),
         *peers.head_norm_peers(problems, plan_named("one-rounding")),
         *peers.matmul_peers(problems),
-        *(peers.loop_peer(problems, tile) for name, tile in tiles.items() if name not in red),
-        *(peers.Peer(name, None, None, "red", f"not timed: {red[name]}") for name in tiles if name in red),
+        *(peers.loop_peer(problems, tile) for tile in tiles.values()),
     ]
-    ready = [peer.arm() for peer in parts if peer.call]
-    measured = _plausible(setting, limits, "part", setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S))
-    for peer in parts:
-        outcome = measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
-        work = _work_of(point, peer.name)
-        config = str(tiles.get(peer.name, ""))
-        _write(setting, records, limits, measured, None, peer.name, "part", peer.function, config, outcome, work)
-    return {name: outcome.seconds.p50 for name, outcome in measured.outcomes.items() if outcome.seconds}
+    ready = [peer.arm() for peer in parts if peer.call and peer.name not in red]
+    entries = [Entry(peer.kind, peer.name, peer.function, tiles.get(peer.name)) for peer in parts]
+    timed = setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S)
+    measured = _plausible(setting, limits, entries, timed)
+    seconds: dict[Kind, dict[str, float]] = {}
+    for peer, entry in zip(parts, entries, strict=True):
+        wrong = Outcome(Status.RED, f"not timed: {red[peer.name]}") if peer.name in red else None
+        outcome = wrong or measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
+        _write(setting, records, limits, measured, None, entry, outcome)
+        if outcome.seconds:
+            seconds.setdefault(peer.kind, {})[peer.what] = outcome.seconds.p50
+    return seconds
 
 
-def _chains(setting: Setting, seconds: dict[str, float]) -> list[peers.Peer]:
+def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[peers.Peer]:
     """The two best chains of separate parts; where no parts were timed (hot rows, layers), the plainest one."""
     plan = plan_named("one-rounding")
     picked = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
@@ -209,9 +224,10 @@ def _chains(setting: Setting, seconds: dict[str, float]) -> list[peers.Peer]:
     return [peers.chain_peer(setting.problems, *chain, plan) for chain in picked]
 
 
-def _best_chain(measured: Measurement) -> str | None:
+def _best_chain(entries: Sequence[Entry], measured: Measurement) -> str | None:
     """The fastest P1, by its median; None if none has a time."""
-    times = {n: o.seconds.p50 for n, o in measured.outcomes.items() if n.startswith("P1 ") and o.seconds}
+    chains = [(entry.arm, measured.outcomes.get(entry.arm)) for entry in entries if entry.kind == Kind.CHAIN]
+    times = {arm: outcome.seconds.p50 for arm, outcome in chains if outcome and outcome.seconds}
     return min(times, key=times.__getitem__, default=None)
 
 
@@ -222,69 +238,58 @@ def _write(
     setting: Setting,
     records: Records,
     limits: Limits,
-    measured: Measurement | None,
+    measured: Measurement,
     best: str | None,
-    arm: str,
-    kind: str,
-    function: str,
-    config: str,
+    entry: Entry,
     outcome: Outcome,
-    work: Work,
 ) -> None:
-    """One row of gpu_speed."""
-    key = {**dataclasses.asdict(setting.point), "arm": arm}
-    if records.has("gpu_speed", **key):
-        return
+    """The row of that arm at the setting's point."""
+    work = work_of(setting.point, entry.kind)
     floor_s = work.floor_s(limits.bytes_per_s, limits.flops_per_s)
     row: dict[str, Any] = {
-        **key, "kind": kind, "function": function, "config": config, "copies": len(setting.problems),
-        "cold": setting.cold, **dataclasses.asdict(work), "floor_us": floor_s * 1e6,
+        **dataclasses.asdict(setting.point), "kind": entry.kind, "arm": entry.arm, "function": entry.function,
+        "copies": len(setting.problems), "cold": setting.cold, "rounds": measured.rounds, "laps": measured.laps,
+        **dataclasses.asdict(work), "floor_us": floor_s * 1e6, **{name: measured.state.get(name) for name in STATE},
     }  # fmt: skip
+    if entry.config:
+        row |= {"config": str(entry.config), "kernel": entry.config.kernel, "prepass": entry.config.prepass}
     if outcome.seconds:
         p50 = outcome.seconds.p50
         row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
         row |= {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
-        row |= _against_best(measured, best, arm)
-    if measured:
-        noise = measured.noise
-        row |= {"rounds": measured.rounds, "laps": measured.laps}
-        row |= {"noise_p10": noise.p10, "noise_p90": noise.p90} if noise else {}
-        row |= {name: measured.state.get(name) for name in STATE}
-    records.add("gpu_speed", **row, status=outcome.status, reason=outcome.reason)
+        row |= _against_best(measured, best, entry.arm)
+    if measured.noise:
+        row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90}
+    records.add(GpuSpeedRow(**row, status=outcome.status, reason=outcome.reason))
 
 
 STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
 
 
-def _against_best(measured: Measurement | None, best: str | None, arm: str) -> dict[str, Any]:
+def _against_best(measured: Measurement, best: str | None, arm: str) -> dict[str, Any]:
     """Speed-up over the best P1, from ratios of two times of one round."""
-    if not measured or not best:
+    if not best:
         return {}
     speedup = dataclasses.asdict(ratios(measured.samples[best], measured.samples[arm]))
     return {"p1": best, **{f"speedup_p1_{name}": value for name, value in speedup.items()}}
 
 
-def _plausible(setting: Setting, limits: Limits, kind: str, measured: Measurement) -> Measurement:
+def _plausible(setting: Setting, limits: Limits, entries: Sequence[Entry], measured: Measurement) -> Measurement:
     """The measurement without the times that no such GPU can reach: those arms are red."""
-    outcomes = {}
-    for name, outcome in measured.outcomes.items():
-        flops = _work_of(setting.point, name).flops
-        cold = _cold_bytes(setting, kind, name)
-        wrong = outcome.seconds and implausible(limits.name, outcome.seconds.p50, cold, flops)
-        outcomes[name] = Outcome("red", wrong) if wrong else outcome
+    outcomes = dict(measured.outcomes)
+    for entry in entries:
+        outcome = outcomes.get(entry.arm)
+        if outcome and outcome.seconds:
+            flops, cold = work_of(setting.point, entry.kind).flops, _cold_bytes(setting, entry.kind)
+            if wrong := implausible(limits.name, outcome.seconds.p50, cold, flops):
+                outcomes[entry.arm] = Outcome(Status.RED, wrong)
     return dataclasses.replace(measured, outcomes=outcomes)
 
 
-def _cold_bytes(setting: Setting, kind: str, arm: str) -> float:
+def _cold_bytes(setting: Setting, kind: Kind) -> float:
     """What must come from memory in a call: the weights, where they are cold and the arm reads them."""
-    reads = kind != "part" or arm.startswith((peers.MATMUL, peers.LOOP))
+    reads = kind not in (Kind.NORM, Kind.HEADS)
     return float(_weight_bytes(setting.problems[0])) if setting.cold and reads else 0.0
-
-
-def _work_of(point: Point, arm: str) -> Work:
-    """What the arm needs at least; gpu.arms.rows says it for every arm that has no name of its own there."""
-    known = {row.arm: row.work for row in rows(point)}
-    return known.get(arm, known["P1 best"])
 
 
 @functools.lru_cache(maxsize=1)

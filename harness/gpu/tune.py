@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from castpoint.harness.conformance.cuda import EXACT, TOKENS, checked
+from castpoint.harness.conformance.cuda import TOKENS, checked
 from castpoint.harness.gpu.sweep import SEPARATE, Setting, measure_limits, own_arm, prepared
 from castpoint.harness.problems.grid import STANDS_FOR, Point
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check, Status, TuningRow
 from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.rig import Measurement, Outcome, ratios
 from castpoint.kernels.config import Config, candidates, unsupported
@@ -31,7 +33,7 @@ def tune(points: Sequence[Point], records: Records, gpu: Cuda) -> Table:
 
     Raises DeviceLost where the CUDA context broke.
     """
-    todo = [p for p in points if not records.has("tuning", **_key(p, "folded", str(SEPARATE)))]
+    todo = [p for p in points if not records.has(TuningRow, **_key(p, "folded", str(SEPARATE)))]
     limits = measure_limits(todo, records, gpu) if todo else None
     for point in track(todo, "tuning"):
         setting = prepared(point, gpu, limits)
@@ -54,15 +56,15 @@ def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Reco
     measured = setting.measure(arms, gpu, base.name, BUDGET_S)
     for config in [*fit, SEPARATE]:
         words = str(config)
-        outcome = Outcome("red", wrong[words]) if words in wrong else measured.outcomes[words]
+        outcome = Outcome(Status.RED, wrong[words]) if words in wrong else measured.outcomes[words]
         _add(records, setting, scale, config, outcome, measured)
 
 
 def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
     """Why this config is not timed: it does not equal the plan's spec on exact inputs; empty if it does."""
     for tokens in (TOKENS, 1) if config.kernel == "split-k" else (TOKENS,):
-        found = checked(plan, config, EXACT, gpu, tokens=tokens)
-        if found["status"] != "ok":
+        found = checked(plan, config, Check.EXACT, gpu, tokens=tokens)
+        if found["status"] != Status.OK:
             return f"not timed: {found['reason']}"
     return ""
 
@@ -70,29 +72,26 @@ def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
 def _add(
     records: Records, setting: Setting, scale: str, config: Config, outcome: Outcome, measured: Measurement
 ) -> None:
-    key = _key(setting.point, scale, str(config))
-    if records.has("tuning", **key):
-        return
-    row = {**key, **dataclasses.asdict(config), "cold": setting.cold}
+    row = {**_key(setting.point, scale, str(config)), **dataclasses.asdict(config), "cold": setting.cold}
     if outcome.seconds:
         row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
         against = ratios(measured.samples[str(SEPARATE)], measured.samples[str(config)]) if _timed(measured) else None
         row |= {"speedup_separate": against.p50} if against else {}
         row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90} if measured.noise else {}
-    records.add("tuning", **row, status=outcome.status, reason=outcome.reason)
+    records.add(TuningRow(**row, status=outcome.status, reason=outcome.reason))
 
 
 def _timed(measured: Measurement) -> bool:
     return str(SEPARATE) in measured.samples
 
 
-def _key(point: Point, scale: str, words: str) -> dict[str, object]:
+def _key(point: Point, scale: str, words: str) -> dict[str, Any]:
     return {"model": point.model, "tokens": point.tokens, "scale": scale, "config": words}
 
 
 def fastest(records: Records, gpu_name: str, points: Sequence[Point]) -> Table:
     """The table's configs for those points; nothing for a point where `separate` has no time."""
-    rows = [row for row in records.rows("tuning") if row["status"] == "ok" and row["speedup_separate"]]
+    rows = [row for row in records.rows("tuning") if row["status"] == Status.OK and row["speedup_separate"]]
     table: Table = {}
     for point in points:
         g = point.geometry

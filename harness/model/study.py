@@ -27,12 +27,12 @@ from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import BINS, ModelDlogpRow, ModelLayerRow, ModelTokensRow, Status
 from castpoint.variants.catalogue import plan_named
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"
 CONTINUATION = 32  # greedy tokens behind a prompt
 CHUNK = 32  # positions whose logits are compared at once
-BINS = [10 ** (i / 4) for i in range(-28, 5)]  # lower edges of |difference of log p|, nats; below the first: 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
     weights = [k_norm_max(layer) for layer in decoder_layers(lm.model)]
     for text in track(found, "passages and prompts"):
         key = {"model": lm.name, "weights": lm.weights, "text": text.source, "prompt": text.number}
-        todo = [arm for arm in listed if not records.has("model_tokens", **key, arm=arm.name, reference="eager")]
+        todo = [arm for arm in listed if not records.has(ModelTokensRow, **key, arm=arm.name, reference="eager")]
         if not todo:
             continue
         continuation = greedy(lm.model, text.ids, CONTINUATION)
@@ -220,7 +220,7 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
                 if not result.logits.isfinite().all():
                     raise ValueError("its logits hold NaN or infinity")
             except Exception as error:  # whatever a kernel, a compiler or a quantiser raises: the other arms go on
-                records.add("model_tokens", **row, reference="eager", status="failed", reason=str(error))
+                records.add(ModelTokensRow(**row, reference="eager", status=Status.FAILED, reason=str(error)))
                 continue
             _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights)
 
@@ -242,14 +242,12 @@ def _record(
     for name, (reference, said) in references.items():
         row = {**key, "reference": name}
         for layer, weight in enumerate(k_norm_max):
-            if not records.has("model_layers", **row, layer=layer):
+            if not records.has(ModelLayerRow, **row, layer=layer):
                 found = layer_errors(made, reference, layer)
-                records.add("model_layers", **row, layer=layer, k_norm_max=weight, **found)
+                records.add(ModelLayerRow(**row, layer=layer, k_norm_max=weight, **found))
         errors, change = token_errors(says, said, ids)
         counts = torch.histogram(change.cpu(), torch.tensor([-1.0, *BINS, float("inf")], dtype=torch.float64)).hist
         for edge, count in zip([0.0, *BINS], counts.tolist(), strict=True):
-            if count and not records.has("model_dlogp", **row, above=edge):
-                records.add("model_dlogp", **row, above=edge, tokens=int(count))
-        if not records.has("model_tokens", **row):
-            found = {**errors, "parts_at": parts_at, "nll": nll}
-            records.add("model_tokens", **row, tokens=len(ids), **found)
+            if count:
+                records.add(ModelDlogpRow(**row, above=edge, tokens=int(count)))
+        records.add(ModelTokensRow(**row, tokens=len(ids), parts_at=parts_at, nll=nll, **errors))

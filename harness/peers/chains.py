@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from castpoint.harness.peers.parts import (
     norm_of,
     tuned,
 )
+from castpoint.harness.runs.schema import Kind, Status
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm
@@ -42,28 +43,41 @@ from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager, rope_table
 from castpoint.variants.problem import Problem
 
-NORM, MATMUL, HEADS = "norm ", "P4 ", "heads "  # how the names of parts begin
-LOOP = "own loop "  # and of our own loop, of which no chain is made
-P2 = ("P2 torch.compile", "P2 torch.compile, PDL")
+P2 = ("torch.compile", "torch.compile, PDL")
+LABELS = {  # how the names of arms begin
+    Kind.NORM: "norm",
+    Kind.MATMUL: "P4",
+    Kind.HEADS: "heads",
+    Kind.LOOP: "own loop",
+    Kind.CHAIN: "P1",
+    Kind.COMPILED: "P2",
+    Kind.EAGER: "eager",
+}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One arm. status: `ok`, or `not installed`, `not applicable`, `red` or `failed` with a reason and no call.
+    """One arm; one that cannot run has another status than `ok`, a reason and no call.
 
+    what: of its kind, as chain_peer takes it: `eager` names a norm and a head norm.
     call(i) returns (q, k, v) for whole chains, else what the part makes: hidden, proj, or (q, k).
     plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
     differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
     there, so what holds a matmul is judged by values. rope: q and k are rotated, and the plan's words on it count.
     """
 
-    name: str
+    kind: Kind
+    what: str
     call: Call | None
     plan: CastPlan | None = None
-    status: str = "ok"
+    status: Status = Status.OK
     reason: str = ""
     differs: Differs = bits_differ
     rope: bool = False
+
+    @property
+    def name(self) -> str:
+        return arm_name(self.kind, self.what)
 
     def arm(self) -> Arm:
         """For timing.rig.measure. Raises ValueError for a peer that cannot run."""
@@ -83,6 +97,11 @@ class Peer:
         return "rounds " + ", ".join(rounded) + ", not x + residual" * (self.plan.x == KEEP)
 
 
+def arm_name(kind: Kind, what: str) -> str:
+    """`norm eager`: for people, and to tell arms of one measurement apart. What an arm does says its kind."""
+    return f"{LABELS[kind]} {what}".strip()
+
+
 # ---------------------------------------------------------------- peers
 
 
@@ -93,7 +112,7 @@ def norm_peers(problems: Sequence[Problem]) -> list[Peer]:
         norm = norm_of(name, problems[0])
         return lambda i: (norm(_input(problems[i]), problems[i].norm_weight, problems[i].eps),)
 
-    return [_peer(NORM + name, functools.partial(make, name)) for name in NORMS]
+    return [_peer(Kind.NORM, name, functools.partial(make, name)) for name in NORMS]
 
 
 def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
@@ -103,7 +122,8 @@ def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
         return lambda i: (linear(problems[i].x, problems[i].qkv_weight, problems[i].bias),)
 
     return [
-        _peer(MATMUL + name, functools.partial(make, linear), differs=values_differ) for name, linear in MATMULS.items()
+        _peer(Kind.MATMUL, name, functools.partial(make, linear), differs=values_differ)
+        for name, linear in MATMULS.items()
     ]
 
 
@@ -113,12 +133,16 @@ def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
     def call(i: int) -> tuple[Tensor]:
         return (matmul(problems[i].x, problems[i].qkv_weight, problems[i].head_dim, config),)
 
-    return Peer(loop_name(config), call)
+    return Peer(Kind.LOOP, loop_tile(config), call)
+
+
+def loop_tile(config: Config) -> str:
+    """`128 x 64, 8 warps, 4 stages`: what our own loop takes of a config."""
+    return f"{config.block_m} x {config.block_k}, {config.num_warps} warps, {config.num_stages} stages"
 
 
 def loop_name(config: Config) -> str:
-    """`own loop 128 x 64, 8 warps, 4 stages` of `fused after hidden 128 x 64, 8 warps, 4 stages`."""
-    return LOOP + str(config).removeprefix("fused after hidden ")
+    return arm_name(Kind.LOOP, loop_tile(config))
 
 
 def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
@@ -129,7 +153,8 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """
     first = problems[0]
     if not first.has_head_norm:
-        return [Peer(HEADS + NO_HEAD_NORM, None, None, "not applicable", "no head norm in this problem")]
+        reason = "no head norm in this problem"
+        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, reason)]
     q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
 
     def make(name: str) -> Call:
@@ -137,7 +162,7 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
         return lambda i: heads(problems[i], q, k)
 
     rotating = first.positions is not None
-    return [_peer(HEADS + name, functools.partial(make, name)) for name in HEAD_NORMS[rotating]]
+    return [_peer(Kind.HEADS, name, functools.partial(make, name)) for name in HEAD_NORMS[rotating]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
@@ -165,7 +190,8 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
         return call
 
     return _peer(
-        f"P1 {norm} | {matmul} | {heads}",
+        Kind.CHAIN,
+        f"{norm} | {matmul} | {heads}",
         make,
         chain_plan(norm, heads, plan, first.weight_offset),
         values_differ,
@@ -192,14 +218,14 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
         function = tuned(eager, pdl)
         return lambda i: function(problems[i], table=table)
 
-    return [_peer(name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
+    return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
 
 
 def eager_peer(problems: Sequence[Problem]) -> Peer:
     """Hugging Face's own arithmetic, op by op: the plan `hf`, or `gemma` for weights stored as w - 1."""
     first = problems[0]
     plan, table = PLANS["gemma" if first.weight_offset else "hf"].plan, rope_table(first)
-    return Peer("eager", lambda i: eager(problems[i], table=table), plan, differs=values_differ)
+    return Peer(Kind.EAGER, "", lambda i: eager(problems[i], table=table), plan, differs=values_differ)
 
 
 def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan | None:
@@ -222,17 +248,16 @@ def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan 
     return CastPlan(normed=RNE if inner[norm] else KEEP, **changes)
 
 
-def pick_chains(seconds: dict[str, float], within: float = 0.03, at_most: int = 4) -> list[tuple[str, str, str]]:
+def pick_chains(
+    seconds: Mapping[Kind, Mapping[str, float]], within: float = 0.03, at_most: int = 4
+) -> list[tuple[str, str, str]]:
     """The chains (norm, matmul, heads) worth timing whole, best sum of parts first; what chain_peer takes.
 
-    seconds: of the parts that have a time, by their peers' names. The parts hardly touch one another, so the best
+    seconds: of the parts that have a time, by kind and what. The parts hardly touch one another, so the best
     chain is made of the best parts, up to what overlaps at their borders: every chain whose sum lies within 3 % of the
     best is taken, four at most. Raises ValueError where no norm or no matmul was timed.
     """
-    norms, matmuls, heads = (
-        {name.removeprefix(kind): s for name, s in seconds.items() if name.startswith(kind)}
-        for kind in (NORM, MATMUL, HEADS)
-    )
+    norms, matmuls, heads = (seconds.get(kind, {}) for kind in (Kind.NORM, Kind.MATMUL, Kind.HEADS))
     if not norms or not matmuls:
         raise ValueError("no chain without the times of at least one norm and one matmul")
     heads = heads or {NO_HEAD_NORM: 0.0}
@@ -246,21 +271,22 @@ def _input(p: Problem) -> Tensor:
 
 
 def _peer(
-    name: str,
+    kind: Kind,
+    what: str,
     make: Callable[[], Call],
     plan: CastPlan | None = None,
     differs: Differs = bits_differ,
     rope: bool = False,
 ) -> Peer:
     try:
-        return Peer(name, make(), plan, differs=differs, rope=rope)
+        return Peer(kind, what, make(), plan, differs=differs, rope=rope)
     except ImportError as error:
-        status, reason = "not installed", str(error)
+        status, reason = Status.NOT_INSTALLED, str(error)
     except ValueError as error:
-        status, reason = "not applicable", str(error)
+        status, reason = Status.NOT_APPLICABLE, str(error)
     except Exception as error:  # a package that is broken under this torch belongs into its row
-        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return Peer(name, None, plan, status, reason, differs)
+        status, reason = Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Peer(kind, what, None, plan, status, reason, differs)
 
 
 # ---------------------------------------------------------------- settings

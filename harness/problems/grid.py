@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.harness.runs.schema import Regime
 from castpoint.kernels.config import Config, candidates
 from castpoint.variants.catalogue import PLANS
 
@@ -22,8 +23,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The models and token counts that goals are set for; compiled peers, hot rows and chains of layers are measured there.
 GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), (1, 16, 256, 4096)
 QUICK_MODELS = ("qwen3-0.6b", "qwen3-8b")
-COLD, HOT, LAYERS = "cold", "hot", "layers"  # weights rotate over 3 x L2; one weight; every layer has its own
-ROPE = "rope"  # cold, and q and k are rotated too
+COLD, HOT, LAYERS, ROPE = Regime
 PARTED = (COLD, ROPE)  # where P1's parts are timed by themselves, so that it is made of the best
 STANDS_FOR = {"prologue": "one-rounding", "epilogue": "deferred", "folded": "folded"}  # scale: plan that is timed
 # Of an H200: copy bandwidth and bf16 matmul on random data, as others measured them. A run takes what it measures.
@@ -36,7 +36,7 @@ class Point:
 
     model: str
     tokens: int
-    regime: str = COLD
+    regime: Regime = COLD
 
     @property
     def geometry(self) -> Geometry:

@@ -8,7 +8,6 @@ from torch import Tensor
 from castpoint.variants.problem import Problem
 
 FIRST = 1000  # default position of the first token: angles of many turns
-ROTATED = ", rotated from position "  # in the words for a problem's weights
 THETA = 1e6  # rope_theta of Qwen3 and Qwen2.5, and of Gemma 3's global layers
 
 
@@ -30,5 +29,5 @@ def with_positions(problem: Problem, first: int = FIRST, theta: float = THETA) -
     return problem.replace(
         positions=torch.arange(first, first + problem.tokens, device=device),
         cos_sin_cache=cos_sin_cache(first + problem.tokens, problem.head_dim, theta).to(device),
-        weights=f"{problem.weights}{ROTATED}{first}",
+        weights=f"{problem.weights}, rotated from position {first}",
     )

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
-from castpoint.harness.problems.positions import ROTATED
 from castpoint.harness.report.markdown import markdown
-from castpoint.harness.runs.frames import own
+from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
@@ -35,7 +33,7 @@ def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
 
 def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
     """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
-    rows = own(frame[frame["player"] == ORDER_OF_SUMS])
+    rows = frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == Status.OK)]
     if not len(rows):
         return None
     worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
@@ -94,8 +92,8 @@ def _besides_store(shares: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
-    rows = own(frame[(frame["measure"] == measure) & frame["shapley"].notna()])
-    return rows[rows["weights"].str.contains(ROTATED) == rotated]
+    rows = frame[(frame["measure"] == measure) & frame["shapley"].notna()]
+    return rows[rows["rotated_from"].notna() == rotated]
 
 
 # ---------------------------------------------------------------- RoPE
@@ -126,7 +124,7 @@ def rope_sentence(frame: pd.DataFrame) -> str:
         parts = ", ".join(f"`{name}` {row[name]:.0%}" for name in ROPE_BOUNDARIES if row[name] == row[name])
         made = f" (of the squared error: {parts})" if parts else " (nothing rounded there)"
         clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
-    layers = frame[frame["weights"].str.contains(ROTATED)]["layer"].nunique()
+    layers = frame[frame["rotated_from"].notna()]["layer"].nunique()
     where = f"{layers} layer{'s' * (layers > 1)}"
     negative = (table[list(ROPE_BOUNDARIES)] < -0.005).any(axis=None)
     below = " A share below 0: that rounding cancels more of the others' error than it adds." if negative else ""

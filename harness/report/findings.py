@@ -46,8 +46,7 @@ def _amplified(frames: Frames) -> Iterator[str]:
     draws = frames["draws"]
     if not len(draws):
         return
-    labels = list(dict.fromkeys(draws["weights"]))
-    calibrated, ones, uniform = (draws[draws["weights"] == label].set_index("seed") for label in labels)
+    calibrated, ones, uniform = (rows.set_index("seed") for rows in _by_control(draws))
     layer, plan = draws["layer"].iloc[0], draws["plan"].iloc[0]
 
     def ratio(column: str, above: pd.DataFrame = calibrated) -> str:
@@ -66,16 +65,23 @@ def _amplified(frames: Frames) -> Iterator[str]:
     yield from _relative(frames)
 
 
+def _by_control(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """Rows of the weights under study, of K-norm weights of 1, and of another number in every channel."""
+    uniform = frame["uniform_k_norm"]
+    return [frame[uniform.isna()], frame[uniform == 1], frame[uniform > 1]]
+
+
 def _relative(frames: Frames) -> Iterator[str]:
     """Measures that the size of a weight should not reach, of the run's own draw."""
     amplified, errors = frames["amplification"], frames["errors"]
     layer = amplified["layer"].min()
-    rows = amplified[(amplified["layer"] == layer) & (amplified["plan"] == "hf")].set_index("weights")
+    rows = amplified[(amplified["layer"] == layer) & (amplified["plan"] == "hf")]
     k = errors[(errors["plan"] == "hf") & (errors["output"] == "k") & (errors["backend"] == "spec")]
     k = k[(k["reference"] == "truth") & (k["layer"] == layer)].set_index("weights")
     if len(rows) < 3:
         return
-    mine, ones, uniform = rows.index[:3]
+    mine, ones, uniform = (of["weights"].iloc[0] for of in _by_control(rows))
+    rows = rows.set_index("weights")
     p99, equal, relative = k["p99_ulp"], k["share_equal"], rows["k_rel_rms_after"]
     yield (
         f"**Relative measures** of K behind its norm, weights of 1, of {rows['k_norm_max'][uniform]:g}, and the drawn ones: p99 error "

@@ -6,10 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from castpoint.harness.conformance.cuda import DRAWN, EAGER, INTERPRETER
-from castpoint.harness.conformance.cuda import EXACT as EXACT_INPUTS
 from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
 from castpoint.harness.report.gpu_goals import PREFILL, break_even, goals
@@ -35,6 +34,7 @@ from castpoint.harness.report.gpu_rows import (
     what_of,
 )
 from castpoint.harness.report.markdown import markdown
+from castpoint.harness.runs.schema import Check
 from castpoint.variants.catalogue import PLANS
 
 REGIMES = {
@@ -56,7 +56,7 @@ def regime_table(run: Run, regime: str) -> pd.DataFrame:
     for model in in_order(tried["model"]):
         for tokens in sorted(tried[tried["model"] == model]["tokens"]):
             rows = run.speed[_is(run.speed, model, tokens, regime)]
-            warm = " (weights not cold)" if regime != grid.HOT and (rows["cold"] != "True").any() else ""
+            warm = " (weights not cold)" if regime != grid.HOT and not rows["cold"].all() else ""
             cells = {heading: cell(run, model, tokens, regime, what) for heading, what in columns.items()}
             lines.append({"model": model, "tokens": f"{tokens:.0f}{warm}", **cells})
     table = pd.DataFrame(lines)
@@ -125,13 +125,15 @@ def without_time(run: Run) -> pd.DataFrame:
 
 def kernel_checks(checks: pd.DataFrame) -> pd.DataFrame:
     """Each plan's configs by what the two checks found; configs that passed both are counted together."""
-    rows = checks[checks["check"].isin([EXACT_INPUTS, DRAWN])]
+    rows = checks[checks["check"].isin([Check.EXACT, Check.ENVELOPE])]
+    one = np.where((rows["tokens"] == 1), ", 1 token", "")
+    rows = rows.assign(config=rows["config"] + np.where(rows["rope"], ", RoPE", "") + one)
     found: dict[tuple[str, str, str], list[str]] = {}
     for (plan, config), group in rows.groupby(["plan", "config"], sort=False):
-        said = {check: "not measured" for check in (EXACT_INPUTS, DRAWN)}
+        said = {check: "not measured" for check in (Check.EXACT, Check.ENVELOPE)}
         for row in group.itertuples():
             said[row.check] = row.status if row.status == "ok" else f"{row.status}: {plain(row.reason)}"
-        found.setdefault((plan, said[EXACT_INPUTS], said[DRAWN]), []).append(plain(config))
+        found.setdefault((plan, said[Check.EXACT], said[Check.ENVELOPE]), []).append(plain(config))
     lines = []
     for (plan, exact, drawn), configs in found.items():
         named = "; ".join(configs)
@@ -271,9 +273,9 @@ def _check_parts(run: Run) -> list[str]:
         "exact, within its envelope on drawn ones; our own loop likewise. What is red gets no "
         "time.": kernel_checks(run.checks),
         "Eager against the spec of its plan `hf`, by what cuBLAS may do with partial sums (PyTorch's default may store "
-        "and add them in bf16).": compared(run.checks, EAGER, "partial sums", "config"),
+        "and add them in bf16).": compared(run.checks, Check.EAGER, "partial sums", "config"),
         "Compiled kernels against the same kernels interpreted on a CPU: sums in another order, and nothing "
-        "else.": compared(run.checks, INTERPRETER, "plan", "plan"),
+        "else.": compared(run.checks, Check.INTERPRETER, "plan", "plan"),
     }
     parts = ["### Checks"]
     for words, table in tables.items():

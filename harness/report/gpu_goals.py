@@ -169,7 +169,7 @@ def break_even(run: Run) -> pd.DataFrame:
     lines = []
     for model in grid.GOAL_MODELS:
         p1, p4, loop = (run.at(model, PREFILL, grid.COLD, what) for what in (P1, P4, LOOP))
-        if any(row is None or row["cold"] != "True" for row in (p1, p4, loop)):
+        if any(row is None or not row["cold"] for row in (p1, p4, loop)):
             continue
         lines.append(
             {

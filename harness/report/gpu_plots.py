@@ -31,6 +31,7 @@ from castpoint.harness.report.gpu_rows import (
 )
 from castpoint.harness.report.plots import BLUE, GREEN, GREY, ORANGE, RED, _plain_ticks, colour
 from castpoint.harness.runs.frames import latest, over_layers
+from castpoint.harness.runs.schema import Kind
 from castpoint.variants.catalogue import PLANS
 
 # Colour, line and marker of what is compared, from wide to narrow, so that lines on top of one another stay in sight.
@@ -82,7 +83,7 @@ def cold(run: Run, model: str, what: str) -> pd.DataFrame:
     """Best rows of that kind over tokens, weights from memory."""
     best = run.best
     rows = best[(best["model"] == model) & (best["what"] == what) & (best["regime"] == grid.COLD)]
-    return rows[rows["cold"] == "True"].sort_values("tokens")
+    return rows[rows["cold"].astype(bool)].sort_values("tokens")
 
 
 def judged(rows: pd.DataFrame) -> pd.DataFrame:
@@ -176,7 +177,7 @@ def _keep_within(axes: Axes, values: list[float]) -> None:
 def _line(axes: Axes, rows: pd.DataFrame, values: pd.Series, style: dict[str, Any]) -> None:
     """A line of medians; markers are hollow where norm, cuBLAS and head norm ran instead of a fused kernel."""
     axes.plot(rows["tokens"], values, **style | {"marker": ""})
-    whole = np.array([row["kind"] != "own" or fused(row) for _, row in rows.iterrows()], dtype=bool)
+    whole = np.array([row["kind"] != Kind.OWN or fused(row) for _, row in rows.iterrows()], dtype=bool)
     for chosen, face in ((whole, style["color"]), (~whole, "white")):
         if chosen.any():
             dots = style | {"linestyle": "", "markerfacecolor": face}
@@ -242,7 +243,7 @@ def _ratios(run: Run, tokens: int, error: pd.Series) -> pd.DataFrame:
     """Plan -> p10, p50 and p90 of its time over P1's: of plans that have both a time and an error."""
     rows = judged(run.timed)
     rows = rows[(rows["model"] == ERROR_MODEL) & (rows["tokens"] == tokens) & (rows["regime"] == grid.COLD)]
-    rows = rows[(rows["kind"] == "own") & (rows["cold"] == "True")].set_index("arm")
+    rows = rows[(rows["kind"] == Kind.OWN) & rows["cold"]].set_index("arm")
     rows = rows.loc[[plan for plan in PLANS if plan in rows.index and plan in error.index]]
     turned = {"p10": "p90", "p50": "p50", "p90": "p10"}  # 1 / a speed-up
     return pd.DataFrame({name: 1 / rows[f"speedup_p1_{of}"] for name, of in turned.items()})

@@ -9,7 +9,6 @@ models do; `deferred` and `folded` after it), so that the plan is named wherever
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pandas as pd
 from castpoint.harness.problems import grid
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.schema import Kind
 from castpoint.variants.catalogue import PLANS
 
 EXACT, DEFERRED, FOLDED = GROUPS = ("exact", "deferred", "folded")
@@ -56,7 +56,7 @@ class Run:
     def counted(self) -> pd.DataFrame:
         """Best rows of our groups whose weights came from memory: what findings and goals are about."""
         best = self.best
-        return best[best["what"].isin(GROUPS) & (best["regime"] == grid.COLD) & (best["cold"] == "True")]
+        return best[best["what"].isin(GROUPS) & (best["regime"] == grid.COLD) & best["cold"]]
 
 
 def newest(folder: Path) -> Run | None:
@@ -81,10 +81,9 @@ def run_of(folder: Path, run_id: str) -> Run:
 def what_of(kind: str, arm: str) -> str:
     """What an arm is compared as: P1, P2, P4, LOOP or one of GROUPS; empty for all else (other parts, eager, wider
     operands)."""
-    if kind == "own":
+    if kind == Kind.OWN:
         return group_of(arm)
-    starts = {P4: "part", LOOP: "part", P1: "peer", P2: "peer"}
-    return next((what for what, of in starts.items() if kind == of and arm.startswith(f"{what} ")), "")
+    return {Kind.CHAIN: P1, Kind.COMPILED: P2, Kind.MATMUL: P4, Kind.LOOP: LOOP}.get(kind, "")
 
 
 def group_of(plan: str) -> str:
@@ -147,12 +146,12 @@ def verdict(row: pd.Series, p1: Any, best_us: float | None) -> str:
 
 def fused(row: pd.Series) -> bool:
     """Whether the plan ran as a fused kernel, and not as norm, cuBLAS and head norm."""
-    return not row["config"].startswith("separate")
+    return row["kernel"] != "separate"
 
 
 def launch_words(row: pd.Series) -> str:
-    """`fused after hidden` of `fused after hidden 128 x 64, 8 warps, 4 stages`."""
-    return re.match(r"\D*", row["config"])[0].strip()
+    """`fused after hidden`: the config without its tile."""
+    return row["kernel"] + ("" if row["prepass"] in ("", "none") else f" after {row['prepass']}")
 
 
 # ---------------------------------------------------------------- words

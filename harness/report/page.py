@@ -13,6 +13,7 @@ from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.studies import implementation_groups, study_sections, study_sentences
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
 
 BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
@@ -51,7 +52,9 @@ def plan_table(frames: Frames) -> pd.DataFrame:
 def noise_floor_table(frames: Frames) -> pd.DataFrame:
     """Eager against itself, and each backend of each plan against its own spec."""
     errors = own(frames["errors"])
-    floor = errors[(errors["reference"] == "eager") & errors["backend"].str.startswith("eager,")]
+    floor = errors[
+        (errors["reference"] == "eager") & errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
+    ]
     table = floor[["plan", "backend", "output", "share_equal", "max_ulp", "max_abs", "rel_rms"]]
     return table.rename(columns={"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs"})
 

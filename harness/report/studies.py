@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.conformance.cuda import EXACT
 from castpoint.harness.report import gpu as gpu_report
 from castpoint.harness.report import gpu_findings
 from castpoint.harness.report import model as impact_report
@@ -19,6 +18,7 @@ from castpoint.harness.report.budget import largest_share_sentence, rope_sentenc
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.schema import Check
 
 # Words of a fingerprint that need no mention.
 USUAL = {"weight_offset": "none", "eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w", "scale": "prologue"}
@@ -283,16 +283,17 @@ def _audit(frame: pd.DataFrame) -> str:
 
 def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a target and plan."""
-    table = frame.assign(kernels=frame["config"] + frame["tokens"].astype(str), ok=frame["status"] == "ok")
-    table = table.assign(exact=frame["share_equal"].where(frame["check"] == EXACT))
+    kernels = frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str)
+    table = frame.assign(kernels=kernels, ok=frame["status"] == "ok")
+    table = table.assign(exact=frame["share_equal"].where(frame["check"] == Check.EXACT))
     groups = table.groupby(["target", "plan"], sort=False)
     found = groups.agg(kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min"))
     return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
 
 
 def executed_sentence(frame: pd.DataFrame) -> str:
-    exact = frame[frame["check"] == EXACT]
-    drawn = frame[frame["check"] != EXACT]
+    exact = frame[frame["check"] == Check.EXACT]
+    drawn = frame[frame["check"] != Check.EXACT]
     return (
         f"**Compiled for {', '.join(frame['target'].unique())}, run on this CPU:** of {len(exact)} kernels "
         f"{int((exact['status'] == 'ok').sum())} equal their spec in every bit where no sum depends on order; on drawn "

@@ -6,34 +6,31 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.runs.records import TABLES, check_table, load_runs
-
-TEXT_COLUMNS = set(
-    "run_id model weights plan backend output reference regime status reason implementation package versions kind how "
-    "device source planted answered measure player where before after "
-    "unit claimed_text verdict why target kernel keywords declared ttir machine roundings matmul "
-    "not_followed matrix text arm function config cold p1 slowed_by check prepass scale".split()
-)
+from castpoint.harness.runs.records import check_table, load_runs
+from castpoint.harness.runs.schema import TABLES, Backend, flags_of, words_of
 
 Frames = dict[str, pd.DataFrame]
 
 
 def load(folder: Path, run_id: str) -> Frames:
-    """The run's rows of every table. Raises ValueError if a table has other columns than this version writes."""
+    """The run's rows of every table. Raises UserError if a table has other columns than this version writes."""
     return {table: load_table(folder, run_id, table) for table in TABLES}
 
 
 def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
-    """The run's rows of one table. Raises ValueError if it has other columns than this version writes."""
+    """The run's rows of one table. Raises UserError if it has other columns than this version writes."""
     path, columns = folder / f"{table}.csv", TABLES[table]
     check_table(path, columns)
-    words = {column: str for column in columns if column in TEXT_COLUMNS}
+    words, flags = words_of(table), flags_of(table)
     frame = pd.DataFrame(columns=list(columns))
     if path.exists():
-        frame = pd.read_csv(path, keep_default_na=False, dtype=words)
+        frame = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys([*words, *flags], str))
     frame = frame[frame["run_id"] == run_id]
-    numbers = [column for column in columns if column not in TEXT_COLUMNS]
-    return frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers})
+    numbers = [column for column in columns if column not in (*words, *flags)]
+    return frame.assign(
+        **{column: pd.to_numeric(frame[column], errors="coerce") for column in numbers},
+        **{column: frame[column] == "True" for column in flags},
+    )
 
 
 def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
@@ -48,13 +45,13 @@ def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
 
 def own(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of the weights under study, without the controls of uniform K-norm weights."""
-    return frame[~frame["weights"].str.contains("k_norm=")]
+    return frame[frame["uniform_k_norm"].isna()]
 
 
 def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
     rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == "spec")]
+    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == Backend.SPEC)]
     by_plan = rows.groupby("plan")[column]
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
 
@@ -62,7 +59,7 @@ def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
 def noise_floor(errors: pd.DataFrame) -> float | None:
     """Share of the first layer's K elements that eager changes against itself when it runs one token at a time."""
     rows = own(errors)
-    rows = rows[(rows["backend"] == "eager, batch of 1") & (rows["plan"] == "hf") & (rows["output"] == "k")]
+    rows = rows[(rows["backend"] == Backend.EAGER_BATCH_OF_1) & (rows["plan"] == "hf") & (rows["output"] == "k")]
     return 1 - rows["share_equal"].iloc[0] if len(rows) else None
 
 
@@ -73,4 +70,4 @@ def first_layer(errors: pd.DataFrame) -> pd.DataFrame:
 
 def best_backend(speed: pd.DataFrame) -> str:
     """What runs a plan in tables of times: compiled Triton where it was timed, else Inductor."""
-    return "triton" if (speed["backend"] == "triton").any() else "inductor"
+    return Backend.TRITON if (speed["backend"] == Backend.TRITON).any() else Backend.INDUCTOR

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from castpoint.harness.runs.schema import Status
 from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
 from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
 from castpoint.variants.problem import Problem
@@ -65,7 +66,7 @@ class Outcome:
     speedup  the baseline's seconds / this arm's. Above 1 this arm is faster. None where either has no time
     """
 
-    status: str
+    status: Status
     reason: str = ""
     seconds: Spread | None = None
     speedup: Spread | None = None
@@ -201,7 +202,7 @@ def replays_for(graph_s: float, wanted_s: float) -> int:
 
 
 def _outcome(seconds: list[float], baseline: list[float] | None) -> Outcome:
-    return Outcome("ok", "", spread(seconds), ratios(baseline, seconds) if baseline else None)
+    return Outcome(Status.OK, "", spread(seconds), ratios(baseline, seconds) if baseline else None)
 
 
 def _prepare(arm: Arm, gpu: Cuda, copies: int, laps: int, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:
@@ -211,11 +212,11 @@ def _prepare(arm: Arm, gpu: Cuda, copies: int, laps: int, ready: dict[str, _Read
         graph = gpu.capture(arm.call, copies, laps)
         wrong = wrong_outputs(gpu, graph, expected, arm.differs)
         if wrong:
-            lost[arm.name] = Outcome("red", f"before timing: {wrong}")
+            lost[arm.name] = Outcome(Status.RED, f"before timing: {wrong}")
         else:
             ready[arm.name] = _Ready(arm, graph, expected)
     except Exception as error:
-        lost[arm.name] = Outcome("failed", reason_of(gpu, arm.name, error))
+        lost[arm.name] = Outcome(Status.FAILED, reason_of(gpu, arm.name, error))
     if arm.name in lost:
         expected = graph = None  # what the next arm may need
         gpu.release()
@@ -251,7 +252,7 @@ def _round(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> dic
         try:
             sums[name] += gpu.seconds(ready[name].graph, replays_for(ready[name].graph_s, SAMPLE_S)) / 2
         except Exception as error:
-            lost[name] = Outcome("failed", reason_of(gpu, name, error))
+            lost[name] = Outcome(Status.FAILED, reason_of(gpu, name, error))
             del ready[name]
     return {name: sums[name] for name in ready}
 
@@ -266,10 +267,10 @@ def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) 
         try:
             wrong = wrong_outputs(gpu, one.graph, one.expected, one.arm.differs)
         except Exception as error:
-            lost[name] = Outcome("failed", reason_of(gpu, name, error))
+            lost[name] = Outcome(Status.FAILED, reason_of(gpu, name, error))
         else:
             if wrong:
-                lost[name] = Outcome("red", f"after timing: {wrong}")
+                lost[name] = Outcome(Status.RED, f"after timing: {wrong}")
 
 
 def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: Callable[[], dict[str, Any]]) -> dict[str, Any]:

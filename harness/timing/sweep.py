@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Backend, SpeedRow, Status
 from castpoint.harness.runs.settings import Settings
 from castpoint.harness.timing.cpu import (
     Ceilings,
@@ -36,10 +37,23 @@ from castpoint.variants.eager import eager, plan_weight
 from castpoint.variants.problem import Problem
 
 
+class Timed(NamedTuple):
+    """A plan, and what runs it."""
+
+    plan: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.plan}/{self.backend}"
+
+
+BASELINE, COMPILED = Timed("hf", Backend.EAGER), Timed("hf", Backend.COMPILED_EAGER)
+
+
 def sweep_speed(settings: Settings, records: Records) -> None:
     """Eager, torch.compile and every plan, at every token count, cold: all layers' weights in rotation."""
     s = settings
-    todo = [t for t in s.speed_tokens if not records.has("speed", tokens=t, plan="hf", backend="eager")]
+    todo = [t for t in s.speed_tokens if not records.has(SpeedRow, tokens=t, **BASELINE._asdict())]
     if not todo:
         return
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
@@ -54,9 +68,10 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
         at = [p.replace(x=x) for p in problems]
         arms = dict(_speed_arms(s, at, weights))
-        red = {f"{r['plan']}/{r['backend']}": r for r in records.rows("errors") if r["status"] in ("red", "failed")}
-        outcomes = {arm: Outcome("red", f"not timed: {row['reason']}") for arm, row in red.items() if arm in arms}
-        fit = {name: arm for name, arm in arms.items() if name not in red}
+        rows = [row for row in records.rows("errors") if row["status"] in (Status.RED, Status.FAILED)]
+        red = {Timed(row["plan"], row["backend"]): f"not timed: {row['reason']}" for row in rows}
+        outcomes = {arm: Outcome(Status.RED, reason) for arm, reason in red.items() if arm in arms}
+        fit = {arm: call for arm, call in arms.items() if arm not in red}
         outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
         for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
             _add_speed(records, s, arm, at, outcomes, ceilings)
@@ -69,7 +84,7 @@ def _gpu_ceilings(gpu: Cuda) -> Ceilings:
     return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
 
 
-def _timed_on_cpu(arms: dict[str, Callable[[int], object]], count: int, s: Settings) -> dict[str, Outcome]:
+def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Settings) -> dict[Timed, Outcome]:
     """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
     ready, outcomes = {}, {}
     turn = itertools.cycle(range(count))
@@ -78,28 +93,32 @@ def _timed_on_cpu(arms: dict[str, Callable[[int], object]], count: int, s: Setti
             call(0)
             ready[name] = rotating(call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
-            outcomes[name] = Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
+            outcomes[name] = Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
     times = interleaved_times(ready, s.speed_budget_s)
-    return outcomes | {name: Outcome("ok", seconds=spread(values)) for name, values in times.items()}
+    return outcomes | {name: Outcome(Status.OK, seconds=spread(values)) for name, values in times.items()}
 
 
 def _timed_on_gpu(
-    arms: dict[str, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
-) -> dict[str, Outcome]:
-    own = [Arm(name, call, bits_differ if "/triton" in name else values_differ) for name, call in arms.items()]
+    arms: dict[Timed, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
+) -> dict[Timed, Outcome]:
+    own = (Backend.TRITON, Backend.TRITON_SEPARATE)
+    listed = [Arm(str(arm), call, bits_differ if arm.backend in own else values_differ) for arm, call in arms.items()]
     laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
-    return measure(own, gpu, copies=len(problems), laps=laps, baseline="hf/eager").outcomes
+    found = measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
+    return {arm: found[str(arm)] for arm in arms}
 
 
 def _add_speed(
-    records: Records, s: Settings, arm: str, problems: list[Problem], outcomes: dict[str, Outcome], ceilings: Ceilings
+    records: Records,
+    s: Settings,
+    arm: Timed,
+    problems: list[Problem],
+    outcomes: dict[Timed, Outcome],
+    ceilings: Ceilings,
 ) -> None:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
-    plan, backend = arm.split("/")
     problem, outcome = problems[0], outcomes[arm]
-    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, "plan": plan, "backend": backend}
-    if records.has("speed", **{name: row[name] for name in ("tokens", "plan", "backend")}):
-        return
+    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **arm._asdict()}
     rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + (
@@ -107,19 +126,14 @@ def _add_speed(
     )
     row |= dataclasses.asdict(work_of(problem))
     if outcome.seconds is None:
-        records.add("speed", **row, status=outcome.status, reason=outcome.reason)
+        records.add(SpeedRow(**row, status=outcome.status, reason=outcome.reason))
         return
     p50 = outcome.seconds.p50
-    baselines = {"speedup_vs_eager": "hf/eager", "speedup_vs_compile": "hf/torch.compile"}
-    records.add(
-        "speed",
-        **row,
-        **{f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()},
-        gbps=row["bytes"] / p50 / 1e9,
-        tflops=row["flops"] / p50 / 1e12,
-        roofline_share=ceilings.floor_s(problem) / p50,
-        **{c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds},
-    )
+    row |= {f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()}
+    row |= {"gbps": row["bytes"] / p50 / 1e9, "tflops": row["flops"] / p50 / 1e12}
+    baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
+    row |= {c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds}
+    records.add(SpeedRow(**row, roofline_share=ceilings.floor_s(problem) / p50))
 
 
 def _stored_weights(plan: CastPlan, problems: list[Problem]) -> list[Tensor]:
@@ -135,18 +149,18 @@ def _as_stored(plan: CastPlan, problem: Problem) -> Problem:
 
 def _speed_arms(
     s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]
-) -> Iterator[tuple[str, Callable[[int], object]]]:
-    """`plan/backend` -> a call on the i-th problem."""
-    yield "hf/eager", lambda i: eager(problems[i])
-    yield "hf/torch.compile", lambda i: compiled_eager()(problems[i])
+) -> Iterator[tuple[Timed, Callable[[int], object]]]:
+    """What is timed -> a call on the i-th problem."""
+    yield BASELINE, lambda i: eager(problems[i])
+    yield COMPILED, lambda i: compiled_eager()(problems[i])
     for name in s.plans:
         plan = plan_named(name)
         own = [_as_stored(plan, p) for p in problems]
         if s.device == "cpu":  # where Triton would run interpreted
-            yield f"{name}/inductor", partial(_inductor_call, plan, own, weights[name])
+            yield Timed(name, Backend.INDUCTOR), partial(_inductor_call, plan, own, weights[name])
         else:
-            yield f"{name}/triton", partial(_triton_call, plan, own, weights[name], separate=False)
-            yield f"{name}/triton-separate", partial(_triton_call, plan, own, weights[name], separate=True)
+            yield Timed(name, Backend.TRITON), partial(_triton_call, plan, own, weights[name], separate=False)
+            yield Timed(name, Backend.TRITON_SEPARATE), partial(_triton_call, plan, own, weights[name], separate=True)
 
 
 def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int) -> object:

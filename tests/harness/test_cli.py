@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from castpoint.harness.doctor import checks, hub_package, interpreter, interpreter_with_numpy, package_origin
 from castpoint.harness.options import parse_layers, select
 from castpoint.harness.report.page import BLOCK, newest_run, readme_block, update_readme
-from castpoint.harness.runs.records import TABLES, load_runs
+from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.schema import TABLES
 from castpoint.variants.catalogue import PLANS
 
 

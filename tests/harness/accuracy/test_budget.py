@@ -18,8 +18,6 @@ from castpoint.harness.accuracy.amplification import amplification
 from castpoint.harness.accuracy.budget import budget_rows
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.accuracy.shapley import (
-    MEASURES,
-    PLAYERS,
     Budget,
     Errors,
     budget,
@@ -33,6 +31,7 @@ from castpoint.harness.accuracy.shapley import (
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.positions import with_positions
+from castpoint.harness.runs.schema import MEASURES, PLAYERS
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.problem import Problem

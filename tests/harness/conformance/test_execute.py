@@ -15,10 +15,10 @@ import pytest
 from audit_support import in_process
 
 import castpoint.harness.__main__ as cli
-from castpoint.harness.conformance.cuda import DRAWN, EXACT
 from castpoint.harness.report.studies import executed_sentence, executed_table
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check, ExecutedRow
 from castpoint.kernels.config import Config
 from castpoint.variants.catalogue import PLANS
 
@@ -70,7 +70,7 @@ def of_the_rig(target: str) -> Iterator[dict]:
     weight = torch.arange(7 * 1026).reshape(7, 1026).to(torch.bfloat16)
     with executed(target):
         empty_kernel[(1,)]()
-        found = loop_checked(TILES[0], EXACT, Here())
+        found = loop_checked(TILES[0], Check.EXACT, Here())
         sums = read_sums(weight, 2048)
     expected = [int(part.long().sum()) for part in weight.view(torch.int32).reshape(-1).split(2048)]
     yield {"equal": [float((int(sum_) - wanted) % (1 << 32) == 0) for sum_, wanted in zip(sums, expected, strict=True)]}
@@ -249,9 +249,10 @@ def test_another_target_is_refused(tmp_path: Path):
 def records(tmp_path: Path) -> Path:
     found = Records(tmp_path, {"command": "execute"}, {"commit": "abc"})
     key = {"target": "sm_90", "plan": "hf", "tokens": 70}
-    found.add("executed", **key, config="default", check=EXACT, share_equal=1.0)
-    found.add("executed", **key, config="default", check=DRAWN, share_equal=0.999)
-    found.add("executed", **key, config="separate", check=EXACT, share_equal=0.9, status="red", reason="7 differ")
+    found.add(ExecutedRow(**key, config="default", check=Check.EXACT, share_equal=1.0))
+    found.add(ExecutedRow(**key, config="default", check=Check.ENVELOPE, share_equal=0.999))
+    red = {"share_equal": 0.9, "status": "red", "reason": "7 differ"}
+    found.add(ExecutedRow(**key, config="separate", check=Check.EXACT, **red))
     found.finish()
     return tmp_path
 

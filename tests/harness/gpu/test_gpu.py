@@ -21,11 +21,12 @@ import castpoint.harness.gpu.sweep
 from castpoint.harness.conformance import cuda as gpu_checks
 from castpoint.harness.gpu import arms, tune
 from castpoint.harness.gpu.sweep import sweep_gpu
-from castpoint.harness.peers.chains import HEADS, LOOP, NORM, OWN_KERNEL, loop_name, pick_chains
+from castpoint.harness.peers.chains import OWN_KERNEL, loop_name, loop_tile, pick_chains
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.geometry import GEOMETRIES, Geometry
 from castpoint.harness.problems.grid import COLD, HOT, LAYERS, ROPE, Point
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check, GpuCheckRow, Kind
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.harness.timing.rig import AGAIN, Arm
 from castpoint.kernels import dispatch
@@ -110,7 +111,7 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
     *_, last = lines
     listed = [line.split() for line in lines[2:] if line[0] != "#"]
     assert last.startswith(f"# {len({tuple(words[:3]) for words in listed})} points, {len(listed)} measurements (")
-    for kind in ("part", "peer", "own"):
+    for kind in Kind:
         assert re.search(rf"\b{sum(words[3] == kind for words in listed)} {kind}\b", last)
     floors_s = float(re.search(r"add up to (\S+) s: no estimate of the run", last)[1])
     assert floors_s == pytest.approx(sum(float(words[6]) for words in listed) / 1e6, rel=0.01)
@@ -153,7 +154,7 @@ def test_a_point_has_a_row_for_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
     gpu = seconds_by({own: 4e-5, "one-rounding": 2e-5, "fp32": 8e-5, "P4 cuBLAS": 1e-5})
     sweep_gpu([Point("tiny", 4)], records_in(tmp_path), gpu)
     found = {row["arm"]: row for row in rows(tmp_path, "gpu_speed")}
-    parts = {name for name in found if found[name]["kind"] == "part"}
+    parts = {name for name in found if Kind(found[name]["kind"]).is_part}
     assert {"norm eager", "norm quack rmsnorm", "heads head_norm kernel", "P4 cuBLAS"} <= parts
     assert found["norm quack rmsnorm"]["status"] in ("not installed", "not applicable")
     assert {own, "eager", "one-rounding", "fp32"} <= found.keys()
@@ -174,7 +175,8 @@ def test_a_point_has_a_row_for_every_arm(tmp_path: Path, monkeypatch: pytest.Mon
 def test_red_plans_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labelled(monkeypatch)
     records = records_in(tmp_path)
-    records.add("gpu_checks", plan="fp32", config="default", check="exact", status="red", reason="3 elements differ")
+    red = {"status": "red", "reason": "3 elements differ"}
+    records.add(GpuCheckRow(plan="fp32", config="default", tokens=70, check="exact", **red))
     sweep_gpu([Point("tiny", 1)], records, seconds_by({}))
     (row,) = [row for row in rows(tmp_path, "gpu_speed") if row["arm"] == "fp32"]
     assert (row["status"], row["p50_us"]) == ("red", "") and "not timed: default, exact: 3 elements" in row["reason"]
@@ -195,7 +197,7 @@ def test_hot_rows_and_chains_of_layers(tmp_path: Path, monkeypatch: pytest.Monke
     found = {(row["regime"], row["arm"]): row for row in rows(tmp_path, "gpu_speed")}
     assert found[HOT, "one-rounding"]["cold"] == "False"
     assert found[LAYERS, "one-rounding"]["copies"] == str(TINY.num_layers)
-    assert not [row for row in found.values() if row["kind"] == "part"]
+    assert not [row for row in found.values() if Kind(row["kind"]).is_part]
 
 
 def test_a_run_goes_on_where_it_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -268,8 +270,9 @@ def test_points_with_rope_rotate_and_count_its_bytes(tmp_path: Path, monkeypatch
         sweep_gpu([Point("tiny", 4, regime)], records_in(tmp_path / regime), seconds_by({}))
     cold, rope = ({row["arm"]: row for row in rows(tmp_path / regime, "gpu_speed")} for regime in (COLD, ROPE))
     assert {"P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS", "eager", "hf"} <= rope.keys()
-    assert {arm for arm in rope if arm.startswith(HEADS)} == {f"{HEADS}{OWN_KERNEL}"}
-    assert not [arm for arm in rope if arm.startswith(LOOP)] and [arm for arm in rope if arm.startswith(NORM)]
+    assert {arm for arm in rope if rope[arm]["kind"] == Kind.HEADS} == {f"heads {OWN_KERNEL}"}
+    kinds = {row["kind"] for row in rope.values()}
+    assert Kind.LOOP not in kinds and Kind.NORM in kinds
     assert settings[COLD].problems[0].positions is None
     turned = settings[ROPE].problems[0]
     assert turned.positions.tolist() == [1000, 1001, 1002, 1003]
@@ -280,7 +283,7 @@ def test_points_with_rope_rotate_and_count_its_bytes(tmp_path: Path, monkeypatch
         assert outside(outputs[COLD, arm], allowed).double().mean() > 0.5, f"{arm}: the test would not notice"
 
 
-@pytest.mark.parametrize("check", [gpu_checks.EXACT, gpu_checks.DRAWN])
+@pytest.mark.parametrize("check", gpu_checks.AGAINST_SPEC)
 def test_checks_with_rope_rotate(check: str):
     for rope in (False, True):
         problem = gpu_checks.problem_for(plan_named("hf"), check, "cpu", rope)
@@ -301,8 +304,8 @@ def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pyte
         ("hf", "default"), ("hf", "separate"), ("gemma", "default"), ("gemma", "separate"), ("deferred", "default"),
         ("deferred", str(fallback(128, plan_named("deferred")))),
     }  # fmt: skip
-    rotated = {(plan, f"{config}, RoPE") for plan, config in asked if plan != "gemma"}  # which no grid rotates
-    assert {(row["plan"], row["config"]) for row in found} == asked | rotated
+    turned = {(plan, config, "True") for plan, config in asked if plan != "gemma"}  # which no grid rotates
+    assert {(row["plan"], row["config"], row["rope"]) for row in found} == turned | {(*each, "False") for each in asked}
     assert {row["status"] for row in found} == {"ok"} and not gpu_checks.red_plans(records)
     run = gpu_checks.run_triton
     moved = {plan_named("hf"): plan_named("hf").replace(products="fp32")}  # wrong where q and k are rotated alone
@@ -319,9 +322,9 @@ def test_split_k_is_checked_at_one_token_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_checks, "PLANS", {"gemma": PLANS["gemma"]})
     monkeypatch.setattr(gpu_checks, "configs_of", lambda plan: {"default": None, str(split): split})
     asked = [(config, check, tokens) for _, config, check, _, tokens in gpu_checks.kernel_checks()]
-    both = (gpu_checks.EXACT, gpu_checks.DRAWN)
+    both = gpu_checks.AGAINST_SPEC
     assert set(asked) == {(None, check, 70) for check in both} | {(split, check, n) for check in both for n in (70, 1)}
-    assert gpu_checks.problem_for(PLANS["gemma"].plan, gpu_checks.EXACT, "cpu", tokens=1).tokens == 1
+    assert gpu_checks.problem_for(PLANS["gemma"].plan, Check.EXACT, "cpu", tokens=1).tokens == 1
 
 
 def small_problem(plan, check, device, rope, tokens=5):
@@ -329,7 +332,7 @@ def small_problem(plan, check, device, rope, tokens=5):
 
     from castpoint.harness.problems.exact import exact_problem
 
-    if check == gpu_checks.EXACT:
+    if check == Check.EXACT:
         return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16, rope=rope)
     return random_problem(weight_offset=plan.weight_offset != "none", rope=rope)
 
@@ -421,9 +424,9 @@ def test_our_own_loop_is_asked_for_wherever_a_candidate_runs_it():
     """With the bare matmul's work, at cold points alone, and every such tile: no table chooses among them."""
     for point in grid.points():
         rows_of = {row.arm: row for row in arms.rows(point)}
-        own = [row for arm, row in rows_of.items() if arm.startswith(LOOP)]
+        own = [row for row in rows_of.values() if row.kind == Kind.LOOP]
         assert len(own) == (0 if point.regime != COLD or point.tokens <= 32 else 1 if point.tokens <= 128 else 4)
-        assert {(row.kind, row.work) for row in own} <= {("part", rows_of["P4 cuBLAS"].work)} if own else True
+        assert {row.work for row in own} <= {rows_of["P4 cuBLAS"].work} if own else True
 
 
 def sweep_own_loop(folder: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], records=None) -> dict:
@@ -431,7 +434,7 @@ def sweep_own_loop(folder: Path, monkeypatch: pytest.MonkeyPatch, times: dict[st
     for module in (grid, arms):
         monkeypatch.setattr(module, "loop_tiles", lambda point: TILES)
     monkeypatch.setattr(grid, "PLANS", {"one-rounding": PLANS["one-rounding"]})
-    monkeypatch.setattr(gpu_checks, "DRAWN", gpu_checks.EXACT)
+    monkeypatch.setattr(gpu_checks, "AGAINST_SPEC", (Check.EXACT,))
     sweep_gpu([Point("tiny", 4)], records or records_in(folder), seconds_by(times))
     return {row["arm"]: row for row in rows(folder, "gpu_speed")}
 
@@ -440,11 +443,11 @@ def test_every_tile_of_our_own_loop_is_a_row_and_no_part_of_a_chain(tmp_path: Pa
     labelled(monkeypatch, {LOOPS[1]: RuntimeError("out of resource: shared memory")})
     records = records_in(tmp_path)
     third = "fused after hidden 128 x 128, 8 warps, 3 stages"
-    checked = {"plan": LOOPS[2], "config": third, "check": "exact"}
-    records.add("gpu_checks", **checked, status="red", reason="3 elements differ")
+    checked = {"plan": LOOPS[2], "config": third, "tokens": gpu_checks.TOKENS, "check": "exact"}
+    records.add(GpuCheckRow(**checked, status="red", reason="3 elements differ"))
     found = sweep_own_loop(tmp_path, monkeypatch, {LOOPS[0]: 1e-6, LOOPS[3]: 3e-5}, records)
     best = found[LOOPS[0]]
-    assert best["kind"] == "part" and best["config"] == "fused after hidden 128 x 64, 8 warps, 4 stages"
+    assert best["kind"] == Kind.LOOP and best["config"] == "fused after hidden 128 x 64, 8 warps, 4 stages"
     assert (best["bytes"], best["flops"]) == (found["P4 cuBLAS"]["bytes"], found["P4 cuBLAS"]["flops"])
     assert float(best["p50_us"]) == pytest.approx(1) and float(found[LOOPS[3]]["p50_us"]) == pytest.approx(30)
     assert found[LOOPS[1]]["status"] == "failed" and "out of resource" in found[LOOPS[1]]["reason"]
@@ -486,14 +489,14 @@ def test_a_loop_that_is_wrong_gets_no_time(fault: str, tmp_path: Path, monkeypat
 def test_the_check_on_drawn_weights_passes_and_notices_truncation(monkeypatch: pytest.MonkeyPatch):
     tile = Config("fused", "hidden", 128, 64, 8, 3)
     monkeypatch.setattr(gpu_checks, "TOKENS", 5)
-    assert gpu_checks.loop_checked(tile, gpu_checks.DRAWN, FakeCuda())["status"] == "ok"
+    assert gpu_checks.loop_checked(tile, Check.ENVELOPE, FakeCuda())["status"] == "ok"
 
     def truncated(hidden, weight, head_dim, tile):
         proj = hidden.float() @ weight.float().T
         return (proj.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
 
     monkeypatch.setattr(gpu_checks, "matmul", truncated)
-    found = gpu_checks.loop_checked(tile, gpu_checks.DRAWN, FakeCuda())
+    found = gpu_checks.loop_checked(tile, Check.ENVELOPE, FakeCuda())
     assert found["status"] == "red" and "lie outside the interval of fp32 sums" in found["reason"]
 
 
@@ -526,5 +529,6 @@ def test_a_loop_faster_than_the_memory_is_red(tmp_path: Path, monkeypatch: pytes
 
 
 def test_chains_are_not_made_of_our_own_loop():
-    parts = {"norm eager": 1e-6, "P4 cuBLAS": 9e-6, "heads eager": 1e-6, LOOPS[0]: 1e-6}
+    parts = {Kind.NORM: {"eager": 1e-6}, Kind.MATMUL: {"cuBLAS": 9e-6}, Kind.HEADS: {"eager": 1e-6}}
+    parts[Kind.LOOP] = {loop_tile(TILES[0]): 1e-6}
     assert pick_chains(parts) == [("eager", "cuBLAS", "eager")]

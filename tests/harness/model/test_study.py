@@ -37,7 +37,8 @@ from castpoint.harness.model.study import (
     token_errors,
 )
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
-from castpoint.harness.runs.records import KEYS, Records
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import KEYS, ModelLayerRow, Row
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.spec import truth
 
@@ -379,10 +380,10 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     sweep_model(lm, ["truncating"], "eager", TEXTS, whole)
     records, add, left = records_at(tmp_path / "cut"), Records.add, iter(range(20))
 
-    def until_interrupted(self: Records, table: str, **values: object) -> None:
-        if table == "model_layers" and next(left, None) is None:
+    def until_interrupted(self: Records, row: Row) -> None:
+        if isinstance(row, ModelLayerRow) and next(left, None) is None:
             raise KeyboardInterrupt
-        add(self, table, **values)
+        add(self, row)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Records, "add", until_interrupted)

@@ -30,6 +30,7 @@ from castpoint.harness.peers.chains import (
 from castpoint.harness.peers.parts import MATMULS, NO_HEAD_NORM, NORMS, OWN_KERNEL, linear_cublaslt, tuned
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.environment import version
+from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
 from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -194,7 +195,7 @@ def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    peer = peers._peer(name, lambda: NORMS[name].make("cuda", False))
+    peer = peers._peer(Kind.NORM, name, lambda: NORMS[name].make("cuda", False))
     assert peer.status == "not installed" and package in peer.reason and peer.call is None
     with pytest.raises(ValueError, match=f"{name} cannot be timed: not installed"):
         peer.arm()
@@ -224,7 +225,7 @@ def test_a_broken_package_is_a_row():
     def broken() -> None:
         raise RuntimeError("built for another\ntorch")
 
-    peer = peers._peer("x", broken)
+    peer = peers._peer(Kind.NORM, "x", broken)
     assert (peer.status, peer.reason) == ("failed", "RuntimeError: built for another torch")
 
 
@@ -257,7 +258,7 @@ def test_arms_that_hold_a_matmul_are_judged_by_values():
     ],
 )
 def test_functions_by_name(norm: str, heads: str, function: str):
-    assert peers.Peer("", None, chain_plan(norm, heads, HF, offset=False)).function == function
+    assert peers.Peer(Kind.CHAIN, "", None, chain_plan(norm, heads, HF, offset=False)).function == function
 
 
 def test_a_plan_that_rounds_statistics_in_one_norm_only_has_no_name():
@@ -318,15 +319,13 @@ def test_compiled_eager_rounds_one_of_the_two_heads_that_it_turns():
 
 def test_the_best_parts_make_the_best_chain():
     seconds = {
-        "norm eager": 9e-6,
-        "norm F.rms_norm": 3e-6,
-        "P4 cuBLAS": 6e-6,
-        "P4 cuBLASLt": 5e-6,
-        "heads eager": 8e-6,
-        "heads quack rmsnorm": 2e-6,
+        Kind.NORM: {"eager": 9e-6, "F.rms_norm": 3e-6},
+        Kind.MATMUL: {"cuBLAS": 6e-6, "cuBLASLt": 5e-6},
+        Kind.HEADS: {"eager": 8e-6, "quack rmsnorm": 2e-6},
     }
     assert pick_chains(seconds) == [("F.rms_norm", "cuBLASLt", "quack rmsnorm")]
-    near = seconds | {"P4 cuBLAS": 5.2e-6, "norm quack rmsnorm": 3.05e-6}
+    near = seconds | {Kind.MATMUL: {"cuBLAS": 5.2e-6, "cuBLASLt": 5e-6}}
+    near[Kind.NORM] = seconds[Kind.NORM] | {"quack rmsnorm": 3.05e-6}
     assert pick_chains(near) == [
         ("F.rms_norm", "cuBLASLt", "quack rmsnorm"),
         ("quack rmsnorm", "cuBLASLt", "quack rmsnorm"),
@@ -339,8 +338,9 @@ def test_the_best_parts_make_the_best_chain():
 
 
 def test_picking_without_head_norms_and_without_times():
-    assert pick_chains({"norm eager": 1e-6, "P4 cuBLAS": 1e-6}) == [("eager", "cuBLAS", NO_HEAD_NORM)]
-    for seconds in ({}, {"norm eager": 1e-6}, {"P4 cuBLAS": 1e-6, "heads eager": 1e-6}):
+    norm, matmul, heads = {Kind.NORM: {"eager": 1e-6}}, {Kind.MATMUL: {"cuBLAS": 1e-6}}, {Kind.HEADS: {"eager": 1e-6}}
+    assert pick_chains(norm | matmul) == [("eager", "cuBLAS", NO_HEAD_NORM)]
+    for seconds in ({}, norm, matmul | heads):
         with pytest.raises(ValueError, match="at least one norm and one matmul"):
             pick_chains(seconds)
 
@@ -401,4 +401,4 @@ def test_a_torch_without_split_k_settings(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_plans_of_the_catalogue_are_known_by_name():
-    assert all(peers.Peer("", None, known.plan).function == name for name, known in PLANS.items())
+    assert all(peers.Peer(Kind.CHAIN, "", None, known.plan).function == name for name, known in PLANS.items())

@@ -8,9 +8,8 @@ import pytest
 from support import small
 
 from castpoint.harness.accuracy.budget import budget_rows, order_rows, ways_to_rotate
-from castpoint.harness.accuracy.shapley import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
 from castpoint.harness.report.budget import largest_share_sentence, mean_shares, rope_sentence, rope_shares, rope_table
-from castpoint.harness.runs.records import TABLES
+from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, TABLES
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 matplotlib.use("agg")
@@ -50,10 +49,18 @@ def test_order_of_sums_is_no_part_of_the_sum() -> None:
 
 
 def rows_of(
-    shares: dict[str, dict[str, float]], layer: int = 0, weights: str = "calibrated"
+    shares: dict[str, dict[str, float]], layer: int = 0, rotated_from: int | None = None
 ) -> list[dict[str, object]]:
     """Rows of both measures with these shares of a total that falls from plan to plan."""
-    key = {"model": "m", "weights": weights, "layer": layer, "tokens": 64, "backend": "spec"}
+    key = {
+        "model": "m",
+        "weights": "calibrated",
+        "rotated_from": rotated_from,
+        "layer": layer,
+        "tokens": 64,
+        "backend": "spec",
+        "status": "ok",
+    }
     return [
         {**key, "plan": plan, "measure": measure, "player": player, "shapley": share / 2**i, "share": share,
          "total": 0.5**i}
@@ -84,10 +91,9 @@ def test_the_sentence_follows_the_numbers() -> None:
     assert "Order of sums comes on top: at most" in largest_share_sentence(frame())
 
 
-def test_the_sentence_means_over_layers_and_leaves_controls_out() -> None:
+def test_the_sentence_means_over_layers() -> None:
     half = {"bf16-operand": {"hidden": 0.5, "out": 0.5}}
     rows = rows_of({"bf16-operand": {"hidden": 0.75, "out": 0.25}}, 0) + rows_of(half, 1)
-    rows += rows_of({"bf16-operand": {"hidden": 0.0, "out": 1.0}}, 0, "calibrated, k_norm=1")
     sentence = largest_share_sentence(pd.DataFrame(rows))
     assert "mean of 2 layers" in sentence and "`hidden` in `bf16-operand`, 62%" in sentence
 
@@ -95,7 +101,7 @@ def test_the_sentence_means_over_layers_and_leaves_controls_out() -> None:
 def test_rope_is_told_apart_and_compared_on_the_same_layers() -> None:
     plain = rows_of(MADE_UP, 0) + rows_of({"hf": {"normed": 1.0}}, 5)  # layer 5 was not rotated
     turned = {"fp32": {"out": 1.0}, "hf": {"unrotated": 0.25, "cos_sin": 0.125, "products": 0.125, "out": 0.5}}
-    rows = pd.DataFrame(plain + rows_of(turned, 0, "calibrated, rotated from position 1000"))
+    rows = pd.DataFrame(plain + rows_of(turned, 0, 1000))
     shares = rope_shares(rows)
     assert list(shares.index) == ["fp32", "hf"]  # by the error behind: 1 and 0.5
     assert shares.loc["hf", ["before", "behind"]].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])

@@ -21,6 +21,7 @@ from castpoint.harness.report.gpu_findings import sentences
 from castpoint.harness.report.gpu_goals import ABOVE, GOALS, OF_P4, SPEEDUP, Goal, break_even, goal_status, goals
 from castpoint.harness.report.gpu_rows import EXACT, FOLDED, LOSS, NOISE, P1, P4, WIN, newest
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import ErrorRow, GpuCheckRow, GpuPointRow, GpuSpeedRow, Kind
 from castpoint.variants.catalogue import PLANS
 
 CHAIN, OWN_CHAIN = "P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS"
@@ -48,8 +49,11 @@ def opened(folder: Path) -> Records:
 def add(records: Records, point: tuple, arm: str, us: float | None, p1_us: float | None = None, **more: object) -> None:
     """A row of gpu_speed: p10 and p90 1 % beside the median, the speed-up p1_us / us, noise of 2 %."""
     model, tokens, regime = point
-    kind = "own" if arm in PLANS else "part" if arm.startswith("P4") else "peer"
-    row = {"kind": kind, "cold": regime != grid.HOT, "config": FUSED if kind == "own" else "", "slowed_by": "none"}
+    starts = {"P1": Kind.CHAIN, "P2": Kind.COMPILED, "P4": Kind.MATMUL, "own loop": Kind.LOOP}
+    kind = next((kind for start, kind in starts.items() if arm.startswith(start)), Kind.OWN)
+    config = more.pop("config", FUSED if kind == Kind.OWN else "")
+    row = {"kind": kind, "cold": regime != grid.HOT, "config": config, "kernel": config.split(" ")[0]}
+    row |= {"prepass": "none" if config else "", "slowed_by": "none"}
     row |= {"noise_p10": 0.98, "noise_p90": 1.02, "sm_mhz": 1980.0, "watts": 500.0, "celsius": 50.0}
     if us is not None:
         row |= {"p10_us": 0.99 * us, "p50_us": us, "p90_us": 1.01 * us, "floor_us": us / 2, "roofline_share": 0.5}
@@ -57,7 +61,7 @@ def add(records: Records, point: tuple, arm: str, us: float | None, p1_us: float
     if us is not None and p1_us is not None:
         ratio = p1_us / us
         row |= {"p1": CHAIN, "speedup_p1_p10": 0.99 * ratio, "speedup_p1_p50": ratio, "speedup_p1_p90": 1.01 * ratio}
-    records.add("gpu_speed", model=model, tokens=tokens, regime=regime, arm=arm, **(row | more))
+    records.add(GpuSpeedRow(model=model, tokens=tokens, regime=regime, arm=arm, **(row | more)))
 
 
 SMALL, LARGE = "qwen3-0.6b", "qwen3-32b"
@@ -74,7 +78,7 @@ def invent_by_hand(folder: Path, upside_down: bool = False) -> Records:
         if p4_us:
             add(records, point, "P4 cuBLASLt", 1.2 * p4_us)
             add(records, point, "P4 cuBLAS", p4_us)
-        records.add("gpu_points", **dict(zip(("model", "tokens", "regime"), point, strict=True)))
+        records.add(GpuPointRow(**dict(zip(("model", "tokens", "regime"), point, strict=True))))
 
     def own(point: tuple, arm: str, us: float, p1_us: float | None, **more: object) -> None:
         if upside_down and p1_us is not None:
@@ -96,7 +100,7 @@ def invent_by_hand(folder: Path, upside_down: bool = False) -> Records:
     for arm in (CHAIN, OWN_CHAIN):  # no P1
         add(records, AT["256"], arm, None, status="failed", reason="RuntimeError: no kernel")
     own(AT["256"], "hf", 9.0, None)
-    records.add("gpu_points", model=SMALL, tokens=256, regime=grid.COLD)
+    records.add(GpuPointRow(model=SMALL, tokens=256, regime=grid.COLD))
     chain(AT["4096"], 60.0, 50.0)  # a loss of a plan that ran unfused; the dearest loss is deferred's
     own(AT["4096"], "one-rounding", 62.0, 60.0, config=SEPARATE)  # 0.968
     own(AT["4096"], "deferred", 80.0, 60.0)  # 0.75
@@ -105,7 +109,7 @@ def invent_by_hand(folder: Path, upside_down: bool = False) -> Records:
     add(records, red, OWN_CHAIN, 33.0, 17.0)
     own(red, "hf", 30.0, 17.0)
     failed = {"status": "failed", "reason": "out of memory: 2 GiB"}
-    records.add("gpu_points", model=LARGE, tokens=4096, regime=grid.COLD, **failed)
+    records.add(GpuPointRow(model=LARGE, tokens=4096, regime=grid.COLD, **failed))
     add(records, (SMALL, 1, grid.HOT), CHAIN, 5.0, 5.0)
     add(records, (SMALL, 1, grid.HOT), "one-rounding", 4.0, 5.0)
     return records
@@ -416,12 +420,14 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
         ("deferred", "default", "exact", "ok"), ("deferred", "default", "envelope", "ok"),
         ("deferred", "c | d", "exact", "red"), ("deferred", "c | d", "envelope", "failed"),
     ):  # fmt: skip
-        records.add("gpu_checks", plan=plan, config=config, check=check, share_equal=0.5, status=status,
-                    reason="" if status == "ok" else "3 of 9")  # fmt: skip
+        reason = "" if status == "ok" else "3 of 9"
+        found = {"share_equal": 0.5, "status": status, "reason": reason}
+        records.add(GpuCheckRow(plan=plan, config=config, tokens=70, check=check, **found))
+    key = {"plan": "hf", "tokens": 70}
     for setting, share, ulp in (("default", 0.75, 8.0), ("fp32 partials", 0.999, 1.0)):
-        records.add("gpu_checks", plan="hf", config=setting, check="eager", share_equal=share, max_ulp=ulp)
-    records.add("gpu_checks", plan="hf", config="one fp32 chain", check="eager", status="failed", reason="unknown")
-    records.add("gpu_checks", plan="hf", config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0)
+        records.add(GpuCheckRow(**key, config=setting, check="eager", share_equal=share, max_ulp=ulp))
+    records.add(GpuCheckRow(**key, config="one fp32 chain", check="eager", status="failed", reason="unknown"))
+    records.add(GpuCheckRow(**key, config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0))
     records.finish()
     text = section(tmp_path)
     assert "| hf | default and 2 others | ok | ok |" in text and "| deferred | default | ok | ok |" in text
@@ -459,7 +465,7 @@ def invent_whole(folder: Path) -> str:
         error = {"model": SMALL, "weights": "calibrated", "tokens": 64, "seed": 0, "plan": name, "backend": "spec"}
         for layer, size in ((0, 1e-3), (1, 1.1e-3)):
             error |= {"layer": layer, "rel_rms": size * (1.66 + (place % 7) ** 2 / 9)}
-            records.add("errors", output="k", reference="truth", **error)
+            records.add(ErrorRow(output="k", reference="truth", **error))
     records.finish()
     return records.run_id
 
@@ -493,8 +499,8 @@ def test_the_time_against_error_is_that_over_p1(tmp_path: Path) -> None:
     add(records, AT["1"], CHAIN, 6.0, 6.0)
     add(records, AT["1"], "hf", 3.0, 6.0)
     for model, layer, error in ((SMALL, 0, 3e-3), (SMALL, 1, 4e-3), (LARGE, 0, 9e-3)):
-        records.add("errors", model=model, weights="w", layer=layer, tokens=4, seed=0, plan="hf", backend="spec",
-                    output="k", reference="truth", rel_rms=error)  # fmt: skip
+        key = {"model": model, "weights": "w", "layer": layer, "tokens": 4, "seed": 0, "plan": "hf", "backend": "spec"}
+        records.add(ErrorRow(**key, output="k", reference="truth", rel_rms=error))
     records.finish()
     run = newest(tmp_path)
     errors = gpu_plots.latest(tmp_path, "errors")[1]
@@ -506,7 +512,7 @@ def test_the_time_against_error_is_that_over_p1(tmp_path: Path) -> None:
 def test_words_are_kept_as_words(by_hand: Path) -> None:
     """frames.load takes columns that it does not know for numbers; a config is none."""
     row = newest(by_hand).best.loc[*AT["1"], EXACT]
-    assert (row["config"], row["p1"], row["cold"], row["slowed_by"]) == (FUSED, CHAIN, "True", "none")
+    assert (row["config"], row["p1"], row["cold"], row["slowed_by"]) == (FUSED, CHAIN, True, "none")
     assert newest(by_hand).best.loc[*AT["1"], P4]["arm"] == "P4 cuBLAS"
 
 
@@ -520,8 +526,8 @@ def add_loop(records: Records, model: str, p1_us: float, p4_us: float, loop_us: 
     add(records, point, "hf", 2 * p1_us, p1_us)
     for arm, us in (("P4 cuBLASLt", 1.2 * p4_us), ("P4 cuBLAS", p4_us)):
         add(records, point, arm, us)
-    add(records, point, "own loop 64 x 64, 4 warps, 4 stages", loop_us and 1.3 * loop_us, kind="part", **more)
-    add(records, point, "own loop 128 x 64, 8 warps, 3 stages", loop_us, kind="part", **more)
+    add(records, point, "own loop 64 x 64, 4 warps, 4 stages", loop_us and 1.3 * loop_us, **more)
+    add(records, point, "own loop 128 x 64, 8 warps, 3 stages", loop_us, **more)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from tiny_models import saved
 
 import castpoint.harness.__main__ as cli
-from castpoint.harness.model.study import BINS
 from castpoint.harness.report import model as impact_report
 from castpoint.harness.report.model import (
     Difference,
@@ -37,7 +36,7 @@ from castpoint.harness.report.model import (
 from castpoint.harness.report.model_plot import model_plots, quantiles
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
-from castpoint.harness.runs.records import TABLES
+from castpoint.harness.runs.schema import BINS, TABLES
 from castpoint.variants import catalogue
 
 PLANS = ("hf", "one-rounding")

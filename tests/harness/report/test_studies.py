@@ -28,7 +28,8 @@ from castpoint.harness.report.studies import (
     study_sentences,
 )
 from castpoint.harness.runs.frames import latest
-from castpoint.harness.runs.records import TABLES, Records, load_runs
+from castpoint.harness.runs.records import Records, load_runs
+from castpoint.harness.runs.schema import TABLES
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
 

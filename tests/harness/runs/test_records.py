@@ -6,10 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from castpoint.harness.runs.records import KEYS, SCHEMA, TABLES, Records, load_runs
+from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.frames import load_table
+from castpoint.harness.runs.records import SCHEMA, Records, load_runs
+from castpoint.harness.runs.schema import KEYS, ROWS, TABLES, ErrorRow, Status, TuningRow, flags_of, words_of
 
 SETTINGS, ENVIRONMENT = {"model": "m"}, {"device": "cpu"}
-KEY = {"weights": "w", "layer": 0, "tokens": 4, "plan": "hf", "backend": "spec", "output": "k", "reference": "truth"}
+KEY = {
+    "model": "m",
+    "seed": 0,
+    "weights": "w",
+    "layer": 0,
+    "tokens": 4,
+    "plan": "hf",
+    "backend": "spec",
+    "output": "k",
+    "reference": "truth",
+}
 
 
 def rows(folder: Path, table: str = "errors") -> list[dict[str, str]]:
@@ -19,15 +32,15 @@ def rows(folder: Path, table: str = "errors") -> list[dict[str, str]]:
 
 def test_columns_are_those_that_tools_rely_on() -> None:
     assert ",".join(TABLES["errors"]) == (
-        "run_id,model,weights,layer,tokens,seed,plan,backend,output,reference,max_abs,mean_abs,rms,rel_rms,max_ulp,"
-        "p99_ulp,mean_ulp,share_equal,signed_mean,at_token,at_head,at_channel,status,reason"
+        "run_id,model,weights,uniform_k_norm,layer,tokens,seed,plan,backend,output,reference,max_abs,mean_abs,rms,"
+        "rel_rms,max_ulp,p99_ulp,mean_ulp,share_equal,signed_mean,at_token,at_head,at_channel,status,reason"
     )
     assert ",".join(TABLES["speed"]) == (
         "run_id,model,tokens,plan,backend,regime,p10_us,p50_us,p90_us,bytes,flops,gbps,tflops,roofline_share,"
         "speedup_vs_eager,speedup_vs_compile,status,reason"
     )
     assert ",".join(TABLES["amplification"]) == (
-        "run_id,model,weights,layer,plan,k_norm_max,gain_predicted_max,gain_measured_max,k_max_abs_before,"
+        "run_id,model,weights,uniform_k_norm,layer,plan,k_norm_max,gain_predicted_max,gain_measured_max,k_max_abs_before,"
         "k_max_abs_after,k_rel_rms_before,k_rel_rms_after,logit_rms_error,logit_max_error,softmax_tv_mean,"
         "softmax_tv_max,top_key_flips,status,reason"
     )
@@ -36,22 +49,22 @@ def test_columns_are_those_that_tools_rely_on() -> None:
 
 def test_a_row_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
     records = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    records.add("errors", **KEY, max_abs=0.125, reason="two\nlines")
+    records.add(ErrorRow(**KEY, max_abs=0.125, reason="two\nlines"))
     (row,) = rows(tmp_path)
     assert row["run_id"] == records.run_id and row["max_abs"] == "0.125" and row["status"] == "ok"
     assert row["reason"] == "two lines" and row["rms"] == ""
-    assert records.has("errors", **KEY) and not records.has("errors", **{**KEY, "plan": "fp32"})
+    assert records.has(ErrorRow, **KEY) and not records.has(ErrorRow, **KEY | {"plan": "fp32"})
 
 
 def test_a_stopped_run_is_continued_and_a_finished_one_is_not(tmp_path: Path) -> None:
     first = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    first.add("errors", **KEY)
+    first.add(ErrorRow(**KEY))
     again = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    assert again.run_id == first.run_id and again.has("errors", **KEY)
+    assert again.run_id == first.run_id and again.has(ErrorRow, **KEY)
     again.finish()
     fresh = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    assert fresh.run_id != first.run_id and not fresh.has("errors", **KEY)
-    fresh.add("errors", **KEY)
+    assert fresh.run_id != first.run_id and not fresh.has(ErrorRow, **KEY)
+    fresh.add(ErrorRow(**KEY))
     assert len(rows(tmp_path)) == 2 and len(fresh.rows("errors")) == 1
     assert list(load_runs(tmp_path)) == [first.run_id, fresh.run_id]
 
@@ -64,22 +77,51 @@ def test_other_settings_or_another_machine_start_another_run(tmp_path: Path, cha
 
 def test_half_a_row_left_by_a_killed_run_is_dropped_and_nothing_else(tmp_path: Path) -> None:
     records = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    records.add("errors", **KEY)
+    records.add(ErrorRow(**KEY))
     with open(tmp_path / "errors.csv", "a") as file:
         file.write(f"{records.run_id},qwen3-0.6b,calibr")
     again = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    again.add("errors", **{**KEY, "plan": "fp32"})
+    again.add(ErrorRow(**KEY | {"plan": "fp32"}))
     assert [row["plan"] for row in rows(tmp_path)] == ["hf", "fp32"]
 
 
-def test_an_unknown_column_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no column speed"):
-        Records(tmp_path, SETTINGS, ENVIRONMENT).add("errors", **KEY, speed=1)
+def test_a_row_is_written_once(tmp_path: Path) -> None:
+    records = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    records.add(ErrorRow(**KEY, rms=1.0))
+    records.add(ErrorRow(**KEY, rms=2.0))
+    assert [row["rms"] for row in rows(tmp_path)] == ["1"]
+
+
+def test_what_no_reader_knows_is_no_row() -> None:
+    for wrong in ({"speed": 1}, {}):
+        with pytest.raises(TypeError):  # a column that is none, a key that is not whole
+            ErrorRow(**({**KEY, **wrong} if wrong else {"plan": "hf"}))
+    with pytest.raises(ValueError, match="'fine' is not a valid Status"):
+        ErrorRow(**KEY, status="fine")
+    with pytest.raises(KeyError, match="reference"):
+        ErrorRow.key_of(**{name: value for name, value in KEY.items() if name != "reference"})
+
+
+def test_every_column_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Words as words, numbers as numbers, True and False as such; what is empty is no number and no truth."""
+    records = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    sizes = {"block_m": 1, "block_k": 2, "num_warps": 4, "num_stages": 5, "splits": 6}
+    words = {"model": "m", "scale": "folded", "kernel": "fused", "prepass": "none"}
+    for config, cold in (("007", True), ("8", False)):
+        records.add(TuningRow(**words, **sizes, tokens=1, config=config, cold=cold, status=Status.RED))
+    frame = load_table(tmp_path, records.run_id, "tuning")
+    assert list(frame["config"]) == ["007", "8"] and list(frame["cold"]) == [True, False]
+    assert list(frame[~frame["cold"]]["config"]) == ["8"]
+    assert list(frame["block_k"]) == [2, 2] and frame["p50_us"].isna().all() and set(frame["status"]) == {Status.RED}
+    for table in ROWS:
+        numbers = set(TABLES[table]) - {*words_of(table), *flags_of(table)}
+        frame = load_table(tmp_path, "no run", table)
+        assert all(frame[name].dtype.kind in "fi" for name in numbers) and list(frame.columns) == list(TABLES[table])
 
 
 def test_a_folder_of_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "errors.csv").write_text("run_id,plan,error\n1,hf,0.1\n")
-    with pytest.raises(ValueError, match="errors.csv was written with other columns"):
+    with pytest.raises(UserError, match="errors.csv was written with other columns"):
         Records(tmp_path, SETTINGS, ENVIRONMENT)
     assert (tmp_path / "errors.csv").read_text() == "run_id,plan,error\n1,hf,0.1\n"
     assert not (tmp_path / "environment.json").exists()
@@ -88,12 +130,12 @@ def test_a_folder_of_another_schema_is_refused_and_left_alone(tmp_path: Path) ->
 @pytest.mark.parametrize("content", ["{", '{"runs": {}}', "[]", json.dumps({"schema": SCHEMA + 1, "runs": {}})])
 def test_a_foreign_environment_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
-    with pytest.raises(ValueError, match="choose another --results") as error:
+    with pytest.raises(UserError, match="choose another --results") as error:
         Records(tmp_path, SETTINGS, ENVIRONMENT)
     assert "\n" not in str(error.value) and (tmp_path / "environment.json").read_text() == content
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         Records(tmp_path / "file" / "results", SETTINGS, ENVIRONMENT)

@@ -1,0 +1,311 @@
+# ruff: noqa: E702
+"""What the tables of a results folder hold: a dataclass a table, and the words that more than one room reads there.
+
+A row's fields are the columns of its CSV file in their order, between `run_id` and `status, reason`, which every table
+has. KEY tells one row of a run from another. A field without a default is known before anything is measured; a row that
+failed has no others. Writing takes rows (Records.add), reading takes tables by name (runs.frames).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+# ---------------------------------------------------------------- words
+
+
+class Status(StrEnum):
+    """What became of a row. A fingerprint's row has its answer here instead of `ok`."""
+
+    OK = "ok"
+    RED = "red"  # measured, and wrong
+    FAILED = "failed"  # raised; reason says what
+    NOT_APPLICABLE = "not applicable"
+    NOT_INSTALLED = "not installed"
+    REFUSED = "refused"
+    DOES_NOT_FIT = "does not fit"
+    IDENTIFIED = "identified"
+    UNDECIDED = "undecided"
+    NONE = "none"
+    ERROR = "error"
+
+
+class Backend(StrEnum):
+    """What ran a plan: those of variants.backends, and eager as a baseline or for its noise floor."""
+
+    SPEC = "spec"
+    EAGER = "eager"
+    EAGER_BATCH_OF_1 = "eager, batch of 1"
+    EAGER_ONE_THREAD = "eager, 1 thread"
+    COMPILED_EAGER = "torch.compile"
+    INDUCTOR = "inductor"
+    TRITON = "triton"
+    TRITON_SEPARATE = "triton-separate"
+
+
+class Check(StrEnum):
+    """What a kernel is compared with: its spec on exact inputs, its envelope; eager's spec; itself interpreted."""
+
+    EXACT = "exact"
+    ENVELOPE = "envelope"
+    EAGER = "eager"
+    INTERPRETER = "interpreter"
+
+
+class Regime(StrEnum):
+    """How weights lie at a point of the GPU grid: rotated over 3 x L2; one weight; one a layer; rotated, with RoPE."""
+
+    COLD = "cold"
+    HOT = "hot"
+    LAYERS = "layers"
+    ROPE = "rope"
+
+
+class Kind(StrEnum):
+    """What an arm of the GPU grid does: a part of P1 by itself or our own loop; a chain of parts (P1), torch.compile
+    (P2) or eager; or a plan's own kernels. The bare matmul is P4."""
+
+    NORM = "norm"
+    MATMUL = "matmul"
+    HEADS = "heads"
+    LOOP = "loop"
+    CHAIN = "chain"
+    COMPILED = "compiled"
+    EAGER = "eager"
+    OWN = "own"
+
+    @property
+    def is_part(self) -> bool:
+        return self in (Kind.NORM, Kind.MATMUL, Kind.HEADS, Kind.LOOP)
+
+
+# Measures of the error budget. k_rel_ms: mean over heads of (mean square of the head's error / of the head), the square
+# of rel_rms. logit_ms: mean square of the error of causal attention logits, the square of logit_rms_error.
+MEASURES = ("k_rel_ms", "logit_ms")
+FP32, ORDER_OF_SUMS = "fp32 arithmetic", "order of sums"  # players that no plan names
+# A plan's players, in the order of the chain.
+PLAYERS = (
+    *("x", "weight_offset", "statistics", "variance", "rstd", "normed", "hidden", "scale", "matmul", "proj"),
+    *("head_rstd", "head_normed", "unrotated", "cos_sin", "products", "out"),
+)
+BINS = [10 ** (i / 4) for i in range(-28, 5)]  # model_dlogp's lower edges of |difference of log p|, nats; below: 0
+
+# ---------------------------------------------------------------- rows
+
+Number = float | None
+Count = int | None
+Flag = bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement, or why there is none. Raises ValueError for a status that no reader knows."""
+
+    TABLE: ClassVar[str]
+    KEY: ClassVar[tuple[str, ...]]
+    status: str = Status.OK
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        Status(self.status)
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        return ("run_id", *(f.name for f in dataclasses.fields(cls) if f.name not in SHARED), *SHARED)
+
+    @classmethod
+    def key_of(cls, **values: object) -> tuple[str, ...]:
+        """The row's key as it stands on disk, from these values. Raises KeyError where one of it is missing."""
+        return tuple(text(values[name]) for name in cls.KEY)
+
+
+SHARED = ("status", "reason")
+
+
+def text(value: object) -> str:
+    """A value as it stands on disk."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# fmt: off
+# Several columns a line: a table is read as a whole.
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRow(Row):
+    TABLE, KEY = "errors", ("weights", "layer", "tokens", "plan", "backend", "output", "reference")
+    model: str; weights: str; uniform_k_norm: Number = None  # that number for every K-norm weight: a control
+    layer: int; tokens: int; seed: int; plan: str; backend: str; output: str; reference: str
+    max_abs: Number = None; mean_abs: Number = None; rms: Number = None; rel_rms: Number = None
+    max_ulp: Number = None; p99_ulp: Number = None; mean_ulp: Number = None; share_equal: Number = None
+    signed_mean: Number = None; at_token: Count = None; at_head: Count = None; at_channel: Count = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow(Row):
+    TABLE, KEY = "speed", ("tokens", "plan", "backend")
+    model: str; tokens: int; plan: str; backend: str; regime: str
+    p10_us: Number = None; p50_us: Number = None; p90_us: Number = None; bytes: int; flops: int
+    gbps: Number = None; tflops: Number = None; roofline_share: Number = None
+    speedup_vs_eager: Number = None; speedup_vs_compile: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmplificationRow(Row):
+    TABLE, KEY = "amplification", ("weights", "layer", "plan")
+    model: str; weights: str; uniform_k_norm: Number = None; layer: int; plan: str
+    k_norm_max: Number = None; gain_predicted_max: Number = None; gain_measured_max: Number = None
+    k_max_abs_before: Number = None; k_max_abs_after: Number = None; k_rel_rms_before: Number = None
+    k_rel_rms_after: Number = None; logit_rms_error: Number = None; logit_max_error: Number = None
+    softmax_tv_mean: Number = None; softmax_tv_max: Number = None; top_key_flips: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRow(Row):
+    TABLE, KEY = "draws", ("weights", "layer", "seed", "plan")
+    model: str; weights: str; uniform_k_norm: Number = None; layer: int; tokens: int; seed: int; plan: str
+    k_norm_max: Number = None; k_max_abs_after: Number = None; logit_rms_error: Number = None
+    softmax_tv_mean: Number = None; top_key_flips: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UlpRow(Row):
+    TABLE, KEY = "ulps", ("weights", "layer", "plan", "output", "reference", "ulp_from")
+    model: str; weights: str; layer: int; plan: str; backend: str; output: str; reference: str
+    ulp_from: float; ulp_to: float; share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelRow(Row):
+    TABLE, KEY = "channels", ("weights", "layer", "plan", "channel")
+    model: str; weights: str; layer: int; plan: str; channel: int
+    k_norm_weight: float; gain_predicted: float; gain_measured: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplementationRow(Row):
+    TABLE, KEY = "implementations", ("implementation", "kind", "how")
+    implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
+    share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetRow(Row):
+    TABLE, KEY = "budget", ("weights", "layer", "tokens", "plan", "backend", "measure", "player")
+    model: str; weights: str; rotated_from: Count = None  # position of the first token, where q and k are rotated
+    layer: int; tokens: int; plan: str; backend: str; measure: str; player: str
+    shapley: Number = None; share: Number = None; total: Number = None
+    kernel_vs_spec: Number = None; kernel_vs_spec_share: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRow(Row):
+    TABLE, KEY = "cases", ("case", "source", "measure")
+    case: int; source: str; where: str; before: str; after: str; measure: str; measured: Number = None; unit: str
+    measured_low: Number = None; measured_high: Number = None
+    claimed: Number; claimed_low: Number; claimed_high: Number; claimed_text: str; verdict: str = ""; why: str
+    share_differ: Number = None; max_ulp: Number = None; signed_bias: Number = None; growth: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow(Row):
+    TABLE, KEY = "audit", ("target", "kernel", "plan", "keywords")
+    target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
+    roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None
+    matrix: str = ""; registers: Count = None; spills: Count = None; shared: Count = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutedRow(Row):
+    TABLE, KEY = "executed", ("target", "plan", "config", "rope", "tokens", "check")
+    target: str; plan: str; config: str; rope: bool; tokens: int; check: str; share_equal: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLayerRow(Row):
+    TABLE, KEY = "model_layers", ("model", "weights", "text", "prompt", "arm", "reference", "layer")
+    model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str; layer: int
+    max_abs: Number = None; rms: Number = None; rel_rms: Number = None; one_minus_cosine: Number = None
+    k_norm_max: Number = None; k_max_abs: Number = None; k_rel_rms: Number = None; k_p99_ulp: Number = None
+    attention_logit_rms: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTokensRow(Row):
+    TABLE, KEY = "model_tokens", ("model", "weights", "text", "prompt", "arm", "reference")
+    model: str; weights: str; text: str; prompt: int; tokens: Count = None; arm: str; backend: str; reference: str
+    logit_max: Number = None; kl_mean: Number = None; kl_max: Number = None; top1: Number = None; top5: Number = None
+    dlogp_p50: Number = None; dlogp_p99: Number = None; dlogp_max: Number = None
+    parts_at: Count = None; nll: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDlogpRow(Row):
+    TABLE, KEY = "model_dlogp", ("model", "weights", "text", "prompt", "arm", "reference", "above")
+    model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str
+    above: float; tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuCheckRow(Row):
+    TABLE, KEY = "gpu_checks", ("plan", "config", "rope", "tokens", "check")
+    plan: str; config: str; rope: bool = False; tokens: int; check: str
+    share_equal: Number = None; max_ulp: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuPointRow(Row):
+    TABLE, KEY = "gpu_points", ("model", "tokens", "regime")
+    model: str; tokens: int; regime: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpeedRow(Row):
+    TABLE, KEY = "gpu_speed", ("model", "tokens", "regime", "arm")
+    model: str; tokens: int; regime: str; kind: Kind; arm: str; function: str = ""  # the plan, or what is rounded
+    config: str = ""; kernel: str = ""; prepass: str = ""; copies: Count = None; cold: Flag = None
+    rounds: Count = None; laps: Count = None; bytes: Count = None; flops: Count = None; floor_us: Number = None
+    p10_us: Number = None; p50_us: Number = None; p90_us: Number = None; gbps: Number = None; tflops: Number = None
+    roofline_share: Number = None; p1: str = ""; speedup_p1_p10: Number = None; speedup_p1_p50: Number = None
+    speedup_p1_p90: Number = None; noise_p10: Number = None; noise_p90: Number = None; sm_mhz: Number = None
+    memory_mhz: Number = None; watts: Number = None; celsius: Number = None; slowed_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigRow(Row):
+    TABLE, KEY = "configs", ("kernel", "plan", "target", "keywords")
+    kernel: str; plan: str; target: str; keywords: str
+    registers: Count = None; spills: Count = None; shared: Count = None; matrix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRow(Row):
+    TABLE, KEY = "tuning", ("model", "tokens", "scale", "config")
+    model: str; tokens: int; scale: str; config: str; kernel: str; prepass: str; block_m: int; block_k: int
+    num_warps: int; num_stages: int; splits: int; cold: bool; p10_us: Number = None; p50_us: Number = None
+    p90_us: Number = None; speedup_separate: Number = None; noise_p10: Number = None; noise_p90: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FingerprintRow(Row):
+    TABLE, KEY = "fingerprints", ("source", "kind", "planted")
+    source: str; kind: str; planted: str; answered: str
+    share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
+
+# fmt: on
+
+ROWS: dict[str, type[Row]] = {row.TABLE: row for row in Row.__subclasses__()}
+TABLES = {table: row.columns() for table, row in ROWS.items()}  # columns
+KEYS = {table: row.KEY for table, row in ROWS.items()}
+
+
+def words_of(table: str) -> list[str]:
+    """The table's columns of words."""
+    fields = dataclasses.fields(ROWS[table])
+    return ["run_id", *(f.name for f in fields if isinstance(f.type, type) and issubclass(f.type, str))]
+
+
+def flags_of(table: str) -> list[str]:
+    """The table's columns of True and False. All others but words_of are numbers."""
+    return [f.name for f in dataclasses.fields(ROWS[table]) if f.type in (bool, Flag)]
