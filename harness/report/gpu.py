@@ -305,7 +305,7 @@ def _speed_row(run: Run, model: str, tokens: int) -> dict[str, str]:
     if own is None:
         ours, against, share = cell(run, *point, EXACT), "–", "–"
     else:
-        warm = "" if own["cold"] == "True" else "; weights not cold"
+        warm = "" if own["cold"] else "; weights not cold"
         ours = f"{micros(own['p50_us'])} ({own['arm']}, {launch_words(own)}{warm})"
         against, share = speedup(own), f"{own['roofline_share']:.0%}"
     return {

@@ -83,7 +83,7 @@ def cold(run: Run, model: str, what: str) -> pd.DataFrame:
     """Best rows of that kind over tokens, weights from memory."""
     best = run.best
     rows = best[(best["model"] == model) & (best["what"] == what) & (best["regime"] == grid.COLD)]
-    return rows[rows["cold"].astype(bool)].sort_values("tokens")
+    return rows[rows["cold"]].sort_values("tokens")
 
 
 def judged(rows: pd.DataFrame) -> pd.DataFrame:

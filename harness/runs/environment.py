@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -11,6 +12,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "numpy", "transformers")
+ISAS = (  # oneDNN's words for instruction sets, in its order
+    *("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni", "avx512_core_bf16"),
+    *("avx512_core_fp16", "avx512_core_amx", "avx512_core_amx_fp16"),
+)
 
 
 def machine_name(device: str) -> str:
@@ -33,7 +38,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "last_cache_bytes": last_cache_bytes(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        **matmul_arithmetic(),
         "python": platform.python_version(),
         "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -51,6 +56,29 @@ def describe(device: str) -> dict[str, Any]:
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
+
+
+def matmul_arithmetic() -> dict[str, Any]:
+    """What eager's bf16 matmul on this CPU is made by, so that runs of two arithmetics are never continued as one.
+
+    onednn: whether PyTorch asks it. onednn_isa: the best instructions that it may use, the processor's unless
+    ONEDNN_MAX_CPU_ISA allows less; below avx512_core PyTorch multiplies bf16 by itself. native_bf16: by instructions
+    for bf16, which add in another order, and some of which let a NaN reach other rows.
+    """
+    import torch
+
+    probes = {
+        "avx2": torch.cpu._is_avx2_supported,
+        "avx512_core": torch.cpu._is_avx512_supported,
+        "avx512_core_bf16": torch.cpu._is_avx512_bf16_supported,
+        "avx512_core_amx": torch.cpu._is_amx_tile_supported,
+    }
+    best = max((ISAS.index(name) for name, has in probes.items() if has()), default=0)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).lower()
+    best = min(best, ISAS.index(limit)) if limit in ISAS else best  # oneDNN takes another word for no limit
+    onednn = torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()
+    native = onednn and best >= ISAS.index("avx512_core_bf16")
+    return {"onednn": onednn, "onednn_isa": ISAS[best], "native_bf16": native}
 
 
 def last_cache_bytes(device: str) -> int:
@@ -72,7 +100,12 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` behind it where tracked code differs from it; `unknown` outside git."""
+    """The checkout's commit, with `+` behind it where tracked code differs from it; else the installed version.
+
+    Only git of this code's own root counts: an installed package may lie inside somebody else's repository.
+    """
+    if not (ROOT / ".git").exists():
+        return version("castpoint") or "unknown"
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True

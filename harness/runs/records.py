@@ -101,7 +101,8 @@ def load_runs(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = json.loads(path.read_text())
-        schema, runs = content["schema"], content["runs"]
+        schema: int = content["schema"]
+        runs: dict[str, dict[str, Any]] = content["runs"]
         runs.items()
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a record of this lab: move it away or choose another --results") from None

@@ -219,7 +219,7 @@ class AuditRow(Row):
 @dataclass(frozen=True, kw_only=True)
 class ExecutedRow(Row):
     TABLE, KEY = "executed", ("target", "plan", "config", "rope", "tokens", "check")
-    target: str; plan: str; config: str; rope: bool; tokens: int; check: str; share_equal: Number = None
+    target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str; share_equal: Number = None
 
 
 @dataclass(frozen=True, kw_only=True)
