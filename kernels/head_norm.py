@@ -12,6 +12,9 @@ out[i + Dh/2] = unrotated[i + Dh/2] * cos[i] + unrotated[i] * sin[i]
 That is the half-split layout of Llama, Qwen and GPT-NeoX; RoFormer (arXiv 2104.09864) pairs neighbours instead.
 """
 
+# Triton has no types for what a @triton.jit function takes.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,9 @@ No chain is made of it. Timed beside cuBLAS it says what our loop loses before a
 than a whole chain of separate kernels, no fusion around it can pay.
 """
 
+# Triton has no types for what a @triton.jit function takes.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

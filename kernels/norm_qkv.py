@@ -11,7 +11,12 @@ rstd commutes with the matmul because it is one number a token (FlashNorm, arXiv
 do not commute, and so the three are three numerical functions.
 """
 
+# Triton has no types for what a @triton.jit function takes.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -166,10 +171,10 @@ def norm_qkv(
     )
     if tokens == 0:
         return q, k, v
-    norm_weight, bias, q_norm_weight, k_norm_weight, positions = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (norm_weight, bias, q_norm_weight, k_norm_weight, positions)
+    bias, q_norm_weight, k_norm_weight, positions = (
+        None if tensor is None else tensor.contiguous() for tensor in (bias, q_norm_weight, k_norm_weight, positions)
     )
+    norm_weight = norm_weight.contiguous()
     rope = (positions, cos_sin_cache)
     if config.kernel == "separate":
         launch_separate(
@@ -183,7 +188,7 @@ def norm_qkv(
         x, residual, rstd_row = launch_prepass(x, residual, norm_weight, config, plan, eps)
     later = separate_head_norm and q_norm_weight is not None
     q_store, k_store = (output_tensor("proj", None, tuple(t.shape), plan.proj, like=x) if later else t for t in (q, k))
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "residual_ptr": residual,
         "norm_weight_ptr": norm_weight,

@@ -4,6 +4,9 @@ rstd   = (mean(x^2) + eps)^-1/2
 hidden = x * rstd * w_in, or what `scale` leaves of it before the matmul (see norm_qkv.py)
 """
 
+# Triton has no types for what a @triton.jit function takes.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

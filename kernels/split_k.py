@@ -16,9 +16,13 @@ On AMD's GPUs none of this was shown: compiled for gfx942 the barrier does not w
 memory (no s_waitcnt vmcnt before s_barrier, Triton 3.9), so a launch there is refused.
 """
 
+# Triton has no types for what a @triton.jit function takes.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -146,7 +150,7 @@ def statistics_blocks(tokens: int, block_m: int) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_X": 2048 if rows == 1 else max(64, 4096 // rows)}
 
 
-def launch_split_k(arguments: dict[str, object], config: Config, heads: int, blocks: dict[str, object]) -> None:
+def launch_split_k(arguments: dict[str, Any], config: Config, heads: int, blocks: dict[str, int]) -> None:
     """norm_qkv's launch of this kernel. arguments, blocks: of the kernel by name, those of norm_qkv_kernel.
 
     Launches that share a device share counters, and so must be ordered: in one stream, or by events. A launch that
