@@ -4,9 +4,6 @@ Roundings stand here and in head_norm.py only, so that every way to cut a launch
 read where to round from PLAN, the words of a CastPlan (plan.py).
 """
 
-# Triton has no types for what a @triton.jit function takes.
-# mypy: disable-error-code="no-untyped-def"
-
 import triton
 import triton.language as tl
 

@@ -6,9 +6,6 @@ arithmetic means the same on every backend, compiled or interpreted, so inside t
 is always fp32, rounded or not, and becomes bf16 only at a store or as the operand of a matmul.
 """
 
-# Triton has no types for what a @triton.jit function takes.
-# mypy: disable-error-code="no-untyped-def"
-
 import triton
 import triton.language as tl
 
