@@ -111,3 +111,11 @@ def test_massive_activations(name: str) -> None:
     assert_inside(actual=actual, allowed=allowed)
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=actual, allowed=envelope(plan.replace(out="bf16-rtz"), problem))
+
+
+@pytest.mark.parametrize("folder", ["kernels", "variants"])
+def test_the_readmes_lines_of_python_run(folder: str):
+    code = (ROOT / folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert all(names[value].isfinite().all() for value in "qkv")
