@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def check_rope(
     since that would wait for the GPU."""
     if (positions is None) != (cos_sin_cache is None):
         raise ValueError("positions and cos_sin_cache must be given together, or neither")
-    if positions is None:
+    if positions is None or cos_sin_cache is None:
         return
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(
@@ -93,7 +94,7 @@ def check_eps(eps: float) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: list[int], *, like: Tensor, dtype: torch.dtype = torch.bfloat16
+    name: str, tensor: Tensor, shape: Sequence[object], *, like: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Raises ValueError unless tensor has that shape and dtype and lies on the device of `like`."""
     if list(tensor.shape) != shape:

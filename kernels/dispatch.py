@@ -39,7 +39,8 @@ def read_table(path: Path = TABLE) -> Table:
             raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint tune`")
         for row in reader:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("gpu", "scale", "kernel", "prepass")}
-            shape = tuple(numbers[name] for name in KEY[1:5])
+            hidden_size, num_q_heads, num_kv_heads, head_dim = (numbers[name] for name in KEY[1:5])
+            shape = hidden_size, num_q_heads, num_kv_heads, head_dim
             config = Config(row["kernel"], row["prepass"], *(numbers[f.name] for f in dataclasses.fields(Config)[2:]))
             table.setdefault((row["gpu"], shape, row["scale"]), {})[numbers["tokens"]] = config
     return table

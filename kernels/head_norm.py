@@ -33,14 +33,11 @@ def rsqrt_rn(x):
 
 
 @triton.jit
-def normalize_head(
-    proj,  # [M, N] fp32, zero beyond DH
-    weight,  # [N] fp32, as applied
-    eps,
-    PLAN: tl.constexpr,
-    DH: tl.constexpr,
-):
-    """[M, N] fp32: the head norm of a tile that holds whole heads, rounded as PLAN says; the result is not."""
+def normalize_head(proj, weight, eps, PLAN: tl.constexpr, DH: tl.constexpr):
+    """[M, N] fp32: the head norm of whole heads, proj [M, N] fp32 (zero beyond DH), by weight [N] fp32 as applied.
+
+    Rounded as PLAN says; the result is not.
+    """
     squares = round_to(proj * proj, PLAN.statistics)
     variance = round_to(tl.div_rn(tl.sum(squares, axis=1), DH * 1.0), PLAN.variance)  # [M]
     head_rstd = round_to(rsqrt_rn(variance + eps), PLAN.head_rstd)
@@ -86,20 +83,10 @@ def head_norm_kernel(
     out_ptr,  # [T, HQ, DH] bf16 or fp32
     k_weight_ptr,  # [DH] bf16, of the heads from HQ on; None where all heads have one weight
     k_out_ptr,  # [T, H - HQ, DH] as out; None with k_weight_ptr
-    T,
-    HQ,
-    eps,
-    stride_pm,
-    stride_ph,
-    stride_om,
-    stride_oh,
-    stride_km,
-    stride_kh,
+    T, HQ, eps, stride_pm, stride_ph, stride_om, stride_oh, stride_km, stride_kh,
     PLAN: tl.constexpr,  # Words of a CastPlan
-    DH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-):
+    DH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)  # [N]

@@ -26,20 +26,11 @@ def matmul_kernel(
     hidden_ptr,  # [T, D] bf16
     weight_ptr,  # [H * DH, D] bf16
     proj_ptr,  # [T, H * DH] bf16
-    T,
-    D,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_pm,
+    T, D, stride_xm, stride_xk, stride_wn, stride_wk, stride_pm,
     PLAN: tl.constexpr,  # Words of DEFAULT
-    DH: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-    BLOCK_K: tl.constexpr,
-):
+    DH: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
     acc, _squares = multiply(  # after a stored hidden it reads no other tensor, and no word but PLAN.matmul

@@ -44,32 +44,12 @@ def norm_qkv_kernel(
     q_ptr,  # [T, HQ, DH] bf16 or fp32
     k_ptr,  # [T, HKV, DH] bf16 or fp32
     v_ptr,  # [T, HKV, DH] bf16 or fp32
-    T,
-    D,
-    HQ,
-    HKV,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
-    stride_wn,
-    stride_wk,
-    stride_qm,
-    stride_qh,
-    stride_km,
-    stride_kh,
-    stride_vm,
-    stride_vh,
+    T, D, HQ, HKV, eps, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
     PLAN: tl.constexpr,  # Words of a CastPlan
-    DH: tl.constexpr,
-    HEAD_NORM: tl.constexpr,
-    PREPASS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-    BLOCK_K: tl.constexpr,
-):
+    DH: tl.constexpr, HEAD_NORM: tl.constexpr, PREPASS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
     rstd = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -166,10 +146,10 @@ def norm_qkv(
     )
     if tokens == 0:
         return q, k, v
-    norm_weight, bias, q_norm_weight, k_norm_weight, positions = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (norm_weight, bias, q_norm_weight, k_norm_weight, positions)
+    bias, q_norm_weight, k_norm_weight, positions = (
+        None if tensor is None else tensor.contiguous() for tensor in (bias, q_norm_weight, k_norm_weight, positions)
     )
+    norm_weight = norm_weight.contiguous()
     rope = (positions, cos_sin_cache)
     if config.kernel == "separate":
         launch_separate(
@@ -183,43 +163,19 @@ def norm_qkv(
         x, residual, rstd_row = launch_prepass(x, residual, norm_weight, config, plan, eps)
     later = separate_head_norm and q_norm_weight is not None
     q_store, k_store = (output_tensor("proj", None, tuple(t.shape), plan.proj, like=x) if later else t for t in (q, k))
-    arguments = {
-        "x_ptr": x,
-        "residual_ptr": residual,
-        "norm_weight_ptr": norm_weight,
-        "qkv_weight_ptr": qkv_weight,
-        "bias_ptr": bias,
-        "q_norm_ptr": q_norm_weight,
-        "k_norm_ptr": k_norm_weight,
-        "positions_ptr": positions,
-        "cos_sin_ptr": cos_sin_cache,
-        "rstd_ptr": rstd_row,
-        "q_ptr": q_store,
-        "k_ptr": k_store,
-        "v_ptr": v,
-        "T": tokens,
-        "D": hidden_size,
-        "HQ": num_q_heads,
-        "HKV": num_kv_heads,
-        "eps": float(eps),
-        **strides("x", x, "mk"),
-        **strides("r", x if residual is None else residual, "mk"),
-        **strides("w", qkv_weight, "nk"),
-        **strides("q", q_store, "mh"),
-        **strides("k", k_store, "mh"),
-        **strides("v", v, "mh"),
-        "PLAN": words(plan),
-        "DH": head_dim,
-        "HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused",
-        "PREPASS": config.prepass,
-        "INTERPRETED": interpreted,
-    }
-    blocks = launch_blocks(config, head_dim, interpreted)
+    stored = (q_store, k_store, v)
+    tensors = (x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, *rope, rstd_row, *stored)
+    strided = (x, x if residual is None else residual, qkv_weight, *stored)
+    strides = [stride for tensor in strided for stride in tensor.stride()[:2]]
+    numbers = (tokens, hidden_size, num_q_heads, num_kv_heads, float(eps), *strides)
+    constants = {"PLAN": words(plan), "DH": head_dim, "PREPASS": config.prepass, "INTERPRETED": interpreted}
+    constants |= {"HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused"}
+    constants |= launch_blocks(config, head_dim, interpreted)
     if config.kernel == "split-k":
-        launch_split_k(arguments, config, sum(heads), blocks)
+        launch_split_k(tensors, numbers, constants, config, sum(heads))
     else:
         grid = (triton.cdiv(tokens, config.block_m), sum(heads))
-        norm_qkv_kernel[grid](**arguments, **blocks, enable_fp_fusion=False)
+        norm_qkv_kernel[grid](*tensors, *numbers, **constants, enable_fp_fusion=False)
     if later:
         for store, weight, result in ((q_store, q_norm_weight, q), (k_store, k_norm_weight, k)):
             launch_head_norm(store, weight, result, plan, eps, rope)
@@ -240,11 +196,6 @@ def launch_prepass(
     if config.prepass == "hidden":
         x, residual = x if hidden is None else hidden, None
     return x, residual, rstd
-
-
-def strides(letter: str, tensor: Tensor, dims: str) -> dict[str, int]:
-    """The first strides of a tensor as the kernels' arguments, stride_xm and so on; one letter a dimension."""
-    return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=False)}
 
 
 def launch_blocks(config: Config, head_dim: int, interpreted: bool) -> dict[str, int]:

@@ -1,26 +1,6 @@
-"""CastPlan: where a chain RMSNorm -> QKV -> head norm (-> RoPE) rounds to bf16.
+"""CastPlan: where a chain RMSNorm -> QKV -> head norm (-> RoPE) rounds to bf16; the kernels' one argument PLAN.
 
-The chain (T tokens, D hidden channels, H heads of Dh channels), one value a line:
-
-    x           = x (+ residual)                    [T, D]
-    variance    = mean(x^2)                         [T]
-    rstd        = (variance + eps)^-1/2             [T]
-    normed      = x * rstd                          [T, D]
-    hidden      = normed * w_in                     [T, D]     the matmul's left operand
-    proj        = hidden @ W^T (+ bias)             [T, H, Dh]
-    head_rstd   = (mean(proj^2) + eps)^-1/2         [T, H]
-    head_normed = proj * head_rstd                  [T, H, Dh]
-    out         = head_normed * w_head              [T, H, Dh]
-
-With positions q and k are rotated before they are stored, each channel i of a head with channel i + Dh/2:
-
-    unrotated   = head_normed * w_head              [T, Hq + Hkv, Dh]
-    cos_sin     = cos and sin of position * theta^(-2i/Dh)               [T, Dh/2] each
-    products    = unrotated * cos, and that of the other channel * sin   [T, Hq + Hkv, Dh] each
-    out         = their sum or difference           [T, H, Dh]
-
-Each of these values is a rounding boundary: it is kept in fp32 or rounded to bf16. Two choices of
-the plan that one plan makes and another does not define two different numerical functions.
+Needs neither torch nor triton, so that plans can be named where neither is.
 """
 
 from __future__ import annotations
@@ -53,23 +33,28 @@ OPTIONAL = ("x", *ROPE_BOUNDARIES)  # boundaries that a problem may have no use 
 class CastPlan:
     """A numerical function of the chain, by its roundings.
 
-    Every boundary is one of `fp32` (kept), `bf16-rne` (rounded to nearest, ties to even) or `bf16-rtz`
-    (truncated). The default rounds where a bf16 chain cannot avoid it: the sum x + residual, the
-    operand of a bf16 matmul, and what is stored.
+    The chain of T tokens, D hidden channels, H heads of Dh channels. Each of its values is a boundary, one of `fp32`
+    (kept), `bf16-rne` (rounded to nearest, ties to even) or `bf16-rtz` (truncated). The default rounds where a bf16
+    chain cannot avoid it: the sum x + residual, the operand of a bf16 matmul, and what is stored.
 
-    x            x + residual; has no effect on a problem without a residual
-    statistics   each square under both norms' means (Liger's casting mode `none` squares in bf16)
-    variance     the mean of squares, in both norms
-    rstd         1 / sqrt(variance + eps)
-    normed       x * rstd
-    hidden       normed * w_in, the left operand of the matmul
-    proj         the matmul's result, bias included
-    head_rstd    1 / sqrt(mean of squares over the head + eps)
-    head_normed  proj * head_rstd
-    unrotated    head_normed * w_head, before RoPE; this and the next two have no effect without positions
-    cos_sin      cos and sin, as they are held
-    products     the two products under each rotated value
-    out          what is stored: q, k and v. `fp32` stores float32 tensors
+    x            [T, D]          x (+ residual); has no effect on a problem without a residual
+    statistics   [T, D]          each square under both norms' means (Liger's casting mode `none` squares in bf16)
+    variance     [T]             mean(x^2), and that of each head
+    rstd         [T]             (variance + eps)^-1/2
+    normed       [T, D]          x * rstd
+    hidden       [T, D]          normed * w_in, the left operand of the matmul
+    proj         [T, H, Dh]      hidden @ W^T (+ bias)
+    head_rstd    [T, H]          (mean(proj^2) + eps)^-1/2
+    head_normed  [T, H, Dh]      proj * head_rstd
+    out          [T, H, Dh]      head_normed * w_head as q, k and v are stored. `fp32` stores float32 tensors
+
+    With positions q and k are rotated before they are stored, each channel i of a head with channel i + Dh/2:
+
+    unrotated    [T, H, Dh]      q and k: head_normed * w_head; this and the next two have no effect without positions
+    cos_sin      [T, Dh/2] each  cos and sin of position * theta^(-2i/Dh), as they are held
+    products     [T, H, Dh]      unrotated * cos, and that of the other channel * sin; out is their sum or difference
+
+    Choices that are no roundings, and make two numerical functions where two plans differ in one:
 
     scale          `prologue`: rstd is applied before the matmul; `epilogue`: after it, so that
                    normed never exists and hidden = x * w_in; `folded`: after it, and w_in was

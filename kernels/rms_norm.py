@@ -31,17 +31,10 @@ def rms_norm_kernel(
     norm_weight_ptr,  # [D] bf16
     hidden_ptr,  # [T, D] bf16 contiguous, or None: not stored
     rstd_ptr,  # [T] fp32, or None: not stored
-    T,
-    D,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
+    T, D, eps, stride_xm, stride_xk, stride_rm, stride_rk,
     PLAN: tl.constexpr,  # Words of a CastPlan
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     first = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
     x = load_x(x_ptr, residual_ptr, offs_m, first, T, D, stride_xm, stride_xk, stride_rm, stride_rk, PLAN)

@@ -19,6 +19,7 @@ memory (no s_waitcnt vmcnt before s_barrier, Triton 3.9), so a launch there is r
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -50,36 +51,15 @@ def split_k_kernel(
     sums_ptr,  # [blocks of tokens, H, splits, M, N] fp32
     squares_ptr,  # [blocks of tokens, H, splits, M] fp32
     counter_ptr,  # [blocks of tokens, H] int32, all zero before and after
-    T,
-    D,
-    HQ,
-    HKV,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
-    stride_wn,
-    stride_wk,
-    stride_qm,
-    stride_qh,
-    stride_km,
-    stride_kh,
-    stride_vm,
-    stride_vh,
+    T, D, HQ, HKV, eps, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
     PLAN: tl.constexpr,  # Words of a CastPlan
-    DH: tl.constexpr,
-    HEAD_NORM: tl.constexpr,
-    PREPASS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-    BLOCK_K: tl.constexpr,
+    DH: tl.constexpr, HEAD_NORM: tl.constexpr, PREPASS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
     BLOCK_R: tl.constexpr,  # rows whose statistics are computed: 1 for one token, else BLOCK_M
     BLOCK_X: tl.constexpr,  # channels of a step of the statistics
-    STAGES: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
+    STAGES: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split, splits = tl.program_id(2), tl.num_programs(2)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
@@ -146,24 +126,29 @@ def statistics_blocks(tokens: int, block_m: int) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_X": 2048 if rows == 1 else max(64, 4096 // rows)}
 
 
-def launch_split_k(arguments: dict[str, object], config: Config, heads: int, blocks: dict[str, object]) -> None:
-    """norm_qkv's launch of this kernel. arguments, blocks: of the kernel by name, those of norm_qkv_kernel.
+def launch_split_k(
+    tensors: tuple[Any, ...], numbers: tuple[Any, ...], constants: dict[str, Any], config: Config, heads: int
+) -> None:
+    """norm_qkv's launch of this kernel. tensors and numbers in the order of norm_qkv_kernel's arguments, constants by
+    name.
 
     Launches that share a device share counters, and so must be ordered: in one stream, or by events. A launch that
     was broken off may leave them set. Raises ValueError on AMD's GPUs (see the module's text).
     """
     if torch.version.hip:
         raise ValueError("kernel='split-k' is not shown to be right on AMD's GPUs: take 'fused' or 'separate'")
-    x, block_m, block_n = arguments["x_ptr"], blocks["BLOCK_M"], blocks["BLOCK_N"]
-    tokens = x.shape[0]
+    device, tokens, block_m = tensors[0].device, tensors[0].shape[0], config.block_m
     grid = (triton.cdiv(tokens, block_m), heads, config.splits)
     cells = grid[0] * heads
+    squares = torch.empty(cells * config.splits * block_m, dtype=torch.float32, device=device)
+    sums = torch.empty(squares.numel() * constants["BLOCK_N"], dtype=torch.float32, device=device)
     split_k_kernel[grid](
-        **arguments,
-        sums_ptr=torch.empty(cells * config.splits * block_m * block_n, dtype=torch.float32, device=x.device),
-        squares_ptr=torch.empty(cells * config.splits * block_m, dtype=torch.float32, device=x.device),
-        counter_ptr=counters(x.device, max(COUNTERS, triton.next_power_of_2(cells))),
-        **blocks,
+        *tensors,
+        sums,
+        squares,
+        counters(device, max(COUNTERS, triton.next_power_of_2(cells))),
+        *numbers,
+        **constants,
         **statistics_blocks(tokens, block_m),
         STAGES=config.num_stages,
         TOGETHER=TOGETHER,

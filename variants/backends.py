@@ -70,7 +70,8 @@ def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
     """
     check_backend(backend)
     if backend == "spec":
-        return tuple(spec(plan, problem).outputs().values())
+        chain = spec(plan, problem)
+        return chain.q, chain.k, chain.v
     if backend == "eager":
         check_offset(plan, problem)
         return plan_eager(plan, problem, plan_weight(plan, problem))

@@ -18,8 +18,8 @@ from castpoint.variants.envelope import envelope, pinned_share
 
 
 def imported(folder: str, root: Path = ROOT) -> set[str]:
-    """Top-level names of everything the modules of a package import, wherever in a file. A relative import that leaves
-    the package counts by the name behind its dots."""
+    """Top-level names of everything the modules of a package import, wherever in a file; of castpoint's own packages
+    the name below it. A relative import that leaves the package counts by the name behind its dots."""
     names = set()
     for path in (root / folder).rglob("*.py"):
         depth = len(path.relative_to(root).parts) - 1  # of the packages around the module: so many dots stay inside
@@ -31,7 +31,7 @@ def imported(folder: str, root: Path = ROOT) -> set[str]:
             else:
                 continue
             inside = isinstance(node, ast.ImportFrom) and 0 < node.level <= depth
-            names |= {folder} if inside else {name.split(".")[0] for name in found}
+            names |= {folder} if inside else {name.removeprefix("castpoint.").split(".")[0] for name in found}
     return names - set(sys.stdlib_module_names)
 
 
@@ -103,3 +103,11 @@ def test_massive_activations(name: str) -> None:
     assert_inside(actual=actual, allowed=allowed)
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=actual, allowed=envelope(plan.replace(out="bf16-rtz"), problem))
+
+
+@pytest.mark.parametrize("folder", ["kernels", "variants"])
+def test_the_readmes_lines_of_python_run(folder: str):
+    code = (ROOT / folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert all(names[value].isfinite().all() for value in "qkv")
