@@ -25,6 +25,7 @@ from castpoint.harness.model.attach import attached, decoder_layers, fitted
 from castpoint.harness.model.language_model import LanguageModel, precision_for
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.variants.catalogue import plan_named
@@ -70,11 +71,15 @@ class Text:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 text file, with blank lines between them. Raises ValueError if there are none."""
-    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))]
+    """Prompts of a UTF-8 text file, with blank lines between them. Raises UserError if it is none, or holds none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: prompts are UTF-8 text, {error}") from error
+    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt: write some text, with blank lines between prompts")
+        raise UserError(f"{path} holds no prompt: write some text, with blank lines between prompts")
     return prompts
 
 
@@ -82,7 +87,7 @@ def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -
     """The first of the fixed passages, whose perplexity is measured, and the prompts of a file; at most so many tokens
     of each.
 
-    Raises ValueError for a prompt that does not fit into the model's context.
+    Raises UserError for a prompt that does not fit into the model's context.
     """
     context = lm.config.max_position_embeddings - CONTINUATION
     found = []
@@ -91,9 +96,9 @@ def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -
         for number, prompt in enumerate(listed[:passages] if source == "passages" else listed):
             ids = lm.encode(prompt)
             if len(ids) < 2:
-                raise ValueError(f"prompt {number + 1} of {path} has no tokens, or one: the model needs two")
+                raise UserError(f"prompt {number + 1} of {path} has no tokens, or one: the model needs two")
             if len(ids) > context:
-                raise ValueError(
+                raise UserError(
                     f"prompt {number + 1} of {path} has {len(ids)} tokens: the model reads {context}, and "
                     f"{CONTINUATION} more that it writes"
                 )

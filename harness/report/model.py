@@ -37,9 +37,14 @@ def studies(folder: Path) -> list[Study]:
     found: dict[str, Study] = {}
     for run_id, run in load_runs(folder).items():
         if "finished" in run and run.get("command") == "model":
-            model = run["settings"]["model"]
-            found[model] = Study(model, run_id, run, load(folder, run_id))
+            found[run["settings"]["model"]] = study_of(folder, run_id)
     return sorted(found.values(), key=lambda study: study.drawn)
+
+
+def study_of(folder: Path, run_id: str) -> Study:
+    """The study of that run."""
+    run = load_runs(folder)[run_id]
+    return Study(run["settings"]["model"], run_id, run, load(folder, run_id))
 
 
 def truth_name(frames: Frames) -> str:

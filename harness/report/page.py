@@ -11,6 +11,7 @@ from castpoint.harness.report.findings import findings
 from castpoint.harness.report.gpu import speed_table as gpu_speed_table
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.studies import implementation_groups, study_sections, study_sentences
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -22,11 +23,11 @@ BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- ge
 
 
 def newest_run(folder: Path) -> str:
-    """The newest finished run of `bench` or `gpu` in a results folder. Raises ValueError if there is none."""
+    """The newest finished run of `bench` or `gpu` in a results folder. Raises UserError if there is none."""
     whole = ("bench", "gpu")
     finished = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") in whole]
     if not finished:
-        raise ValueError(f"{folder} holds no finished run: run `make bench` first")
+        raise UserError(f"{folder} holds no finished run: run `make bench` first")
     return finished[-1]
 
 
@@ -206,9 +207,9 @@ def readme_block(folder: Path, run_id: str) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Replaces the README's generated block by that of the newest run. Raises ValueError if it has no markers."""
+    """Replaces the README's generated block by that of the newest run. Raises UserError if it has no markers."""
     text = readme.read_text()
     if not BLOCK.search(text):
-        raise ValueError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+        raise UserError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
     block = readme_block(folder, newest_run(folder))
     readme.write_text(BLOCK.sub(lambda _: block, text))

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from castpoint.harness.runs.errors import UserError, writing
+
 SCHEMA = 1
 TABLES: dict[str, tuple[str, ...]] = {
     "errors": tuple(
@@ -105,7 +107,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 class Records:
-    """The results folder of one run. Raises ValueError where the folder cannot be used as it is."""
+    """The results folder of one run. Raises UserError where the folder cannot be used as it is."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
@@ -115,7 +117,7 @@ class Records:
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"results folder {folder} cannot be written ({error.strerror}): choose another with --results"
             ) from None
         self.runs = load_runs(folder)
@@ -132,7 +134,7 @@ class Records:
         unknown = set(row) - set(TABLES[table])
         if unknown:
             raise ValueError(f"{table}.csv has no column {', '.join(sorted(unknown))}")
-        with open(self.folder / f"{table}.csv", "a", newline="") as file:
+        with writing(self.folder), open(self.folder / f"{table}.csv", "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([_text(row.get(column, "")) for column in TABLES[table]])
         self.done[table].add(tuple(_text(row[name]) for name in KEYS[table]))
 
@@ -146,8 +148,9 @@ class Records:
         self.runs[self.run_id].update(facts)
         text = json.dumps({"schema": SCHEMA, "runs": self.runs}, indent=1) + "\n"
         draft = self.environment_path.with_suffix(".tmp")
-        draft.write_text(text)
-        draft.replace(self.environment_path)
+        with writing(self.folder):
+            draft.write_text(text)
+            draft.replace(self.environment_path)
 
     def finish(self) -> None:
         self.note(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -182,7 +185,7 @@ class Records:
 def load_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Runs of a results folder by run_id, oldest first; none if it has no environment.json yet.
 
-    Raises ValueError if environment.json is not of this schema.
+    Raises UserError if environment.json is not of this schema.
     """
     path = folder / "environment.json"
     if not path.exists():
@@ -192,20 +195,20 @@ def load_runs(folder: Path) -> dict[str, dict[str, Any]]:
         schema, runs = content["schema"], content["runs"]
         runs.items()
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a record of this lab: move it away or choose another --results") from None
+        raise UserError(f"{path} is not a record of this lab: move it away or choose another --results") from None
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version writes {SCHEMA}: choose another --results")
+        raise UserError(f"{path} has schema {schema}, this version writes {SCHEMA}: choose another --results")
     return runs
 
 
 def check_table(path: Path, columns: tuple[str, ...]) -> None:
-    """Raises ValueError if the file exists with other columns."""
+    """Raises UserError if the file exists with other columns."""
     if not path.exists():
         return
     with open(path, newline="") as file:
         header = tuple(next(csv.reader(file), ()))
     if header != columns:
-        raise ValueError(
+        raise UserError(
             f"{path} was written with other columns ({len(header)}, not these {len(columns)}): choose another --results"
         )
 
