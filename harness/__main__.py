@@ -94,6 +94,8 @@ def bench(
         steps.write_report(records.folder)
     else:
         steps.print_parts(records, parts)
+    if steps.print_red(records, "errors", "budget", "speed"):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=BUYS)
@@ -123,9 +125,7 @@ def gpu(
         steps.measure_gpu(settings, records, quick)
     except DeviceLost as error:
         raise UserError(f"{error}; what was measured is kept, the same command goes on from there") from error
-    red = steps.red(records, "errors", "speed", "gpu_checks", "gpu_speed")
-    for row in red:
-        print(f"{row.get('arm') or row['plan']} {row['status']}: {row['reason']}", file=sys.stderr)
+    red = steps.print_red(records, "errors", "speed", "gpu_checks", "gpu_speed")
     try:
         steps.write_report(records.folder)
     except ModuleNotFoundError as error:

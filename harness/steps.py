@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from castpoint.harness import options
@@ -156,10 +157,12 @@ def red(records: Records, *tables: str) -> list[dict[str, str]]:
 
 
 def print_study(records: Records, table: str) -> None:
+    from castpoint.harness.report.failures import bad_rows, section
     from castpoint.harness.report.studies import SECTIONS
     from castpoint.harness.runs.frames import load
 
-    print(SECTIONS[table](load(records.folder, records.run_id)[table]))
+    frame = load(records.folder, records.run_id)[table]
+    print("\n\n".join([SECTIONS[table](frame), *section(bad_rows(frame, table))]))
 
 
 def print_parts(records: Records, parts: tuple[str, ...]) -> None:
@@ -178,3 +181,11 @@ def write_report(folder: Path) -> None:
     from castpoint.harness.report.publish import write
 
     print(write(folder))
+
+
+def print_red(records: Records, *tables: str) -> bool:
+    """Names what is red or failed on standard error; whether anything is."""
+    found = red(records, *tables)
+    for row in found:
+        print(f"{row.get('arm') or row['plan']} {row['status']}: {row['reason']}", file=sys.stderr)
+    return bool(found)

@@ -40,7 +40,7 @@ def sweep_precision(settings: Settings, records: Records) -> None:
     s = settings
     for layer in track(s.layers, "errors and amplification"):
         for stored_as_offset, names in by_storage(s.plans):
-            if not _offset_fits(s, stored_as_offset):
+            if not offset_fits(s, stored_as_offset):
                 for name in names:
                     _refused(records, s, layer, name)
                 continue
@@ -75,10 +75,15 @@ def _layer_precision(records: Records, s: Settings, problem: Problem, names: lis
     for output, value in eager_values.items():
         _add_error(records, s, problem, _eager_plan(problem), "eager", output, "truth", value, true_values[output])
     for name in todo:
-        chain = spec(plan_named(name), problem)
         key = {"weights": problem.weights, "layer": problem.layer, "plan": name}
-        if problem.has_head_norm and not records.has("amplification", **key):
-            records.add("amplification", model=s.model, **key, **amplification(problem, chain, exact))
+        try:
+            chain = spec(plan_named(name), problem)
+            measured = amplification(problem, chain, exact) if problem.has_head_norm else None
+        except Exception as error:  # a plan that cannot be measured is a row, and the others go on
+            _failed(records, s, _key(problem, name, "spec", "v", "eager"), error)
+            continue
+        if measured and not records.has("amplification", **key):
+            records.add("amplification", model=s.model, **key, **measured)
         for output, value in _values(problem, chain).items():
             _add_error(records, s, problem, name, "spec", output, "truth", value, true_values[output])
             _add_error(records, s, problem, name, "spec", output, "eager", value, eager_values[output])
@@ -91,7 +96,12 @@ def _draws(records: Records, s: Settings, layer: int) -> None:
         name = _eager_plan(problem)
         key = {"weights": problem.weights, "layer": layer, "seed": seed, "plan": name}
         if not records.has("draws", **key):
-            measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
+            try:
+                measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
+            except Exception as error:
+                reason = reason_of(error)
+                records.add("draws", model=s.model, tokens=s.tokens, **key, status="failed", reason=reason)
+                continue
             row = {column: measured[column] for column in TABLES["draws"] if column in measured}
             records.add("draws", model=s.model, tokens=s.tokens, **key, **row)
 
@@ -105,7 +115,8 @@ def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
 
 
 @cache
-def _offset_fits(s: Settings, stored_as_offset: bool) -> bool:
+def offset_fits(s: Settings, stored_as_offset: bool) -> bool:
+    """Whether plans that read norm weights so fit the settings' problems: drawn ones are stored as the plan asks."""
     return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
 
 
@@ -162,7 +173,10 @@ def _first_layer_details(records: Records, s: Settings, problem: Problem, names:
         details = {"output": "k", "reference": "truth", **key}
         if records.has("ulps", ulp_from=0.0, **details):
             continue
-        chain = spec(plan_named(name), problem)
+        try:
+            chain = spec(plan_named(name), problem)
+        except Exception:  # _layer_precision has its row
+            continue
         if name == "hf" and problem.has_head_norm:
             gains = zip(*channel_gains(problem, chain, exact), strict=True)
             for channel, (predicted, measured) in enumerate(gains):
@@ -178,7 +192,7 @@ def _first_layer_details(records: Records, s: Settings, problem: Problem, names:
 def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend: str) -> None:
     """One backend of one plan against truth, eager and the plan's spec, and whether its envelope explains every bit."""
     plan = plan_named(name)
-    if not _offset_fits(s, plan.weight_offset != "none"):
+    if not offset_fits(s, plan.weight_offset != "none"):
         return
     problem = problem_at(s, layer, s.kernel_tokens, name)
     if records.has("errors", **_key(problem, name, backend, "v", "spec")):
@@ -193,10 +207,7 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
         bounds = envelope(plan, problem)
         exact_share = _exact_share(plan, problem.head_dim, backend, s.device)
     except Exception as error:  # no compiler, no launch, no memory: a row, and on
-        row = _key(problem, name, backend, "", "")
-        if not records.has("errors", **row):
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            records.add("errors", model=s.model, seed=s.seed, **row, status="failed", reason=reason)
+        _failed(records, s, _key(problem, name, backend, "", ""), error)
         return
     for output, value in outputs.items():
         unexplained = int(outside(value, bounds[output]).sum())
@@ -207,6 +218,16 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
             )
             status = "red" if red else "ok"
             _add_error(records, s, problem, name, backend, output, reference, value, values[output], status, reason)
+
+
+def _failed(records: Records, s: Settings, key: dict[str, Any], error: Exception) -> None:
+    if not records.has("errors", **key):
+        records.add("errors", model=s.model, seed=s.seed, **key, status="failed", reason=reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """What a row of something that failed says of it."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> float:

@@ -211,23 +211,36 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
         todo = [arm for arm in listed if not records.has("model_tokens", **key, arm=arm.name, reference="eager")]
         if not todo:
             continue
-        continuation = greedy(lm.model, text.ids, CONTINUATION)
-        ids = [*text.ids, *continuation]
-        with in_precision(lm.model, dtype):
-            truth = forward(lm.model, ids)
-        eager = forward(lm.model, ids)
+        try:
+            ids = [*text.ids, *greedy(lm.model, text.ids, CONTINUATION)]
+            with in_precision(lm.model, dtype):
+                truth = finite(forward(lm.model, ids))
+            eager = finite(forward(lm.model, ids))
+        except Exception as error:  # no arm has anything to be held against: the other texts go on
+            for arm in todo:
+                _fail(records, {**key, "arm": arm.name, "backend": arm.backend}, f"no reference: {error}")
+            continue
         passes = {str(dtype).removeprefix("torch."): truth, "eager": eager}
         references = {name: (result, Says.of(result.logits)) for name, result in passes.items()}
         for arm in todo:
             row = {**key, "arm": arm.name, "backend": arm.backend}
             try:
-                result = eager if arm.name == "eager" else arm.run(ids)
-                if not result.logits.isfinite().all():
-                    raise ValueError("its logits hold NaN or infinity")
+                result = eager if arm.name == "eager" else finite(arm.run(ids))
             except Exception as error:  # whatever a kernel, a compiler or a quantiser raises: the other arms go on
-                records.add("model_tokens", **row, reference="eager", status="failed", reason=str(error))
+                _fail(records, row, str(error))
                 continue
             _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights)
+
+
+def finite(result: Pass) -> Pass:
+    """That pass. Raises ValueError where its logits are no numbers."""
+    if not result.logits.isfinite().all():
+        raise ValueError("its logits hold NaN or infinity")
+    return result
+
+
+def _fail(records: Records, row: dict[str, object], reason: str) -> None:
+    records.add("model_tokens", **row, reference="eager", status="failed", reason=reason)
 
 
 def _record(

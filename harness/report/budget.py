@@ -35,7 +35,7 @@ def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
 
 def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
     """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
-    rows = own(frame[frame["player"] == ORDER_OF_SUMS])
+    rows = own(frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == "ok")])
     if not len(rows):
         return None
     worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from castpoint.harness.report import failures
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.gpu import speed_table as gpu_speed_table
 from castpoint.harness.report.markdown import markdown
@@ -168,6 +169,7 @@ def write_report(folder: Path, run_id: str) -> Path:
         f"# Results\n\n{conditions(folder, run_id)}",
         "## Findings\n\n"
         + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])]),
+        *failures.section(failures.failures(folder, run_id)),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
