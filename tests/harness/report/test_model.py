@@ -17,13 +17,10 @@ import castpoint.harness.__main__ as cli
 from castpoint.harness.model.study import BINS
 from castpoint.harness.report import model as impact_report
 from castpoint.harness.report.model import (
-    Difference,
     Study,
     against,
     arm_table,
     conditions,
-    difference,
-    given_depth,
     last_layer,
     layer_table,
     parted,
@@ -31,10 +28,10 @@ from castpoint.harness.report.model import (
     section,
     sentences,
     studies,
-    told_apart,
     truth_name,
 )
 from castpoint.harness.report.model_plot import model_plots, quantiles
+from castpoint.harness.report.paired import Difference, difference, given_depth, told_apart
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.records import TABLES
