@@ -274,13 +274,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
         cure = cure_of((error.name or "").partition(".")[0])
         if cure is None:
             raise
-        sys.exit(f"error: the package {error.name} is missing: {cure}")
+        message = f"the package {error.name} is missing: {cure}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
