@@ -90,6 +90,8 @@ def pareto(frames: Frames) -> Figure | None:
     times = speed[speed["backend"] == backend].set_index("plan")
     error = over_layers(frames["errors"], "truth", "rel_rms")
     plans = [name for name in PLANS if name in times.index and name in error.index]
+    if not plans:
+        return None
     figure, axes = _figure(10, 5.4, right=0.86)
     x, y = times.loc[plans, "p50_us"].to_numpy() / 1e3, error[plans].to_numpy()
     if backend == "inductor":
