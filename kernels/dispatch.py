@@ -1,9 +1,9 @@
 """Which config a launch takes: a table of measurements, and what happens where it says nothing.
 
 dispatch.csv holds, for a GPU, a shape and a number of tokens, the config that was fastest with cold weights, a row for
-each place where rstd may be applied (`scale`); `castpoint tune` writes it. Between two numbers of tokens the
+each place where rstd may be applied (`scale`); `castpoint gpu --tune` writes it. Between two numbers of tokens the
 row of the larger holds, beyond the largest that of the largest. Times are those without RoPE; launches with it take
-the same config, whose registers and spills `castpoint configs` shows with it too.
+the same config, whose registers and spills `castpoint audit --configs` shows with it too.
 
 Without a row (another GPU, another shape, operands wider than bf16) the chain runs as `separate`, RMSNorm, cuBLAS
 and head norm, where that expresses the plan, and else as the default config. The first such launch says so.
@@ -36,7 +36,7 @@ def read_table(path: Path = TABLE) -> Table:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint tune`")
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint gpu --tune`")
         for row in reader:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("gpu", "scale", "kernel", "prepass")}
             hidden_size, num_q_heads, num_kv_heads, head_dim = (numbers[name] for name in KEY[1:5])
@@ -93,6 +93,6 @@ def _committed() -> Table:
 def _say_once(gpu: str, shape: Shape) -> None:
     warnings.warn(
         f"kernels/dispatch.csv has no config for {gpu} and {shape} (hidden size, q heads, kv heads, head size): "
-        "using cuBLAS and separate norms. `castpoint tune` measures this GPU",
+        "using cuBLAS and separate norms. `castpoint gpu --tune` measures this GPU",
         stacklevel=4,
     )

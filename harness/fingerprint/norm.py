@@ -62,7 +62,8 @@ def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
 
 def summary(answer: Answer) -> str:
     """The answer in lines for a reader."""
-    lines = [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
+    lines = [f"guessed by its signature: --kind {answer.kind}"] if answer.kind else []
+    lines += [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
     explains = (answer.share_equal or 0.0) >= 0.5  # words that explain less than half say nothing
     for words in answer.candidates or ([answer.nearest] if answer.nearest and explains else []):
         lines.append(

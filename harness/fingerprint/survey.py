@@ -52,7 +52,7 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
     columns = {
         name: value
         for name, value in answer.as_dict().items()
-        if name not in ("status", "candidates", "nearest", "plans", "shapes")
+        if name not in ("status", "candidates", "nearest", "plans", "shapes", "kind")
     }
     candidates = answer.candidates or ([answer.nearest] if answer.nearest else [])
     return answer.status, {**columns, "plan": json.dumps(candidates)}
@@ -185,5 +185,6 @@ def survey_known(records: Records) -> None:
         answer = identify(fn, kind)
         found = answer.candidates or ([answer.nearest] if answer.nearest else [])
         columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
-        del columns["candidates"], columns["nearest"], columns["plans"], columns["shapes"]
+        for name in ("candidates", "nearest", "plans", "shapes", "kind"):
+            del columns[name]
         records.add(FingerprintRow(**key, **columns))

@@ -44,6 +44,7 @@ def _noise(errors: pd.DataFrame) -> Iterator[str]:
 def _amplified(frames: Frames) -> Iterator[str]:
     """From the draws of the first layer: ratios of two measures of one seed, then their median and range."""
     draws = frames["draws"]
+    draws = draws[draws["status"] == "ok"]
     if not len(draws):
         return
     calibrated, ones, uniform = (rows.set_index("seed") for rows in _by_control(draws))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.paired import difference, given_depth, told_apart
 from castpoint.harness.runs.frames import Frames, best_backend, load
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -37,14 +37,19 @@ def studies(folder: Path) -> list[Study]:
     found: dict[str, Study] = {}
     for run_id, run in load_runs(folder).items():
         if "finished" in run and run.get("command") == "model":
-            model = run["settings"]["model"]
-            found[model] = Study(model, run_id, run, load(folder, run_id))
+            found[run["settings"]["model"]] = study_of(folder, run_id)
     return sorted(found.values(), key=lambda study: study.drawn)
 
 
+def study_of(folder: Path, run_id: str) -> Study:
+    """The study of that run."""
+    run = load_runs(folder)[run_id]
+    return Study(run["settings"]["model"], run_id, run, load(folder, run_id))
+
+
 def truth_name(frames: Frames) -> str:
-    """float64, or float32 where that was all that fitted."""
-    return next(name for name in frames["model_tokens"]["reference"].unique() if name != "eager")
+    """float64, or float32 where that was all that fitted, or no arm was measured at all."""
+    return next((name for name in frames["model_tokens"]["reference"].unique() if name != "eager"), "float64")
 
 
 def read_texts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -108,7 +113,16 @@ def arm_table(frames: Frames) -> pd.DataFrame:
     table["Δ log p, max"] = names.map(largest)
     table["greedy: parted"] = names.map(partings["parted"].astype(str) + " of " + partings["of"].astype(str))
     table["perplexity"] = names.map(perplexity(frames).map("{:.3f}".format))
+    lost = failed(frames)
+    if lost:
+        table["status"] = [f"failed in {lost[arm]} texts" if arm in lost else "ok" for arm in names]
     return table
+
+
+def failed(frames: Frames) -> dict[str, int]:
+    """Arm -> in how many texts it failed, of those that did."""
+    rows = frames["model_tokens"]
+    return rows[rows["status"] != "ok"].groupby("arm", sort=False).size().to_dict()
 
 
 def layer_table(frames: Frames) -> pd.DataFrame:
@@ -128,53 +142,18 @@ def layer_table(frames: Frames) -> pd.DataFrame:
     return means[list(names)].rename(columns=names)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of an arm's column from eager's, over texts: mean, standard error (infinite of one text), and chance.
-
-    chance: share of all ways to choose the texts' signs whose mean is as far from 0 (an exact sign-flip test; of more
-    than 16 texts a sample of 2^16 ways). It assumes of the differences only that they would be as likely negative.
-    """
-
-    mean: float
-    error: float
-    chance: float
-
-
-def difference(frame: pd.DataFrame, column: str, arm: str) -> Difference:
-    by_text = frame.pivot(index=["text", "prompt"], columns="arm", values=column)
-    pairs = (by_text[arm] - by_text["eager"]).to_numpy(float)
-    ways = 2 ** min(len(pairs), 16)
-    signs = 1 - 2 * (np.arange(ways)[:, None] >> np.arange(len(pairs)) & 1)
-    if len(pairs) > 16:
-        signs = np.random.default_rng(0).choice([-1, 1], (ways, len(pairs)))
-    chance = (np.abs(signs @ pairs) >= abs(pairs.sum()) * (1 - 1e-12)).mean()
-    error = pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return Difference(pairs.mean(), error, chance)
-
-
-def told_apart(found: dict[str, Difference]) -> list[str]:
-    """Arms that differ from eager at the level of 5 % for all of them together (Bonferroni)."""
-    moved = {arm: d for arm, d in found.items() if d.mean}
-    return [arm for arm, d in moved.items() if d.chance * len(moved) < 0.05]
-
-
-def given_depth(table: pd.DataFrame, column: str) -> float:
-    """Partial rank correlation of the column with the largest K-norm weight, the layer's number held fixed."""
-    ranks = table[["largest K-norm weight", column, "layer"]].rank().corr().to_numpy()
-    xy, xz, yz = ranks[0, 1], ranks[0, 2], ranks[1, 2]
-    return (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
-
-
 # ---------------------------------------------------------------- sentences
 
 
 def sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
-    """Five sentences on each real model that was studied. What drawn weights say means nothing: they get a table only.
-    speed: times of a bench, or none."""
+    """Five sentences on each real model that was studied, and a sixth where an arm failed. What drawn weights say means
+    nothing: they get a table only. speed: times of a bench, or none."""
     lines = []
     for study in studies(folder):
-        if not study.drawn:
+        if study.drawn:
+            continue
+        lines.append(_failed(study))
+        if eager_measured(study.frames):
             lines += [
                 _notice(study),
                 _closest(study, _times(speed)),
@@ -183,6 +162,18 @@ def sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
                 _amplified(study),
             ]
     return [line for line in lines if line]
+
+
+def eager_measured(frames: Frames) -> bool:
+    """Whether eager, against which every arm is measured, has a figure at all."""
+    rows = frames["model_tokens"]
+    return bool(((rows["arm"] == "eager") & (rows["status"] == "ok")).any())
+
+
+def _failed(study: Study) -> str:
+    lost = failed(study.frames)
+    listed = ", ".join(f"`{arm}` in {count} texts" for arm, count in lost.items())
+    return f"**{study.model}, failed:** {listed} (reasons: report). Nothing below counts them." if lost else ""
 
 
 def conditions(study: Study) -> str:
@@ -276,9 +267,10 @@ def _perplexity(study: Study) -> str:
         for arm in [*told_apart(plain), *told_apart(yardsticks)]
     ]
     plans = found.reindex(plans_of(study.frames)).dropna()
+    float32 = f", float32 {found['float32']:.2f}" if "float32" in found.index else ""
     return (
-        f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}, float32 "
-        f"{found['float32']:.2f}, plans {plans.min():.2f} to {plans.max():.2f}. Told apart from eager, nats a token: "
+        f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}{float32}"
+        f"{f', plans {plans.min():.2f} to {plans.max():.2f}' if len(plans) else ''}. Told apart from eager, nats a token: "
         f"{', '.join(told) or 'none'}."
     )
 
@@ -307,8 +299,9 @@ def sections(folder: Path) -> list[str]:
 
 def section(study: Study) -> str:
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
-    failed = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
-    reasons = "".join(f"\n\n`{row.arm}` {row.status}: {row.reason}" for row in failed.itertuples())
+    lost = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
+    counted = lost.groupby(["arm", "status", "reason"], sort=False).size()
+    reasons = "".join(f"\n\n`{arm}` {said} in {n} texts: {why}" for (arm, said, why), n in counted.items())
     return (
         f"## In a whole model: {model}\n\n{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
         f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from castpoint.harness.report import failures
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.gpu import speed_table as gpu_speed_table
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.studies import implementation_groups, study_sections, study_sentences
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
@@ -23,11 +25,11 @@ BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- ge
 
 
 def newest_run(folder: Path) -> str:
-    """The newest finished run of `bench` or `gpu` in a results folder. Raises ValueError if there is none."""
+    """The newest finished run of `bench` or `gpu` in a results folder. Raises UserError if there is none."""
     whole = ("bench", "gpu")
     finished = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") in whole]
     if not finished:
-        raise ValueError(f"{folder} holds no finished run: run `make bench` first")
+        raise UserError(f"{folder} holds no finished run: run `make bench` first")
     return finished[-1]
 
 
@@ -170,6 +172,7 @@ def write_report(folder: Path, run_id: str) -> Path:
         f"# Results\n\n{conditions(folder, run_id)}",
         "## Findings\n\n"
         + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])]),
+        *failures.section(failures.failures(folder, run_id)),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
@@ -209,9 +212,9 @@ def readme_block(folder: Path, run_id: str) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Replaces the README's generated block by that of the newest run. Raises ValueError if it has no markers."""
+    """Replaces the README's generated block by that of the newest run. Raises UserError if it has no markers."""
     text = readme.read_text()
     if not BLOCK.search(text):
-        raise ValueError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+        raise UserError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
     block = readme_block(folder, newest_run(folder))
     readme.write_text(BLOCK.sub(lambda _: block, text))

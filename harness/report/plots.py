@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from castpoint.harness.report import model as impact_report
 from castpoint.harness.report.budget_plot import budget_bars
+from castpoint.harness.report.failures import note
 from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, colour, kind
 from castpoint.harness.report.style import GREEN as GREEN
@@ -58,7 +59,8 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         for name, (figure, of_run) in figures.items():
             if figure is None:
                 continue
-            figure.text(0.005, 0.005, _label(runs[of_run], tokens=name != "time"), fontsize=7, color=GREY)
+            label = _label(runs[of_run], tokens=name != "time") + note(folder, of_run)
+            figure.text(0.005, 0.005, label, fontsize=7, color=GREY)
             for suffix, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
                 figure.savefig(folder / "plots" / f"{name}.{suffix}", **options)
             plt.close(figure)
@@ -88,6 +90,8 @@ def pareto(frames: Frames) -> Figure | None:
     times = speed[speed["backend"] == backend].set_index("plan")
     error = over_layers(frames["errors"], "truth", "rel_rms")
     plans = [name for name in PLANS if name in times.index and name in error.index]
+    if not plans:
+        return None
     figure, axes = _figure(10, 5.4, right=0.86)
     x, y = times.loc[plans, "p50_us"].to_numpy() / 1e3, error[plans].to_numpy()
     if backend == "inductor":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
@@ -80,7 +81,7 @@ def sweep_speed(settings: Settings, records: Records) -> None:
 def _gpu_ceilings(gpu: Cuda) -> Ceilings:
     found = gpu_ceilings(gpu)
     if found["reason"]:
-        raise ValueError(f"the GPU's own limits could not be measured: {found['reason']}")
+        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
     return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
 
 

@@ -241,7 +241,7 @@ def test_a_kernel_that_reads_beyond_its_tensors_is_caught(tmp_path: Path):
 
 def test_another_target_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="target must be sm_80 or sm_90, not 'sm_100'"):
-        cli.execute("sm_100", tmp_path)
+        cli.audit(run=True, target="sm_100", results=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

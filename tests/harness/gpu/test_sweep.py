@@ -388,7 +388,7 @@ def test_the_table_is_read_as_it_was_written(tmp_path: Path):
     write_table(table, path)
     assert read_table(path) == table and read_table(tmp_path / "none.csv") == {}
     path.write_text(path.read_text().replace("splits", "shares"))
-    with pytest.raises(ValueError, match="must have the columns gpu, .*castpoint tune"):
+    with pytest.raises(ValueError, match="must have the columns gpu, .*castpoint gpu --tune"):
         read_table(path)
 
 
@@ -404,7 +404,7 @@ def test_dispatch_takes_the_next_larger_number_of_tokens():
 
 def test_another_gpu_falls_back_and_says_so_once():
     dispatch._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="no config for Another GPU.*`castpoint tune`"):
+    with pytest.warns(UserWarning, match="no config for Another GPU.*`castpoint gpu --tune`"):
         assert chosen("Another GPU", SHAPE, 1, PLAN) == Config("separate")
     import warnings
 

@@ -16,13 +16,10 @@ from tiny_models import saved
 import castpoint.harness.__main__ as cli
 from castpoint.harness.report import model as impact_report
 from castpoint.harness.report.model import (
-    Difference,
     Study,
     against,
     arm_table,
     conditions,
-    difference,
-    given_depth,
     last_layer,
     layer_table,
     parted,
@@ -30,10 +27,10 @@ from castpoint.harness.report.model import (
     section,
     sentences,
     studies,
-    told_apart,
     truth_name,
 )
 from castpoint.harness.report.model_plot import model_plots, quantiles
+from castpoint.harness.report.paired import Difference, difference, given_depth, told_apart
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.schema import BINS, TABLES
