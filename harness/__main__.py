@@ -78,12 +78,10 @@ def amplify(settings: Settings, records: Records) -> None:
 def budget(settings: Settings, records: Records) -> None:
     """How much of each plan's error each of its roundings makes: exact Shapley values."""
     from castpoint.harness.accuracy.budget import sweep_budget
-    from castpoint.harness.report.budget import largest_share_sentence
-    from castpoint.harness.runs.frames import load
 
     sweep_budget(settings, records)
     records.finish()
-    print(largest_share_sentence(load(records.folder, records.run_id)["budget"]))
+    _print_study(records, "budget")
 
 
 @app.command()
@@ -371,7 +369,7 @@ def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: results/cpu, and the README.")] = None,
 ) -> None:
     """Plots, report.md and the README's tables from the newest finished bench or gpu run of a results folder."""
-    from castpoint.harness.report.page import update_readme
+    from castpoint.harness.report.readme import update_readme
 
     folder = results or Path("results/cpu")
     _write_report(folder)

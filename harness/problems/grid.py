@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
-from castpoint.kernels.config import Config, candidates
 from castpoint.variants.catalogue import PLANS
+
+if TYPE_CHECKING:
+    from castpoint.kernels.config import Config
 
 MODELS = (
     "qwen3-0.6b",
@@ -67,6 +70,10 @@ def own_plans(point: Point) -> tuple[str, ...]:
 def loop_tiles(point: Point) -> tuple[Config, ...]:
     """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on. Not at points
     with RoPE, which is none of its business."""
+    from castpoint.kernels.config import (
+        candidates,
+    )  # it loads Triton, which the report, a reader of this grid, must not
+
     if point.regime != COLD:
         return ()
     g = point.geometry

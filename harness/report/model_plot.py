@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from castpoint.harness.model.study import BINS
 from castpoint.harness.report.model import against, arms_of, parted, plans_of, truth_name
 from castpoint.harness.report.style import GREY, colour
 from castpoint.harness.runs.frames import Frames
+from castpoint.harness.runs.words import BINS
 
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 

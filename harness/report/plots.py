@@ -1,4 +1,4 @@
-"""Plots of one run, each drawn from its records alone: PNG and SVG, plans named where they are drawn."""
+"""Plots of one run, each drawn from its records alone, plans named where they are drawn."""
 
 from __future__ import annotations
 
@@ -6,35 +6,28 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-
+import matplotlib.axis
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
-from castpoint.harness.report import model as impact_report
+from castpoint.harness.report import model
 from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.model_plot import model_plots
-from castpoint.harness.report.style import BLUE, GREY, KINDS, colour, kind
-from castpoint.harness.report.style import GREEN as GREEN
-from castpoint.harness.report.style import ORANGE as ORANGE
-from castpoint.harness.report.style import RED as RED
+from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
-from castpoint.kernels.checks import RNE
-from castpoint.variants.catalogue import PLANS
+from castpoint.variants.catalogue import HF, PLANS
 
-ONE_ROUNDING = 1.66e-3  # rms relative error of one rounding to bf16 of values spread evenly over a binade
 BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for, and the newest error budget, into folder/plots; returns the PNGs."""
+    """Draws every plot the run has data for, the newest error budget and models into folder/plots; returns the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
         "pareto": pareto,
@@ -44,26 +37,20 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         "ulps": ulp_histogram,
         "time": time_against_tokens,
     }
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "castpoint"}
-    drawn = []
     (folder / "plots").mkdir(exist_ok=True)
-    with plt.rc_context(style):
+    with plt.rc_context(RC):
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
         budget = latest(folder, "budget")
         if budget is not None:
             figures["budget"] = (budget_bars(budget[1]), budget[0])
-        for study in impact_report.studies(folder):
+        for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
-        for name, (figure, of_run) in figures.items():
-            if figure is None:
-                continue
-            figure.text(0.005, 0.005, _label(runs[of_run], tokens=name != "time"), fontsize=7, color=GREY)
-            for suffix, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
-                figure.savefig(folder / "plots" / f"{name}.{suffix}", **options)
-            plt.close(figure)
-            drawn.append(folder / "plots" / f"{name}.png")
-    return drawn
+        return [
+            save(figure, folder / "plots" / f"{name}.png", _label(runs[of_run], tokens=name != "time"))
+            for name, (figure, of_run) in figures.items()
+            if figure is not None
+        ]
 
 
 def _label(run: dict, tokens: bool) -> str:
@@ -116,7 +103,7 @@ def pareto(frames: Frames) -> Figure | None:
 
 def _matmuls(axes: Axes, times: dict[str, float]) -> None:
     """Grey bands over the plans of each CPU matmul: bf16's returns bf16, so only plans that round proj can use it."""
-    narrow = {name: PLANS[name].plan.matmul == "bf16" and PLANS[name].plan.proj == RNE for name in times}
+    narrow = {name: PLANS[name].plan.matmul == "bf16" and PLANS[name].plan.proj == HF.proj for name in times}
     for matmul, is_narrow in (("bf16 matmul", True), ("fp32 matmul", False)):
         spent = [time for name, time in times.items() if narrow[name] == is_narrow]
         if spent:
@@ -128,13 +115,13 @@ def _matmuls(axes: Axes, times: dict[str, float]) -> None:
 def error_per_plan(frames: Frames) -> Figure | None:
     """Distance to the truth and distance to eager, with the noise floor of each."""
     errors = frames["errors"]
-    truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False)
+    truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False) / ROUNDING
     if not len(truth):
         return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
     rows = own(errors)
     rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
-    low, high = (rows.groupby("plan")["rel_rms"].agg(kind) for kind in ("min", "max"))
+    low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), sharey=True, width_ratios=[3, 2])
     figure.subplots_adjust(left=0.17, right=0.97, bottom=0.85 / height, top=1 - 1.15 / height, wspace=0.08)
@@ -146,12 +133,16 @@ def error_per_plan(frames: Frames) -> Figure | None:
                        va="center", fontsize=8, color=GREY)  # fmt: skip
     left.set_yticks(range(len(truth)), truth.index)
     left.set_ylim(-0.6, len(truth) - 0.4)
-    left.axvline(ONE_ROUNDING, color=GREY, linestyle="--", linewidth=1)
-    left.text(ONE_ROUNDING, 1, " one rounding to bf16", fontsize=8, color=GREY, va="bottom",
+    left.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    left.text(1, 1, " one rounding, at the store", fontsize=8, color=GREY, va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
-    left.set_xscale("log")
-    _plain_ticks(left.xaxis)
-    left.set_xlabel("K relative rms error against float64\n(dot: all layers; bar: smallest to largest layer)")
+    left.set_xlim(left=0)
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+    left.set_xlabel(
+        "K's error against float64 in units of one rounding to bf16,\n"
+        "relative rms (dot: all layers; bar: smallest to largest layer)"
+    )
     left.set_title("distance to the truth", loc="left", pad=14)
     noise = noise_floor(errors)
     floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
@@ -255,7 +246,7 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     for axes in list(grid.flat)[len(plans) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        axes.set_ylabel("share [%]")
+        axes.set_ylabel("share of K [%]")
     for axes in grid[-1]:
         axes.set_xlabel("|error| [bf16 ulp]")
         axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
