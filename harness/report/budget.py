@@ -41,19 +41,6 @@ def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
     return worst["kernel_vs_spec_share"], worst["plan"], where
 
 
-def leader(shares: pd.DataFrame) -> tuple[str, int, int] | None:
-    """The player that, besides the store, makes the largest part of most plans; of how many plans; out of how many.
-
-    Counted are plans in which any but the store makes 1 % or more; None if there are none. shares: mean_shares(...).
-    """
-    others = shares.drop(columns=["out", FP32], errors="ignore")
-    counted = others[others.max(axis=1) >= 0.01]
-    if not counted.size:
-        return None
-    leaders = counted.idxmax(axis=1).value_counts()
-    return leaders.index[0], int(leaders.iloc[0]), len(counted)
-
-
 def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One row a plan: its rms error (K's relative to its head) and the part of its square that each rounding makes."""
     shares = mean_shares(frame, measure)

@@ -26,7 +26,7 @@ from castpoint.harness.report.gpu_rows import (
     times,
 )
 from castpoint.harness.report.markdown import markdown
-from castpoint.harness.runs.words import DRAWN, EAGER, EXACT, INTERPRETER
+from castpoint.harness.runs.words import DRAWN, EXACT
 
 COLUMNS = {P1: "P1: best separate chain", P4: "P4: bare matmul", P2: "P2: torch.compile", LOOP: LOOP}
 REGIMES = (grid.COLD, grid.ROPE, grid.HOT, grid.LAYERS)
@@ -44,7 +44,8 @@ def section(folder: Path) -> str:
     if (folder / "plots" / "gpu_speedup.png").exists():
         parts.append("![speed-up over the best separate chain](plots/gpu_speedup.png)")
     parts += ["### Without a time", markdown(lost) if len(lost) else "Nothing: every arm that was tried has a time."]
-    return "\n\n".join([*parts, *_check_parts(run)])
+    checks = markdown(check_table(run.checks)) if len(run.checks) else "Not measured in this run."
+    return "\n\n".join([*parts, "### Checks", HOW_CHECKED, checks])
 
 
 HOW_TO_READ = (
@@ -141,20 +142,19 @@ def conditions(run: Run) -> str:
 
 def _limits(limits: dict[str, Any]) -> str:
     """What was measured of the GPU itself; the reason where it was not."""
-    read, launch, reason = limits.get("read", {}), limits.get("launch", {}), limits.get("reason", "")
-
-    def said(value: float | None, scale: float, unit: str, why: str) -> str:
-        return f"not measured{f' ({why})' if why else ''}" if value is None else f"{value * scale:.3g} {unit}"
-
-    return (
-        "Limits, measured in the same run: "
-        f"copy {said(limits.get('copy_bytes_per_s'), 1e-12, 'TB/s', reason)}, "
-        f"reading {said(read.get('bytes_per_s'), 1e-12, 'TB/s', read.get('unknown', ''))}, "
-        f"bf16 matmul {said(limits.get('bf16_flops_per_s'), 1e-12, 'TFLOP/s', reason)}; "
-        f"an empty kernel in a graph {said(launch.get('per_kernel_s'), 1e6, 'µs', launch.get('unknown', ''))}, "
-        f"replaying a graph {said(launch.get('per_replay_s'), 1e6, 'µs', launch.get('unknown', ''))}. "
-        "The roofline takes the faster of copying and reading."
+    read, launch, reason = limits.get("read", {}), limits.get("launch", {}), limits.get("reason")
+    measured = (
+        ("copy", limits.get("copy_bytes_per_s"), 1e-12, "TB/s", reason),
+        ("reading", read.get("bytes_per_s"), 1e-12, "TB/s", read.get("unknown")),
+        ("bf16 matmul", limits.get("bf16_flops_per_s"), 1e-12, "TFLOP/s", reason),
+        ("an empty kernel in a graph", launch.get("per_kernel_s"), 1e6, "µs", launch.get("unknown")),
+        ("replaying a graph", launch.get("per_replay_s"), 1e6, "µs", launch.get("unknown")),
     )
+    said = [
+        f"{name} not measured ({why or 'not tried'})" if value is None else f"{name} {value * scale:.3g} {unit}"
+        for name, value, scale, unit, why in measured
+    ]
+    return f"Limits, measured in the same run: {', '.join(said)}. The roofline takes the faster of copying and reading."
 
 
 def _state(speed: pd.DataFrame) -> str:
@@ -176,50 +176,26 @@ def _state(speed: pd.DataFrame) -> str:
 # ---------------------------------------------------------------- checks
 
 
-def _check_parts(run: Run) -> list[str]:
-    """What had to hold before a time counted, and what the GPU's own arithmetic does."""
-    tables = {
-        "Each plan as every config that a launch may take, against its spec: bit for bit on inputs whose sums are "
-        "exact, within its envelope on drawn ones; our own loop likewise. What is red gets no "
-        "time.": kernel_checks(run.checks),
-        "Eager against the spec of its plan `hf`, by what cuBLAS may do with partial sums (PyTorch's default may store "
-        "and add them in bf16).": compared(run.checks, EAGER, "partial sums", "config"),
-        "Compiled kernels against the same kernels interpreted on a CPU: sums in another order, and nothing "
-        "else.": compared(run.checks, INTERPRETER, "plan", "plan"),
-    }
-    parts = ["### Checks"]
-    for words, table in tables.items():
-        parts += [words, markdown(table) if len(table) else "Not measured in this run."]
-    return parts
+HOW_CHECKED = (
+    "What had to hold before a time counted: each plan as every config that a launch may take, and our own loop, equal "
+    f"to its spec in every bit on inputs whose sums are exact (`{EXACT}`), inside its `{DRAWN}` on drawn ones. Beside "
+    "them what the GPU's own arithmetic does: `eager` against the spec of `hf`, by what cuBLAS may do with partial "
+    "sums, and compiled kernels against the `interpreter`, where only the order of sums differs."
+)
 
 
-def kernel_checks(checks: pd.DataFrame) -> pd.DataFrame:
-    """Each plan's configs by what the two checks found; configs that passed both are counted together."""
-    rows = checks[checks["check"].isin([EXACT, DRAWN])]
+def check_table(checks: pd.DataFrame) -> pd.DataFrame:
+    """Each check of each plan by what it found; configs that found the same are counted together."""
     found: dict[tuple[str, str, str], list[str]] = {}
-    for (plan, config), group in rows.groupby(["plan", "config"], sort=False):
-        said = {check: "not measured" for check in (EXACT, DRAWN)}
-        for row in group.itertuples():
-            said[row.check] = row.status if row.status == "ok" else f"{row.status}: {plain(row.reason)}"
-        found.setdefault((plan, said[EXACT], said[DRAWN]), []).append(plain(config))
+    for row in checks.itertuples():
+        said = row.status if row.status == "ok" else f"{row.status}: {plain(row.reason)}"
+        if row.status == "ok" and row.check not in (EXACT, DRAWN):
+            said = f"{row.share_equal:.4%} of bits equal, at most {row.max_ulp:.4g} ulp"
+        found.setdefault((row.check, row.plan, said), []).append(plain(row.config))
     lines = []
-    for (plan, exact, drawn), configs in found.items():
-        named = "; ".join(configs)
-        if exact == drawn == "ok" and len(configs) > 2:
-            named = f"{configs[0]} and {len(configs) - 1} others"
-        lines.append({"plan": plan, "configs": named, "exact inputs": exact, "drawn inputs": drawn})
-    return pd.DataFrame(lines)
-
-
-def compared(checks: pd.DataFrame, check: str, heading: str, column: str) -> pd.DataFrame:
-    """Share of equal bits and largest difference, one row a plan or setting; a reason where there is neither."""
-    rows = checks[checks["check"] == check]
-    lines = [
-        {
-            heading: getattr(row, column),
-            "bits equal": f"{row.share_equal:.4%}" if row.status == "ok" else f"{row.status}: {plain(row.reason)}",
-            "largest difference, ulp": f"{row.max_ulp:.4g}" if row.status == "ok" else "–",
-        }
-        for row in rows.itertuples()
-    ]
+    for (check, plan, said), configs in found.items():
+        named = (
+            f"{configs[0]} and {len(configs) - 1} others" if said == "ok" and len(configs) > 2 else "; ".join(configs)
+        )
+        lines.append({"check": check, "plan": plan, "configs": named, "found": said})
     return pd.DataFrame(lines)

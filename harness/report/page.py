@@ -180,8 +180,7 @@ def write_report(folder: Path, run_id: str) -> Path:
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
-        "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)\n\n"
-        "![speed against error](plots/pareto.png)",
+        "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
         f"## {AMPLIFIED}\n\nFirst layer, and the same layer with every K-norm weight set to one "
         "number. Attention is causal, without position encoding.\n\n"
         f"{t['amplification']}{ranges}\n\n"

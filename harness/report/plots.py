@@ -21,7 +21,7 @@ from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
-from castpoint.variants.catalogue import HF, PLANS
+from castpoint.variants.catalogue import PLANS
 
 BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line
 
@@ -30,7 +30,6 @@ def draw(folder: Path, run_id: str) -> list[Path]:
     """Draws every plot the run has data for, the newest error budget and models into folder/plots; returns the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
-        "pareto": pareto,
         "plans": error_per_plan,
         "layers": error_per_layer,
         "gain": gain_per_channel,
@@ -62,54 +61,6 @@ def _label(run: dict, tokens: bool) -> str:
     more = " and 32 that eager wrote" if s.get("command") == "model" else ""
     count = f"{s['tokens']} tokens{more}; " if tokens else ""
     return f"{s['model']}, {weights}; {count}{where}; torch {e['versions']['torch']}"
-
-
-def pareto(frames: Frames) -> Figure | None:
-    """K's error over time, one point a plan; lower left is better."""
-    speed = frames["speed"]
-    speed = speed[speed["status"] == "ok"]
-    if not len(speed):
-        return None
-    tokens, backend = int(speed["tokens"].max()), best_backend(speed)
-    speed = speed[speed["tokens"] == tokens]
-    times = speed[speed["backend"] == backend].set_index("plan")
-    error = over_layers(frames["errors"], "truth", "rel_rms")
-    plans = [name for name in PLANS if name in times.index and name in error.index]
-    figure, axes = _figure(10, 5.4, right=0.86)
-    x, y = times.loc[plans, "p50_us"].to_numpy() / 1e3, error[plans].to_numpy()
-    if backend == "inductor":
-        _matmuls(axes, dict(zip(plans, x, strict=True)))
-    low, high = times.loc[plans, "p10_us"] / 1e3, times.loc[plans, "p90_us"] / 1e3
-    axes.hlines(y, low, high, color=[colour(p) for p in plans], linewidth=1)
-    axes.scatter(x, y, c=[colour(p) for p in plans], s=45, zorder=3)
-    baselines = speed[speed["backend"].isin(BASELINES)].sort_values("p50_us")
-    for at, name, side in zip(baselines["p50_us"] / 1e3, baselines["backend"], ("right", "left"), strict=False):
-        axes.axvline(at, 0.97, color="black", linewidth=1.5)
-        axes.text(at, 1.005, f" {name} ", fontsize=8, ha=side, transform=axes.get_xaxis_transform())
-    ends = [low.min(), high.max(), *baselines["p50_us"] / 1e3]
-    axes.set(xscale="log", yscale="log", xlim=(min(ends) / 1.1, max(ends) * 1.6))
-    axes.margins(y=0.1)
-    _plain_ticks(axes.yaxis)
-    _plain_ticks(axes.xaxis)
-    _labels_beside(axes, high.to_numpy(), y, plans)
-    axes.set_xlabel(f"time of one layer's call at {tokens} tokens [ms] (dot: median; line: 10th to 90th percentile)")
-    axes.set_ylabel("K error against float64: relative rms, all layers")
-    title = f"K's error over {_ran(backend)}; lower left is better"
-    if backend == "inductor":
-        title += "\nThe times rank two CPU matmuls, not plans on a GPU"
-    axes.set_title(title, loc="left", pad=16)
-    return figure
-
-
-def _matmuls(axes: Axes, times: dict[str, float]) -> None:
-    """Grey bands over the plans of each CPU matmul: bf16's returns bf16, so only plans that round proj can use it."""
-    narrow = {name: PLANS[name].plan.matmul == "bf16" and PLANS[name].plan.proj == HF.proj for name in times}
-    for matmul, is_narrow in (("bf16 matmul", True), ("fp32 matmul", False)):
-        spent = [time for name, time in times.items() if narrow[name] == is_narrow]
-        if spent:
-            axes.axvspan(min(spent) / 1.03, max(spent) * 1.03, color="#f2f2f2", zorder=0)
-            middle = (min(spent) * max(spent)) ** 0.5
-            axes.text(middle, 0.015, matmul, fontsize=8, ha="center", transform=axes.get_xaxis_transform())
 
 
 def error_per_plan(frames: Frames) -> Figure | None:
@@ -322,24 +273,6 @@ def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-"))
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _labels_beside(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    """Names right of their points; points too close for labels of their own share one, beside the rightmost."""
-    axes.figure.canvas.draw()
-    pixels = axes.transData.transform(np.column_stack([x, y])) * 72 / axes.figure.dpi  # points, as font sizes are
-    groups: list[list[int]] = []
-    for at in np.argsort(pixels[:, 1]):
-        near = [g for g in groups if np.all(np.abs(pixels[g] - pixels[at]) < (40, 8))]
-        if near:
-            near[0].append(at)
-        else:
-            groups.append([at])
-    for group in groups:
-        last = max(group, key=lambda at: x[at])
-        label = ", ".join(names[at] for at in sorted(group, key=lambda at: x[at]))
-        axes.annotate(label, (x[last], np.exp(np.log(y[group]).mean())), (5, 0), textcoords="offset points",
-                      va="center", fontsize=9, color=colour(names[last]) if len(group) == 1 else "black")  # fmt: skip
 
 
 def _margin_labels(axes: Axes, x: np.ndarray, y: np.ndarray, labels: list[str], shades: list[str]) -> None:

@@ -12,5 +12,5 @@ PLAYERS = (
     "out",
 )
 ROTATED = ", rotated from position "  # in the words for a problem's weights
-EXACT, DRAWN, EAGER, INTERPRETER = "exact", "envelope", "eager", "interpreter"  # checks of kernels
+EXACT, DRAWN = "exact", "envelope"  # checks of kernels
 BINS = [10 ** (i / 4) for i in range(-28, 5)]  # lower edges of |difference of log p|, nats; below the first: 0
