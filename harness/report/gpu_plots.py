@@ -31,13 +31,13 @@ COLUMNS = 4  # panels side by side
 def draw(folder: Path, run_id: str) -> list[Path]:
     """Draws what the run has data for into folder/plots, as PNG; returns the files."""
     run = run_of(folder, run_id)
-    e = run.facts["environment"]
-    versions = ", ".join(f"{name} {e['versions'][name]}" for name in ("torch", "triton") if e["versions"].get(name))
-    label = f"{run.gpu}; {versions}; commit {e['commit']}, run {run.run_id}; cold weights, CUDA graphs"
     with plt.rc_context(RC):
         figure = speedups(run)
         if figure is None:
             return []
+        e = run.facts["environment"]
+        versions = ", ".join(f"{name} {e['versions'][name]}" for name in ("torch", "triton") if e["versions"].get(name))
+        label = f"{run.gpu}; {versions}; commit {e['commit']}, run {run.run_id}; cold weights, CUDA graphs"
         (folder / "plots").mkdir(exist_ok=True)
         return [save(figure, folder / "plots" / "gpu_speedup.png", label)]
 
