@@ -116,7 +116,7 @@ def confusion_table(frame: pd.DataFrame) -> pd.DataFrame:
 def implementations_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of implementations.csv."""
     return (
-        "## What public implementations do\n\nBy fingerprint (`castpoint survey`), not by reading. Named are the "
+        "## What public implementations do\n\nBy fingerprint (`castpoint study survey`), not by reading. Named are the "
         "boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and the order is "
         f"(x·rstd)·w.\n\n{markdown(implementation_groups(frame))}\n\nOne row an implementation:\n\n"
         f"{markdown(implementation_rows(frame))}"
@@ -127,7 +127,7 @@ def confusion_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of fingerprints.csv."""
     return (
         "## The fingerprint on plans it should know\n\nEach plan of a single norm, and chains, as a black box "
-        "(`castpoint confusion`); noise moves one element in a thousand by an ulp.\n\n"
+        "(`castpoint study confusion`); noise moves one element in a thousand by an ulp.\n\n"
         f"{markdown(confusion_summary(frame))}\n\nPlanted word against the word answered; `a or b`: several candidates "
         f"were left.\n\n{markdown(confusion_table(frame))}"
     )

@@ -49,10 +49,9 @@ def conditions(folder: Path, run_id: str) -> str:
     native = "with" if e.get("native_bf16") else "without"
     machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
     return (
-        "K's error: rms against float64 and relative to its head, in units of one rounding, which is what rounding a "
-        "value to bf16 a single time costs. PyTorch's: Hugging Face's eager bf16, on the same machine. "
-        f"{s['model']}'s shape, {len(s['layers'])} layers, {s['tokens']} tokens, {weights}; {machine}. "
-        f"{gpus(folder.parent)}"
+        "K's error: rms against float64, relative to its head, in units of what rounding to bf16 a single time costs. "
+        f"PyTorch's: Hugging Face's eager bf16. {s['model']}'s shape, {len(s['layers'])} layers, {s['tokens']} tokens, "
+        f"{weights}; {machine}. {gpus(folder.parent)}"
     )
 
 
@@ -63,7 +62,7 @@ def gpus(results: Path) -> str:
         run = gpu_rows.newest(folder)
         if run is not None:
             found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
-    return f"Times on a GPU: {', '.join(found)}." if found else "Nothing has run on a GPU yet."
+    return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
 
 
 def readme_block(folder: Path, run_id: str) -> str:

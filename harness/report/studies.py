@@ -94,7 +94,7 @@ def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
 def _executed(frame: pd.DataFrame) -> str:
     return (
         "## Compiled kernels, run on a CPU\n\nEvery kernel as a launch compiles it, its PTX run instruction by instruction "
-        "(`castpoint execute`): what Triton's compiler made of it, without ptxas and without a GPU's order of sums. "
+        "(`castpoint audit --run`): what Triton's compiler made of it, without ptxas and without a GPU's order of sums. "
         f"Tiles of tuning are run for a plan of each place of rstd.\n\n{markdown(executed_table(frame))}"
     )
 
@@ -109,8 +109,8 @@ def configs_section(frame: pd.DataFrame) -> str:
     )
     return (
         "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
-        "compiled ahead of time (`castpoint configs`): registers a thread / bytes spilled a thread / KiB of "
-        "shared memory a block. Nothing is timed by this: `castpoint tune` does that on a GPU."
+        "compiled ahead of time: registers a thread / bytes spilled a thread / KiB of "
+        "shared memory a block. Nothing is timed by this: `castpoint gpu --tune` does that on a GPU."
         f"\n\n{markdown(table.reset_index())}"
     )
 

@@ -139,7 +139,7 @@ def test_without_a_gpu_run_there_is_no_section(tmp_path: Path) -> None:
 def test_the_readme_links_every_gpu_whatever_its_name(tmp_path: Path) -> None:
     for name in ("cpu", "h100", "h200"):
         (tmp_path / name).mkdir()
-    assert gpus(tmp_path) == "Nothing has run on a GPU yet."
+    assert gpus(tmp_path) == "No kernel has run on a GPU yet, only its PTX on a CPU."
     invent_by_hand(tmp_path / "h100").finish()
     invent_by_hand(tmp_path / "h200")  # never finished
     assert gpus(tmp_path) == f"Times on a GPU: [invented H200]({tmp_path}/h100/report.md#on-a-gpu)."
