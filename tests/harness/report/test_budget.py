@@ -52,7 +52,7 @@ def rows_of(
     shares: dict[str, dict[str, float]], layer: int = 0, weights: str = "calibrated"
 ) -> list[dict[str, object]]:
     """Rows of both measures with these shares of a total that falls from plan to plan."""
-    key = {"model": "m", "weights": weights, "layer": layer, "tokens": 64, "backend": "spec"}
+    key = {"model": "m", "weights": weights, "layer": layer, "tokens": 64, "backend": "spec", "status": "ok"}
     return [
         {**key, "plan": plan, "measure": measure, "player": player, "shapley": share / 2**i, "share": share,
          "total": 0.5**i}
