@@ -178,7 +178,7 @@ def _state(speed: pd.DataFrame) -> str:
 
 HOW_CHECKED = (
     "What had to hold before a time counted: each plan as every config that a launch may take, and our own loop, equal "
-    f"to its spec in every bit on inputs whose sums are exact (`{EXACT}`), inside its `{DRAWN}` on drawn ones. Beside "
+    "to its spec in every bit on inputs whose sums are exact (`exact`), inside its `envelope` on drawn ones. Beside "
     "them what the GPU's own arithmetic does: `eager` against the spec of `hf`, by what cuBLAS may do with partial "
     "sums, and compiled kernels against the `interpreter`, where only the order of sums differs."
 )
