@@ -41,8 +41,8 @@ def case_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def counted(words: pd.Series) -> str:
-    """`44: 24 fits, 11 does not fit`: how many rows there are, and how many of each word."""
-    return f"{len(words)}: " + ", ".join(f"{count} {word}" for word, count in words.value_counts().items())
+    """`24 fits, 11 does not fit; 35 in all`: how many rows there are of each word."""
+    return ", ".join(f"{count} {word}" for word, count in words.value_counts().items()) + f"; {len(words)} in all"
 
 
 def _cases(frame: pd.DataFrame) -> str:
@@ -77,7 +77,7 @@ def _audit(frame: pd.DataFrame) -> str:
     return (
         "## Static audit\n\nEvery kernel compiled ahead of time (`castpoint audit`). `declared`: the roundings that the plan "
         "asks of this kernel. An `ok` says that each was found in TTIR where it belongs and followed into the machine code, and "
-        f"that there is no other. Kernels: {counted(frame['status'])}; fused multiply-adds that the source does not have: "
+        f"that there is no other. Kernels: {counted(frame['status'])}. Fused multiply-adds that the source does not have: "
         f"{int(frame['fused'].sum())}.\n\n{markdown(audit_table(frame))}"
     )
 

@@ -179,14 +179,14 @@ def test_cases_and_budget_commands_fill_the_report(
     sections = study_sections(tmp_path)
     assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
     run_id, frame = latest(tmp_path, "cases")
-    assert f"Claims: {counted(frame['verdict'])}." in sections[1] and counted(frame["verdict"]).startswith("2: ")
+    assert f"Claims: {counted(frame['verdict'])}." in sections[1] and counted(frame["verdict"]).endswith("; 2 in all")
     commit = load_runs(tmp_path)[run_id]["environment"]["commit"]
     assert study_sections(tmp_path, commit) == sections, "a study of the same commit does not say so"
     assert study_sections(tmp_path, "c0ffee") == [f"{section}\n\nCommit {commit}." for section in sections]
 
 
 def test_words_are_counted_most_frequent_first() -> None:
-    assert counted(pd.Series(["ok", "red", "ok"])) == "3: 2 ok, 1 red"
+    assert counted(pd.Series(["ok", "red", "ok"])) == "2 ok, 1 red; 3 in all"
 
 
 def test_unfinished_runs_are_not_reported(surveyed: Path) -> None:
