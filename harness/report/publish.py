@@ -13,8 +13,9 @@ from typing import Any
 
 from castpoint.harness.problems.geometry import GEOMETRIES
 from castpoint.harness.report import gpu_plots, gpu_rows
-from castpoint.harness.report.page import BLOCK, newest_run, update_readme, write_report
+from castpoint.harness.report.page import newest_run, write_report
 from castpoint.harness.report.plots import draw
+from castpoint.harness.report.readme import BLOCK, update_readme
 from castpoint.harness.runs.environment import short_name
 from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.records import load_runs
