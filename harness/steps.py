@@ -165,12 +165,12 @@ def print_study(records: Records, table: str) -> None:
 
 
 def print_parts(records: Records, parts: tuple[str, ...]) -> None:
-    from castpoint.harness.report.budget import largest_share_sentence
+    from castpoint.harness.report import budget
     from castpoint.harness.report.page import tables
     from castpoint.harness.runs.frames import load
 
     found = tables(records.folder, records.run_id)
-    found["budget"] = largest_share_sentence(load(records.folder, records.run_id)["budget"])
+    found["budget"] = budget.section(load(records.folder, records.run_id)["budget"])
     shown = {"errors": ("plans", "kernels"), "amplification": ("amplification",), "budget": ("budget",)}
     for part in parts:
         print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")

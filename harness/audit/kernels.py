@@ -43,7 +43,7 @@ from castpoint.kernels.norm_qkv import norm_qkv_kernel
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
 
-Row = dict[str, str | int | None]
+Row = dict[str, Any]
 COLUMNS = (
     *("target", "kernel", "plan", "keywords", "status", "reason", "declared", "ttir", "machine", "roundings", "matmul"),
     *("not_followed", "fused", "expanded", "matrix", "registers", "spills", "shared"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from castpoint.harness.cases.case import Measured, described, verdict
 from castpoint.harness.cases.norm import NORM
@@ -28,7 +29,7 @@ def verdict_of(row: dict[str, str | float]) -> str:
     return verdict(*(math.nan if row[name] == "" else float(row[name]) for name in names))
 
 
-def run_cases(seed: int = 0) -> Iterator[dict[str, str | float]]:
+def run_cases(seed: int = 0) -> Iterator[dict[str, Any]]:
     """One row a case, as it is measured; empty cells where something does not apply. About 10 s.
 
     A case that raises becomes a row with status `failed` and the reason; the others go on.
