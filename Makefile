@@ -4,27 +4,27 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+TORCH   := torch==2.13.0
 RESULTS ?=
 ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-real compare study models gpu gpu-quick gpu-tune report lint format clean
+.PHONY: help bench test test-real compare study models gpu gpu-quick gpu-tune report publish lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
-	@echo "  RESULTS=folder: where records go or come from; ARGS=...: options of castpoint"
+	@echo "  RESULTS=folder: where records go or come from (default: runs/<machine>, which git ignores); ARGS=...: options of castpoint"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$$(grep -oE '^torch==[0-9.]+' requirements.txt)"
-	$(BIN)/python -m pip install -q -r requirements.txt
-	$(BIN)/python -m pip install -q --no-deps -e .
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@
 
-bench: $(READY)  ## errors, amplification and speed of every plan on Qwen3-0.6B, plots and report
+bench: $(READY)  ## errors, amplification, error budget and speed of every plan on Qwen3-0.6B, plots and report
 	$(BIN)/castpoint bench $(WHERE) $(ARGS)
 
 test: $(READY)  ## prove that every kernel does what its plan says
@@ -35,17 +35,16 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
-study: $(READY)  ## fingerprints of public implementations, error budget, cases, audit, compiled kernels run on a CPU
-	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-extras.txt
-	$(BIN)/castpoint survey $(WHERE)
-	$(BIN)/castpoint budget --tokens 64 $(WHERE)
-	$(BIN)/castpoint cases $(WHERE)
+study: $(READY)  ## fingerprints of public implementations, cases, audit, compiled kernels run on a CPU
+	$(BIN)/python -m pip install -q -e '.[studies]'
+	$(BIN)/castpoint study survey $(WHERE)
+	$(BIN)/castpoint study cases $(WHERE)
 	$(BIN)/castpoint audit $(WHERE)
-	$(BIN)/castpoint execute $(WHERE)
-	$(BIN)/castpoint configs $(WHERE)
+	$(BIN)/castpoint audit --run $(WHERE)
+	$(BIN)/castpoint audit --configs $(WHERE)
 
 models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)
-	$(BIN)/castpoint models
+	$(BIN)/castpoint model gemma-3-270m --fetch-only
 
 test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
 	$(BIN)/pytest -q tests/real -o addopts="" $(ARGS)
@@ -57,14 +56,20 @@ gpu-quick:  ## two models at four token counts, to see whether `make gpu` would 
 	$(PYTHON) -m castpoint gpu --quick $(WHERE) $(ARGS)
 
 gpu-tune:  ## time every tile of the kernels and write the fastest into kernels/dispatch.csv; then `make gpu` takes them
-	$(PYTHON) -m castpoint tune $(WHERE) $(ARGS)
+	$(PYTHON) -m castpoint gpu --tune $(WHERE) $(ARGS)
 
-report: $(READY)  ## plots, report.md and the README's tables from the newest finished run
+report: $(READY)  ## plots and report.md from the newest finished run
 	$(BIN)/castpoint report $(WHERE)
 
-lint: $(READY)  ## check style, change nothing
+publish: $(READY)  ## maintainers: a whole run of committed code (RESULTS=runs/cpu) into results/, with plots, report and README
+	$(BIN)/castpoint publish $(RESULTS)
+
+lint: $(READY)  ## check style, the import rule and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/lint && mkdir -p build/lint && cp -Rp castpoint build/lint && cp -Rp kernels variants harness build/lint/castpoint
+	cd build/lint && $(abspath $(BIN))/lint-imports --no-cache ../../pyproject.toml
+	$(BIN)/mypy
 
 format: $(READY)  ## rewrite to style
 	$(BIN)/ruff check --fix .

@@ -9,11 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-NEEDED = ("torch", "triton", "numpy")
+NEEDED = ("torch", "triton", "numpy", "safetensors")
 FOR_REPORTS = ("pandas", "matplotlib")
+EXTRAS = {  # of pyproject.toml -> what is imported of it
+    "models": ("transformers", "tokenizers", "accelerate", "gguf", "huggingface_hub", "psutil"),
+    "studies": ("jax", "flax", "liger_kernel", "fla"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,14 @@ class Check:
 def checks() -> Iterator[Check]:
     """Every check, in the order in which a newcomer would meet its problem."""
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Check(
-        sys.version_info >= (3, 11), f"Python {version}", "use Python 3.11 or newer: make bench PYTHON=python3.11"
-    )
+    yield Check(sys.version_info >= (3, 11), f"Python {version}", "use Python 3.11 or newer: make PYTHON=python3.11")
     for name in NEEDED + FOR_REPORTS:
         found = importlib.util.find_spec(name) is not None
         yield Check(
             found,
             f"package {name}" + (f" {importlib.metadata.version(name)}" if found else " is missing"),
-            "make bench",
+            cure_of(name) or "",
         )
-    yield from (package_origin(name) for name in ("castpoint.kernels", "castpoint.variants", "castpoint.harness"))
-    yield hub_package()
     yield compiler()
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
         yield interpreter()
@@ -45,26 +43,12 @@ def checks() -> Iterator[Check]:
         yield interpreter_with_numpy()
 
 
-def package_origin(name: str) -> Check:
-    """The lab's packages are imported from the checkout; a package of that name installed elsewhere shadows them."""
-    spec = importlib.util.find_spec(name)
-    origin = spec.origin if spec else None
-    return Check(
-        origin is not None and Path(origin).resolve() == ROOT.resolve() / name.rpartition(".")[2] / "__init__.py",
-        f"package {name} is imported from {origin}",
-        "run castpoint from the root of the checkout",
-    )
-
-
-def hub_package() -> Check:
-    """Hugging Face publishes a package `kernels` too: transformers imports it where it is installed."""
-    installed = any(d.name.lower() == "kernels" for d in importlib.metadata.distributions() if d.name)
-    return Check(
-        not installed,
-        "Hugging Face's package `kernels` is "
-        + ("installed: transformers would find this lab in its place" if installed else "not in the way"),
-        "pip uninstall kernels, or use a virtual environment of the lab's own (make bench makes one)",
-    )
+def cure_of(package: str) -> str | None:
+    """How a package that is missing here is installed; None for one that is none of ours, whose lack is a bug."""
+    extra = next((extra for extra, names in EXTRAS.items() if package in names), None)
+    if extra:
+        return f"pip install 'castpoint[{extra}]'"
+    return "pip install castpoint, or `make` in a checkout" if package in (*NEEDED, *FOR_REPORTS, "rich") else None
 
 
 def compiler() -> Check:

@@ -5,48 +5,66 @@ All is checked before any work starts or a results folder is made. Heavy imports
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import click
 import typer
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
+from castpoint.harness.runs.environment import ROOT, describe, machine_name
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.settings import Settings
 
-ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: results/<machine>.")]
+RUNS = Path("runs")  # where records go, one folder a machine; git ignores it
+PUBLISHED = ROOT / "results"
+PARTS = ("errors", "amplification", "budget", "speed")  # of a bench
+# Options that make a run a part of the whole one: such a run is not published.
+NARROWING = (
+    *("model", "checkpoint", "layers", "tokens", "plans", "seed", "short", "only", "quick"),
+    *("target", "backend", "prompts", "passages"),
+)
+
+ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: runs/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+ModelName = Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")]
+Source = Annotated[
+    str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
+]
+Layers = Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")]
+Tokens = Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)]
+Plans = Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")]
+Seed = Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min=0, max=10**9)]
+Short = Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")]
+Only = Annotated[str, typer.Option(help=f"Parts by name, with commas: {', '.join(PARTS)}. Default: all.")]
 
 
 def select(
-    model: Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")] = "",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)] = 128,
-    plans: Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min=0)] = 0,
-    device: DeviceName = "",
-    results: ResultsFolder = None,
-    short: Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")] = False,
+    command: str = "bench",
+    *,
+    model: str = "",
+    checkpoint: str | None = None,
+    layers: str = "",
+    tokens: int = Settings.tokens,
+    plans: str = "",
+    seed: int = Settings.seed,
+    device: str = "",
+    results: Path | None = None,
+    short: bool = False,
+    parts: tuple[str, ...] = PARTS,
 ) -> tuple[Settings, Records]:
-    """Checks every option, decides how kernels run, and opens the results folder, before any work starts."""
+    """Checks every option, decides how kernels run, and opens the results folder, before any work starts.
+
+    Raises UserError for an option that cannot be."""
     wanted = model or Settings.model
-    geometry = geometry_named(wanted)
+    geometry = _geometry(wanted)
     if checkpoint is not None:
-        wanted, geometry = _checkpoint_geometry(checkpoint, model, layers)
+        wanted, geometry = _checkpoint_geometry(checkpoint, model)
     chosen = parse_layers(layers, geometry.num_layers) or tuple(range(geometry.num_layers))
     chosen = chosen[:3] if short else chosen
-    if checkpoint is not None:
-        _check_layers(checkpoint, wanted, chosen)
     device = device_named(device)
-    from castpoint.harness.runs.environment import describe, machine_name
     from castpoint.variants.catalogue import PLANS
 
     settings = Settings(
@@ -61,30 +79,49 @@ def select(
         device=device,
         speed_budget_s=2.0 if short else 15.0,
     )
-    return settings, Records(results or Path("results") / machine_name(device), settings.row(), describe(device))
-
-
-def on_selection(command: Callable[[Settings, Records], None]) -> Callable[..., None]:
-    """A command over a selection of plans and layers: it takes the options of `select`."""
-
-    @functools.wraps(command)
-    def with_options(**options: Any) -> None:
-        settings, records = select(**options)
-        records.note(command=command.__name__)
-        command(settings, records)
-
-    with_options.__signature__ = inspect.signature(select, eval_str=True).replace(return_annotation=None)
-    return with_options
+    if checkpoint is not None:
+        _check_layers(settings)
+    whole = parts == PARTS
+    row = settings.row() | ({} if whole else {"parts": parts})
+    return settings, _opened(command if whole else f"{command} --only {','.join(parts)}", results, device, row)
 
 
 def records_of(command: str, results: Path | None, device: str, **settings: object) -> Records:
     """The results folder of a command that takes no selection of plans and layers."""
-    from castpoint.harness.runs.environment import describe, machine_name
+    return _opened(command, results, device, {"command": command, "device": device, **settings})
 
-    folder = results or Path("results") / machine_name(device)
-    records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
-    records.note(command=command)
+
+def _opened(command: str, results: Path | None, device: str, settings: dict[str, object]) -> Records:
+    folder = results or RUNS / machine_name(device)
+    refuse_published(folder)
+    records = Records(folder, settings, describe(device))
+    records.note(command=command, narrowed_by=narrowed_by())
     return records
+
+
+def refuse_published(folder: Path) -> None:
+    """Raises UserError for the folder of published results, or one in it."""
+    if PUBLISHED in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(
+            f"{folder} holds published results, which `make publish` alone writes: choose another --results"
+        )
+
+
+def newest_folder() -> Path:
+    """The folder under runs/ that was last written to by a run. Raises UserError if there is none."""
+    found = sorted(RUNS.glob("*/environment.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{RUNS}/ holds no run yet: run `castpoint bench` first, or give --results")
+    return found[-1].parent
+
+
+def narrowed_by() -> dict[str, object]:
+    """Those of NARROWING that the running command was given, with their values."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return {}
+    options = {option.name: option.default for option in context.command.params if option.name in NARROWING}
+    return {name: str(context.params[name]) for name, usual in options.items() if context.params[name] != usual}
 
 
 def device_named(wanted: str) -> str:
@@ -92,65 +129,111 @@ def device_named(wanted: str) -> str:
     import torch
 
     if wanted not in ("", "cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, not {wanted!r}")
+        raise UserError(f"--device must be cpu or cuda, not {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU")
+        raise UserError("no CUDA device here: `gpu` and --device cuda need one, `bench` measures on the CPU")
     if wanted != "cpu" and torch.cuda.is_available():
         if os.environ.get("TRITON_INTERPRET") == "1":
-            raise ValueError("TRITON_INTERPRET=1 would interpret the kernels: unset it, or choose --device cpu")
+            raise UserError("TRITON_INTERPRET=1 would interpret the kernels: unset it, or choose --device cpu")
         return "cuda"
     os.environ["TRITON_INTERPRET"] = "1"
     return "cpu"
 
 
+def compiling() -> None:
+    """Kernels are compiled by this command, not interpreted; before they are imported."""
+    os.environ["TRITON_INTERPRET"] = "0"
+
+
 def parse_plans(text: str) -> tuple[str, ...]:
-    """Names with commas. Raises KeyError, with the nearest name, where one is no plan's."""
+    """Names with commas. Raises UserError, with the nearest name, where one is no plan's."""
     from castpoint.variants.catalogue import plan_named
 
     names = tuple(text.split(","))
-    for name in names:
-        plan_named(name)
+    try:
+        for name in names:
+            plan_named(name)
+    except KeyError as error:
+        raise UserError(error.args[0]) from error
     return names
 
 
+def parse_parts(text: str) -> tuple[str, ...]:
+    """Parts of a bench with commas, in their order; all of them if text is empty. Raises UserError for another."""
+    asked = text.split(",") if text else PARTS
+    for name in asked:
+        if name not in PARTS:
+            raise UserError(f"--only takes {', '.join(PARTS)}, with commas, not {name!r}")
+    return tuple(part for part in PARTS if part in asked)
+
+
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """Layers of a text such as `0-3,8`. Raises ValueError if it is no such text or names a layer beyond count."""
+    """Layers of a text such as `0-3,8`. Raises UserError if it is no such text or names a layer beyond count."""
     layers: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"--layers takes numbers and ranges such as 0-3,8, not {text!r}")
+        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
+            raise UserError(f"--layers takes numbers and ranges such as 0-3,8, not {text!r}")
+        if int(last or first) >= count:
+            raise UserError(f"--layers {text}: the model has layers 0 to {count - 1}")
         layers += range(int(first), int(last or first) + 1)
-    if layers and max(layers) >= count:
-        raise ValueError(f"--layers {text}: the model has layers 0 to {count - 1}")
     return tuple(dict.fromkeys(layers))
 
 
 def prompts_hash(prompts: Path | None) -> str:
-    """SHA-256 of a file of prompts, empty without one. Raises ValueError where there is no such file."""
+    """SHA-256 of a file of prompts, empty without one. Raises UserError where there is no such file."""
     import hashlib
 
     if prompts is None:
         return ""
     if not prompts.is_file():
-        raise ValueError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
-    return hashlib.sha256(prompts.read_bytes()).hexdigest()
+        raise UserError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
+    try:
+        return hashlib.sha256(prompts.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--prompts {prompts} cannot be read ({error.strerror})") from error
 
 
-def _checkpoint_geometry(checkpoint: str, model: str, layers: str) -> tuple[str, Geometry]:
-    """Name and geometry of a checkpoint. Raises ValueError if it cannot be read or is not the model asked for."""
-    from castpoint.harness.problems.checkpoint import load_layer
+def check_backend(name: str) -> None:
+    """Raises UserError unless plans run by that backend."""
+    from castpoint.variants.backends import check_backend
 
-    first = parse_layers(layers, sys.maxsize)[:1] or (0,)
-    geometry, _ = load_layer(checkpoint, first[0], model or Settings.model)
-    if model and geometry != geometry_named(model):
-        raise ValueError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
+    try:
+        check_backend(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_dispatch() -> None:
+    """Raises UserError where kernels/dispatch.csv, which a user may have written, is no such table."""
+    from castpoint.kernels.dispatch import TABLE, read_table
+
+    try:
+        read_table()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{TABLE}: {error}") from error
+
+
+def _geometry(model: str) -> Geometry:
+    try:
+        return geometry_named(model)
+    except KeyError as error:
+        raise UserError(error.args[0]) from error
+
+
+def _checkpoint_geometry(checkpoint: str, model: str) -> tuple[str, Geometry]:
+    """Name and geometry of a checkpoint. Raises UserError if it cannot be read or is not the model asked for."""
+    from castpoint.harness.problems.checkpoint import opened
+
+    geometry = opened(checkpoint, model or Settings.model).geometry
+    if model and geometry != _geometry(model):
+        raise UserError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
     return name_of(geometry) or Path(checkpoint).name, geometry
 
 
-def _check_layers(checkpoint: str, model: str, layers: tuple[int, ...]) -> None:
-    """Raises ValueError unless every layer can be read, so that no run ends halfway for it."""
-    from castpoint.harness.problems.checkpoint import load_layer
+def _check_layers(settings: Settings) -> None:
+    """Raises UserError unless every layer makes a problem, so that no run ends halfway for it."""
+    from castpoint.harness.problems.drawn import checkpoint_problem
 
-    for layer in layers:
-        load_layer(checkpoint, layer, model)
+    for layer in settings.layers:
+        checkpoint_problem(settings.checkpoint, settings.model, layer, 1, settings.seed)

@@ -3,62 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-KEEP = "fp32"
-RNE = "bf16-rne"
-RTZ = "bf16-rtz"
-STORAGE = (KEEP, RNE, RTZ)  # how a value is held: kept, rounded to nearest even, truncated
-
-# The values of the chain that may be rounded, in order; three of them exist only where q and k are rotated.
-ROPE_BOUNDARIES = ("unrotated", "cos_sin", "products")
-BOUNDARIES = (
-    *("x", "statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed"),
-    *ROPE_BOUNDARIES,
-    "out",
-)
-CHOICES = {
-    "scale": ("prologue", "epilogue", "folded"),
-    "matmul": ("bf16", "tf32", "tf32x3", "fp32"),
-    "weight_offset": ("none", "fp32", "bf16-rne"),
-}
-
-
-def check_flags(flags: dict[str, str]) -> None:
-    """Raises ValueError unless every flag has a word it knows and no two contradict each other.
-
-    flags: a word for each boundary that matters and each choice, by name.
-    """
-    for name, word in flags.items():
-        allowed = CHOICES.get(name, STORAGE)
-        if word not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
-    if "matmul" not in flags:
-        return
-    scale, matmul, normed, hidden = (flags[name] for name in ("scale", "matmul", "normed", "hidden"))
-    if scale != "prologue" and normed != KEEP:
-        raise ValueError(
-            f"scale={scale!r} applies rstd after the matmul, so x * rstd is never formed: "
-            f"normed must be {KEEP!r}, not {normed!r}"
-        )
-    if scale == "folded":
-        if hidden != KEEP:
-            raise ValueError(
-                "scale='folded' feeds x itself to the matmul, so there is no x * w_in to round: "
-                f"hidden must be {KEEP!r}, not {hidden!r}"
-            )
-        if matmul != "bf16" or flags["x"] == KEEP:
-            raise ValueError(
-                "scale='folded' multiplies x in bf16 with weights folded to bf16: "
-                f"matmul must be 'bf16' and x rounded, not matmul={matmul!r} with x={flags['x']!r}"
-            )
-    elif (matmul == "bf16") != (hidden != KEEP):
-        raise ValueError(
-            f"matmul={matmul!r} contradicts hidden={hidden!r}: a bf16 matmul needs hidden in bf16, and with hidden in "
-            "bf16 every wider matmul is the same function, because products of bf16 values are exact in fp32"
-        )
+from .plan import CastPlan
 
 
 def check_inputs(
@@ -113,7 +63,7 @@ def check_rope(
     since that would wait for the GPU."""
     if (positions is None) != (cos_sin_cache is None):
         raise ValueError("positions and cos_sin_cache must be given together, or neither")
-    if positions is None:
+    if positions is None or cos_sin_cache is None:
         return
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(
@@ -132,13 +82,19 @@ def check_rope(
         )
 
 
+def check_plan(plan: CastPlan) -> None:
+    """Raises ValueError for what is no plan, such as the name of one."""
+    if not isinstance(plan, CastPlan):
+        raise ValueError(f"plan must be a CastPlan, such as CastPlan(proj='bf16-rne'), not {plan!r}")
+
+
 def check_eps(eps: float) -> None:
     if not (isinstance(eps, int | float) and math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a positive number (Qwen3 uses 1e-6), not {eps!r}")
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: list[int], *, like: Tensor, dtype: torch.dtype = torch.bfloat16
+    name: str, tensor: Tensor, shape: Sequence[object], *, like: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Raises ValueError unless tensor has that shape and dtype and lies on the device of `like`."""
     if list(tensor.shape) != shape:

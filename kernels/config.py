@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import triton
 
+from .plan import RNE, RTZ, CastPlan
+
 KERNELS = ("fused", "split-k", "separate")
 PREPASSES = ("none", "rstd", "hidden")
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
@@ -63,24 +65,21 @@ class Config:
         return f"{self.kernel}{before} {tiles}"
 
 
-def unsupported(config: Config, flags: dict[str, str]) -> str:
-    """Why this config cannot express a plan, in one sentence; empty where it can.
-
-    flags: a word for each boundary and choice of the chain (BOUNDARIES and CHOICES of kernels.checks), not checked.
-    """
-    if config.prepass == "hidden" and flags["matmul"] != "bf16":
+def unsupported(config: Config, plan: CastPlan) -> str:
+    """Why this config cannot express the plan, in one sentence; empty where it can."""
+    if config.prepass == "hidden" and plan.matmul != "bf16":
         return (
-            f"prepass='hidden' stores bf16, and matmul={flags['matmul']!r} multiplies hidden as fp32: "
+            f"prepass='hidden' stores bf16, and matmul={plan.matmul!r} multiplies hidden as fp32: "
             "prepass must be 'none' or 'rstd'"
         )
     if config.kernel != "separate":
         return ""
-    wanted = {"scale": ("prologue",), "matmul": ("bf16",), "proj": ("bf16-rne",), "out": ("bf16-rne", "bf16-rtz")}
+    wanted = {"scale": ("prologue",), "matmul": ("bf16",), "proj": (RNE,), "out": (RNE, RTZ)}
     for name, words in wanted.items():
-        if flags[name] not in words:
+        if (word := getattr(plan, name)) not in words:
             return (
                 "kernel='separate' stores hidden, proj and out as bf16, and cuBLAS rounds to nearest: "
-                f"{name} must be {' or '.join(map(repr, words))}, not {flags[name]!r}"
+                f"{name} must be {' or '.join(map(repr, words))}, not {word!r}"
             )
     return ""
 
@@ -90,7 +89,7 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def default_config(head_dim: int, matmul: str, interpreted: bool) -> Config:
+def default_config(head_dim: int, plan: CastPlan, interpreted: bool) -> Config:
     """The config of a launch that is given none.
 
     It does not depend on the number of tokens: smaller tiles for fewer tokens would mean other matrix instructions
@@ -99,7 +98,7 @@ def default_config(head_dim: int, matmul: str, interpreted: bool) -> Config:
     """
     if interpreted:
         return Config(block_m=64, block_k=256)
-    if matmul != "bf16":
+    if plan.matmul != "bf16":
         return Config(block_m=32, block_k=32, num_warps=4, num_stages=2)
     if head_block(head_dim) >= 256:  # at block_k 64 three stages of W pass gfx942's 64 KiB; on four warps it spills
         return Config(block_m=64, block_k=32, num_warps=8, num_stages=3)

@@ -1,9 +1,9 @@
 """Which config a launch takes: a table of measurements, and what happens where it says nothing.
 
 dispatch.csv holds, for a GPU, a shape and a number of tokens, the config that was fastest with cold weights, a row for
-each place where rstd may be applied (`scale`); `castpoint tune` writes it. Between two numbers of tokens the
+each place where rstd may be applied (`scale`); `castpoint gpu --tune` writes it. Between two numbers of tokens the
 row of the larger holds, beyond the largest that of the largest. Times are those without RoPE; launches with it take
-the same config, whose registers and spills `castpoint configs` shows with it too.
+the same config, whose registers and spills `castpoint audit --configs` shows with it too.
 
 Without a row (another GPU, another shape, operands wider than bf16) the chain runs as `separate`, RMSNorm, cuBLAS
 and head norm, where that expresses the plan, and else as the default config. The first such launch says so.
@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from .config import Config, default_config, unsupported
+from .plan import CastPlan
 
 TABLE = Path(__file__).parent / "dispatch.csv"
 KEY = ("gpu", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "scale", "tokens")
@@ -35,10 +36,11 @@ def read_table(path: Path = TABLE) -> Table:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint tune`")
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint gpu --tune`")
         for row in reader:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("gpu", "scale", "kernel", "prepass")}
-            shape = tuple(numbers[name] for name in KEY[1:5])
+            hidden_size, num_q_heads, num_kv_heads, head_dim = (numbers[name] for name in KEY[1:5])
+            shape = hidden_size, num_q_heads, num_kv_heads, head_dim
             config = Config(row["kernel"], row["prepass"], *(numbers[f.name] for f in dataclasses.fields(Config)[2:]))
             table.setdefault((row["gpu"], shape, row["scale"]), {})[numbers["tokens"]] = config
     return table
@@ -56,30 +58,30 @@ def write_table(table: Table, path: Path = TABLE) -> None:
         writer.writerows([COLUMNS, *sorted(lines)])
 
 
-def dispatch(table: Table, gpu: str, shape: Shape, tokens: int, flags: dict[str, str]) -> Config | None:
-    """The table's config for that launch, or None. flags: as kernels.config.unsupported takes them."""
-    configs = table.get((gpu, shape, flags["scale"]), {}) if flags["matmul"] == "bf16" else {}
+def dispatch(table: Table, gpu: str, shape: Shape, tokens: int, plan: CastPlan) -> Config | None:
+    """The table's config for that launch, or None."""
+    configs = table.get((gpu, shape, plan.scale), {}) if plan.matmul == "bf16" else {}
     if not configs:
         return None
     config = configs[min((known for known in configs if known >= tokens), default=max(configs))]
-    return None if unsupported(config, flags) else config
+    return None if unsupported(config, plan) else config
 
 
-def fallback(head_dim: int, flags: dict[str, str]) -> Config:
+def fallback(head_dim: int, plan: CastPlan) -> Config:
     """What runs where the table says nothing: `separate` where it expresses the plan, else the default config."""
     separate = Config("separate")
-    return default_config(head_dim, flags["matmul"], False) if unsupported(separate, flags) else separate
+    return default_config(head_dim, plan, False) if unsupported(separate, plan) else separate
 
 
-def chosen(gpu: str, shape: Shape, tokens: int, flags: dict[str, str]) -> Config:
+def chosen(gpu: str, shape: Shape, tokens: int, plan: CastPlan) -> Config:
     """The config of a launch on the GPU of that name (torch.cuda.get_device_name): the table's, or the fallback,
     which is said once."""
-    config = dispatch(_committed(), gpu, shape, tokens, flags)
+    config = dispatch(_committed(), gpu, shape, tokens, plan)
     if config is not None:
         return config
-    if flags["matmul"] == "bf16":  # wider operands have no rows by design
+    if plan.matmul == "bf16":  # wider operands have no rows by design
         _say_once(gpu, shape)
-    return fallback(shape[3], flags)
+    return fallback(shape[3], plan)
 
 
 @functools.cache
@@ -91,6 +93,6 @@ def _committed() -> Table:
 def _say_once(gpu: str, shape: Shape) -> None:
     warnings.warn(
         f"kernels/dispatch.csv has no config for {gpu} and {shape} (hidden size, q heads, kv heads, head size): "
-        "using cuBLAS and separate norms. `castpoint tune` measures this GPU",
+        "using cuBLAS and separate norms. `castpoint gpu --tune` measures this GPU",
         stacklevel=4,
     )

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import ROPE_BOUNDARIES, check_eps, check_flags, check_rope, check_tensor
+from .checks import check_eps, check_plan, check_rope, check_tensor
+from .plan import DEFAULT, CastPlan, words
 from .rounding import applied_weight, narrow, round_to, widen
 
 BLOCK_M = 16  # tokens of one program of head_norm_kernel
@@ -32,44 +33,35 @@ def rsqrt_rn(x):
 
 
 @triton.jit
-def normalize_head(
-    proj,  # [M, N] fp32, zero beyond DH
-    weight,  # [N] fp32, as applied
-    eps,
-    DH: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    HEAD_RSTD: tl.constexpr,
-    HEAD_NORMED: tl.constexpr,
-):
-    """[M, N] fp32: the head norm of a tile that holds whole heads, rounded as the flags say; the result is not."""
-    squares = round_to(proj * proj, STATISTICS)
-    variance = round_to(tl.div_rn(tl.sum(squares, axis=1), DH * 1.0), VARIANCE)  # [M]
-    head_rstd = round_to(rsqrt_rn(variance + eps), HEAD_RSTD)
-    head_normed = round_to(proj * head_rstd[:, None], HEAD_NORMED)
+def normalize_head(proj, weight, eps, PLAN: tl.constexpr, DH: tl.constexpr):
+    """[M, N] fp32: the head norm of whole heads, proj [M, N] fp32 (zero beyond DH), by weight [N] fp32 as applied.
+
+    Rounded as PLAN says; the result is not.
+    """
+    squares = round_to(proj * proj, PLAN.statistics)
+    variance = round_to(tl.div_rn(tl.sum(squares, axis=1), DH * 1.0), PLAN.variance)  # [M]
+    head_rstd = round_to(rsqrt_rn(variance + eps), PLAN.head_rstd)
+    head_normed = round_to(proj * head_rstd[:, None], PLAN.head_normed)
     return head_normed * weight[None, :]
 
 
 @triton.jit
-def rotate(
-    value, positions_ptr, cos_sin_ptr, offs_m, T,
-    DH: tl.constexpr, UNROTATED: tl.constexpr, COS_SIN: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+def rotate(value, positions_ptr, cos_sin_ptr, offs_m, T, PLAN: tl.constexpr, DH: tl.constexpr, BLOCK_M: tl.constexpr):
     """[M, DH] fp32: each channel turned together with that half a head away; the sums are not rounded.
 
     In halves, because both share cos and sin: with whole tiles of either the fused kernel needed 255 registers a
     thread and spilled on sm_90, where it needs 166 so.
     """
     HALF: tl.constexpr = DH // 2
-    value = round_to(value, UNROTATED)
+    value = round_to(value, PLAN.unrotated)
     first, second = tl.split(tl.permute(tl.reshape(value, [BLOCK_M, 2, HALF]), (0, 2, 1)))  # [M, HALF]
     position = tl.load(positions_ptr + offs_m, mask=offs_m < T, other=0)  # [M] int64
     cos_ptrs = cos_sin_ptr + position[:, None] * DH + tl.arange(0, HALF)[None, :]
     mask = (offs_m < T)[:, None]
-    cos = round_to(widen(tl.load(cos_ptrs, mask=mask, other=0.0)), COS_SIN)
-    sin = round_to(widen(tl.load(cos_ptrs + HALF, mask=mask, other=0.0)), COS_SIN)
-    turned_first = round_to(first * cos, PRODUCTS) - round_to(second * sin, PRODUCTS)
-    turned_second = round_to(second * cos, PRODUCTS) + round_to(first * sin, PRODUCTS)
+    cos = round_to(widen(tl.load(cos_ptrs, mask=mask, other=0.0)), PLAN.cos_sin)
+    sin = round_to(widen(tl.load(cos_ptrs + HALF, mask=mask, other=0.0)), PLAN.cos_sin)
+    turned_first = round_to(first * cos, PLAN.products) - round_to(second * sin, PLAN.products)
+    turned_second = round_to(second * cos, PLAN.products) + round_to(first * sin, PLAN.products)
     return tl.reshape(tl.permute(tl.join(turned_first, turned_second), (0, 2, 1)), [BLOCK_M, DH])
 
 
@@ -91,28 +83,10 @@ def head_norm_kernel(
     out_ptr,  # [T, HQ, DH] bf16 or fp32
     k_weight_ptr,  # [DH] bf16, of the heads from HQ on; None where all heads have one weight
     k_out_ptr,  # [T, H - HQ, DH] as out; None with k_weight_ptr
-    T,
-    HQ,
-    eps,
-    stride_pm,
-    stride_ph,
-    stride_om,
-    stride_oh,
-    stride_km,
-    stride_kh,
-    DH: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    HEAD_RSTD: tl.constexpr,
-    HEAD_NORMED: tl.constexpr,
-    UNROTATED: tl.constexpr,
-    COS_SIN: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    OUT: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-):
+    T, HQ, eps, stride_pm, stride_ph, stride_om, stride_oh, stride_km, stride_kh,
+    PLAN: tl.constexpr,  # Words of a CastPlan
+    DH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)  # [N]
@@ -125,11 +99,11 @@ def head_norm_kernel(
         if k_weight_ptr is not None:
             if head >= HQ:
                 stored = tl.load(k_weight_ptr + offs_n, mask=offs_n < DH, other=0.0)
-        weight = applied_weight(stored, WEIGHT_OFFSET)
-        value = normalize_head(value, weight, eps, DH, STATISTICS, VARIANCE, HEAD_RSTD, HEAD_NORMED)
+        weight = applied_weight(stored, PLAN.weight_offset)
+        value = normalize_head(value, weight, eps, PLAN, DH)
     if cos_sin_ptr is not None:
-        value = rotate(value, positions_ptr, cos_sin_ptr, offs_m, T, DH, UNROTATED, COS_SIN, PRODUCTS, BLOCK_M)
-    out = round_to(value, OUT)
+        value = rotate(value, positions_ptr, cos_sin_ptr, offs_m, T, PLAN, DH, BLOCK_M)
+    out = round_to(value, PLAN.out)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + head * stride_oh + offs_n[None, :]
     if k_out_ptr is None:
         store_head(out_ptrs, out, mask)
@@ -147,37 +121,17 @@ def head_norm(
     positions: Tensor | None = None,
     cos_sin_cache: Tensor | None = None,
     *,
-    statistics: str = "fp32",
-    variance: str = "fp32",
-    head_rstd: str = "fp32",
-    head_normed: str = "fp32",
-    unrotated: str = "fp32",
-    cos_sin_storage: str = "fp32",
-    products: str = "fp32",
-    out_storage: str = "bf16-rne",
-    weight_offset: str = "none",
+    plan: CastPlan = DEFAULT,
     out: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm of every head of proj [T, H, Dh] (bf16 or fp32, last dimension contiguous), and RoPE.
 
     weight [Dh] bf16, or None: no norm. positions [T] int64 and cos_sin_cache [positions, Dh] fp32 or bf16, as
-    norm_qkv takes them, or neither: no RoPE. Each of statistics, variance, head_rstd, head_normed, unrotated,
-    cos_sin_storage, products and out_storage says where to round: `fp32` (keep), `bf16-rne` or `bf16-rtz`.
-    weight_offset: `none`, or `fp32` / `bf16-rne` for weights stored as w - 1. Returns out [T, H, Dh]: bf16, or
-    float32 for out_storage='fp32'. Raises ValueError for shapes, dtypes or devices that do not fit.
+    norm_qkv takes them, or neither: no RoPE. plan: of it count statistics, variance, head_rstd, head_normed, RoPE's
+    boundaries, out and weight_offset. Returns out [T, H, Dh]: bf16, or float32 for plan.out='fp32'. Raises ValueError
+    for shapes, dtypes or devices that do not fit.
     """
-    flags = {
-        "statistics": statistics,
-        "variance": variance,
-        "head_rstd": head_rstd,
-        "head_normed": head_normed,
-        "unrotated": unrotated,
-        "cos_sin": cos_sin_storage,
-        "products": products,
-        "out": out_storage,
-        "weight_offset": weight_offset,
-    }
-    check_flags(flags)
+    check_plan(plan)
     if proj.ndim != 3 or proj.stride(2) != 1:
         raise ValueError(f"proj must be [tokens, heads, head size] with contiguous heads, not {list(proj.shape)}")
     if proj.dtype not in (torch.bfloat16, torch.float32):
@@ -188,9 +142,9 @@ def head_norm(
     check_eps(eps)
     check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj)
     check_device("proj", proj, head_norm_kernel)
-    out = output_tensor("out", out, (tokens, heads, head_dim), out_storage, like=proj)
+    out = output_tensor("out", out, (tokens, heads, head_dim), plan.out, like=proj)
     weight, positions = (None if tensor is None else tensor.contiguous() for tensor in (weight, positions))
-    launch_head_norm(proj, weight, out, flags, eps, (positions, cos_sin_cache))
+    launch_head_norm(proj, weight, out, plan, eps, (positions, cos_sin_cache))
     return out
 
 
@@ -198,7 +152,7 @@ def launch_head_norm(
     proj: Tensor,
     weight: Tensor | None,
     out: Tensor,
-    flags: dict[str, str],
+    plan: CastPlan,
     eps: float,
     rope: tuple[Tensor | None, Tensor | None],
     k_weight: Tensor | None = None,
@@ -212,7 +166,6 @@ def launch_head_norm(
     tokens, heads, head_dim = proj.shape
     if tokens == 0:
         return
-    names = ("statistics", "variance", "head_rstd", "head_normed", *ROPE_BOUNDARIES, "out", "weight_offset")
     head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
         proj,
         weight,
@@ -226,8 +179,8 @@ def launch_head_norm(
         *proj.stride()[:2],
         *out.stride()[:2],
         *(out if k_out is None else k_out).stride()[:2],
+        PLAN=words(plan),
         DH=head_dim,
-        **{name.upper(): flags[name] for name in names},
         BLOCK_M=BLOCK_M,
         BLOCK_N=triton.next_power_of_2(head_dim),
         enable_fp_fusion=False,

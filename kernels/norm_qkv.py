@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import finish_head, multiply, row_rstd, row_squares
-from .checks import check_flags, check_inputs
+from .checks import check_inputs, check_plan
 from .config import Config, default_config, head_block, unsupported
 from .head_norm import check_device, launch_head_norm, output_tensor
+from .plan import DEFAULT, RNE, CastPlan, words
 from .rms_norm import launch_rms_norm
 from .separate import launch_separate
 from .split_k import launch_split_k
@@ -43,74 +44,35 @@ def norm_qkv_kernel(
     q_ptr,  # [T, HQ, DH] bf16 or fp32
     k_ptr,  # [T, HKV, DH] bf16 or fp32
     v_ptr,  # [T, HKV, DH] bf16 or fp32
-    T,
-    D,
-    HQ,
-    HKV,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
-    stride_wn,
-    stride_wk,
-    stride_qm,
-    stride_qh,
-    stride_km,
-    stride_kh,
-    stride_vm,
-    stride_vh,
-    DH: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HEAD_NORM: tl.constexpr,
-    X: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    RSTD: tl.constexpr,
-    NORMED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PROJ: tl.constexpr,
-    HEAD_RSTD: tl.constexpr,
-    HEAD_NORMED: tl.constexpr,
-    UNROTATED: tl.constexpr,
-    COS_SIN: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    OUT: tl.constexpr,
-    SCALE: tl.constexpr,
-    MATMUL: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    PREPASS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-    BLOCK_K: tl.constexpr,
-):
+    T, D, HQ, HKV, eps, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
+    PLAN: tl.constexpr,  # Words of a CastPlan
+    DH: tl.constexpr, HEAD_NORM: tl.constexpr, PREPASS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     head = tl.program_id(1).to(tl.int64)
     rstd = tl.zeros([BLOCK_M], dtype=tl.float32)
     if PREPASS != "none":
         if rstd_ptr is not None:
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < T, other=0.0)
-    elif SCALE == "prologue":  # hidden needs rstd, so the rows are read twice
+    elif PLAN.scale == "prologue":  # hidden needs rstd, so the rows are read twice
         sum_of_squares = row_squares(
-            x_ptr, residual_ptr, offs_m, T, D, stride_xm, stride_xk, stride_rm, stride_rk,
-            HAS_RESIDUAL, X, STATISTICS, BLOCK_M, BLOCK_K, None,
-        )  # fmt: skip
-        rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
+            x_ptr, residual_ptr, offs_m, T, D, stride_xm, stride_xk, stride_rm, stride_rk, PLAN, BLOCK_M, BLOCK_K, None
+        )
+        rstd = row_rstd(sum_of_squares, D, eps, PLAN)
 
     acc, sum_of_squares = multiply(
         x_ptr, residual_ptr, norm_weight_ptr, qkv_weight_ptr, rstd, offs_m, head, 0, D, T, D,
-        stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, DH, HAS_RESIDUAL, X, STATISTICS,
-        NORMED, HIDDEN, SCALE, MATMUL, WEIGHT_OFFSET, PREPASS, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+        stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, PLAN, DH, PREPASS, INTERPRETED,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    if SCALE != "prologue" and PREPASS == "none":
-        rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
+    if PLAN.scale != "prologue" and PREPASS == "none":
+        rstd = row_rstd(sum_of_squares, D, eps, PLAN)
     finish_head(
         acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head,
-        T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM,
-        STATISTICS, VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, UNROTATED, COS_SIN, PRODUCTS, OUT, SCALE, WEIGHT_OFFSET,
+        T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, PLAN, DH, HEAD_NORM,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -129,27 +91,12 @@ def norm_qkv(
     positions: Tensor | None = None,
     cos_sin_cache: Tensor | None = None,
     *,
-    statistics: str = "fp32",
-    variance: str = "fp32",
-    rstd: str = "fp32",
-    normed: str = "fp32",
-    hidden: str = "bf16-rne",
-    proj: str = "fp32",
-    head_rstd: str = "fp32",
-    head_normed: str = "fp32",
-    unrotated: str = "fp32",
-    cos_sin_storage: str = "fp32",
-    products: str = "fp32",
-    out_storage: str = "bf16-rne",
-    x_storage: str = "bf16-rne",
-    scale: str = "prologue",
-    matmul: str = "bf16",
-    weight_offset: str = "none",
+    plan: CastPlan = DEFAULT,
     separate_head_norm: bool = False,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm -> QKV -> head norm (-> RoPE) of T tokens, rounding where the flags say.
+    """RMSNorm -> QKV -> head norm (-> RoPE) of T tokens, rounding where the plan says.
 
     x              [T, D] bf16, any strides, T >= 0
     norm_weight    [D] bf16, w_in; not read for scale='folded'
@@ -163,44 +110,21 @@ def norm_qkv(
     cos_sin_cache  [positions, Dh] fp32 or bf16, contiguous: a row holds cos of Dh / 2 angles, then their sin, as in
                    vLLM, SGLang and FlashInfer; or None. Channels i and i + Dh / 2 turn together
 
-    statistics, variance, rstd, normed, hidden, proj, head_rstd, head_normed, unrotated, cos_sin_storage, products,
-    x_storage (of x + residual) and out_storage: `fp32` keeps that value, `bf16-rne` rounds it to nearest even,
-    `bf16-rtz` truncates it. unrotated, cos_sin_storage and products have no effect without positions.
-    scale          `prologue`, `epilogue` or `folded`: where rstd is applied (see the module's text)
-    matmul         `bf16` (hidden must be rounded), `tf32`, `tf32x3` or `fp32`; fp32 accumulation in all
-    weight_offset  `none`; `fp32` or `bf16-rne` for norm weights stored as w - 1 (Gemma), the type of 1 + w
+    plan           where values are rounded, where rstd is applied, and the matmul's operands (kernels.plan)
     separate_head_norm   True: the head norm runs as a second kernel, over proj as stored. Same function
     out            (q, k, v) to write to, last dimension contiguous; or None
     config         how the launch is cut into programs (kernels.config); None: default_config. Same function up to
-                   the order of fp32 sums; unsupported(config, flags) says which plans it cannot express
+                   the order of fp32 sums; unsupported(config, plan) says which plans it cannot express
 
-    Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for out_storage='fp32'. Contiguous, but
+    Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for plan.out='fp32'. Contiguous, but
     for kernel='separate', whose new outputs are views of one tensor [T, (Hq + 2 Hkv) * Dh].
     Run to run deterministic (kernel='separate': as far as cuBLAS is). Tiles do not depend on T, so a row's bits do
     not depend on its batch, for one memory layout and one config; separate_head_norm may add a head's squares in
     another order. Launches with kernel='split-k' share counters and must be ordered on a device, as in one stream;
     the first one cannot be captured into a CUDA graph. On a CPU it runs only interpreted (TRITON_INTERPRET=1 set
-    before the import). Raises ValueError for inputs that do not fit and for a config that cannot express the flags.
+    before the import). Raises ValueError for inputs that do not fit and for a config that cannot express the plan.
     """
-    flags = {
-        "x": x_storage,
-        "statistics": statistics,
-        "variance": variance,
-        "rstd": rstd,
-        "normed": normed,
-        "hidden": hidden,
-        "proj": proj,
-        "head_rstd": head_rstd,
-        "head_normed": head_normed,
-        "unrotated": unrotated,
-        "cos_sin": cos_sin_storage,
-        "products": products,
-        "out": out_storage,
-        "scale": scale,
-        "matmul": matmul,
-        "weight_offset": weight_offset,
-    }
-    check_flags(flags)
+    check_plan(plan)
     check_inputs(
         x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps,
         positions, cos_sin_cache,
@@ -209,100 +133,69 @@ def norm_qkv(
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
     heads = (num_q_heads, num_kv_heads, num_kv_heads)
-    config = config or default_config(head_dim, matmul, interpreted)
-    if why := unsupported(config, flags):
+    config = config or default_config(head_dim, plan, interpreted)
+    if why := unsupported(config, plan):
         raise ValueError(why)
     packed = None
     if config.kernel == "separate" and out is None:
         packed = torch.empty(tokens, sum(heads), head_dim, dtype=torch.bfloat16, device=x.device)
         out = packed.split(heads, dim=1)
     q, k, v = (
-        output_tensor(name, given, (tokens, count, head_dim), out_storage, like=x)
+        output_tensor(name, given, (tokens, count, head_dim), plan.out, like=x)
         for name, given, count in zip(("q", "k", "v"), out or (None, None, None), heads, strict=True)
     )
     if tokens == 0:
         return q, k, v
-    norm_weight, bias, q_norm_weight, k_norm_weight, positions = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (norm_weight, bias, q_norm_weight, k_norm_weight, positions)
+    bias, q_norm_weight, k_norm_weight, positions = (
+        None if tensor is None else tensor.contiguous() for tensor in (bias, q_norm_weight, k_norm_weight, positions)
     )
+    norm_weight = norm_weight.contiguous()
     rope = (positions, cos_sin_cache)
     if config.kernel == "separate":
         launch_separate(
             x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, rope, (q, k, v), packed,
-            flags, eps,
+            plan, eps,
         )  # fmt: skip
         return q, k, v
 
     rstd_row = None
     if config.prepass != "none":
-        x, residual, rstd_row = launch_prepass(x, residual, norm_weight, config, flags, eps)
+        x, residual, rstd_row = launch_prepass(x, residual, norm_weight, config, plan, eps)
     later = separate_head_norm and q_norm_weight is not None
-    q_store, k_store = (output_tensor("proj", None, tuple(t.shape), proj, like=x) if later else t for t in (q, k))
-    arguments = {
-        "x_ptr": x,
-        "residual_ptr": residual,
-        "norm_weight_ptr": norm_weight,
-        "qkv_weight_ptr": qkv_weight,
-        "bias_ptr": bias,
-        "q_norm_ptr": q_norm_weight,
-        "k_norm_ptr": k_norm_weight,
-        "positions_ptr": positions,
-        "cos_sin_ptr": cos_sin_cache,
-        "rstd_ptr": rstd_row,
-        "q_ptr": q_store,
-        "k_ptr": k_store,
-        "v_ptr": v,
-        "T": tokens,
-        "D": hidden_size,
-        "HQ": num_q_heads,
-        "HKV": num_kv_heads,
-        "eps": float(eps),
-        **strides("x", x, "mk"),
-        **strides("r", x if residual is None else residual, "mk"),
-        **strides("w", qkv_weight, "nk"),
-        **strides("q", q_store, "mh"),
-        **strides("k", k_store, "mh"),
-        **strides("v", v, "mh"),
-        "DH": head_dim,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_BIAS": bias is not None,
-        "HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused",
-        **{name.upper(): word for name, word in flags.items()},
-        "PREPASS": config.prepass,
-        "INTERPRETED": interpreted,
-    }
-    blocks = launch_blocks(config, head_dim, interpreted)
+    q_store, k_store = (output_tensor("proj", None, tuple(t.shape), plan.proj, like=x) if later else t for t in (q, k))
+    stored = (q_store, k_store, v)
+    tensors = (x, residual, norm_weight, qkv_weight, bias, q_norm_weight, k_norm_weight, *rope, rstd_row, *stored)
+    strided = (x, x if residual is None else residual, qkv_weight, *stored)
+    strides = [stride for tensor in strided for stride in tensor.stride()[:2]]
+    numbers = (tokens, hidden_size, num_q_heads, num_kv_heads, float(eps), *strides)
+    constants = {"PLAN": words(plan), "DH": head_dim, "PREPASS": config.prepass, "INTERPRETED": interpreted}
+    constants |= {"HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused"}
+    constants |= launch_blocks(config, head_dim, interpreted)
     if config.kernel == "split-k":
-        launch_split_k(arguments, config, sum(heads), blocks)
+        launch_split_k(tensors, numbers, constants, config, sum(heads))
     else:
         grid = (triton.cdiv(tokens, config.block_m), sum(heads))
-        norm_qkv_kernel[grid](**arguments, **blocks, enable_fp_fusion=False)
+        norm_qkv_kernel[grid](*tensors, *numbers, **constants, enable_fp_fusion=False)
     if later:
         for store, weight, result in ((q_store, q_norm_weight, q), (k_store, k_norm_weight, k)):
-            launch_head_norm(store, weight, result, flags, eps, rope)
+            launch_head_norm(store, weight, result, plan, eps, rope)
     return q, k, v
 
 
 def launch_prepass(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, config: Config, flags: dict[str, str], eps: float
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, config: Config, plan: CastPlan, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the main kernel reads after its pre-pass: x or hidden [T, D], the residual, and rstd [T] fp32, or None
     where hidden has it already. Folded without residual, hidden is x itself."""
     rstd = hidden = None
-    if config.prepass == "rstd" or flags["scale"] != "prologue":
+    if config.prepass == "rstd" or plan.scale != "prologue":
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    if config.prepass == "hidden" and (flags["scale"] != "folded" or residual is not None):
+    if config.prepass == "hidden" and (plan.scale != "folded" or residual is not None):
         hidden = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    launch_rms_norm(x, residual, norm_weight, hidden, rstd, flags, eps)
+    launch_rms_norm(x, residual, norm_weight, hidden, rstd, plan, eps)
     if config.prepass == "hidden":
         x, residual = x if hidden is None else hidden, None
     return x, residual, rstd
-
-
-def strides(letter: str, tensor: Tensor, dims: str) -> dict[str, int]:
-    """The first strides of a tensor as the kernels' arguments, stride_xm and so on; one letter a dimension."""
-    return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=False)}
 
 
 def launch_blocks(config: Config, head_dim: int, interpreted: bool) -> dict[str, int]:
@@ -311,10 +204,10 @@ def launch_blocks(config: Config, head_dim: int, interpreted: bool) -> dict[str,
     return blocks if interpreted else {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, weight_offset: str = "none") -> Tensor:
-    """W' = bf16(W * w_in), [rows, D] bf16, for scale='folded'; done once, when a model is loaded."""
+def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, plan: CastPlan) -> Tensor:
+    """W' = bf16(W * w_in), [rows, D] bf16, for a plan with scale='folded'; done once, when a model is loaded."""
     weight = norm_weight.float()
-    if weight_offset != "none":
+    if plan.weight_offset != "none":
         weight = 1 + weight
-        weight = weight.to(torch.bfloat16).float() if weight_offset == "bf16-rne" else weight
+        weight = weight.to(torch.bfloat16).float() if plan.weight_offset == RNE else weight
     return (qkv_weight.float() * weight).to(torch.bfloat16)

@@ -11,17 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import load_x, row_rstd, scaled
+from .plan import CastPlan, words
 from .rounding import narrow, round_to
 
 ROW = 8192  # channels that a program keeps in registers; wider rows are read twice
 
 
 @triton.jit
-def store_hidden(
-    hidden_ptr, x, rstd, norm_weight_ptr, offs_m, offs_k, T, D,
-    NORMED: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
-):  # fmt: skip
-    hidden = scaled(x, rstd, norm_weight_ptr, offs_k, D, NORMED, HIDDEN, SCALE, WEIGHT_OFFSET)
+def store_hidden(hidden_ptr, x, rstd, norm_weight_ptr, offs_m, offs_k, T, D, PLAN: tl.constexpr):
+    hidden = scaled(x, rstd, norm_weight_ptr, offs_k, D, PLAN)
     mask = (offs_m < T)[:, None] & (offs_k < D)[None, :]
     tl.store(hidden_ptr + offs_m[:, None] * D + offs_k[None, :], narrow(hidden), mask=mask)
 
@@ -33,49 +31,29 @@ def rms_norm_kernel(
     norm_weight_ptr,  # [D] bf16
     hidden_ptr,  # [T, D] bf16 contiguous, or None: not stored
     rstd_ptr,  # [T] fp32, or None: not stored
-    T,
-    D,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
-    HAS_RESIDUAL: tl.constexpr,
-    X: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    RSTD: tl.constexpr,
-    NORMED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    SCALE: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    T, D, eps, stride_xm, stride_xk, stride_rm, stride_rk,
+    PLAN: tl.constexpr,  # Words of a CastPlan
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     first = tl.arange(0, BLOCK_K).to(tl.int64)  # [K]
-    x = load_x(x_ptr, residual_ptr, offs_m, first, T, D, stride_xm, stride_xk, stride_rm, stride_rk, HAS_RESIDUAL, X)
-    sum_of_squares = tl.sum(round_to(x * x, STATISTICS), axis=1)
+    x = load_x(x_ptr, residual_ptr, offs_m, first, T, D, stride_xm, stride_xk, stride_rm, stride_rk, PLAN)
+    sum_of_squares = tl.sum(round_to(x * x, PLAN.statistics), axis=1)
     for start in range(BLOCK_K, D, BLOCK_K):
         more = load_x(
-            x_ptr, residual_ptr, offs_m, start + first, T, D, stride_xm, stride_xk, stride_rm, stride_rk,
-            HAS_RESIDUAL, X,
-        )  # fmt: skip
-        sum_of_squares += tl.sum(round_to(more * more, STATISTICS), axis=1)
-    rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
+            x_ptr, residual_ptr, offs_m, start + first, T, D, stride_xm, stride_xk, stride_rm, stride_rk, PLAN
+        )
+        sum_of_squares += tl.sum(round_to(more * more, PLAN.statistics), axis=1)
+    rstd = row_rstd(sum_of_squares, D, eps, PLAN)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < T)
     if hidden_ptr is not None:
-        store_hidden(hidden_ptr, x, rstd, norm_weight_ptr, offs_m, first, T, D, NORMED, HIDDEN, SCALE, WEIGHT_OFFSET)
+        store_hidden(hidden_ptr, x, rstd, norm_weight_ptr, offs_m, first, T, D, PLAN)
         for start in range(BLOCK_K, D, BLOCK_K):
             more = load_x(
-                x_ptr, residual_ptr, offs_m, start + first, T, D, stride_xm, stride_xk, stride_rm, stride_rk,
-                HAS_RESIDUAL, X,
-            )  # fmt: skip
-            store_hidden(
-                hidden_ptr, more, rstd, norm_weight_ptr, offs_m, start + first, T, D,
-                NORMED, HIDDEN, SCALE, WEIGHT_OFFSET,
-            )  # fmt: skip
+                x_ptr, residual_ptr, offs_m, start + first, T, D, stride_xm, stride_xk, stride_rm, stride_rk, PLAN
+            )
+            store_hidden(hidden_ptr, more, rstd, norm_weight_ptr, offs_m, start + first, T, D, PLAN)
 
 
 def row_blocks(hidden_size: int, interpreted: bool) -> dict[str, int]:
@@ -93,14 +71,13 @@ def launch_rms_norm(
     norm_weight: Tensor,
     hidden: Tensor | None,
     rstd: Tensor | None,
-    flags: dict[str, str],
+    plan: CastPlan,
     eps: float,
 ) -> None:
     """Writes hidden [T, D] bf16 and rstd [T] fp32, both contiguous, where given. x and residual [T, D], any strides.
 
-    flags: checked words of the chain; hidden must be a bf16 value under them.
+    plan: one under which hidden is a bf16 value, where it is given.
     """
-    names = ("x", "statistics", "variance", "rstd", "normed", "hidden", "scale", "weight_offset")
     tokens, hidden_size = x.shape
     blocks = row_blocks(hidden_size, interpreted=not isinstance(rms_norm_kernel, triton.JITFunction))
     rms_norm_kernel[(triton.cdiv(tokens, blocks["BLOCK_M"]),)](
@@ -114,8 +91,7 @@ def launch_rms_norm(
         float(eps),
         *x.stride(),
         *(x if residual is None else residual).stride(),
-        HAS_RESIDUAL=residual is not None,
-        **{name.upper(): flags[name] for name in names},
+        PLAN=words(plan),
         **blocks,
         enable_fp_fusion=False,
     )

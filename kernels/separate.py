@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .head_norm import launch_head_norm
+from .plan import CastPlan
 from .rms_norm import launch_rms_norm
 
 
@@ -39,14 +40,14 @@ def launch_separate(
     rope: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor, Tensor, Tensor],
     packed: Tensor | None,
-    flags: dict[str, str],
+    plan: CastPlan,
     eps: float,
 ) -> None:
     """norm_qkv's launch of three kernels. packed [T, Hq + 2 Hkv, Dh] bf16 where outputs are its parts: cuBLAS writes
     there, q and k are normed in place and v is done. None: proj has memory of its own, and v is copied."""
     heads = tuple(out.shape[1] for out in outputs)
     hidden = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    launch_rms_norm(x, residual, norm_weight, hidden, None, flags, eps)
+    launch_rms_norm(x, residual, norm_weight, hidden, None, plan, eps)
     proj = packed
     if proj is None:
         proj = torch.empty(x.shape[0], sum(heads), outputs[0].shape[2], dtype=torch.bfloat16, device=x.device)
@@ -60,7 +61,7 @@ def launch_separate(
     copied = (2,) if finished else range(3)
     if finished:
         q, k, _v = outputs
-        launch_head_norm(proj[:, : heads[0] + heads[1]], q_norm_weight, q, flags, eps, rope, k_norm_weight, k)
+        launch_head_norm(proj[:, : heads[0] + heads[1]], q_norm_weight, q, plan, eps, rope, k_norm_weight, k)
     if packed is None:
         parts = proj.split(heads, dim=1)
         for i in copied:

@@ -19,6 +19,7 @@ memory (no s_waitcnt vmcnt before s_barrier, Triton 3.9), so a launch there is r
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -50,53 +51,15 @@ def split_k_kernel(
     sums_ptr,  # [blocks of tokens, H, splits, M, N] fp32
     squares_ptr,  # [blocks of tokens, H, splits, M] fp32
     counter_ptr,  # [blocks of tokens, H] int32, all zero before and after
-    T,
-    D,
-    HQ,
-    HKV,
-    eps,
-    stride_xm,
-    stride_xk,
-    stride_rm,
-    stride_rk,
-    stride_wn,
-    stride_wk,
-    stride_qm,
-    stride_qh,
-    stride_km,
-    stride_kh,
-    stride_vm,
-    stride_vh,
-    DH: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HEAD_NORM: tl.constexpr,
-    X: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    RSTD: tl.constexpr,
-    NORMED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PROJ: tl.constexpr,
-    HEAD_RSTD: tl.constexpr,
-    HEAD_NORMED: tl.constexpr,
-    UNROTATED: tl.constexpr,
-    COS_SIN: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    OUT: tl.constexpr,
-    SCALE: tl.constexpr,
-    MATMUL: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    PREPASS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # power of two >= DH
-    BLOCK_K: tl.constexpr,
+    T, D, HQ, HKV, eps, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
+    PLAN: tl.constexpr,  # Words of a CastPlan
+    DH: tl.constexpr, HEAD_NORM: tl.constexpr, PREPASS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # power of two >= DH
     BLOCK_R: tl.constexpr,  # rows whose statistics are computed: 1 for one token, else BLOCK_M
     BLOCK_X: tl.constexpr,  # channels of a step of the statistics
-    STAGES: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
+    STAGES: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split, splits = tl.program_id(2), tl.num_programs(2)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
@@ -104,19 +67,19 @@ def split_k_kernel(
     if PREPASS != "none":
         if rstd_ptr is not None:
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < T, other=0.0)
-    elif SCALE == "prologue":  # hidden needs the rstd of whole rows, which are few: every program reads them
+    elif PLAN.scale == "prologue":  # hidden needs the rstd of whole rows, which are few: every program reads them
         whole = row_squares(
             x_ptr, residual_ptr, block * BLOCK_M + tl.arange(0, BLOCK_R), T, D, stride_xm, stride_xk,
-            stride_rm, stride_rk, HAS_RESIDUAL, X, STATISTICS, BLOCK_R, BLOCK_X, STAGES,
+            stride_rm, stride_rk, PLAN, BLOCK_R, BLOCK_X, STAGES,
         )  # fmt: skip
-        rstd += row_rstd(whole, D, eps, VARIANCE, RSTD)  # one token's is spread over rows that hold nothing else
+        rstd += row_rstd(whole, D, eps, PLAN)  # one token's is spread over rows that hold nothing else
 
     share = tl.cdiv(tl.cdiv(D, BLOCK_K), splits) * BLOCK_K  # channels; the last shares may be shorter, or empty
     begin = split * share
     acc, sum_of_squares = multiply(
         x_ptr, residual_ptr, norm_weight_ptr, qkv_weight_ptr, rstd, offs_m, head, begin, tl.minimum(begin + share, D),
-        T, D, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, DH, HAS_RESIDUAL, X, STATISTICS,
-        NORMED, HIDDEN, SCALE, MATMUL, WEIGHT_OFFSET, PREPASS, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+        T, D, stride_xm, stride_xk, stride_rm, stride_rk, stride_wn, stride_wk, PLAN, DH, PREPASS, INTERPRETED,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     cell = block * tl.num_programs(1) + head  # of the grid: a head of a block of tokens
@@ -126,7 +89,7 @@ def split_k_kernel(
     sums_ptrs = sums_ptr + cell * splits * BLOCK_M * BLOCK_N + in_tile
     squares_ptrs = squares_ptr + cell * splits * BLOCK_M + tile_m
     tl.store(sums_ptrs + split * BLOCK_M * BLOCK_N, acc, mask=mask)
-    if SCALE != "prologue" and PREPASS == "none":
+    if PLAN.scale != "prologue" and PREPASS == "none":
         tl.store(squares_ptrs + split * BLOCK_M, sum_of_squares, mask=offs_m < T)
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + cell, 1, sem="acq_rel", scope="gpu")
@@ -135,15 +98,14 @@ def split_k_kernel(
         sum_of_squares = tl.zeros([BLOCK_M], dtype=tl.float32)
         for other in tl.range(0, splits, loop_unroll_factor=TOGETHER):
             acc += tl.load(sums_ptrs + other * BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg")
-            if SCALE != "prologue" and PREPASS == "none":
+            if PLAN.scale != "prologue" and PREPASS == "none":
                 squares = tl.load(squares_ptrs + other * BLOCK_M, mask=offs_m < T, other=0.0, cache_modifier=".cg")
                 sum_of_squares += squares
-        if SCALE != "prologue" and PREPASS == "none":
-            rstd = row_rstd(sum_of_squares, D, eps, VARIANCE, RSTD)
+        if PLAN.scale != "prologue" and PREPASS == "none":
+            rstd = row_rstd(sum_of_squares, D, eps, PLAN)
         finish_head(
             acc, rstd, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr, q_ptr, k_ptr, v_ptr, offs_m, head,
-            T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, DH, HAS_BIAS, HEAD_NORM,
-            STATISTICS, VARIANCE, PROJ, HEAD_RSTD, HEAD_NORMED, UNROTATED, COS_SIN, PRODUCTS, OUT, SCALE, WEIGHT_OFFSET,
+            T, HQ, HKV, eps, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, PLAN, DH, HEAD_NORM,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
         tl.store(counter_ptr + cell, 0)  # seen by the next launch, which starts when all programs have ended
@@ -164,24 +126,29 @@ def statistics_blocks(tokens: int, block_m: int) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_X": 2048 if rows == 1 else max(64, 4096 // rows)}
 
 
-def launch_split_k(arguments: dict[str, object], config: Config, heads: int, blocks: dict[str, object]) -> None:
-    """norm_qkv's launch of this kernel. arguments, blocks: of the kernel by name, those of norm_qkv_kernel.
+def launch_split_k(
+    tensors: tuple[Any, ...], numbers: tuple[Any, ...], constants: dict[str, Any], config: Config, heads: int
+) -> None:
+    """norm_qkv's launch of this kernel. tensors and numbers in the order of norm_qkv_kernel's arguments, constants by
+    name.
 
     Launches that share a device share counters, and so must be ordered: in one stream, or by events. A launch that
     was broken off may leave them set. Raises ValueError on AMD's GPUs (see the module's text).
     """
     if torch.version.hip:
         raise ValueError("kernel='split-k' is not shown to be right on AMD's GPUs: take 'fused' or 'separate'")
-    x, block_m, block_n = arguments["x_ptr"], blocks["BLOCK_M"], blocks["BLOCK_N"]
-    tokens = x.shape[0]
+    device, tokens, block_m = tensors[0].device, tensors[0].shape[0], config.block_m
     grid = (triton.cdiv(tokens, block_m), heads, config.splits)
     cells = grid[0] * heads
+    squares = torch.empty(cells * config.splits * block_m, dtype=torch.float32, device=device)
+    sums = torch.empty(squares.numel() * constants["BLOCK_N"], dtype=torch.float32, device=device)
     split_k_kernel[grid](
-        **arguments,
-        sums_ptr=torch.empty(cells * config.splits * block_m * block_n, dtype=torch.float32, device=x.device),
-        squares_ptr=torch.empty(cells * config.splits * block_m, dtype=torch.float32, device=x.device),
-        counter_ptr=counters(x.device, max(COUNTERS, triton.next_power_of_2(cells))),
-        **blocks,
+        *tensors,
+        sums,
+        squares,
+        counters(device, max(COUNTERS, triton.next_power_of_2(cells))),
+        *numbers,
+        **constants,
         **statistics_blocks(tokens, block_m),
         STAGES=config.num_stages,
         TOGETHER=TOGETHER,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from castpoint.kernels.config import Config
 from castpoint.kernels.norm_qkv import norm_qkv
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import Outputs, eager, plan_eager, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import check_offset, spec
 
@@ -19,13 +19,6 @@ from castpoint.variants.spec import check_offset, spec
 torch._dynamo.config.recompile_limit = 1024
 
 BACKENDS = ("spec", "eager", "triton", "triton-separate", "inductor")
-
-
-def triton_flags(plan: CastPlan) -> dict[str, str]:
-    """The plan as keyword arguments of kernels.norm_qkv, which calls the boundaries x, cos_sin and out by longer
-    names, since tensors have these."""
-    flags = plan.choices()
-    return {f"{name}_storage": flags.pop(name) for name in ("x", "cos_sin", "out")} | flags
 
 
 def run_triton(
@@ -40,13 +33,13 @@ def run_triton(
     """q, k, v of the Triton kernels: compiled on a GPU, interpreted on a CPU.
 
     qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own.
-    config: how the launch is cut into programs, None for the default; unsupported(config, plan.choices()) says whether
-    it can express the plan. Raises ValueError where it cannot, or where plan and problem do not fit together.
+    config: how the launch is cut into programs, None for the default. Raises ValueError where it cannot express the
+    plan (kernels.config.unsupported), or where plan and problem do not fit together.
     """
     check_offset(plan, problem)
     weight = plan_weight(plan, problem) if qkv_weight is None else qkv_weight
     inputs = {**problem.inputs(), "qkv_weight": weight}
-    return norm_qkv(**inputs, **triton_flags(plan), separate_head_norm=separate, config=config, out=out)
+    return norm_qkv(**inputs, plan=plan, separate_head_norm=separate, config=config, out=out)
 
 
 @functools.cache
@@ -77,7 +70,8 @@ def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
     """
     check_backend(backend)
     if backend == "spec":
-        return tuple(spec(plan, problem).outputs().values())
+        chain = spec(plan, problem)
+        return chain.q, chain.k, chain.v
     if backend == "eager":
         check_offset(plan, problem)
         return plan_eager(plan, problem, plan_weight(plan, problem))

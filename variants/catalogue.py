@@ -1,6 +1,6 @@
 """The named plans: each with one line on what it is and who uses it.
 
-Users are known by fingerprint (`castpoint survey`), those behind `by source` from reading theirs or what they
+Users are known by fingerprint (`castpoint study survey`), those behind `by source` from reading theirs or what they
 say of it. A fingerprint shows the boundaries of a norm alone, not what a kernel does around its matmul.
 
 To add one, add an entry to PLANS. Everything else (kernel, spec, Inductor version, tests, bench, plots)
@@ -12,8 +12,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from castpoint.kernels.checks import KEEP, RNE, RTZ
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.kernels.norm_qkv import fold_norm_weight
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import round_to, truncate_tf32
 
@@ -31,7 +31,10 @@ def eager_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: bool) -> Te
 
 def rope_table(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """cos and sin of each token [T, 1, Dh] in bf16, which a model makes once for all its layers; None: no positions."""
-    return None if problem.positions is None else tuple(value.to(torch.bfloat16) for value in problem.cos_sin())
+    if problem.positions is None:
+        return None
+    cos, sin = problem.cos_sin()
+    return cos.to(torch.bfloat16), sin.to(torch.bfloat16)
 
 
 def eager(problem: Problem, proj_only: bool = False, table: tuple[Tensor, Tensor] | None = None) -> Outputs:
@@ -44,11 +47,12 @@ def eager(problem: Problem, proj_only: bool = False, table: tuple[Tensor, Tensor
     x = p.x if p.residual is None else p.x + p.residual
     hidden = eager_norm(x, p.norm_weight, p.eps, p.weight_offset)
     q, k, v = p.split_heads(F.linear(hidden, p.qkv_weight, p.bias))
-    if p.has_head_norm and not proj_only:
-        q = eager_norm(q, p.q_norm_weight, p.eps, p.weight_offset)
-        k = eager_norm(k, p.k_norm_weight, p.eps, p.weight_offset)
-    if p.positions is not None and not proj_only:
-        cos, sin = table or rope_table(p)
+    if proj_only:
+        return q, k, v
+    if weights := p.head_weights:
+        q, k = (eager_norm(value, w, p.eps, p.weight_offset) for value, w in zip((q, k), weights, strict=True))
+    if p.positions is not None and (table := table or rope_table(p)):
+        cos, sin = table
         q, k = (value * cos + rotate_half(value) * sin for value in (q, k))
     return q, k, v
 
@@ -56,7 +60,7 @@ def eager(problem: Problem, proj_only: bool = False, table: tuple[Tensor, Tensor
 def plan_weight(plan: CastPlan, problem: Problem) -> Tensor:
     """The QKV weight as the plan stores it: folded ahead of time for scale='folded', else as it is."""
     if plan.scale == "folded":
-        return fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan.weight_offset)
+        return fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan)
     return problem.qkv_weight
 
 
@@ -78,13 +82,13 @@ def plan_eager(plan: CastPlan, problem: Problem, qkv_weight: Tensor) -> Outputs:
         hidden = round_to(hidden * _applied_weight(p.norm_weight, plan), plan.hidden)
     proj = _project(plan, hidden, qkv_weight, rstd, p.bias)
     q, k, v = p.split_heads(proj)
-    if p.has_head_norm:
-        q = _head_norm(q, p.q_norm_weight, plan, p.eps)
-        k = _head_norm(k, p.k_norm_weight, plan, p.eps)
+    if weights := p.head_weights:
+        q, k = (_head_norm(value, weight, plan, p.eps) for value, weight in zip((q, k), weights, strict=True))
     if p.positions is not None:
         q, k = (_rotated(value, p, plan) for value in (q, k))
     dtype = torch.float32 if plan.out == "fp32" else torch.bfloat16
-    return tuple(round_to(value, plan.out).to(dtype) for value in (q, k, v))
+    q, k, v = (round_to(value, plan.out).to(dtype) for value in (q, k, v))
+    return q, k, v
 
 
 def _rstd(value: Tensor, plan: CastPlan, eps: float, storage: str) -> Tensor:

@@ -23,8 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import KEEP, RNE
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import applied_weight, check_offset, matmul_operand, store
 
@@ -55,17 +54,19 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
         weight = store(weight * w_in, RNE)
     else:
         hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
-    proj = dot_interval(tuple(matmul_operand(end, plan) for end in hidden), weight)
+    proj = dot_interval((matmul_operand(hidden[0], plan), matmul_operand(hidden[1], plan)), weight)
     if plan.scale != "prologue":
         proj = _widened(_product(proj, rstd), U)
     if p.bias is not None:
-        proj = _widened(tuple(end + p.bias.to(torch.float64) for end in proj), U)
+        bias = p.bias.to(torch.float64)
+        proj = _widened((proj[0] + bias, proj[1] + bias), U)
     proj = _stored(proj, plan.proj)
 
     q, k, v = zip(*(p.split_heads(end) for end in proj), strict=True)
-    if p.has_head_norm:
-        q = _head_norm(q, applied_weight(p.q_norm_weight, plan), plan, p.eps)
-        k = _head_norm(k, applied_weight(p.k_norm_weight, plan), plan, p.eps)
+    if weights := p.head_weights:
+        q, k = (
+            _head_norm(value, applied_weight(w, plan), plan, p.eps) for value, w in zip((q, k), weights, strict=True)
+        )
     if p.positions is not None:
         q, k = _rotated(q, p, plan), _rotated(k, p, plan)
     return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
@@ -113,7 +114,8 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
         squares = _stored(squares, plan.statistics)
     n = squares[0].shape[-1]
     error = SIGMAS * U * math.sqrt(n) / 3 + 3 * U  # the sum; squaring, dividing by n and adding eps
-    variance = _stored(_widened(tuple(end.mean(-1, keepdim=True) for end in squares), error), plan.variance)
+    means = squares[0].mean(-1, keepdim=True), squares[1].mean(-1, keepdim=True)
+    variance = _stored(_widened(means, error), plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
     return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
 

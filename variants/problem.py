@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Problem:
         _check_finite(self)
         _check_positions(self)
 
-    def inputs(self) -> dict[str, object]:
+    def inputs(self) -> dict[str, Any]:
         """The arguments by which kernels.norm_qkv takes this problem."""
         shown_only = ("weight_offset", "model", "layer", "weights")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown_only}
@@ -80,12 +81,20 @@ class Problem:
     def has_head_norm(self) -> bool:
         return self.q_norm_weight is not None
 
+    @property
+    def head_weights(self) -> tuple[Tensor, Tensor] | None:
+        """q_norm_weight and k_norm_weight; None: no head norm."""
+        if self.q_norm_weight is None or self.k_norm_weight is None:
+            return None
+        return self.q_norm_weight, self.k_norm_weight
+
     def cos_sin(self) -> tuple[Tensor, Tensor]:
         """cos and sin of every channel's angle, [T, 1, Dh] as the cache holds them: both halves of a head alike."""
+        assert self.cos_sin_cache is not None, "q and k of a problem without positions are not rotated"
         cos, sin = self.cos_sin_cache[self.positions].unsqueeze(1).chunk(2, dim=-1)
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
-    def replace(self, **changes: object) -> Problem:
+    def replace(self, **changes: Any) -> Problem:
         """This problem with some inputs changed; checked like a new one."""
         return dataclasses.replace(self, **changes)
 
@@ -108,12 +117,13 @@ def _check_finite(problem: Problem) -> None:
 
 
 def _check_positions(problem: Problem) -> None:
-    if problem.positions is None or not problem.tokens:
+    positions, cache = problem.positions, problem.cos_sin_cache
+    if positions is None or cache is None or not problem.tokens:
         return
-    rows, low, high = problem.cos_sin_cache.shape[0], int(problem.positions.min()), int(problem.positions.max())
+    rows, low, high = cache.shape[0], int(positions.min()), int(positions.max())
     if low < 0 or high >= rows:
         raise ValueError(f"positions must lie in 0 to {rows - 1}, the rows of cos_sin_cache, not in {low} to {high}")
-    if not torch.isfinite(problem.cos_sin_cache[problem.positions]).all():
+    if not torch.isfinite(cache[positions]).all():
         raise ValueError("cos_sin_cache holds NaN or infinity at these positions: it must be finite")
 
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import KEEP, RNE
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 
 TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa
@@ -155,14 +154,14 @@ def _chain(
 
     q, k, v = problem.split_heads(proj)
     head_rstd = head_normed = None
-    if problem.has_head_norm:
+    if weights := problem.head_weights:
         qk = torch.cat([q, k], dim=1)
         head_rstd = store(
             (store(_mean_of_squares(qk, plan, store), plan.variance) + problem.eps).rsqrt(), plan.head_rstd
         )
         head_normed = store(qk * head_rstd, plan.head_normed)
         q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
-        q, k = q * applied(problem.q_norm_weight), k * applied(problem.k_norm_weight)
+        q, k = (value * applied(weight) for value, weight in zip((q, k), weights, strict=True))
     if problem.positions is not None:
         cos, sin = (store(value.to(torch.float64), plan.cos_sin) for value in problem.cos_sin())
         q, k = (rotated(store(value, plan.unrotated), cos, sin, plan, store) for value in (q, k))

@@ -12,29 +12,33 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from castpoint.harness.accuracy.shapley import Errors, budget, order_of_sums
-from castpoint.harness.accuracy.sweep import by_storage, problem_at
+from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at, reason_of
 from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, Backend, BudgetRow, Status
 from castpoint.harness.runs.settings import Settings
 from castpoint.harness.runs.threads import one_thread
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
 
 def sweep_budget(settings: Settings, records: Records) -> None:
-    """Rows of every plan on every layer, of some with RoPE too; and, on the first layer, of what its kernel adds."""
+    """Rows of every plan on every layer, of some with RoPE too; and, on the first layer, of what its kernel adds.
+
+    A plan that reads norm weights otherwise than a checkpoint stores them has none.
+    """
     s = settings
+    fitting = [(kind, names) for kind, names in by_storage(s.plans) if offset_fits(s, kind)]
     with one_thread():  # matrices of a few MB: two threads took seven times as long beside another process
         for layer in track(s.layers, "error budget"):
-            for _, names in by_storage(s.plans):
+            for _, names in fitting:
                 problem = problem_at(s, layer, s.tokens, names[0])
                 _divide(records, problem, names)
                 if problem.has_head_norm and not problem.weight_offset:
                     _divide(records, with_positions(problem), ways_to_rotate(names))
-    for name in track(s.plans, "kernels against specs"):
+    for name in track([name for _, names in fitting for name in names], "kernels against specs"):
         problem = problem_at(s, s.layers[0], s.kernel_tokens, name)
         _add_rows(records, problem, name, Backend.TRITON, order_rows)
 
@@ -68,7 +72,7 @@ def _add_rows(
     try:
         rows = list(rows_of([name], problem))
     except Exception as error:  # no compiler, an error that is not finite: a row, and on
-        rows = [BudgetRow(**last, status=Status.FAILED, reason=f"{type(error).__name__}: {str(error)[:200]}")]
+        rows = [BudgetRow(**last, status=Status.FAILED, reason=reason_of(error))]
     for row in rows:
         records.add(row)
 

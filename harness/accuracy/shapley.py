@@ -30,9 +30,8 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import attention_logits
 from castpoint.harness.runs.schema import FP32, MEASURES, PLAYERS
-from castpoint.kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES
+from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.backends import run
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, applied_weight, check_offset, matmul_operand, rotated, spec, store, truth
 

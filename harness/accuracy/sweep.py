@@ -23,11 +23,11 @@ from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, DrawRow, ErrorRow, Status, UlpRow
 from castpoint.harness.runs.settings import Settings
 from castpoint.harness.runs.threads import one_thread
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import eager
 from castpoint.variants.envelope import envelope, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth
 
@@ -43,7 +43,7 @@ def sweep_precision(settings: Settings, records: Records) -> None:
     s = settings
     for layer in track(s.layers, "errors and amplification"):
         for stored_as_offset, names in by_storage(s.plans):
-            if not _offset_fits(s, stored_as_offset):
+            if not offset_fits(s, stored_as_offset):
                 for name in names:
                     _refused(records, s, layer, name)
                 continue
@@ -83,10 +83,15 @@ def _layer_precision(
         key = _key(s, problem, _eager_plan(problem), Backend.EAGER, output, "truth")
         _add_error(records, key | control, value, true_values[output])
     for name in todo:
-        chain = spec(plan_named(name), problem)
         row = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name, **control}
-        if problem.has_head_norm and not records.has(AmplificationRow, **row):
-            records.add(AmplificationRow(**row, **amplification(problem, chain, exact)))
+        try:
+            chain = spec(plan_named(name), problem)
+            measured = amplification(problem, chain, exact) if problem.has_head_norm else None
+        except Exception as error:  # a plan that cannot be measured is a row, and the others go on
+            _failed(records, _key(s, problem, name, Backend.SPEC, "v", "eager") | control, error)
+            continue
+        if measured:
+            records.add(AmplificationRow(**row, **measured))
         for output, value in _values(problem, chain).items():
             for reference, values in (("truth", true_values), ("eager", eager_values)):
                 key = _key(s, problem, name, Backend.SPEC, output, reference)
@@ -101,9 +106,14 @@ def _draws(records: Records, s: Settings, layer: int) -> None:
         name = _eager_plan(problem)
         row = {"model": s.model, "tokens": s.tokens, "weights": problem.weights, "layer": layer, "seed": seed}
         row |= {"plan": name, "uniform_k_norm": uniform}
-        if not records.has(DrawRow, **row):
+        if records.has(DrawRow, **row):
+            continue
+        try:
             measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
-            records.add(DrawRow(**row, **{column: v for column, v in measured.items() if column in columns}))
+        except Exception as error:
+            records.add(DrawRow(**row, status=Status.FAILED, reason=reason_of(error)))
+            continue
+        records.add(DrawRow(**row, **{column: v for column, v in measured.items() if column in columns}))
 
 
 def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
@@ -115,7 +125,8 @@ def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
 
 
 @cache
-def _offset_fits(s: Settings, stored_as_offset: bool) -> bool:
+def offset_fits(s: Settings, stored_as_offset: bool) -> bool:
+    """Whether plans that read norm weights so fit the settings' problems: drawn ones are stored as the plan asks."""
     return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
 
 
@@ -166,7 +177,10 @@ def _first_layer_details(records: Records, s: Settings, problem: Problem, names:
         details = {**key, "backend": Backend.SPEC, "output": "k", "reference": "truth"}
         if records.has(UlpRow, ulp_from=0.0, **details):
             continue
-        chain = spec(plan_named(name), problem)
+        try:
+            chain = spec(plan_named(name), problem)
+        except Exception:  # _layer_precision has its row
+            continue
         if name == "hf" and problem.has_head_norm:
             gains = zip(*channel_gains(problem, chain, exact), strict=True)
             for channel, (predicted, measured) in enumerate(gains):
@@ -180,7 +194,7 @@ def _first_layer_details(records: Records, s: Settings, problem: Problem, names:
 def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend: str) -> None:
     """One backend of one plan against truth, eager and the plan's spec, and whether its envelope explains every bit."""
     plan = plan_named(name)
-    if not _offset_fits(s, plan.weight_offset != "none"):
+    if not offset_fits(s, plan.weight_offset != "none"):
         return
     problem = problem_at(s, layer, s.kernel_tokens, name)
     if records.has(ErrorRow, **_key(s, problem, name, backend, "v", "spec")):
@@ -195,8 +209,7 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
         bounds = envelope(plan, problem)
         exact_share = _exact_share(plan, problem.head_dim, backend, s.device)
     except Exception as error:  # no compiler, no launch, no memory: a row, and on
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        records.add(ErrorRow(**_key(s, problem, name, backend, "", ""), status=Status.FAILED, reason=reason))
+        _failed(records, _key(s, problem, name, backend, "", ""), error)
         return
     for output, value in outputs.items():
         unexplained = int(outside(value, bounds[output]).sum())
@@ -206,6 +219,15 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
                 said = f"{unexplained} elements outside the envelope, {exact_share:.4%} equal on exact inputs"
                 found = {"status": Status.RED, "reason": said}
             _add_error(records, _key(s, problem, name, backend, output, reference) | found, value, values[output])
+
+
+def _failed(records: Records, key: dict[str, Any], error: Exception) -> None:
+    records.add(ErrorRow(**key, status=Status.FAILED, reason=reason_of(error)))
+
+
+def reason_of(error: Exception) -> str:
+    """What a row of something that failed says of it."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> float:

@@ -19,6 +19,7 @@ from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.compiled.compile import TARGETS, Compiled, check_compilable, resources
 from castpoint.harness.compiled.loading import Fault, load
+from castpoint.harness.runs.errors import UserError
 
 TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
 OPTIONS = ("num_warps", "num_stages")
@@ -45,7 +46,7 @@ def audit_foreign(
     another; fused multiply-adds alone make no row red, where fp_fusion asks for them. Nor does inline assembly, which
     is not followed: reason says so, and what it computes or rounds itself is not held to TTIR.
 
-    Raises ValueError with one sentence for what does not fit, RuntimeError for an interpreted kernel.
+    Raises UserError with one sentence for what does not fit, RuntimeError for an interpreted kernel.
     """
     check_target(target)
     constants = list(constants)
@@ -93,7 +94,7 @@ def faults_beside_assembly(asm: dict[str, str], flow: Flow, fp_fusion: bool) -> 
 
 
 def imported(module_function: str) -> triton.JITFunction:
-    """The kernel of that name. Raises ValueError where there is none, RuntimeError where it is interpreted."""
+    """The kernel of that name. Raises UserError where there is none, RuntimeError where it is interpreted."""
     try:
         found = load(module_function)
     except Fault as fault:
@@ -103,27 +104,27 @@ def imported(module_function: str) -> triton.JITFunction:
     if type(found).__module__.startswith("triton.runtime.interpreter"):
         check_compilable(found)
     if not isinstance(found, triton.JITFunction):
-        raise ValueError(f"{module_function} is a {type(found).__name__}, not a function under @triton.jit")
+        raise UserError(f"{module_function} is a {type(found).__name__}, not a function under @triton.jit")
     return found
 
 
 def foreign_source(
     fn: triton.JITFunction, signature: str, constants: Iterable[str]
 ) -> tuple[ASTSource, dict[str, int]]:
-    """The kernel with its types and constants, and the options among these. Raises ValueError as audit_foreign does."""
+    """The kernel with its types and constants, and the options among these. Raises UserError as audit_foreign does."""
     values = dict(parsed_constant(each) for each in constants)
     options = {name: values.pop(name) for name in OPTIONS if name in values}
     if unknown := sorted(values.keys() - set(fn.arg_names)):
-        raise ValueError(f"{fn.__name__} has no argument {', '.join(unknown)}: it has {', '.join(fn.arg_names)}")
+        raise UserError(f"{fn.__name__} has no argument {', '.join(unknown)}: it has {', '.join(fn.arg_names)}")
     values = {p.name: p.default for p in fn.params if p.is_constexpr and p.has_default} | values
     if missing := [p.name for p in fn.params if p.is_constexpr and p.name not in values]:
-        raise ValueError(f"{fn.__name__} needs a value for {', '.join(missing)}: give {missing[0]}=VALUE")
+        raise UserError(f"{fn.__name__} needs a value for {', '.join(missing)}: give {missing[0]}=VALUE")
     names = [name for name in fn.arg_names if name not in values]
     types = [each.strip() for each in signature.split(",")] if signature.strip() else []
     if len(types) != len(names):
-        raise ValueError(f"{fn.__name__} needs {len(names)} types, for {', '.join(names)}; {len(types)} are given")
+        raise UserError(f"{fn.__name__} needs {len(names)} types, for {', '.join(names)}; {len(types)} are given")
     if wrong := [each for each in types if not TYPE.fullmatch(each)]:
-        raise ValueError(
+        raise UserError(
             f"unknown type {wrong[0]!r}: types are written like *bf16, *fp32, i32, fp32, with :16 for divisible"
         )
     kinds = dict(zip(names, (each.removesuffix(":16") for each in types), strict=True))
@@ -136,7 +137,7 @@ def foreign_source(
 def parsed_constant(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name.strip():
-        raise ValueError(f"a constant is written NAME=VALUE, not {text!r}")
+        raise UserError(f"a constant is written NAME=VALUE, not {text!r}")
     try:
         return name.strip(), ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -38,9 +38,10 @@ from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
 from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, cases, check_compilable
+from castpoint.harness.runs.errors import UserError
 from castpoint.kernels.norm_qkv import norm_qkv_kernel
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 
 Row = dict[str, str | int | None]
 COLUMNS = (
@@ -55,10 +56,10 @@ def examine(
     """(columns that need no plan, faults of the machine code against TTIR, one sentence each).
 
     names: boundaries of roundings, where a plan gives them. fp_fusion: multiply-adds may be fused.
-    Raises ValueError where the kernel was compiled without a line table.
+    Raises UserError where the kernel was compiled without a line table.
     """
     if all(node.place == NOWHERE for node in flow.nodes):
-        raise ValueError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
+        raise UserError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
     nodes = ptx_graph(compiled.asm["ptx"]) if "ptx" in compiled.asm else amdgcn_graph(compiled.asm["amdgcn"])
     sites = sites_of(flow, names)
     counts, faults = compare_machine(sites, nodes, machine_roundings(nodes))
@@ -132,8 +133,9 @@ def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any
 
 
 def check_target(target: str) -> None:
+    """Raises UserError unless kernels are compiled for that target."""
     if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}: targets are {', '.join(TARGETS)}")
+        raise UserError(f"unknown target {target!r}: targets are {', '.join(TARGETS)}")
 
 
 def audit_all(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:

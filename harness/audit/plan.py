@@ -9,8 +9,7 @@ from typing import Any
 from castpoint.harness.audit.flow import LOADS, Edge, Flow
 from castpoint.harness.audit.words import dot_precisions, listed, titled
 from castpoint.harness.compiled.compile import SHARED, Compiled
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 
 # ---------------------------------------------------------------- parts of the chain
 

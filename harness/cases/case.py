@@ -18,8 +18,8 @@ from torch import Tensor
 
 from castpoint.harness.cases.figures import changes
 from castpoint.harness.runs.threads import one_thread
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec
 

@@ -15,7 +15,7 @@ from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thre
 from castpoint.harness.cases.figures import largest, largest_relative, mean_abs, relative, share, share_by_row
 from castpoint.harness.cases.inputs import calibrated, near_one, norm_inputs, normal, ones, uniform
 from castpoint.harness.cases.sums import EXACT_NORM, FP32_SUM
-from castpoint.kernels.checks import KEEP, RNE
+from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.catalogue import FP32, HF, ONE_ROUNDING, plan_named
 from castpoint.variants.spec import applied_weight
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thread, Way, count, printed
 from castpoint.harness.cases.figures import beyond_ulps, exponent, magnitude_bias, share, share_by_row, ulps
 from castpoint.harness.cases.inputs import near_one, normal, sum_inputs
-from castpoint.kernels.checks import KEEP, RNE, RTZ
+from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import ONE_ROUNDING
 from castpoint.variants.spec import store
 

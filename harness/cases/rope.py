@@ -13,7 +13,7 @@ from torch import Tensor
 from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thread, Way, hidden, printed
 from castpoint.harness.cases.figures import beyond_ulps, outside, share
 from castpoint.harness.cases.inputs import near_one, normal, values
-from castpoint.kernels.checks import KEEP, RNE, RTZ
+from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import FP32, ONE_ROUNDING
 from castpoint.variants.spec import store
 

@@ -17,9 +17,8 @@ from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thre
 from castpoint.harness.cases.figures import exponent
 from castpoint.harness.cases.inputs import near_one, normal
 from castpoint.harness.problems.drawn import residual_std, residual_stream
-from castpoint.kernels.checks import KEEP, RNE
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store
 

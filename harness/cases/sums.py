@@ -16,7 +16,7 @@ from torch import Tensor
 from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Thread, Way, printed
 from castpoint.harness.cases.figures import largest_relative, relative_l1, share
 from castpoint.harness.cases.inputs import near_one, norm_inputs, normal
-from castpoint.kernels.checks import KEEP, RNE, RTZ
+from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.spec import round_to, store
 
 

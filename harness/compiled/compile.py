@@ -24,12 +24,12 @@ from triton.compiler import ASTSource
 
 from castpoint.kernels.config import Config, candidates, default_config, unsupported
 from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
-from castpoint.kernels.matmul import matmul_kernel
+from castpoint.kernels.main_loop import matmul_kernel
 from castpoint.kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from castpoint.kernels.plan import DEFAULT, CastPlan, words
 from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
 from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import CastPlan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -81,8 +81,8 @@ def compile_norm_qkv(
     Raises ValueError for kernel='separate', which has no such kernel, and for a config that cannot express the plan;
     and as compile_kernel does.
     """
-    config = config or default_config(head_dim, plan.matmul, interpreted=False)
-    if why := unsupported(config, plan.choices()):
+    config = config or default_config(head_dim, plan, interpreted=False)
+    if why := unsupported(config, plan):
         raise ValueError(why)
     if config.kernel == "separate":
         raise ValueError(
@@ -91,13 +91,8 @@ def compile_norm_qkv(
     blocks = launch_blocks(config, head_dim, interpreted=False)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     residual_in_kernel = residual and config.prepass != "hidden"
-    constants = {
-        **{name.upper(): word for name, word in plan.choices().items()},
-        **{"DH": head_dim, "HAS_RESIDUAL": residual_in_kernel, "HAS_BIAS": bias, "HEAD_NORM": head_norm},
-        "PREPASS": config.prepass,
-        "INTERPRETED": False,
-        **blocks,
-    }
+    constants = {"PLAN": words(plan), "DH": head_dim, "HEAD_NORM": head_norm, "PREPASS": config.prepass}
+    constants |= {"INTERPRETED": False, **blocks}
     qk = element(plan.proj if head_norm == "later" else plan.out)
     pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
     pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
@@ -116,11 +111,9 @@ def compile_rms_norm(
     plan: CastPlan, target: str, *, stores: str = "hidden", hidden_size: int = 4096, residual: bool = False
 ) -> Compiled:
     """The norm of a pre-pass, or of kernel='separate'. stores: `rstd`, `hidden` or `both`."""
-    names = {param.name for param in getattr(rms_norm_kernel, "params", ())}
-    constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
     blocks = row_blocks(hidden_size, interpreted=False)
     options = {"num_warps": blocks.pop("num_warps")}
-    constants |= {"HAS_RESIDUAL": residual, **blocks}
+    constants = {"PLAN": words(plan), **blocks}
     given = {"residual_ptr": residual, "rstd_ptr": stores != "hidden", "hidden_ptr": stores != "rstd"}
     constants |= dict.fromkeys(name for name, there in given.items() if not there)
     return compile_kernel(rms_norm_kernel, target, constants, {"rstd_ptr": "fp32"}, options)
@@ -142,9 +135,7 @@ def compile_head_norm(
 
     One binary serves every number of tokens. Raises as compile_kernel does.
     """
-    names = {param.name for param in getattr(head_norm_kernel, "params", ())}
-    constants = {name.upper(): word for name, word in plan.choices().items() if name.upper() in names}
-    constants |= {"DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
+    constants = {"PLAN": words(plan), "DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
     constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
     constants |= {} if rope else dict.fromkeys(ROPE_POINTERS)
     constants |= {} if norm else dict.fromkeys(("weight_ptr", "k_weight_ptr"))
@@ -158,7 +149,8 @@ def compile_matmul(target: str, *, config: Config, head_dim: int = 128) -> Compi
     """The fused kernel's main loop by itself, of no plan. Raises as compile_kernel does."""
     blocks = launch_blocks(config, head_dim, interpreted=False)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    return compile_kernel(matmul_kernel, target, {"DH": head_dim, "INTERPRETED": False, **blocks}, {}, options)
+    constants = {"PLAN": words(DEFAULT), "DH": head_dim, "INTERPRETED": False, **blocks}
+    return compile_kernel(matmul_kernel, target, constants, {}, options)
 
 
 def compile_kernel(
@@ -291,7 +283,7 @@ def config_cases(
             for config in candidates(tokens, 4096, 32, head_dim):
                 config = dataclasses.replace(config, splits=1)
                 case = (config, tokens == 1)
-                if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan.choices()):
+                if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan):
                     continue
                 seen.add(case)
                 asked = {"config": config, "head_dim": head_dim, "tokens": tokens}

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from castpoint.harness.runs.errors import UserError
 
-class Fault(ValueError):
+
+class Fault(UserError):
     """What a callable did against its contract, in one sentence."""
 
     found: Any = None  # what was loaded and cannot be called

@@ -29,15 +29,14 @@ from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
 from castpoint.harness.timing.cuda import Cuda, reason_of
-from castpoint.kernels.checks import RNE
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import fallback, read_table
-from castpoint.kernels.matmul import matmul
+from castpoint.kernels.main_loop import matmul
+from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager
 from castpoint.variants.envelope import Interval, dot_interval, envelope, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store
 
@@ -49,9 +48,8 @@ HEAD_DIM = 128  # of every model of the grid
 
 def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
     """Every config that a launch of the plan may take on some shape and some GPU, by its words."""
-    flags = plan.choices()
     listed = [config for configs in read_table().values() for config in configs.values()]
-    fit = {str(c): c for c in [fallback(head_dim, flags), *listed] if not unsupported(c, flags)}
+    fit = {str(c): c for c in [fallback(head_dim, plan), *listed] if not unsupported(c, plan)}
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 

@@ -12,8 +12,9 @@ from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated, count_votes
 from castpoint.harness.fingerprint.probes import ROWS
 from castpoint.harness.fingerprint.rules import Rule
+from castpoint.harness.runs.errors import UserError
+from castpoint.kernels.plan import OPTIONAL, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
-from castpoint.variants.plan import OPTIONAL, CastPlan
 
 # Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
 # 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
@@ -30,6 +31,8 @@ class Answer:
     plans: the named plans that have these words; of a norm, those whose norm or head norm has them.
     shapes: of every x that the callable answered, the first call's first; where it raises it was not asked.
 
+    kind: of blackbox.KINDS, where it was guessed.
+
     Of a chain, eps, root and order are those of its first norm; the fp32 arithmetic of the head norm is not asked.
     """
 
@@ -42,6 +45,7 @@ class Answer:
     plans: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
+    kind: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -97,9 +101,13 @@ def plans_of(answer: Answer, kind: str) -> list[str]:
 
 
 def check_expectation(name: str, kind: str) -> None:
-    """Raises KeyError for an unknown plan, ValueError for one that has nothing of that kind."""
-    if not words_of(plan_named(name), kind):
-        raise ValueError(f"{name} applies rstd after the matmul, so that it has no norm of its own: use --kind qkv")
+    """Raises UserError for an unknown plan, and for one that has nothing of that kind."""
+    try:
+        plan = plan_named(name)
+    except KeyError as error:
+        raise UserError(error.args[0]) from error
+    if not words_of(plan, kind):
+        raise UserError(f"{name} applies rstd after the matmul, so that it has no norm of its own: use --kind qkv")
 
 
 def unmet(answer: Answer, name: str, kind: str) -> str:

@@ -19,6 +19,42 @@ KINDS = {
 }
 
 
+def guessed_kind(fn: Callable[..., Any]) -> str:
+    """The kind whose arguments fn takes. Both norms take the same three: `head` in a name makes it a head norm.
+
+    Raises Fault where it takes those of none, or of norms and chains alike.
+    """
+    names = [getattr(fn, "__name__", ""), *_parameters(fn)]
+    norm, chain = (_takes(fn, KINDS[kind].partition(")")[0].count(",") + 1) for kind in ("rmsnorm", "qkv"))
+    if norm and chain and any("qkv" in name for name in names):
+        norm = False
+    if norm == chain:
+        taken = ", ".join(names[1:])
+        raise Fault(f"its arguments ({taken}) do not tell its kind: give --kind, {' or '.join(KINDS)}")
+    if chain:
+        return "qkv"
+    words = ("head", "q_norm", "k_norm", "qk_norm")
+    return "head_norm" if any(word in name for name in names for word in words) else "rmsnorm"
+
+
+def _parameters(fn: Callable[..., Any]) -> list[str]:
+    """Names of fn's parameters as far as it tells them."""
+    try:
+        return [str(p.replace(annotation=inspect.Parameter.empty)) for p in inspect.signature(fn).parameters.values()]
+    except (TypeError, ValueError):
+        return []
+
+
+def _takes(fn: Callable[..., Any], count: int) -> bool:
+    """Whether fn can be called with so many arguments by position, and has names for them."""
+    try:
+        signature = inspect.signature(fn)
+        bound = signature.bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)
+
+
 class Refused(Fault):
     """The callable raised an exception instead of an answer."""
 

@@ -35,9 +35,8 @@ from castpoint.harness.fingerprint.evidence import (
     settled,
 )
 from castpoint.harness.fingerprint.rules import EPS_BF16, Rows, Rule, arithmetic, norm_rules, projected_rules
-from castpoint.kernels.checks import KEEP, RNE, STORAGE
+from castpoint.kernels.plan import KEEP, RNE, STORAGE, CastPlan
 from castpoint.variants.envelope import envelope, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import round_to
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, factor_of, mean_of_squares, predict, scalar
-from castpoint.kernels.checks import KEEP, RNE, RTZ, STORAGE
+from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE
 from castpoint.variants.spec import round_to
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.

@@ -33,7 +33,7 @@ from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.chain import chain, other_rows
 from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_share, outs, rank, refine
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
-from castpoint.kernels.checks import RNE, STORAGE
+from castpoint.kernels.plan import RNE, STORAGE
 
 # A rule's words, as a plan calls them.
 NORM_WORDS = {
@@ -62,7 +62,8 @@ def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
 
 def summary(answer: Answer) -> str:
     """The answer in lines for a reader."""
-    lines = [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
+    lines = [f"guessed by its signature: --kind {answer.kind}"] if answer.kind else []
+    lines += [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
     explains = (answer.share_equal or 0.0) >= 0.5  # words that explain less than half say nothing
     for words in answer.candidates or ([answer.nearest] if answer.nearest and explains else []):
         lines.append(

@@ -23,7 +23,7 @@ from castpoint.harness.fingerprint.rules import (
     scaled,
     two_step,
 )
-from castpoint.kernels.checks import KEEP, RNE
+from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.spec import round_to
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once

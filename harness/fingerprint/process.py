@@ -1,10 +1,11 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
 harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE`; it writes one line of JSON
-to standard output."""
+to standard output. KIND may be empty: it is guessed then."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault, load
+from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.ptx.driver import executed
 
 
 def identify_target(target: str, kind: str, device: str, time_limit_s: float) -> Answer:
-    """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`."""
+    """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`. An empty
+    kind is guessed, and the answer says which."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", target, kind, device]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
@@ -51,8 +54,9 @@ def _answer(target: str, kind: str, device: str) -> Answer:
     """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
     try:
         fn = _loaded(target, device)
+        guessed = "" if kind else guessed_kind(fn)
         with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
-            return identify(fn, kind, device)
+            return dataclasses.replace(identify(fn, kind or guessed, device), kind=guessed)
     except Fault as fault:
         return Answer("error", reason=str(fault))
 

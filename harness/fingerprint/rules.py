@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import KEEP, RNE, RTZ, STORAGE
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE, CastPlan
 from castpoint.variants.spec import matmul_operand, round_to
 
 EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf16

@@ -16,11 +16,10 @@ from castpoint.harness.peers.implementations import TRITON, Implementation, desc
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
-from castpoint.kernels.checks import KEEP, RNE, STORAGE
 from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.plan import KEEP, OPTIONAL, RNE, STORAGE, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.plan import OPTIONAL, CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec
 
@@ -53,7 +52,7 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
     columns = {
         name: value
         for name, value in answer.as_dict().items()
-        if name not in ("status", "candidates", "nearest", "plans", "shapes")
+        if name not in ("status", "candidates", "nearest", "plans", "shapes", "kind")
     }
     candidates = answer.candidates or ([answer.nearest] if answer.nearest else [])
     return answer.status, {**columns, "plan": json.dumps(candidates)}
@@ -88,9 +87,9 @@ def spec_norm(plan: CastPlan) -> Norm:
 def triton_head_norm(plan: CastPlan) -> Norm:
     """The same norm by the Triton kernel, as kind `head_norm`: its head_rstd, head_normed and out are the plan's
     rstd, normed and hidden."""
-    flags = {"head_rstd": plan.rstd, "head_normed": plan.normed, "out_storage": plan.hidden}
-    flags |= {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
-    return lambda x, weight, eps: head_norm(x, weight, eps, **flags)
+    same = {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
+    head = CastPlan(head_rstd=plan.rstd, head_normed=plan.normed, out=plan.hidden, **same)
+    return lambda x, weight, eps: head_norm(x, weight, eps, plan=head)
 
 
 def chain(plan: CastPlan, backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -186,5 +185,6 @@ def survey_known(records: Records) -> None:
         answer = identify(fn, kind)
         found = answer.candidates or ([answer.nearest] if answer.nearest else [])
         columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
-        del columns["candidates"], columns["nearest"], columns["plans"], columns["shapes"]
+        for name in ("candidates", "nearest", "plans", "shapes", "kind"):
+            del columns[name]
         records.add(FingerprintRow(**key, **columns))

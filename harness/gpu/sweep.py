@@ -24,6 +24,7 @@ from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
 from castpoint.harness.problems.positions import with_positions
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuPointRow, GpuSpeedRow, Kind, Status
@@ -34,10 +35,10 @@ from castpoint.harness.timing.rig import Arm, Measurement, Outcome, copies_for, 
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import Outputs, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
@@ -79,7 +80,7 @@ def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool 
 def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Limits:
     """Copy bandwidth, a stream that only reads, a large matmul, and the cost of launches; noted with the run.
 
-    Raises ValueError where neither bandwidth nor matmul could be measured, since no share of them could be given.
+    Raises UserError where neither bandwidth nor matmul could be measured, since no share of them could be given.
     """
     found = ceilings(gpu)
     problem = model_problem(points[0].model, gpu.device)
@@ -88,7 +89,7 @@ def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Limi
     records.note(limits={**found, "read": read, "launch": launch_costs(gpu)})
     copy, flops = found["copy_bytes_per_s"], found["bf16_flops_per_s"]
     if copy is None or flops is None:
-        raise ValueError(f"the GPU's own limits could not be measured: {found['reason']}")
+        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
     return Limits(gpu.name(), max(copy, read.get("bytes_per_s", 0.0)), flops)
 
 
@@ -161,7 +162,7 @@ def own_arm(setting: Setting, plan: CastPlan, name: str, config: Config | None =
     first = problems[0]
     if config is None:
         shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.gpu_name, shape, first.tokens, plan.choices())
+        config = chosen(setting.gpu_name, shape, first.tokens, plan)
     weights = _weights(plan, problems)
 
     def call(i: int) -> Outputs:

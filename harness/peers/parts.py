@@ -12,8 +12,8 @@ from torch import Tensor
 
 from castpoint.harness.peers.implementations import TRITON, Norm, compiled, implementations
 from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.eager import eager_norm
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -101,11 +101,9 @@ MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
 
 
 def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    names = ("statistics", "variance", "head_rstd", "head_normed", "unrotated", "products")
-    flags = {name: getattr(plan, name) for name in names} | {"cos_sin_storage": plan.cos_sin}
-    flags["weight_offset"] = "fp32" if p.weight_offset else "none"
+    plan = plan.replace(out=RNE, weight_offset="fp32" if p.weight_offset else "none")
     weights, rope = (p.q_norm_weight, p.k_norm_weight), (p.positions, p.cos_sin_cache)
-    return tuple(head_norm(t, w, p.eps, *rope, **flags) for t, w in zip((q, k), weights, strict=True))
+    return tuple(head_norm(t, w, p.eps, *rope, plan=plan) for t, w in zip((q, k), weights, strict=True))
 
 
 def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:

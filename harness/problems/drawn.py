@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.settings import Settings
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
@@ -179,11 +180,13 @@ def _bias(g: Geometry, rng: torch.Generator) -> Tensor:
 def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: int) -> Problem:
     """One layer of real weights. The residual stream is the file's own where it holds one (`x`), else drawn.
 
-    Raises ValueError or FileNotFoundError where the checkpoint cannot be read or does not fit; see problems.checkpoint.
+    Raises UserError where the checkpoint cannot be read, does not fit or holds no problem (NaN, a head size that no
+    kernel takes); see problems.checkpoint.
     """
-    from castpoint.harness.problems.checkpoint import load_layer
+    from castpoint.harness.problems.checkpoint import opened
 
-    g, tensors = load_layer(source, layer, model)
+    checkpoint = opened(source, model)
+    g, tensors = checkpoint.geometry, checkpoint.layer(layer)
     weights = "checkpoint"
     if "x" in tensors:
         tensors["x"] = tensors["x"][:tokens]
@@ -191,16 +194,12 @@ def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: i
         weights = "checkpoint, drawn residual stream"
         depth = layer * len(layer_statistics()) // g.num_layers
         tensors["x"] = residual_stream(tokens, g.hidden_size, depth, torch.Generator().manual_seed(seed * 1000 + layer))
-    return Problem(
-        **tensors,
-        num_q_heads=g.num_q_heads,
-        num_kv_heads=g.num_kv_heads,
-        eps=g.eps,
-        weight_offset=g.weight_offset,
-        model=model,
-        layer=layer,
-        weights=weights,
-    )
+    words = {"model": model, "layer": layer, "weights": weights}
+    heads = {"num_q_heads": g.num_q_heads, "num_kv_heads": g.num_kv_heads}
+    try:
+        return Problem(**tensors, **heads, eps=g.eps, weight_offset=g.weight_offset, **words)
+    except ValueError as error:
+        raise UserError(f"layer {layer} of {source}: {error}") from error
 
 
 def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | None = None) -> Problem:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.problems.positions import with_positions
-from castpoint.variants.plan import CastPlan
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import round_to, spec, store
 

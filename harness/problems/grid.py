@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
 from castpoint.harness.runs.schema import Regime
-from castpoint.kernels.config import Config, candidates
 from castpoint.variants.catalogue import PLANS
+
+if TYPE_CHECKING:
+    from castpoint.kernels.config import Config
 
 MODELS = (
     "qwen3-0.6b",
@@ -67,8 +70,11 @@ def own_plans(point: Point) -> tuple[str, ...]:
 def loop_tiles(point: Point) -> tuple[Config, ...]:
     """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on. Not at points
     with RoPE, which is none of its business."""
+
     if point.regime != COLD:
         return ()
+    from castpoint.kernels.config import candidates  # which loads triton
+
     g = point.geometry
     found = candidates(point.tokens, g.hidden_size, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim)
     return tuple(config for config in found if (config.kernel, config.prepass) == ("fused", "hidden"))

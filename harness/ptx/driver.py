@@ -15,6 +15,7 @@ from triton.runtime.cache import get_cache_manager
 from castpoint.harness.compiled.compile import TARGETS
 from castpoint.harness.ptx.machine import launch
 from castpoint.harness.ptx.program import parse
+from castpoint.harness.runs.errors import UserError
 
 # Of an A100 and an H200: bytes of shared memory that a program may have, and processors.
 LIMITS = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132)}
@@ -26,7 +27,7 @@ def executed(target: str = "sm_90") -> Iterator[None]:
 
     Kernels must have been imported without TRITON_INTERPRET=1. Packages that look for a GPU while they are imported
     must be imported before. Launches raise what ptx.machine.launch raises. Times mean nothing. Raises
-    ValueError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
+    UserError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
     check_target(target)
     before = driver._active
@@ -38,9 +39,9 @@ def executed(target: str = "sm_90") -> Iterator[None]:
 
 
 def check_target(target: str) -> None:
-    """Raises ValueError unless executed knows that target."""
+    """Raises UserError unless executed knows that target."""
     if target not in LIMITS:
-        raise ValueError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
+        raise UserError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
 
 
 class _Driver:

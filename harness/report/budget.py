@@ -1,4 +1,4 @@
-"""The error budget in figures and a sentence, from the rows of accuracy.budget as a data frame.
+"""The error budget as tables, from the rows of accuracy.budget as a data frame.
 
 Rows of kernels are kept out of every mean: they are no part of a plan's error.
 """
@@ -9,10 +9,10 @@ import pandas as pd
 
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
-WHOSE = {"k_rel_ms": "K's", "logit_ms": "the logits'"}  # squared error
+WHOSE = {"k_rel_ms": "K", "logit_ms": "logits"}  # squared error
 
 
 def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -41,59 +41,46 @@ def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
     return worst["kernel_vs_spec_share"], worst["plan"], where
 
 
-def largest_share_sentence(frame: pd.DataFrame) -> str:
-    """One sentence in Markdown, from the rows of budget_rows and order_rows; empty where there are none."""
-    clauses = [c for c in (_clause(mean_shares(frame, measure), WHOSE[measure]) for measure in MEASURES) if c]
-    if not clauses:
-        return ""
+def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """One row a plan: its rms error (K's relative to its head) and the part of its square that each rounding makes."""
+    shares = mean_shares(frame, measure)
+    table = shares.map(_percent).rename(columns=LABELS | {"out": "out, the store"})
+    table.insert(0, f"{WHOSE[measure]}: rms error", root_totals(frame, measure).reindex(table.index))
+    return table.rename_axis("plan").reset_index()
+
+
+def section(frame: pd.DataFrame) -> str:
+    """Of report.md: the parts of K's and the logits' squared errors, and RoPE's."""
+    parts = ["## Error budget"]
     rows = _parts(frame, MEASURES[0])
-    layers = sorted(rows["layer"].unique())
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
-    sentence = (
-        f"**Error budget** ({where}, {rows['tokens'].iloc[0]} tokens; besides the store, `out`): {'; '.join(clauses)}"
-    )
-    kernel = kernel_share(frame)
-    if kernel is not None:
-        share, plan, where = kernel
-        sentence += f". Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {where})"
-    return sentence + "."
+    if len(rows):
+        layers = sorted(rows["layer"].unique())
+        where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
+        parts.append(
+            "Which rounding makes how much of a plan's squared error: Shapley shares "
+            f"({where}, {rows['tokens'].iloc[0]} tokens). A share below 0: that rounding cancels more of the others' "
+            "error than it adds, or is noise."
+        )
+        kernel = kernel_share(frame)
+        if kernel is not None:
+            share, plan, at = kernel
+            parts[-1] += f" Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {at})."
+        parts += [markdown(share_table(frame, measure)) for measure in MEASURES]
+    parts += [rope_table(frame), "![error budget](plots/budget.png)"]
+    return "\n\n".join(filter(None, parts))
 
 
-def leader(shares: pd.DataFrame) -> tuple[str, int, int] | None:
-    """The player that, besides the store, makes the largest part of most plans; of how many plans; out of how many.
-
-    Counted are plans in which any but the store makes 1 % or more; None if there are none. shares: mean_shares(...).
-    """
-    others = _besides_store(shares)
-    counted = others[others.max(axis=1) >= 0.01]
-    if not counted.size:
-        return None
-    leaders = counted.idxmax(axis=1).value_counts()
-    return leaders.index[0], int(leaders.iloc[0]), len(counted)
-
-
-def _clause(shares: pd.DataFrame, whose: str) -> str:
-    others = _besides_store(shares)
-    if not others.size:
-        return ""
-    plan, player = others.stack().idxmax()
-    clause = (
-        f"the largest part of {whose} squared error is {_quoted(player)} in `{plan}`, {others.loc[plan, player]:.0%}"
-    )
-    if "hf" in others.index:
-        hf = others.loc["hf"].dropna()
-        most, least = hf.idxmax(), hf.idxmin()
-        clause += f" (in `hf` from {_quoted(least)}, {hf[least]:.0%}, to {_quoted(most)}, {hf[most]:.0%})"
-    return clause
-
-
-def _besides_store(shares: pd.DataFrame) -> pd.DataFrame:
-    return shares.drop(columns=["out", FP32], errors="ignore")
+def _percent(share: float) -> str:
+    return "–" if pd.isna(share) else f"{share:.0%}".replace("-0%", "0%")
 
 
 def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
     rows = frame[(frame["measure"] == measure) & frame["shapley"].notna()]
     return rows[rows["rotated_from"].notna() == rotated]
+
+
+def _root(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby("plan")["total"].mean() ** 0.5
 
 
 # ---------------------------------------------------------------- RoPE
@@ -114,30 +101,12 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
     return table.join(shares.reindex(columns=list(ROPE_BOUNDARIES))).sort_values("behind", ascending=False)
 
 
-def rope_sentence(frame: pd.DataFrame) -> str:
-    """One sentence in Markdown on what RoPE's roundings cost K; empty where none was measured."""
-    table = rope_shares(frame)
-    if not len(table):
-        return ""
-    clauses = []
-    for plan, row in table.iterrows():
-        parts = ", ".join(f"`{name}` {row[name]:.0%}" for name in ROPE_BOUNDARIES if row[name] == row[name])
-        made = f" (of the squared error: {parts})" if parts else " (nothing rounded there)"
-        clauses.append(f"`{plan}` {row['before']:.2e} → {row['behind']:.2e}{made}")
-    layers = frame[frame["rotated_from"].notna()]["layer"].nunique()
-    where = f"{layers} layer{'s' * (layers > 1)}"
-    negative = (table[list(ROPE_BOUNDARIES)] < -0.005).any(axis=None)
-    below = " A share below 0: that rounding cancels more of the others' error than it adds." if negative else ""
-    return f"**RoPE** ({where}), K's relative rms error before → behind it: {'; '.join(clauses)}.{below}"
-
-
 def rope_table(frame: pd.DataFrame) -> str:
     """rope_shares of both measures as a Markdown table; empty where none was measured."""
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
     if not len(k):
         return ""
-    shares = k[list(ROPE_BOUNDARIES)].map(lambda share: "–" if pd.isna(share) else f"{share:.0%}")
-    table = shares.add_prefix("of its square: ")
+    table = k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: ")
     for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
         table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
         table.insert(2 * place + 1, f"{name} behind", rows["behind"].map("{:.3g}".format))
@@ -145,11 +114,3 @@ def rope_table(frame: pd.DataFrame) -> str:
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
     )
     return f"{words}\n\n{markdown(table.rename_axis('plan').reset_index())}"
-
-
-def _root(rows: pd.DataFrame) -> pd.Series:
-    return rows.groupby("plan")["total"].mean() ** 0.5
-
-
-def _quoted(player: str) -> str:
-    return LABELS.get(player, f"`{player}`")

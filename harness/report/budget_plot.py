@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from castpoint.harness.report.budget import LABELS, kernel_share, leader, mean_shares, root_totals
+from castpoint.harness.report.budget import LABELS, mean_shares, root_totals
 from castpoint.harness.report.style import GREY
 from castpoint.harness.report.style import colour as colour_of
 from castpoint.harness.runs.schema import FP32, MEASURES
@@ -47,10 +47,10 @@ def budget_bars(frame: pd.DataFrame) -> Figure | None:
     height = 0.36 * len(plans) + 2.1  # inches: the bars, 0.85 above and 1.25 below
     figure, axes = plt.subplots(1, 2, figsize=(13, height), sharey=True)
     figure.subplots_adjust(left=0.115, right=0.955, bottom=1.25 / height, top=1 - 0.85 / height, wspace=0.16)
-    for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "logits"), strict=True), strict=True):
+    for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "attention logits"), strict=True), strict=True):
         _bars(panel, panels[measure].reindex(plans))
         _totals(panel, root_totals(frame, measure).reindex(plans), "relative rms" if measure == MEASURES[0] else "rms")
-        panel.set_title(f"{name}: {_message(panels[measure])}", loc="left", fontsize=9.5)
+        panel.set_title(name, loc="left", fontsize=11)
     axes[0].set_yticks(range(len(plans)), plans)
     for tick, plan in zip(axes[0].get_yticklabels(), plans, strict=True):
         tick.set_color(colour_of(plan))
@@ -67,7 +67,6 @@ def budget_bars(frame: pd.DataFrame) -> Figure | None:
     ]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.535, 0.45 / height), ncol=len(handles),
                   fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)  # fmt: skip
-    figure.text(0.005, 0.18 / height, _note(frame, panels, drawn), fontsize=7, color=GREY)
     title = "Which rounding makes a plan's error: Shapley shares of the squared error against float64"
     figure.suptitle(title, x=0.005, y=1 - 0.15 / height, ha="left", va="top", fontsize=12)
     return figure
@@ -101,26 +100,3 @@ def _totals(axes: Axes, totals: pd.Series, heading: str) -> None:
     axes.text(1.01, len(totals) - 0.3, heading, color=GREY, **style)
     for place, total in enumerate(totals):
         axes.text(1.01, place, f"{total:.2g}", **style)
-
-
-def _message(shares: pd.DataFrame) -> str:
-    found = leader(shares)
-    if found is None:
-        return "out makes it all"
-    player, plans, counted = found
-    alone = f"; {len(shares) - counted} have out alone" if counted < len(shares) else ""
-    return f"beside out, {LABELS.get(player, player)} is largest in {plans} of {counted} plans{alone}"
-
-
-def _note(frame: pd.DataFrame, panels: dict[str, pd.DataFrame], drawn: list[str]) -> str:
-    """What the bars do not show, and how small it is."""
-    everything = pd.concat(panels)
-    unseen = everything.drop(columns=drawn).abs().max()
-    first = f"Too small to see: {', '.join(unseen.index)} (at most {unseen.max():.1g})." if len(unseen) else ""
-    second = ""
-    if (everything < -VISIBLE).any(axis=None):
-        second += "Left of zero: a rounding that makes up for errors of others, or noise. "
-    kernel = kernel_share(frame)
-    if kernel is not None:
-        second += f"Not in the bars: order of sums (kernels against specs), at most {kernel[0]:.1g} of a plan's error."
-    return f"{first}\n{second}"

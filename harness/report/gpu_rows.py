@@ -29,14 +29,13 @@ POINT = ["model", "tokens", "regime"]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `make gpu`: its entry of environment.json, and its rows. timed, best: see judged_rows, best_rows."""
+    """One run of `make gpu`: its entry of environment.json, and its rows. best: see best_rows."""
 
     run_id: str
     facts: dict[str, Any]
     speed: pd.DataFrame
     points: pd.DataFrame
     checks: pd.DataFrame
-    timed: pd.DataFrame
     best: pd.DataFrame
 
     @property
@@ -47,16 +46,6 @@ class Run:
         """The best row of that kind, or None."""
         key = (model, tokens, regime, what)
         return self.best.loc[key] if key in self.best.index else None
-
-    def own(self, model: str, tokens: int, regime: str = grid.COLD) -> pd.Series | None:
-        """Our fastest plan of any group."""
-        found = [row for group in GROUPS if (row := self.at(model, tokens, regime, group)) is not None]
-        return min(found, key=lambda row: row["p50_us"], default=None)
-
-    def counted(self) -> pd.DataFrame:
-        """Best rows of our groups whose weights came from memory: what findings and goals are about."""
-        best = self.best
-        return best[best["what"].isin(GROUPS) & (best["regime"] == grid.COLD) & best["cold"]]
 
 
 def newest(folder: Path) -> Run | None:
@@ -71,8 +60,7 @@ def run_of(folder: Path, run_id: str) -> Run:
     speed = frames["gpu_speed"]
     speed = speed.assign(what=[what_of(kind, arm) for kind, arm in zip(speed["kind"], speed["arm"], strict=True)])
     facts = load_runs(folder)[run_id]
-    timed = judged_rows(speed)
-    return Run(run_id, facts, speed, frames["gpu_points"], frames["gpu_checks"], timed, best_rows(timed))
+    return Run(run_id, facts, speed, frames["gpu_points"], frames["gpu_checks"], best_rows(judged_rows(speed)))
 
 
 # ---------------------------------------------------------------- judging
@@ -144,17 +132,28 @@ def verdict(row: pd.Series, p1: Any, best_us: float | None) -> str:
     return LOSS if row["speedup_p1_p50"] < min(row["noise_p10"], 1) else NOISE
 
 
+def judged(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those whose speed-up counts."""
+    return rows[rows["verdict"].isin([WIN, LOSS, NOISE])]
+
+
+def cold(run: Run, model: str, what: str) -> pd.DataFrame:
+    """Best rows of that kind over tokens, weights from memory."""
+    rows = run.best[(run.best["model"] == model) & (run.best["what"] == what) & (run.best["regime"] == grid.COLD)]
+    return rows[rows["cold"]].sort_values("tokens")
+
+
 def fused(row: pd.Series) -> bool:
     """Whether the plan ran as a fused kernel, and not as norm, cuBLAS and head norm."""
     return row["kernel"] != "separate"
 
 
+# ---------------------------------------------------------------- words
+
+
 def launch_words(row: pd.Series) -> str:
     """`fused after hidden`: the config without its tile."""
     return row["kernel"] + ("" if row["prepass"] in ("", "none") else f" after {row['prepass']}")
-
-
-# ---------------------------------------------------------------- words
 
 
 def plain(text: str) -> str:
@@ -173,43 +172,5 @@ def times(value: float) -> str:
 
 def speedup(row: pd.Series) -> str:
     """`1.45 × (1.43–1.47) **win**`."""
-    judged = row["verdict"] in (WIN, LOSS, NOISE)
     low, middle, high = (times(row[f"speedup_p1_{name}"]) for name in ("p10", "p50", "p90"))
-    return f"{middle} × ({low}–{high}) **{row['verdict']}**" if judged else row["verdict"]
-
-
-def runs_of(chosen: list[int], among: list[int]) -> str:
-    """`1–8, 64`: numbers of tokens, a dash over neighbours of those that were measured."""
-    groups: list[list[int]] = []
-    for place, tokens in enumerate(among):
-        if tokens in chosen:
-            if groups and groups[-1][-1] == among[place - 1]:
-                groups[-1].append(tokens)
-            else:
-                groups.append([tokens])
-    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups)
-
-
-def together(words: dict[str, str]) -> str:
-    """What is said of each model, those of the same words named together: `a, b at 1–8 · c not at 1`."""
-    models: dict[str, list[str]] = {}
-    for model, said in words.items():
-        models.setdefault(said, []).append(model)
-    return " · ".join(f"{', '.join(names)} {said}" for said, names in models.items())
-
-
-def in_order(models: Any) -> list[str]:
-    """The grid's models first, in its order."""
-    found = set(models)
-    return [*(m for m in grid.MODELS if m in found), *sorted(found - set(grid.MODELS))]
-
-
-def counts(rows: pd.DataFrame) -> str:
-    """How the best plans of groups fared: `of 24 comparisons 10 are wins, 9 losses, ...`."""
-    verdicts = rows["verdict"]
-    found = {word: int((verdicts == word).sum()) for word in (WIN, LOSS, NOISE)}
-    rest = len(rows) - sum(found.values())
-    return (
-        f"of {len(rows)} comparisons of a group with P1 {found[WIN]} are wins, {found[LOSS]} losses, {found[NOISE]} "
-        "lie within the noise" + (f", {rest} cannot be judged" if rest else "")
-    )
+    return f"{middle} × ({low}–{high}) **{row['verdict']}**" if row["verdict"] in (WIN, LOSS, NOISE) else row["verdict"]

@@ -1,4 +1,4 @@
-"""Whole-model studies as tables and sentences, from the records of model.study."""
+"""Whole-model studies as tables, from the records of model.study."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from castpoint.harness.report.markdown import markdown
-from castpoint.harness.runs.frames import Frames, best_backend, load
+from castpoint.harness.report.paired import difference, given_depth, told_apart
+from castpoint.harness.runs.frames import Frames, load
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
 
@@ -37,14 +37,19 @@ def studies(folder: Path) -> list[Study]:
     found: dict[str, Study] = {}
     for run_id, run in load_runs(folder).items():
         if "finished" in run and run.get("command") == "model":
-            model = run["settings"]["model"]
-            found[model] = Study(model, run_id, run, load(folder, run_id))
+            found[run["settings"]["model"]] = study_of(folder, run_id)
     return sorted(found.values(), key=lambda study: study.drawn)
 
 
+def study_of(folder: Path, run_id: str) -> Study:
+    """The study of that run."""
+    run = load_runs(folder)[run_id]
+    return Study(run["settings"]["model"], run_id, run, load(folder, run_id))
+
+
 def truth_name(frames: Frames) -> str:
-    """float64, or float32 where that was all that fitted."""
-    return next(name for name in frames["model_tokens"]["reference"].unique() if name != "eager")
+    """float64, or float32 where that was all that fitted, or no arm was measured at all."""
+    return next((name for name in frames["model_tokens"]["reference"].unique() if name != "eager"), "float64")
 
 
 def read_texts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -108,7 +113,16 @@ def arm_table(frames: Frames) -> pd.DataFrame:
     table["Δ log p, max"] = names.map(largest)
     table["greedy: parted"] = names.map(partings["parted"].astype(str) + " of " + partings["of"].astype(str))
     table["perplexity"] = names.map(perplexity(frames).map("{:.3f}".format))
+    lost = failed(frames)
+    if lost:
+        table["status"] = [f"failed in {lost[arm]} texts" if arm in lost else "ok" for arm in names]
     return table
+
+
+def failed(frames: Frames) -> dict[str, int]:
+    """Arm -> in how many texts it failed, of those that did."""
+    rows = frames["model_tokens"]
+    return rows[rows["status"] != "ok"].groupby("arm", sort=False).size().to_dict()
 
 
 def layer_table(frames: Frames) -> pd.DataFrame:
@@ -128,61 +142,46 @@ def layer_table(frames: Frames) -> pd.DataFrame:
     return means[list(names)].rename(columns=names)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of an arm's column from eager's, over texts: mean, standard error (infinite of one text), and chance.
+def eager_measured(frames: Frames) -> bool:
+    """Whether eager, against which every arm is measured, has a figure at all."""
+    rows = frames["model_tokens"]
+    return bool(((rows["arm"] == "eager") & (rows["status"] == "ok")).any())
 
-    chance: share of all ways to choose the texts' signs whose mean is as far from 0 (an exact sign-flip test; of more
-    than 16 texts a sample of 2^16 ways). It assumes of the differences only that they would be as likely negative.
+
+def paired_table(frames: Frames) -> pd.DataFrame:
+    """One row an arm: by how much it is off eager, text by text, with the standard error, and whether it is told apart.
+
+    Plans are tested together, and so are float32 and 4-bit weights, at the level of 5 % each. Log perplexity is that of
+    the passages, nats a token. Empty where eager has no figure.
     """
-
-    mean: float
-    error: float
-    chance: float
-
-
-def difference(frame: pd.DataFrame, column: str, arm: str) -> Difference:
-    by_text = frame.pivot(index=["text", "prompt"], columns="arm", values=column)
-    pairs = (by_text[arm] - by_text["eager"]).to_numpy(float)
-    ways = 2 ** min(len(pairs), 16)
-    signs = 1 - 2 * (np.arange(ways)[:, None] >> np.arange(len(pairs)) & 1)
-    if len(pairs) > 16:
-        signs = np.random.default_rng(0).choice([-1, 1], (ways, len(pairs)))
-    chance = (np.abs(signs @ pairs) >= abs(pairs.sum()) * (1 - 1e-12)).mean()
-    error = pairs.std(ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.inf
-    return Difference(pairs.mean(), error, chance)
-
-
-def told_apart(found: dict[str, Difference]) -> list[str]:
-    """Arms that differ from eager at the level of 5 % for all of them together (Bonferroni)."""
-    moved = {arm: d for arm, d in found.items() if d.mean}
-    return [arm for arm, d in moved.items() if d.chance * len(moved) < 0.05]
+    if not eager_measured(frames):
+        return pd.DataFrame()
+    truth, tokens = truth_name(frames), frames["model_tokens"]
+    passages = tokens[(tokens["text"] == "passages") & (tokens["reference"] == "eager") & (tokens["status"] == "ok")]
+    table: dict[str, dict[str, str]] = {}
+    for name, rows, column in (
+        (f"KL to {truth}, less eager's", against(tokens, truth), "kl_mean"),
+        ("log perplexity, less eager's", passages, "nll"),
+    ):
+        for group in (plans_of(frames), ["float32", "4-bit weights"]):
+            found = {arm: difference(rows, column, arm) for arm in group if arm in set(rows["arm"])}
+            apart = told_apart(found)
+            for arm, d in found.items():
+                more = ", told apart" if arm in apart else ""
+                table.setdefault(arm, {})[name] = f"{d.mean:+.2g} ± {d.error:.1g}{more}" if d.mean else "the same"
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("arm").reset_index()
 
 
-def given_depth(table: pd.DataFrame, column: str) -> float:
-    """Partial rank correlation of the column with the largest K-norm weight, the layer's number held fixed."""
-    ranks = table[["largest K-norm weight", column, "layer"]].rank().corr().to_numpy()
-    xy, xz, yz = ranks[0, 1], ranks[0, 2], ranks[1, 2]
-    return (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+def depth_table(layers: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation of eager's errors with the largest K-norm weight, the layer's number held fixed, since errors
+    grow with it; empty for a model without K norms. layers: layer_table(...)."""
+    if layers["largest K-norm weight"].isna().all():
+        return pd.DataFrame()
+    names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
+    return pd.DataFrame([{name: f"{given_depth(layers, name):+.2f}" for name in names}])
 
 
-# ---------------------------------------------------------------- sentences
-
-
-def sentences(folder: Path, speed: pd.DataFrame) -> list[str]:
-    """Five sentences on each real model that was studied. What drawn weights say means nothing: they get a table only.
-    speed: times of a bench, or none."""
-    lines = []
-    for study in studies(folder):
-        if not study.drawn:
-            lines += [
-                _notice(study),
-                _closest(study, _times(speed)),
-                _greedy(study),
-                _perplexity(study),
-                _amplified(study),
-            ]
-    return [line for line in lines if line]
+# ---------------------------------------------------------------- the report's section
 
 
 def conditions(study: Study) -> str:
@@ -194,112 +193,6 @@ def conditions(study: Study) -> str:
     )
 
 
-def _notice(study: Study) -> str:
-    rows = against(study.frames["model_tokens"], "eager").groupby("arm").mean(numeric_only=True)
-
-    def said(arm: str) -> str:
-        return (
-            f"{rows.loc[arm, 'dlogp_p50']:.2g} (p99 {rows.loc[arm, 'dlogp_p99']:.2g}, {1 - rows.loc[arm, 'top1']:.1%})"
-        )
-
-    plans = [plan for plan in plans_of(study.frames) if plan in rows.index]
-    equal = [plan for plan in plans if rows.loc[plan, "logit_max"] == 0]
-    moved = ", ".join(f"`{plan}` {said(plan)}" for plan in plans if plan not in equal)
-    beside = ", ".join(f"{arm} {said(arm)}" for arm in YARDSTICKS if arm in rows.index)
-    same = f"; {', '.join(f'`{plan}`' for plan in equal)}: what eager does, the same bits" if equal else ""
-    noise = rows["dlogp_p50"].get(YARDSTICKS[0], 0.0)
-    times = [rows.loc[plan, "dlogp_p50"] / noise for plan in plans if plan not in equal and noise]
-    ratio = (
-        f" The plans' medians are {min(times):.1f} to {max(times):.1f} times what eager changes in itself, token by token."
-        if times
-        else ""
-    )
-    return (
-        f"**Does {study.model} notice?** ({conditions(study)}.) Change of a token's log probability against eager, nats: median "
-        f"(p99, share of other first choices), each a mean over texts. Plans: {moved}{same}. Yardsticks: {beside}.{ratio}"
-    )
-
-
-def _closest(study: Study, times: dict[str, float]) -> str:
-    frames, truth = study.frames, truth_name(study.frames)
-    rows, hidden = against(frames["model_tokens"], truth), last_layer(frames, truth)
-    plans = [plan for plan in plans_of(frames) if plan in hidden.index]
-    if not plans:
-        return ""
-    kl = {plan: difference(rows, "kl_mean", plan) for plan in plans}
-    listed = ", ".join(f"`{plan}` {d.mean:+.1e} ± {d.error:.0e}" for plan, d in kl.items() if d.mean)
-    told = [f"`{plan}` {'farther' if kl[plan].mean > 0 else 'nearer'}" for plan in told_apart(kl)]
-    near = ", ".join(f"`{plan}` {hidden[plan]:.3g}" for plan in plans)
-    took = ", ".join(f"`{plan}` {times[plan]:.2f}" for plan in plans if plan in times)
-    return (
-        f"**{study.model}, distance to {truth}:** KL of eager {rows[rows['arm'] == 'eager']['kl_mean'].mean():.2g} nats; of plans more or "
-        f"less than that, ± standard error over texts: {listed}. Told apart from eager (sign-flip test, 5 % for all plans together): {', '.join(told) or 'none'}. Last "
-        f"layer's hidden state, relative error: eager {hidden['eager']:.3g}, {near}."
-        + (f" Time of one layer's chain over eager's in the table above (another model's): {took}." if took else "")
-    )
-
-
-def _times(speed: pd.DataFrame) -> dict[str, float]:
-    """Plan -> its time over eager's in that bench, at the most tokens."""
-    if not len(speed):
-        return {}
-    rows = speed[(speed["tokens"] == speed["tokens"].max()) & (speed["backend"] == best_backend(speed))]
-    return (1 / rows.set_index("plan")["speedup_vs_eager"]).dropna().to_dict()
-
-
-def _greedy(study: Study) -> str:
-    table = parted(study.frames)
-    plans = [plan for plan in plans_of(study.frames) if plan in table.index]
-    if not plans:
-        return ""
-    listed = ", ".join(f"`{plan}` {table.loc[plan, 'parted']:.0f}" for plan in plans)
-    beside = ", ".join(f"{arm} {table.loc[arm, 'parted']:.0f}" for arm in YARDSTICKS if arm in table.index)
-    length = int(against(study.frames["model_tokens"], "eager")["parts_at"].max())
-    return (
-        f"**{study.model}, greedy text:** of {table['of'].max():.0f} continuations of {length} tokens that eager wrote, so many part: "
-        f"{listed}; {beside}. Eager itself, reading in one pass what it wrote token by token, parts in "
-        f"{table.loc['eager', 'parted']:.0f}: counts like that say nothing of a plan."
-    )
-
-
-def _perplexity(study: Study) -> str:
-    found, tokens = perplexity(study.frames), study.frames["model_tokens"]
-    rows = tokens[(tokens["text"] == "passages") & (tokens["reference"] == "eager") & (tokens["status"] == "ok")]
-    arms = [arm for arm in [*plans_of(study.frames), "float32", "4-bit weights"] if arm in found.index]
-    if not arms:
-        return ""
-    pairs = {arm: difference(rows, "nll", arm) for arm in arms}
-    plain = {arm: pairs[arm] for arm in plans_of(study.frames) if arm in pairs}
-    yardsticks = {arm: pairs[arm] for arm in pairs if arm not in plain}
-    told = [
-        f"{arm} {pairs[arm].mean:+.2g} ± {pairs[arm].error:.1g}"
-        for arm in [*told_apart(plain), *told_apart(yardsticks)]
-    ]
-    plans = found.reindex(plans_of(study.frames)).dropna()
-    return (
-        f"**{study.model}, perplexity** on the passages, known ones that a model may recite: eager {found['eager']:.2f}, float32 "
-        f"{found['float32']:.2f}, plans {plans.min():.2f} to {plans.max():.2f}. Told apart from eager, nats a token: "
-        f"{', '.join(told) or 'none'}."
-    )
-
-
-def _amplified(study: Study) -> str:
-    table = layer_table(study.frames)
-    weights = table["largest K-norm weight"]
-    if weights.isna().all():
-        return ""
-    names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
-    k, logits, relative, ulps = (given_depth(table, name) for name in names)
-    return (
-        f"**{study.model}, what its K norms amplify:** largest weights from {weights.min():.3g} to {weights.max():.3g} over "
-        f"{len(table)} layers. Rank correlation with eager's error, depth held fixed (errors grow with it): K absolute {k:+.2f}, "
-        f"attention logits {logits:+.2f}, K relative {relative:+.2f}, in ulps {ulps:+.2f}."
-    )
-
-
-# ---------------------------------------------------------------- the report's section
-
-
 def sections(folder: Path) -> list[str]:
     """A section of report.md for each model."""
     return [section(study) for study in studies(folder)]
@@ -307,16 +200,23 @@ def sections(folder: Path) -> list[str]:
 
 def section(study: Study) -> str:
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
-    failed = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
-    reasons = "".join(f"\n\n`{row.arm}` {row.status}: {row.reason}" for row in failed.itertuples())
+    layers, pairs = layer_table(frames), paired_table(frames)
+    correlated = depth_table(layers)
+    words = "Text by text against eager, mean ± standard error; told apart at 5 % for all plans together, by a sign-flip test."
+    paired = f"\n\n{words}\n\n{markdown(pairs)}" if len(pairs) else ""
+    words = "Rank correlation over layers with the largest K-norm weight, depth held fixed."
+    depth = f"\n\n{words}\n\n{markdown(correlated)}" if len(correlated) else ""
+    lost = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
+    counted = lost.groupby(["arm", "status", "reason"], sort=False).size()
+    reasons = "".join(f"\n\n`{arm}` {said} in {n} texts: {why}" for (arm, said, why), n in counted.items())
     return (
         f"## In a whole model: {model}\n\n{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
         f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "
         "continuation parts at the first token that the arm would not have chosen. Δ log p is the absolute change of a token's "
         "log probability against eager, nats; quantiles are of one text, and all figures means over texts. Perplexity is that of "
         "the passages. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark."
-        f"{reasons}\n\n{markdown(arm_table(frames))}\n\n"
+        f"{reasons}\n\n{markdown(arm_table(frames))}{paired}\n\n"
         f"![error of each layer](plots/model-{model}-layers.png)\n\n![change of log p](plots/model-{model}-tokens.png)\n\n"
         f"![where greedy text parts](plots/model-{model}-parting.png)\n\nEager against {truth}, layer by layer; attention logits "
-        f"without positions, hidden states before the final norm.\n\n{markdown(layer_table(frames))}"
+        f"without positions, hidden states before the final norm.\n\n{markdown(layers)}{depth}"
     )

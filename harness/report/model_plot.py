@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from castpoint.harness.report.model import against, arms_of, parted, plans_of, truth_name
+from castpoint.harness.report.model import against, arms_of, eager_measured, failed, parted, plans_of, truth_name
 from castpoint.harness.report.style import GREY, colour
 from castpoint.harness.runs.frames import Frames
 from castpoint.harness.runs.schema import BINS
@@ -20,7 +20,9 @@ DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def model_plots(frames: Frames) -> dict[str, Figure]:
-    """layers, tokens and parting."""
+    """layers, tokens and parting; none where eager, against which all is drawn, has no figure."""
+    if not eager_measured(frames):
+        return {}
     return {"layers": layers(frames), "tokens": tokens(frames), "parting": parting(frames)}
 
 
@@ -50,6 +52,11 @@ def layers(frames: Frames) -> Figure:
     left.set_yscale("log")
     left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
     left.set_title("Error behind every layer", loc="left")
+    lost = [arm for arm in failed(frames) if arm not in drawn]
+    if lost:
+        right.text(
+            0.02, 0.98, f"failed: {', '.join(lost)}", transform=right.transAxes, fontsize=8, color=GREY, va="top"
+        )
     right.set_title("… as a multiple of eager's error", loc="left")
     for axes in (left, right):
         axes.set_xlabel("layer")
@@ -65,9 +72,12 @@ def tokens(frames: Frames) -> Figure:
     """Distribution of the change of a token's log probability against eager, all texts together, a row an arm."""
     rows = against(frames["model_dlogp"], "eager")
     counts = rows.groupby(["arm", "above"])["tokens"].sum()
-    arms = [arm for arm in arms_of(frames) if arm in counts.index and arm != "eager"][::-1]
+    arms = [arm for arm in arms_of(frames) if arm != "eager"][::-1]
     figure, axes = _rows(arms)
     for place, arm in enumerate(arms):
+        if arm not in counts.index:
+            _say_failed(axes, place)
+            continue
         shade = style(frames, arm)["color"]
         low, quarter, middle, most, top = quantiles(counts[arm], (0.1, 0.25, 0.5, 0.75, 0.99))
         if top:
@@ -104,14 +114,21 @@ def _rows(arms: list[str]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _say_failed(axes: Axes, place: int) -> None:
+    axes.text(1.02, place, "failed", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=GREY)
+
+
 def parting(frames: Frames) -> Figure:
     """One dot a continuation: tokens until the arm would choose another than eager."""
     rows = against(frames["model_tokens"], "eager")
-    arms = [arm for arm in arms_of(frames) if arm in set(rows["arm"])][::-1]
+    arms = arms_of(frames)[::-1]
     length = rows["parts_at"].max()
     figure, axes = _rows(arms)
     for place, arm in enumerate(arms):
         at = rows[rows["arm"] == arm].sort_values("prompt")["parts_at"].to_numpy()
+        if not len(at):
+            _say_failed(axes, place)
+            continue
         spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
         shade = style(frames, arm)["color"]
         stays = at == length

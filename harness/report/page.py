@@ -1,33 +1,28 @@
-"""report.md and the README's tables, generated from the records of one run. No number here is typed."""
+"""report.md, generated from the records of one run. No number here is typed."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report.findings import findings
-from castpoint.harness.report.gpu import speed_table as gpu_speed_table
+from castpoint.harness.report import failures
+from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_table, findings
 from castpoint.harness.report.markdown import markdown
-from castpoint.harness.report.studies import implementation_groups, study_sections, study_sentences
-from castpoint.harness.runs.frames import Frames, best_backend, latest, load, over_layers, own
+from castpoint.harness.report.studies import study_sections
+from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.frames import Frames, best_backend, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
 
-BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
-END = "<!-- generated: end -->"
-GPU_FOLDER = "h200"  # beside the CPU's results: where the README takes GPU times from
-BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- generated: end -->", re.DOTALL)
-
 
 def newest_run(folder: Path) -> str:
-    """The newest finished run of `bench` or `gpu` in a results folder. Raises ValueError if there is none."""
+    """The newest finished run of `bench` or `gpu` in a results folder. Raises UserError if there is none."""
     whole = ("bench", "gpu")
     finished = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") in whole]
     if not finished:
-        raise ValueError(f"{folder} holds no finished run: run `make bench` first")
+        raise UserError(f"{folder} holds no finished run: run `make bench` first")
     return finished[-1]
 
 
@@ -52,9 +47,8 @@ def plan_table(frames: Frames) -> pd.DataFrame:
 def noise_floor_table(frames: Frames) -> pd.DataFrame:
     """Eager against itself, and each backend of each plan against its own spec."""
     errors = own(frames["errors"])
-    floor = errors[
-        (errors["reference"] == "eager") & errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
-    ]
+    own_kinds = [Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD]
+    floor = errors[(errors["reference"] == "eager") & errors["backend"].isin(own_kinds)]
     table = floor[["plan", "backend", "output", "share_equal", "max_ulp", "max_abs", "rel_rms"]]
     return table.rename(columns={"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs"})
 
@@ -150,68 +144,61 @@ def conditions(folder: Path, run_id: str) -> str:
     )
 
 
+def limits(folder: Path, run_id: str, speed: pd.DataFrame) -> str:
+    """What the times were measured beside; empty where there are none."""
+    run = load_runs(folder)[run_id]
+    ceilings = run.get("ceilings")
+    if not ceilings or not len(speed):
+        return ""
+    rate = ceilings.get("fp32_flops_per_s")
+    fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
+    return (
+        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} "
+        f"TFLOP/s bf16{fp32} matmul; the roofline takes the faster. {speed['regime'].iloc[0]}. "
+        f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on "
+        f"{run['environment']['threads']} threads; a second busy process multiplies CPU times."
+    )
+
+
+CPU_TIMES = (
+    "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
+    "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
+    "not cast plans on a GPU."
+)
+
+
 def write_report(folder: Path, run_id: str) -> Path:
     """Writes report.md into the results folder and returns its path."""
     frames = load(folder, run_id)
     t = tables(folder, run_id)
-    run = load_runs(folder)[run_id]
-    ceilings = run.get("ceilings")
-    rate = (ceilings or {}).get("fp32_flops_per_s")
-    fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
-    limits = (
-        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} TFLOP/s bf16"
-        f"{fp32} matmul; the roofline takes the faster. {frames['speed']['regime'].iloc[0]}. "
-        f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on {run['environment']['threads']} "
-        "threads; a second busy process multiplies CPU times."
-        if ceilings and len(frames["speed"])
-        else ""
-    )
+    speed, draws = frames["speed"], frames["draws"]
+    said = [finding.line() for finding in findings(folder, frames)]
+    ranges = ""
+    if len(draws):
+        over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
+        ranges = f"\n\n{over}\n\n{markdown(draw_table(draws))}"
+    cpu = f"{CPU_TIMES} " if len(speed) and best_backend(speed) == "inductor" else ""
     sections = [
-        f"# Results\n\n{conditions(folder, run_id)}",
-        "## Findings\n\n"
-        + "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])]),
+        *(["## Findings\n\n" + "\n".join(said)] if said else []),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
-        "![speed against error](plots/pareto.png)\n\n![error of each plan](plots/plans.png)\n\n"
-        "![histogram in ulps](plots/ulps.png)",
-        "## What the K-norm weights amplify\n\nFirst layer, and the same layer with every K-norm weight set to one "
+        "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
+        f"## {AMPLIFIED}\n\nFirst layer, and the same layer with every K-norm weight set to one "
         "number. Attention is causal, without position encoding.\n\n"
-        f"{t['amplification']}\n\n![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
-        f"## Noise floor\n\nEager against itself, first layer.\n\n{t['noise']}",
+        f"{t['amplification']}{ranges}\n\n"
+        "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
+        f"## {NOISE}\n\nEager against itself, first layer.\n\n{t['noise']}",
         "## Kernels against their specs\n\nFirst layer; the worst of q, k and v. `ok`: every element lies in the plan's "
         "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
         f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
-        f"## Times\n\n{limits}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
-        *study_sections(folder),
+        f"## Times\n\n{cpu}{limits(folder, run_id, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
+        *study_sections(folder, load_runs(folder)[run_id]["environment"].get("commit", "")),
     ]
+    sections[1:1] = failures.section(failures.failures(folder, run_id))
+    headings = [section.splitlines()[0].removeprefix("## ") for section in sections]
+    contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in headings)
     path = folder / "report.md"
-    path.write_text("\n\n".join(section.rstrip() for section in sections) + "\n")
+    whole = [f"# Results\n\n{conditions(folder, run_id)}", contents, *sections]
+    path.write_text("\n\n".join(section.rstrip() for section in whole) + "\n")
     return path
-
-
-def readme_block(folder: Path, run_id: str) -> str:
-    """What stands between the README's markers: the table of plans and the findings of one run, and what the newest
-    fingerprints of public implementations say."""
-    frames = load(folder, run_id)
-    table = plan_table(frames).drop(columns=["rounds", "K bias"])
-    lines = "\n".join(f"- {line}" for line in [*findings(frames), *study_sentences(folder, run_id, frames["speed"])])
-    gemma = "The gemma plans run on the same weights stored as w − 1; their eager is Hugging Face's Gemma 3 code."
-    body = f"{conditions(folder, run_id)} {gemma}\n\n{markdown(table)}\n\n### Findings\n\n{lines}"
-    surveyed = latest(folder, "implementations")
-    if surveyed is not None:
-        body += (
-            "\n\n### What public implementations do\n\nBy fingerprint, on this machine. What is not named is kept in fp32.\n\n"
-            f"{markdown(implementation_groups(surveyed[1]))}"
-        )
-    body += f"\n\n### Speed on a GPU\n\n{gpu_speed_table(folder.parent / GPU_FOLDER)}"
-    return f"{BEGIN.format(folder=folder.as_posix(), run_id=run_id)}\n{body}\n{END}"
-
-
-def update_readme(readme: Path, folder: Path) -> None:
-    """Replaces the README's generated block by that of the newest run. Raises ValueError if it has no markers."""
-    text = readme.read_text()
-    if not BLOCK.search(text):
-        raise ValueError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
-    block = readme_block(folder, newest_run(folder))
-    readme.write_text(BLOCK.sub(lambda _: block, text))

@@ -1,4 +1,4 @@
-"""Plots of one run, each drawn from its records alone: PNG and SVG, plans named where they are drawn."""
+"""Plots of one run, each drawn from its records alone, plans named where they are drawn."""
 
 from __future__ import annotations
 
@@ -6,64 +6,55 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-
+import matplotlib.axis
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
-from castpoint.harness.report import model as impact_report
+from castpoint.harness.report import model
 from castpoint.harness.report.budget_plot import budget_bars
+from castpoint.harness.report.failures import note
 from castpoint.harness.report.model_plot import model_plots
-from castpoint.harness.report.style import BLUE, GREY, KINDS, colour, kind
-from castpoint.harness.report.style import GREEN as GREEN
-from castpoint.harness.report.style import ORANGE as ORANGE
-from castpoint.harness.report.style import RED as RED
+from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
-from castpoint.kernels.checks import RNE
 from castpoint.variants.catalogue import PLANS
 
-ONE_ROUNDING = 1.66e-3  # rms relative error of one rounding to bf16 of values spread evenly over a binade
 BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for, and the newest error budget, into folder/plots; returns the PNGs."""
+    """Draws every plot the run has data for, the newest error budget and models into folder/plots; returns the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
-        "pareto": pareto,
         "plans": error_per_plan,
         "layers": error_per_layer,
         "gain": gain_per_channel,
         "ulps": ulp_histogram,
         "time": time_against_tokens,
     }
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "castpoint"}
-    drawn = []
     (folder / "plots").mkdir(exist_ok=True)
-    with plt.rc_context(style):
+    with plt.rc_context(RC):
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
         budget = latest(folder, "budget")
         if budget is not None:
             figures["budget"] = (budget_bars(budget[1]), budget[0])
-        for study in impact_report.studies(folder):
+        for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
-        for name, (figure, of_run) in figures.items():
-            if figure is None:
-                continue
-            figure.text(0.005, 0.005, _label(runs[of_run], tokens=name != "time"), fontsize=7, color=GREY)
-            for suffix, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
-                figure.savefig(folder / "plots" / f"{name}.{suffix}", **options)
-            plt.close(figure)
-            drawn.append(folder / "plots" / f"{name}.png")
-    return drawn
+        return [
+            save(
+                figure,
+                folder / "plots" / f"{name}.png",
+                _label(runs[of_run], tokens=name != "time") + note(folder, of_run),
+            )
+            for name, (figure, of_run) in figures.items()
+            if figure is not None
+        ]
 
 
 def _label(run: dict, tokens: bool) -> str:
@@ -77,64 +68,16 @@ def _label(run: dict, tokens: bool) -> str:
     return f"{s['model']}, {weights}; {count}{where}; torch {e['versions']['torch']}"
 
 
-def pareto(frames: Frames) -> Figure | None:
-    """K's error over time, one point a plan; lower left is better."""
-    speed = frames["speed"]
-    speed = speed[speed["status"] == "ok"]
-    if not len(speed):
-        return None
-    tokens, backend = int(speed["tokens"].max()), best_backend(speed)
-    speed = speed[speed["tokens"] == tokens]
-    times = speed[speed["backend"] == backend].set_index("plan")
-    error = over_layers(frames["errors"], "truth", "rel_rms")
-    plans = [name for name in PLANS if name in times.index and name in error.index]
-    figure, axes = _figure(10, 5.4, right=0.86)
-    x, y = times.loc[plans, "p50_us"].to_numpy() / 1e3, error[plans].to_numpy()
-    if backend == "inductor":
-        _matmuls(axes, dict(zip(plans, x, strict=True)))
-    low, high = times.loc[plans, "p10_us"] / 1e3, times.loc[plans, "p90_us"] / 1e3
-    axes.hlines(y, low, high, color=[colour(p) for p in plans], linewidth=1)
-    axes.scatter(x, y, c=[colour(p) for p in plans], s=45, zorder=3)
-    baselines = speed[speed["backend"].isin(BASELINES)].sort_values("p50_us")
-    for at, name, side in zip(baselines["p50_us"] / 1e3, baselines["backend"], ("right", "left"), strict=False):
-        axes.axvline(at, 0.97, color="black", linewidth=1.5)
-        axes.text(at, 1.005, f" {name} ", fontsize=8, ha=side, transform=axes.get_xaxis_transform())
-    ends = [low.min(), high.max(), *baselines["p50_us"] / 1e3]
-    axes.set(xscale="log", yscale="log", xlim=(min(ends) / 1.1, max(ends) * 1.6))
-    axes.margins(y=0.1)
-    _plain_ticks(axes.yaxis)
-    _plain_ticks(axes.xaxis)
-    _labels_beside(axes, high.to_numpy(), y, plans)
-    axes.set_xlabel(f"time of one layer's call at {tokens} tokens [ms] (dot: median; line: 10th to 90th percentile)")
-    axes.set_ylabel("K error against float64: relative rms, all layers")
-    title = f"K's error over {_ran(backend)}; lower left is better"
-    if backend == "inductor":
-        title += "\nThe times rank two CPU matmuls, not plans on a GPU"
-    axes.set_title(title, loc="left", pad=16)
-    return figure
-
-
-def _matmuls(axes: Axes, times: dict[str, float]) -> None:
-    """Grey bands over the plans of each CPU matmul: bf16's returns bf16, so only plans that round proj can use it."""
-    narrow = {name: PLANS[name].plan.matmul == "bf16" and PLANS[name].plan.proj == RNE for name in times}
-    for matmul, is_narrow in (("bf16 matmul", True), ("fp32 matmul", False)):
-        spent = [time for name, time in times.items() if narrow[name] == is_narrow]
-        if spent:
-            axes.axvspan(min(spent) / 1.03, max(spent) * 1.03, color="#f2f2f2", zorder=0)
-            middle = (min(spent) * max(spent)) ** 0.5
-            axes.text(middle, 0.015, matmul, fontsize=8, ha="center", transform=axes.get_xaxis_transform())
-
-
 def error_per_plan(frames: Frames) -> Figure | None:
     """Distance to the truth and distance to eager, with the noise floor of each."""
     errors = frames["errors"]
-    truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False)
+    truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False) / ROUNDING
     if not len(truth):
         return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
     rows = own(errors)
     rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
-    low, high = (rows.groupby("plan")["rel_rms"].agg(kind) for kind in ("min", "max"))
+    low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), sharey=True, width_ratios=[3, 2])
     figure.subplots_adjust(left=0.17, right=0.97, bottom=0.85 / height, top=1 - 1.15 / height, wspace=0.08)
@@ -146,12 +89,16 @@ def error_per_plan(frames: Frames) -> Figure | None:
                        va="center", fontsize=8, color=GREY)  # fmt: skip
     left.set_yticks(range(len(truth)), truth.index)
     left.set_ylim(-0.6, len(truth) - 0.4)
-    left.axvline(ONE_ROUNDING, color=GREY, linestyle="--", linewidth=1)
-    left.text(ONE_ROUNDING, 1, " one rounding to bf16", fontsize=8, color=GREY, va="bottom",
+    left.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    left.text(1, 1, " one rounding, at the store", fontsize=8, color=GREY, va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
-    left.set_xscale("log")
-    _plain_ticks(left.xaxis)
-    left.set_xlabel("K relative rms error against float64\n(dot: all layers; bar: smallest to largest layer)")
+    left.set_xlim(left=0)
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+    left.set_xlabel(
+        "K's error against float64 in units of one rounding to bf16,\n"
+        "relative rms (dot: all layers; bar: smallest to largest layer)"
+    )
     left.set_title("distance to the truth", loc="left", pad=14)
     noise = noise_floor(errors)
     floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
@@ -255,7 +202,7 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     for axes in list(grid.flat)[len(plans) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        axes.set_ylabel("share [%]")
+        axes.set_ylabel("share of K [%]")
     for axes in grid[-1]:
         axes.set_xlabel("|error| [bf16 ulp]")
         axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
@@ -331,24 +278,6 @@ def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-"))
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _labels_beside(axes: Axes, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    """Names right of their points; points too close for labels of their own share one, beside the rightmost."""
-    axes.figure.canvas.draw()
-    pixels = axes.transData.transform(np.column_stack([x, y])) * 72 / axes.figure.dpi  # points, as font sizes are
-    groups: list[list[int]] = []
-    for at in np.argsort(pixels[:, 1]):
-        near = [g for g in groups if np.all(np.abs(pixels[g] - pixels[at]) < (40, 8))]
-        if near:
-            near[0].append(at)
-        else:
-            groups.append([at])
-    for group in groups:
-        last = max(group, key=lambda at: x[at])
-        label = ", ".join(names[at] for at in sorted(group, key=lambda at: x[at]))
-        axes.annotate(label, (x[last], np.exp(np.log(y[group]).mean())), (5, 0), textcoords="offset points",
-                      va="center", fontsize=9, color=colour(names[last]) if len(group) == 1 else "black")  # fmt: skip
 
 
 def _margin_labels(axes: Axes, x: np.ndarray, y: np.ndarray, labels: list[str], shades: list[str]) -> None:

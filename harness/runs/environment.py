@@ -24,7 +24,12 @@ def machine_name(device: str) -> str:
         return "cpu"
     import torch
 
-    words = re.findall(r"[a-z]+\d+\w*|\d+\w*", torch.cuda.get_device_name().lower())
+    return short_name(torch.cuda.get_device_name())
+
+
+def short_name(gpu: str) -> str:
+    """`h200` of NVIDIA H200."""
+    words = re.findall(r"[a-z]+\d+\w*|\d+\w*", gpu.lower())
     return words[0] if words else "gpu"
 
 

@@ -20,7 +20,7 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-    except ImportError:  # `harness gpu` runs with what is there
+    except ImportError:  # `castpoint gpu` runs with what is there
         yield from _plain(items, label)
         return
     console = Console(stderr=True)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.schema import KEYS, TABLES, Row, text
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ class Records:
         values = {**vars(row), "run_id": self.run_id, "reason": " ".join(row.reason.split())}
         if self.has(type(row), **values):
             return
-        with open(self.folder / f"{row.TABLE}.csv", "a", newline="") as file:
+        with writing(self.folder), open(self.folder / f"{row.TABLE}.csv", "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([text(values[column]) for column in row.columns()])
         self.done[row.TABLE].add(row.key_of(**values))
 
@@ -58,8 +58,9 @@ class Records:
         """Adds facts about this run to environment.json."""
         self.runs[self.run_id].update(facts)
         draft = self.environment_path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"schema": SCHEMA, "runs": self.runs}, indent=1) + "\n")
-        draft.replace(self.environment_path)
+        with writing(self.folder):
+            draft.write_text(json.dumps({"schema": SCHEMA, "runs": self.runs}, indent=1) + "\n")
+            draft.replace(self.environment_path)
 
     def finish(self) -> None:
         self.note(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
@@ -30,10 +31,10 @@ from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.limits import ceilings as gpu_ceilings
 from castpoint.harness.timing.outputs import bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure, spread
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import eager, plan_weight
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 
@@ -80,7 +81,7 @@ def sweep_speed(settings: Settings, records: Records) -> None:
 def _gpu_ceilings(gpu: Cuda) -> Ceilings:
     found = gpu_ceilings(gpu)
     if found["reason"]:
-        raise ValueError(f"the GPU's own limits could not be measured: {found['reason']}")
+        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
     return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
 
 

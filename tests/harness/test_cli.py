@@ -1,8 +1,7 @@
-"""The command line: one-line errors with a non-zero exit, quick help, README in step with the records."""
+"""The command line: its groups, quick help, options that are checked before any work starts."""
 
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -12,11 +11,7 @@ from commands import ROOT, command, failure
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from castpoint.harness.doctor import checks, hub_package, interpreter, interpreter_with_numpy, package_origin
 from castpoint.harness.options import parse_layers, select
-from castpoint.harness.report.page import BLOCK, newest_run, readme_block, update_readme
-from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.schema import TABLES
 from castpoint.variants.catalogue import PLANS
 
 
@@ -25,9 +20,9 @@ from castpoint.variants.catalogue import PLANS
     [
         (["bench", "--model", "qwen3-0.6"], "did you mean 'qwen3-0.6b'?"),
         (["bench", "--plans", "hf,fp23"], "did you mean 'fp32'?"),
-        (["errors", "--layers", "0,28"], "the model has layers 0 to 27"),
-        (["amplify", "--layers", "first"], "numbers and ranges such as 0-3,8"),
-        (["speed", "--device", "tpu"], "must be cpu or cuda"),
+        (["bench", "--layers", "0,28"], "the model has layers 0 to 27"),
+        (["bench", "--only", "amplification", "--layers", "first"], "numbers and ranges such as 0-3,8"),
+        (["bench", "--only", "speed", "--device", "tpu"], "must be cpu or cuda"),
         (["bench", "--checkpoint", "missing.safetensors"], "missing.safetensors does not exist"),
         (["report", "--results", "nowhere"], "run `make bench` first"),
     ],
@@ -107,10 +102,18 @@ def test_help_is_quick() -> None:
         result = command("--help")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 1.5 and result.returncode == 0
-    for (
-        name
-    ) in "bench errors amplify speed budget gpu identify survey cases confusion audit report plans doctor".split():
+    for name in "identify plans bench gpu model audit study report doctor".split():
         assert re.search(rf"\b{name}\b", result.stdout), name
+    for group in (
+        "Which plan?",
+        "What does it cost?",
+        "What does it buy?",
+        "Does it matter?",
+        "Is it proven?",
+        "The lab",
+    ):
+        assert group in result.stdout
+    assert "publish" not in result.stdout, "that is for maintainers"
 
 
 def test_plans_are_listed() -> None:
@@ -118,8 +121,10 @@ def test_plans_are_listed() -> None:
     assert result.returncode == 0 and all(name in result.stdout for name in PLANS)
 
 
-def test_errors_command_prints_the_table(tmp_path: Path) -> None:
+def test_a_part_of_a_bench_prints_its_tables(tmp_path: Path) -> None:
     arguments = [
+        "bench",
+        "--only",
         "errors",
         "--layers",
         "0",
@@ -143,92 +148,3 @@ def test_layers_are_parsed() -> None:
     assert parse_layers("", 28) == ()
     with pytest.raises(ValueError, match="layers 0 to 4"):
         parse_layers("5", 5)
-
-
-def test_doctor_finds_nothing_here_and_names_what_is_in_the_way(monkeypatch, tmp_path: Path) -> None:
-    assert all(check.ok for check in checks()), [check for check in checks() if not check.ok]
-    (tmp_path / "kernels-0.9.0.dist-info").mkdir()
-    (tmp_path / "kernels-0.9.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert not hub_package().ok and "pip uninstall kernels" in hub_package().cure
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert any(not check.ok and "g++" in check.cure for check in checks())
-
-
-def test_doctor_sees_an_interpreter_variable_that_came_too_late(monkeypatch) -> None:
-    assert interpreter().ok
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # kernels were imported interpreted
-    assert not interpreter().ok and "before the kernels are imported" in interpreter().cure
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "ok"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0+git1", "2.10.1", True)]
-)
-def test_doctor_knows_the_numpy_that_an_interpreter_fails_under(triton: str, numpy: str, ok: bool, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", {"triton": triton, "numpy": numpy}.__getitem__)
-    assert interpreter_with_numpy().ok == ok and "numpy<2.4" in interpreter_with_numpy().cure
-
-
-def test_each_package_is_this_checkouts_own() -> None:
-    assert all(package_origin(name).ok for name in ("castpoint.kernels", "castpoint.variants", "castpoint.harness"))
-    assert not package_origin("torch").ok
-
-
-def test_doctor_command() -> None:
-    result = command("doctor", TRITON_INTERPRET="1")
-    assert result.returncode == 0, result.stdout
-
-
-def test_the_readme_shows_the_records() -> None:
-    """The block of the README is what the run it names gives, letter for letter."""
-    text = (ROOT / "README.md").read_text()
-    match = BLOCK.search(text)
-    assert match, "README.md has no generated block"
-    folder, run_id = match.groups()
-    assert match.group(0) == readme_block(ROOT / folder, run_id).replace(str(ROOT) + "/", "")
-    assert "finished" in load_runs(ROOT / folder)[run_id]
-
-
-def test_a_newer_bench_does_not_change_what_the_readme_says_of_an_older_one(tmp_path: Path) -> None:
-    folder, run_id = BLOCK.search((ROOT / "README.md").read_text()).groups()
-    copy = tmp_path / "cpu"
-    shutil.copytree(ROOT / folder, copy, ignore=shutil.ignore_patterns("plots"))
-    before = readme_block(copy, run_id)
-    runs = json.loads((copy / "environment.json").read_text())
-    runs["runs"]["29990101T000000"] = runs["runs"][run_id]
-    (copy / "environment.json").write_text(json.dumps(runs))
-    for table in ("errors", "amplification", "speed"):
-        rows = [line.split(",") for line in (copy / f"{table}.csv").read_text().splitlines()[1:]]
-        newer = [",".join(["29990101T000000", *(cell.replace("1", "3") for cell in row[1:])]) for row in rows]
-        with open(copy / f"{table}.csv", "a") as file:
-            file.write("\n".join(newer) + "\n")
-    assert newest_run(copy) == "29990101T000000" and readme_block(copy, run_id) == before
-
-
-def test_a_typed_number_in_the_readme_is_noticed(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    folder, run_id = BLOCK.search(text).groups()
-    changed = re.sub(r"(\| hf \| 0\.00)(\d)", lambda m: m.group(1) + str((int(m.group(2)) + 1) % 10), text)
-    assert changed != text and BLOCK.search(changed).group(0) != readme_block(Path(folder), run_id)
-    (tmp_path / "README.md").write_text(changed)
-    update_readme(tmp_path / "README.md", Path(folder))
-    assert "| hf |" in (tmp_path / "README.md").read_text()
-
-
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# nothing\n")
-    with pytest.raises(ValueError, match="no generated block"):
-        update_readme(tmp_path / "README.md", ROOT / "results" / "cpu")
-
-
-def test_committed_records_are_whole() -> None:
-    for folder in (ROOT / "results").iterdir():
-        runs = load_runs(folder)
-        assert runs and all({"settings", "environment"} <= set(run) for run in runs.values())
-        assert json.loads((folder / "environment.json").read_text())["schema"] == 1
-        for table, columns in TABLES.items():
-            lines = (folder / f"{table}.csv").read_text().splitlines()
-            assert lines[0] == ",".join(columns) and {line.split(",")[0] for line in lines[1:]} <= set(runs)

@@ -5,11 +5,6 @@ What these nets catch is shown in test_mutation.py.
 
 from __future__ import annotations
 
-import ast
-import os
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,12 +22,12 @@ from nets import (
     nearest_by_table,
     random_case,
 )
-from support import DEVICE, KERNELS, NAN, ROOT, assert_bit_equal, assert_inside, random_problem
+from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
-from castpoint.kernels.checks import CHOICES, STORAGE
 from castpoint.kernels.head_norm import head_norm
-from castpoint.kernels.norm_qkv import fold_norm_weight, norm_qkv
+from castpoint.kernels.norm_qkv import fold_norm_weight
+from castpoint.kernels.plan import CHOICES, STORAGE
 from castpoint.variants.backends import run, run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import plan_eager, plan_weight
@@ -146,7 +141,8 @@ def test_fold_norm_weight_rounds_once(offset: str):
     problem = random_problem()
     applied = problem.norm_weight.cpu().float() + (0 if offset == "none" else 1)
     applied = nearest_by_table(applied) if offset == "bf16-rne" else applied
-    folded = fold_norm_weight(problem.qkv_weight, problem.norm_weight, offset)
+    plan = PLANS["folded"].plan.replace(weight_offset=offset)
+    folded = fold_norm_weight(problem.qkv_weight, problem.norm_weight, plan)
     products = problem.qkv_weight.cpu().float() * applied
     assert_bit_equal(actual=folded, expected=nearest_by_table(products.flatten()).reshape(products.shape))
 
@@ -234,226 +230,3 @@ def test_head_norm_alone_is_the_head_norm_of_the_chain():
     assert_bit_equal(actual=out, expected=whole["q"])
     assert_bit_equal(actual=head_norm(k_proj, problem.k_norm_weight, problem.eps), expected=whole["k"])
     assert_bit_equal(actual=v.to(torch.bfloat16), expected=whole["v"])
-
-
-# ---------------------------------------------------------------- errors of the launchers
-
-
-def bf16(*shape: int, device: str = DEVICE, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
-
-
-def outputs(**changed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple({"q": bf16(5, 2, 32), "k": bf16(5, 1, 32), "v": bf16(5, 1, 32), **changed}.values())
-
-
-F32 = torch.float32
-# What is wrong, and the words the error must hold: what was given, and what would be right.
-BAD_INPUTS = {
-    "x of three dimensions": ({"x": bf16(1, 5, 200)}, ["[1, 5, 200]", "[tokens, hidden size]"]),
-    "x without channels": ({"x": bf16(5, 0)}, ["[5, 0]", "[tokens, hidden size]"]),
-    "x in fp32": ({"x": bf16(5, 200, dtype=F32)}, ["x must be torch.bfloat16", "torch.float32"]),
-    "norm weight too short": ({"norm_weight": bf16(199)}, ["norm_weight", "[200]", "[199]"]),
-    "norm weight in fp32": ({"norm_weight": bf16(200, dtype=F32)}, ["norm_weight", ".to(torch.bfloat16)"]),
-    "norm weight elsewhere": ({"norm_weight": bf16(200, device="meta")}, ["norm_weight is on meta", "x is on"]),
-    "weight of other width": ({"qkv_weight": bf16(128, 100)}, ["qkv_weight", "[rows, 200]", "[128, 100]"]),
-    "weight of one dimension": ({"qkv_weight": bf16(128)}, ["qkv_weight", "[rows, 200]", "[128]"]),
-    "weight without rows": ({"qkv_weight": bf16(0, 200)}, ["0 rows", "4 heads"]),
-    "rows that make no whole heads": ({"qkv_weight": bf16(130, 200)}, ["130 rows", "4 heads"]),
-    "weight in fp16": ({"qkv_weight": bf16(128, 200, dtype=torch.float16)}, ["qkv_weight", "torch.float16"]),
-    "weight elsewhere": ({"qkv_weight": bf16(128, 200, device="meta")}, ["qkv_weight is on meta", "one device"]),
-    "groups that do not divide": ({"num_q_heads": 3, "num_kv_heads": 2}, ["3 query heads", "multiple"]),
-    "no key heads": ({"num_kv_heads": 0}, ["0 key/value heads", "positive"]),
-    "no query heads": ({"num_q_heads": 0}, ["0 query heads", "positive"]),
-    "q norm alone": ({"k_norm_weight": None}, ["q_norm_weight and k_norm_weight", "together"]),
-    "k norm of other size": ({"k_norm_weight": bf16(64)}, ["k_norm_weight", "[32]", "[64]"]),
-    "q norm in fp32": ({"q_norm_weight": bf16(32, dtype=F32)}, ["q_norm_weight", "torch.float32"]),
-    "bias too short": ({"bias": bf16(127)}, ["bias", "[128]", "[127]"]),
-    "bias in fp32": ({"bias": bf16(128, dtype=F32)}, ["bias must be torch.bfloat16", "torch.float32"]),
-    "residual of other shape": ({"residual": bf16(4, 200)}, ["residual", "[5, 200]", "[4, 200]"]),
-    "residual elsewhere": ({"residual": bf16(5, 200, device="meta")}, ["residual is on meta"]),
-    "eps of zero": ({"eps": 0.0}, ["eps must be a positive number", "1e-6", "0.0"]),
-    "eps negative": ({"eps": -1e-6}, ["eps", "positive", "-1e-06"]),
-    "eps infinite": ({"eps": float("inf")}, ["eps", "positive", "inf"]),
-    "eps NaN": ({"eps": NAN}, ["eps", "positive", "nan"]),
-    "eps in words": ({"eps": "1e-6"}, ["eps", "positive", "'1e-6'"]),
-    "unknown storage": ({"normed": "bf16"}, ["normed", "fp32, bf16-rne, bf16-rtz", "'bf16'"]),
-    "unknown x storage": ({"x_storage": "rne"}, ["x must be one of fp32, bf16-rne, bf16-rtz", "'rne'"]),
-    "unknown scale": ({"scale": "prolog"}, ["scale must be one of prologue, epilogue, folded", "'prolog'"]),
-    "unknown matmul": ({"matmul": "tf32x2"}, ["matmul must be one of bf16, tf32, tf32x3, fp32", "'tf32x2'"]),
-    "unknown offset": ({"weight_offset": "one"}, ["weight_offset must be one of none, fp32, bf16-rne", "'one'"]),
-    "normed after the matmul": ({"scale": "epilogue", "normed": "bf16-rne"}, ["normed must be 'fp32'", "epilogue"]),
-    "folded with hidden": ({"scale": "folded"}, ["hidden must be 'fp32'", "folded"]),
-    "folded in fp32": ({"scale": "folded", "hidden": "fp32", "matmul": "fp32"}, ["matmul must be 'bf16'", "folded"]),
-    "folded x in fp32": ({"scale": "folded", "hidden": "fp32", "x_storage": "fp32"}, ["x rounded", "x='fp32'"]),
-    "bf16 matmul of fp32": ({"hidden": "fp32"}, ["matmul='bf16' contradicts hidden='fp32'", "needs hidden in bf16"]),
-    "fp32 matmul of bf16": ({"matmul": "fp32"}, ["matmul='fp32' contradicts hidden='bf16-rne'", "same function"]),
-    "out in fp32": ({"out": outputs(k=bf16(5, 1, 32, dtype=F32))}, ["k must be torch.bfloat16", "torch.float32"]),
-    "out in bf16": ({"out": outputs(), "out_storage": "fp32"}, ["q must be torch.float32", "torch.bfloat16"]),
-    "out of other shape": ({"out": outputs(v=bf16(5, 2, 32))}, ["v must have shape [5, 1, 32]", "[5, 2, 32]"]),
-    "out elsewhere": ({"out": outputs(q=bf16(5, 2, 32, device="meta"))}, ["q is on meta"]),
-    "out with strided heads": ({"out": outputs(q=bf16(5, 2, 64)[..., ::2])}, ["q must have contiguous heads", "64"]),
-}
-
-
-def test_the_inputs_are_right_but_for_the_changes_below():
-    norm_qkv(**random_problem(tokens=5).inputs(), out=outputs())
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_a_bad_input_is_named_in_one_line(case: str):
-    changes, words = BAD_INPUTS[case]
-    inputs = random_problem(tokens=5).inputs()
-    with pytest.raises(ValueError) as error:
-        norm_qkv(**{**inputs, **changes})
-    message = str(error.value)
-    assert "\n" not in message
-    assert not [word for word in words if word not in message], message
-
-
-BAD_HEAD_NORM = {
-    "proj of two dimensions": ({"proj": bf16(5, 32)}, ["[tokens, heads, head size]", "[5, 32]"]),
-    "proj with strided heads": ({"proj": bf16(5, 2, 64)[..., ::2]}, ["contiguous heads"]),
-    "proj in fp16": ({"proj": bf16(5, 2, 32, dtype=torch.float16)}, ["torch.bfloat16 or torch.float32", "float16"]),
-    "weight of other size": ({"weight": bf16(31)}, ["weight must have shape [32]", "[31]"]),
-    "weight in fp32": ({"weight": bf16(32, dtype=F32)}, ["weight must be torch.bfloat16"]),
-    "eps of zero": ({"eps": 0}, ["eps must be a positive number", "0"]),
-    "unknown storage": ({"head_rstd": "bf16-rn"}, ["head_rstd must be one of fp32, bf16-rne, bf16-rtz", "'bf16-rn'"]),
-    "out of other shape": ({"out": bf16(5, 1, 32)}, ["out must have shape [5, 2, 32]", "[5, 1, 32]"]),
-    "out in bf16": ({"out": bf16(5, 2, 32), "out_storage": "fp32"}, ["out must be torch.float32"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_HEAD_NORM)
-def test_a_bad_input_of_head_norm_is_named_in_one_line(case: str):
-    changes, words = BAD_HEAD_NORM[case]
-    inputs = {"proj": bf16(5, 2, 32), "weight": bf16(32)}
-    with pytest.raises(ValueError) as error:
-        head_norm(**{**inputs, **changes})
-    message = str(error.value)
-    assert "\n" not in message
-    assert not [word for word in words if word not in message], message
-
-
-ON_A_CPU = """
-import torch
-from castpoint.kernels.head_norm import head_norm
-from castpoint.kernels.norm_qkv import norm_qkv
-
-def ones(*shape):
-    return torch.ones(shape, dtype=torch.bfloat16)
-
-for call in (lambda: norm_qkv(ones(2, 32), ones(32), ones(64, 32), 2, 1), lambda: head_norm(ones(2, 1, 16), ones(16))):
-    try:
-        call()
-    except ValueError as error:
-        print(error)
-"""
-
-
-def test_a_cpu_without_the_interpreter_says_how_to_get_it():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", ON_A_CPU], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n") == 2
-    for word in ("x is on the CPU", "proj is on the CPU", "TRITON_INTERPRET=1", "GPU"):
-        assert word in result.stdout
-
-
-# ---------------------------------------------------------------- who imports whom
-
-
-def imported(folder: str, root: Path = ROOT) -> set[str]:
-    """Top-level names of everything the modules of a package import, wherever in a file. A relative import that leaves
-    the package counts by the name behind its dots."""
-    names = set()
-    for path in (root / folder).rglob("*.py"):
-        depth = len(path.relative_to(root).parts) - 1  # of the packages around the module: so many dots stay inside
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.module):
-                found = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                found = [node.module]
-            else:
-                continue
-            inside = isinstance(node, ast.ImportFrom) and 0 < node.level <= depth
-            names |= {folder} if inside else {name.split(".")[0] for name in found}
-    return names - set(sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize(
-    ("folder", "allowed"),
-    [
-        ("kernels", {"kernels", "torch", "triton"}),
-        ("variants", {"variants", "kernels", "torch"}),
-    ],
-    ids=["kernels", "variants"],
-)
-def test_arrows_point_down(folder: str, allowed: set[str]):
-    assert imported(folder) == allowed
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import castpoint.harness.problems.grid",
-        "from harness import grid",
-        "from ..harness import grid",
-        "from ..harness.grid import points",
-        "from .. import harness",
-        "def late():\n    from ...harness import grid",
-    ],
-)
-def test_an_arrow_that_points_up_is_seen(line: str, tmp_path: Path):
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    assert imported("kernels", tmp_path) == imported("kernels")
-    with open(tmp_path / "kernels" / "chain.py", "a") as file:
-        file.write(f"\n{line}\n")
-    assert imported("kernels", tmp_path) == imported("kernels") | {"harness"}
-
-
-IN_AN_ENGINE = """
-import importlib
-import pkgutil
-import sys
-import torch
-import my_engine.kernels as package
-from my_engine.kernels.norm_qkv import norm_qkv
-
-for module in pkgutil.iter_modules(package.__path__):
-    importlib.import_module(f"my_engine.kernels.{module.name}")
-
-def ones(*shape):
-    return torch.ones(shape, dtype=torch.bfloat16)
-
-q, k, v = norm_qkv(ones(2, 32), ones(32), ones(64, 32), 2, 1, q_norm_weight=ones(16), k_norm_weight=3 * ones(16))
-assert q.shape == (2, 2, 16) and k.shape == v.shape == (2, 1, 16)
-print(q.unique().tolist(), k.unique().tolist(), v.unique().tolist())
-print(*sorted({name.split(".")[0] for name in sys.modules} & {"kernels", "variants", "harness", "my_engine"}))
-"""
-
-
-def test_the_folder_runs_inside_an_engine(tmp_path: Path):
-    """Copied as the README says, with none of this repository on the path."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "my_engine" / "kernels")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", IN_AN_ENGINE]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[1.0] [3.0] [32.0]", "my_engine"]
-
-
-@pytest.mark.parametrize("name", ["hf", "bf16-statistics"])
-def test_massive_activations(name: str) -> None:
-    """From layer 2 on one value of the first token is 1800 times the others' rms, four channels are large in all."""
-    plan = PLANS[name].plan
-    problem = synthetic_problem("qwen3-0.6b", layer=8, tokens=8)
-    assert problem.x[0].abs().max() > 1000 * problem.x[1:].float().square().mean().sqrt()
-    allowed = envelope(plan, problem)
-    assert min(pinned_share(ends) for ends in allowed.values()) > 0.8, "the envelope says little here"
-    actual = KERNELS.run(plan, problem)
-    assert_inside(actual=actual, allowed=allowed)
-    with pytest.raises(AssertionError, match="outside the envelope"):
-        assert_inside(actual=actual, allowed=envelope(plan.replace(out="bf16-rtz"), problem))

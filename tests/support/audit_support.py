@@ -24,14 +24,12 @@ ROOT = Path(__file__).parents[2]  # as in support.py, whose imports would cost e
 def in_process(function: Callable[..., Iterator[dict]], *args: str, cache: Path, **env: str) -> list[dict]:
     """Rows that a function of a test module yields in a process whose kernels compile, with an empty cache."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"""
-import json, runpy
-for row in runpy.run_path({function.__code__.co_filename!r})[{function.__name__!r}](*{args!r}):
-    print(json.dumps(row), flush=True)
-"""
+    module = Path(function.__code__.co_filename)
+    code = f"import json, {module.stem} as module\nfor row in module.{function.__name__}(*{args!r}): "
+    path = [str(ROOT / "tests" / "support"), str(module.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**kept, "PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_CACHE_DIR": str(cache), **env},
+        [sys.executable, "-c", code + "print(json.dumps(row), flush=True)"],
+        env={**kept, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache), **env},
         cwd=cache,
         capture_output=True,
         text=True,

@@ -20,4 +20,4 @@ CONFIGS = {
 
 def expressible(plans: tuple[str, ...] = tuple(PLANS)) -> list[tuple[str, str]]:
     """(plan, config) of those that go together."""
-    return [(p, c) for p in plans for c in CONFIGS if not unsupported(CONFIGS[c], PLANS[p].plan.choices())]
+    return [(p, c) for p in plans for c in CONFIGS if not unsupported(CONFIGS[c], PLANS[p].plan)]

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.kernels.config import Config
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import eager
 from castpoint.variants.envelope import Interval, envelope
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec
 

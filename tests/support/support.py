@@ -17,10 +17,9 @@ import castpoint.kernels.rounding
 import castpoint.kernels.split_k
 from castpoint.harness.problems.positions import cos_sin_cache
 from castpoint.kernels.config import Config
-from castpoint.variants.backends import triton_flags
+from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import plan_weight
 from castpoint.variants.envelope import Interval, outside
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +51,9 @@ class Kernels:
         Memory that a launch allocates holds NaN at first.
         """
         inputs = {**problem.inputs(), "qkv_weight": plan_weight(plan, problem)}
-        flags = {**triton_flags(plan), "separate_head_norm": separate, "config": config}
+        own = self.norm_qkv.CastPlan(**plan.choices())  # a copy of the package takes plans of its own class alone
         with poisoned_memory():
-            outputs = self.norm_qkv.norm_qkv(**inputs, **flags, out=out)
+            outputs = self.norm_qkv.norm_qkv(**inputs, plan=own, separate_head_norm=separate, config=config, out=out)
         return dict(zip("qkv", outputs, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer
@@ -11,6 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from castpoint.harness.model.language_model import LanguageModel
+from castpoint.harness.model.passes import forward
 
 HEAD_SIZES = {"qwen3": 32, "qwen2": 16, "llama": 16, "gemma3_text": 32}
 REFERENCE_OFFSET = {"gemma3_text": 1}  # norm weights are stored as w - 1
@@ -57,6 +61,26 @@ def differing(actual: Tensor, expected: Tensor) -> float:
 
 def modules(model: nn.Module) -> list[tuple[str, int]]:
     return [(name, id(module)) for name, module in model.named_modules()]
+
+
+def tiny_lm(model_type: str = "qwen3") -> LanguageModel:
+    words = SimpleNamespace(encode=lambda text: [sum(map(ord, word)) % 64 for word in text.split()])
+    return LanguageModel(tiny_model(model_type), words, "tiny", "drawn")
+
+
+def bits(model: nn.Module) -> list[Tensor]:
+    return [tensor.clone().view(torch.int16) for tensor in model.state_dict().values()]
+
+
+def assert_untouched(model: nn.Module, before: tuple[list[Tensor], list[tuple[str, int]], Tensor]) -> None:
+    own, tree, logits = before
+    assert all(torch.equal(a, b) for a, b in zip(bits(model), own, strict=True)) and modules(model) == tree
+    assert torch.equal(forward(model, IDS).logits, logits)
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def state_of(model: nn.Module) -> tuple[list[Tensor], list[tuple[str, int]], Tensor]:
+    return bits(model), modules(model), forward(model, IDS).logits
 
 
 WORDS = {word: i for i, word in enumerate("<unk> it was the best of times worst".split())}

@@ -26,9 +26,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.positions import THETA, cos_sin_cache, with_positions
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import norm_qkv
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, plan_eager, plan_weight
@@ -208,10 +208,9 @@ def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
     chain = spec(plan, problem)
     _q, k, _v = problem.split_heads(chain.proj)
     rope = (problem.positions, problem.cos_sin_cache)
-    flags = {"unrotated": RNE, "cos_sin_storage": RNE, "products": RNE}
-    whole = head_norm(k.bfloat16(), problem.k_norm_weight, problem.eps, *rope, head_normed=RNE, **flags)
-    normed = head_norm(k.bfloat16(), problem.k_norm_weight, problem.eps, head_normed=RNE)
-    assert_bit_equal(actual=head_norm(normed, None, problem.eps, *rope, **flags), expected=whole)
+    whole = head_norm(k.bfloat16(), problem.k_norm_weight, problem.eps, *rope, plan=plan)
+    normed = head_norm(k.bfloat16(), problem.k_norm_weight, problem.eps, plan=plan)
+    assert_bit_equal(actual=head_norm(normed, None, problem.eps, *rope, plan=plan), expected=whole)
     assert not torch.equal(normed, whole)
 
 

@@ -26,9 +26,8 @@ from castpoint.harness.accuracy.shapley import (
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.schema import MEASURES
-from castpoint.kernels.checks import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ
+from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, truth
 

@@ -19,9 +19,8 @@ from castpoint.harness.accuracy.shapley import (
 )
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.schema import PLAYERS
-from castpoint.kernels.checks import BOUNDARIES, KEEP
+from castpoint.kernels.plan import BOUNDARIES, KEEP, CastPlan
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.plan import CastPlan
 
 pytestmark = pytest.mark.usefixtures("alone")
 

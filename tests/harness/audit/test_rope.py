@@ -1,6 +1,6 @@
 """The audit of kernels that rotate q and k: right ones pass on every target, each planted fault turns red. No GPU.
 
-What every kernel with RoPE of the catalogue makes of its plan: test_audit.py.
+What every kernel with RoPE of the catalogue makes of its plan: test_kernels.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from audit_support import (
 
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
 from castpoint.harness.compiled.compile import TARGETS, Compiled, compile_head_norm
-from castpoint.kernels.checks import KEEP, ROPE_BOUNDARIES
+from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES
 from castpoint.variants.catalogue import PLANS
 
 ROPE = {"rope": True}
@@ -122,28 +122,38 @@ def in_qkv(old: str, new: str, says: str, **keywords: object) -> Planted:
     return Planted(QKV, old, new, "hf", says, "norm_qkv", ROPE | {"head_dim": 64} | keywords)
 
 
-UNROTATED, COS, SIN = "round_to(value, UNROTATED)", "cos_ptrs, mask=mask, other=0.0)), COS_SIN)", "COS_SIN)\n    turned"
-FIRST, SECOND, OUT = "round_to(first * cos, PRODUCTS)", "round_to(second * sin, PRODUCTS)", "round_to(value, OUT)"
-ROTATE = "rotate(out, positions_ptr, cos_sin_ptr, offs_m, T, DH, UNROTATED, COS_SIN, PRODUCTS, BLOCK_M)"
+UNROTATED, COS, SIN = (
+    "round_to(value, PLAN.unrotated)",
+    "cos_ptrs, mask=mask, other=0.0)), PLAN.cos_sin)",
+    "PLAN.cos_sin)\n    turned",
+)
+FIRST, SECOND, OUT = (
+    "round_to(first * cos, PLAN.products)",
+    "round_to(second * sin, PLAN.products)",
+    "round_to(value, PLAN.out)",
+)
+ROTATE = "rotate(out, positions_ptr, cos_sin_ptr, offs_m, T, PLAN, DH, BLOCK_M)"
 RNE = "'bf16-rne')"
 PLANTED = {
     "unrotated": turned(UNROTATED, "value", "hf", lost("unrotated", "products")),
     "unrotated, which is kept": turned(UNROTATED, f"round_to(value, {RNE}", "fp32", kept("unrotated", "products")),
-    "cos": turned(COS, COS.replace("COS_SIN", "'fp32'"), "hf", lost("cos_sin", "products")),
-    "sin": turned(SIN, SIN.replace("COS_SIN", "'fp32'"), "hf", lost("cos_sin", "products")),
-    "sin, which is kept": turned(SIN, SIN.replace("COS_SIN)", RNE), "one-rounding", kept("cos_sin", "products")),
+    "cos": turned(COS, COS.replace("PLAN.cos_sin", "'fp32'"), "hf", lost("cos_sin", "products")),
+    "sin": turned(SIN, SIN.replace("PLAN.cos_sin", "'fp32'"), "hf", lost("cos_sin", "products")),
+    "sin, which is kept": turned(SIN, SIN.replace("PLAN.cos_sin)", RNE), "one-rounding", kept("cos_sin", "products")),
     "one product": turned(SECOND, "(second * sin)", "hf", lost("products", "out")),
     "one product, which is kept": turned(
-        SECOND, SECOND.replace("PRODUCTS)", RNE), "one-rounding", kept("products", "out")
+        SECOND, SECOND.replace("PLAN.products)", RNE), "one-rounding", kept("products", "out")
     ),
     "one product twice": turned(
-        FIRST, f"round_to({FIRST}, PRODUCTS)", "hf", instead("products", r"twice \(bf16-rne, bf16-rne\)", "out")
+        FIRST, f"round_to({FIRST}, PLAN.products)", "hf", instead("products", r"twice \(bf16-rne, bf16-rne\)", "out")
     ),
     "one product contracted": turned(
         f"{FIRST} - {SECOND}", f"tl.fma(first, cos, -{SECOND})", "fp32",
         "TTIR: a value outside the chain is stored to out_ptr, due is out",
     ),
-    "out twice": turned(OUT, f"round_to({OUT}, OUT)", "hf", instead("out", r"twice \(bf16-rne, bf16-rne\)", "out_ptr")),
+    "out twice": turned(
+        OUT, f"round_to({OUT}, PLAN.out)", "hf", instead("out", r"twice \(bf16-rne, bf16-rne\)", "out_ptr")
+    ),
     "the difference rounded, then out": turned(
         f"{FIRST} - {SECOND}", f"round_to({FIRST} - {SECOND}, {RNE}", "hf",
         instead("out", r"twice \(bf16-rne, bf16-rne\)", "out_ptr"),
@@ -158,7 +168,7 @@ PLANTED = {
         "TTIR: cos_sin was not found; TTIR: products was not found; TTIR: unrotated was not found",
     ),
     "v rotated": in_qkv(
-        "round_to(proj, OUT), mask", f"round_to({ROTATE.replace('out,', 'proj,', 1)}, OUT), mask",
+        "round_to(proj, PLAN.out), mask", f"round_to({ROTATE.replace('out,', 'proj,', 1)}, PLAN.out), mask",
         "TTIR: out is stored to v_ptr, due is proj",
     ),
     "rotated before the norm": in_qkv(

@@ -11,8 +11,8 @@ from audit_support import FUSED, HEAD, QKV, RMS, ROUNDING, SPLIT, Planted, in_pr
 
 from castpoint.kernels.config import Config
 
-NORMED, OUT = "round_to(hidden * rstd[:, None], NORMED)", "round_to(value, OUT)"
-ACC, IEEE = "dot(hidden, weight, acc, MATMUL, INTERPRETED)", 'dot(hidden, wide, acc, input_precision="ieee")'
+NORMED, OUT = "round_to(hidden * rstd[:, None], PLAN.normed)", "round_to(value, PLAN.out)"
+ACC, IEEE = "dot(hidden, weight, acc, PLAN, INTERPRETED)", 'dot(hidden, wide, acc, input_precision="ieee")'
 PROJ_AGAIN = "widen(tl.load(proj_ptr + offs_m[:, None] * stride_pm + head * stride_ph + offs_n[None, :], mask=mask))"
 NAN_LINE = "    rounded = tl.where(is_nan, bits | 0x00400000, rounded)\n"
 NEAREST = 'if STORAGE == "bf16-rne":'
@@ -20,7 +20,7 @@ STORE_RSTD, STORE_SUMS = "rstd_ptr + offs_m, rstd", "tl.store(sums_ptrs + split 
 ROUND_IN_SPLIT_K = ("import finish_head,", "import round_to, finish_head,")
 LOADED_HIDDEN = "other=0.0)\n        else:"
 CUT_OFF = r"\(bf16-rtz without NaN\)"
-# Small tiles, with which LLVM takes a quarter of the time; test_audit.py has those of launches.
+# Small tiles, with which LLVM takes a quarter of the time; test_kernels.py has those of launches.
 HEADS = {"head_dim": 32}
 FEW, AFTER_RSTD, AFTER_HIDDEN = (
     HEADS | {"config": Config("fused", prepass, 16, 32, 4, 2)} for prepass in ("none", "rstd", "hidden")
@@ -44,25 +44,31 @@ def in_config(file: str, old: str, new: str, plan: str, says: str, keywords: dic
 
 PLANTED = {
     # a rounding removed
-    "x": in_qkv("other=0.0)), X)", "other=0.0)), 'fp32')", "fp32", lost("x", "normed"), FEW | {"residual": True}),
-    "squares": in_qkv("round_to(x * x, STATISTICS)", "(x * x)", "bf16-statistics", lost("statistics", "sum"), count=2),
-    "variance": in_qkv(
-        "D.to(tl.float32)), VARIANCE)", "D.to(tl.float32)), 'fp32')", "bf16-statistics", lost("variance", "shifted")
+    "x": in_qkv("other=0.0)), PLAN.x)", "other=0.0)), 'fp32')", "fp32", lost("x", "normed"), FEW | {"residual": True}),
+    "squares": in_qkv(
+        "round_to(x * x, PLAN.statistics)", "(x * x)", "bf16-statistics", lost("statistics", "sum"), count=2
     ),
-    "rstd": in_qkv("eps), RSTD)", "eps), 'fp32')", "rstd-rounded", lost("rstd", "normed")),
-    "deferred rstd": in_qkv("eps), RSTD)", "eps), 'bf16-rne')", "deferred", kept("rstd", "proj")),
+    "variance": in_qkv(
+        "D.to(tl.float32)), PLAN.variance)", "D.to(tl.float32)), 'fp32')", "bf16-statistics",
+        lost("variance", "shifted")
+    ),
+    "rstd": in_qkv("eps), PLAN.rstd)", "eps), 'fp32')", "rstd-rounded", lost("rstd", "normed")),
+    "deferred rstd": in_qkv("eps), PLAN.rstd)", "eps), 'bf16-rne')", "deferred", kept("rstd", "proj")),
     "normed": in_qkv(NORMED, "(hidden * rstd[:, None])", "hf", lost("normed", "hidden")),
-    "proj": in_qkv("round_to(acc, PROJ)", "acc", "hf", lost("proj", "head_statistics")),
+    "proj": in_qkv("round_to(acc, PLAN.proj)", "acc", "hf", lost("proj", "head_statistics")),
     "head squares": Planted(
-        HEAD, "round_to(proj * proj, STATISTICS)", "(proj * proj)", "bf16-statistics",
+        HEAD, "round_to(proj * proj, PLAN.statistics)", "(proj * proj)", "bf16-statistics",
         lost("head_statistics", "head_sum"),
     ),
     "head variance": Planted(
-        HEAD, "DH * 1.0), VARIANCE)", "DH * 1.0), 'fp32')", "bf16-statistics", lost("head_variance", "head_shifted")
+        HEAD, "DH * 1.0), PLAN.variance)", "DH * 1.0), 'fp32')", "bf16-statistics",
+        lost("head_variance", "head_shifted")
     ),
-    "head rstd": Planted(HEAD, "eps), HEAD_RSTD)", "eps), 'fp32')", "rstd-rounded", lost("head_rstd", "head_normed")),
+    "head rstd": Planted(
+        HEAD, "eps), PLAN.head_rstd)", "eps), 'fp32')", "rstd-rounded", lost("head_rstd", "head_normed")
+    ),
     "head_normed": Planted(
-        HEAD, ", HEAD_NORMED)\n    return", ", 'fp32')\n    return", "hf", lost("head_normed", "out")
+        HEAD, ", PLAN.head_normed)\n    return", ", 'fp32')\n    return", "hf", lost("head_normed", "out")
     ),
     "weight offset": Planted(
         ROUNDING, "round_to(1.0 + widen(w), WEIGHT_OFFSET)", "1.0 + widen(w)", "gemma-bf16-offset",
@@ -70,10 +76,10 @@ PLANTED = {
     ),
     # removed where bf16 is due: the matmul or the store takes the upper half
     "hidden, so cut off": in_qkv(
-        "[None, :], HIDDEN)", "[None, :], 'fp32')", "bf16-operand", instead("hidden", CUT_OFF, "proj")
+        "[None, :], PLAN.hidden)", "[None, :], 'fp32')", "bf16-operand", instead("hidden", CUT_OFF, "proj")
     ),
     "out, so cut off": Planted(HEAD, OUT, "value", "hf", instead("out", CUT_OFF, "out_ptr")),
-    "v, so cut off": in_qkv("round_to(proj, OUT), mask", "proj, mask", "fp32", instead("proj", CUT_OFF, "v_ptr")),
+    "v, so cut off": in_qkv("round_to(proj, PLAN.out), mask", "proj, mask", "fp32", instead("proj", CUT_OFF, "v_ptr")),
     # rounding itself
     "truncated": Planted(ROUNDING, NEAREST, "if False:", "hf", instead("head_normed", r"\(bf16-rtz\)", "out")),
     "not truncated": Planted(
@@ -96,15 +102,15 @@ PLANTED = {
     ),
     # elsewhere, twice, where none is declared
     "moved from hidden to normed": in_qkv(
-        NORMED, NORMED.replace("NORMED", "HIDDEN"), "one-rounding",
+        NORMED, NORMED.replace("PLAN.normed", "PLAN.hidden"), "one-rounding",
         rf"{kept('normed', 'hidden')}.*{instead('hidden', r'.bf16-rtz without NaN.', 'proj')}",
-        also=("[None, :], HIDDEN)", "[None, :], NORMED)"),
+        also=("[None, :], PLAN.hidden)", "[None, :], PLAN.normed)"),
     ),
     "normed twice": in_qkv(
-        NORMED, f"round_to({NORMED}, NORMED)", "hf", instead("normed", r"twice \(bf16-rne, bf16-rne\)", "hidden")
+        NORMED, f"round_to({NORMED}, PLAN.normed)", "hf", instead("normed", r"twice \(bf16-rne, bf16-rne\)", "hidden")
     ),
     "out twice": Planted(
-        HEAD, OUT, f"round_to({OUT}, OUT)", "hf", instead("out", r"twice \(bf16-rne, bf16-rne\)", "out_ptr")
+        HEAD, OUT, f"round_to({OUT}, PLAN.out)", "hf", instead("out", r"twice \(bf16-rne, bf16-rne\)", "out_ptr")
     ),
     "the sum of squares": Planted(
         HEAD, "tl.sum(squares, axis=1)", "round_to(tl.sum(squares, axis=1), 'bf16-rne')", "hf",
@@ -117,32 +123,33 @@ PLANTED = {
         r"TTIR: the matmul is tf32, the plan says ieee; matrix instructions \S+x?f32\S* where \S+ is due",
     ),
     "no remainder of tf32": in_qkv(
-        'if MATMUL == "tf32x3":', "if False:", "fp32-tf32x3", "TTIR: the remainder of tf32 was not found"
+        'if PLAN.matmul == "tf32x3":', "if False:", "fp32-tf32x3", "TTIR: the remainder of tf32 was not found"
     ),
     # the norm before the matmul
     "norm: rstd": in_norm(
-        QKV, "eps), RSTD)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "rstd_ptr"), STORES_RSTD
+        QKV, "eps), PLAN.rstd)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "rstd_ptr"), STORES_RSTD
     ),
     "norm: squares of the rest of a row": in_norm(
-        RMS, "round_to(more * more, STATISTICS)", "(more * more)", "bf16-statistics", lost("statistics", "sum"),
+        RMS, "round_to(more * more, PLAN.statistics)", "(more * more)", "bf16-statistics", lost("statistics", "sum"),
         STORES_RSTD,
     ),
     "norm: hidden, so cut off": in_norm(
-        QKV, "[None, :], HIDDEN)", "[None, :], 'fp32')", "hf", instead("hidden", CUT_OFF, "hidden_ptr"), STORES_HIDDEN
+        QKV, "[None, :], PLAN.hidden)", "[None, :], 'fp32')", "hf",
+        instead("hidden", CUT_OFF, "hidden_ptr"), STORES_HIDDEN
     ),
     "norm: hidden of the deferred, so cut off": in_norm(
-        QKV, "[None, :], HIDDEN)", "[None, :], 'fp32')", "deferred", instead("hidden", CUT_OFF, "hidden_ptr"),
+        QKV, "[None, :], PLAN.hidden)", "[None, :], 'fp32')", "deferred", instead("hidden", CUT_OFF, "hidden_ptr"),
         {"stores": "both"},
     ),
     "norm: x, so cut off": in_norm(
-        QKV, "other=0.0)), X)", "other=0.0)), 'fp32')", "folded", instead("x", CUT_OFF, "hidden_ptr"),
+        QKV, "other=0.0)), PLAN.x)", "other=0.0)), 'fp32')", "folded", instead("x", CUT_OFF, "hidden_ptr"),
         {"stores": "both", "residual": True},
     ),
     "norm: truncated": in_norm(
         ROUNDING, NEAREST, "if False:", "hf", instead("hidden", r"\(bf16-rtz\)", "hidden_ptr"), STORES_HIDDEN
     ),
     "norm: hidden twice": in_norm(
-        RMS, "narrow(hidden)", "narrow(round_to(hidden, HIDDEN))", "hf",
+        RMS, "narrow(hidden)", "narrow(round_to(hidden, PLAN.hidden))", "hf",
         instead("hidden", r"twice \(bf16-rne, bf16-rne\)", "hidden_ptr"), STORES_HIDDEN,
     ),
     "norm: a rounded rstd": in_norm(
@@ -173,12 +180,15 @@ PLANTED = {
         QKV, 'if PREPASS == "hidden":', "if False:", "deferred", kept("a value outside the chain", "proj"), AFTER_HIDDEN
     ),
     # split-K, and its way through memory
-    "split-K: rstd": in_config(QKV, "eps), RSTD)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "normed"), SHARES),
+    "split-K: rstd": in_config(
+        QKV, "eps), PLAN.rstd)", "eps), 'fp32')", "bf16-statistics", lost("rstd", "normed"), SHARES
+    ),
     "split-K: normed twice": in_config(
-        QKV, NORMED, f"round_to({NORMED}, NORMED)", "hf", instead("normed", r"twice \(bf16-rne, bf16-rne\)", "hidden"),
+        QKV, NORMED, f"round_to({NORMED}, PLAN.normed)", "hf",
+        instead("normed", r"twice \(bf16-rne, bf16-rne\)", "hidden"),
         SHARES_AFTER_RSTD,
     ),
-    "split-K: proj": in_config(QKV, "round_to(acc, PROJ)", "acc", "hf", lost("proj", "head_statistics"), SHARES),
+    "split-K: proj": in_config(QKV, "round_to(acc, PLAN.proj)", "acc", "hf", lost("proj", "head_statistics"), SHARES),
     "split-K: truncated": in_config(
         ROUNDING, NEAREST, "if False:", "hf", instead("hidden", r"\(bf16-rtz\)", "proj"), SHARES
     ),

@@ -16,10 +16,9 @@ from castpoint.harness.cases.residual import accumulated, shrink, summed
 from castpoint.harness.cases.run import CASES, run_cases, verdict_of
 from castpoint.harness.cases.stack import depth_exponent, exact_step, stack, stack_inputs
 from castpoint.harness.cases.sums import bf16_sum, fp32_sum
-from castpoint.kernels.checks import KEEP, RNE, RTZ
+from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.spec import applied_weight, store
 
 NUMBERS = ("measured", "measured_low", "measured_high", "claimed", "claimed_low", "claimed_high")

@@ -21,11 +21,10 @@ from castpoint.harness.fingerprint.chain import other_rows
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.probes import EPS_LARGE, norm_rows
 from castpoint.harness.fingerprint.rules import Rule, arithmetic, norm_rules, predict
-from castpoint.kernels.checks import KEEP, RNE, RTZ
 from castpoint.kernels.norm_qkv import norm_qkv
+from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING, PLANS
 from castpoint.variants.eager import eager_norm
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.spec import round_to
 
 ROOT = Path(__file__).parents[3]

@@ -27,7 +27,7 @@ from castpoint.harness.peers.implementations import (
 )
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.environment import version
-from castpoint.kernels.checks import KEEP, RNE
+from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store

@@ -15,9 +15,9 @@ from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.schema import Check
 from castpoint.harness.timing.rig import Arm
 from castpoint.kernels import dispatch
-from castpoint.kernels.checks import BOUNDARIES, CHOICES
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen, fallback, read_table, write_table
+from castpoint.kernels.plan import CHOICES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
 # ---------------------------------------------------------------- checks
@@ -32,7 +32,7 @@ def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pyte
     found = records.rows("gpu_checks")
     asked = {
         ("hf", "default"), ("hf", "separate"), ("gemma", "default"), ("gemma", "separate"), ("deferred", "default"),
-        ("deferred", str(fallback(128, plan_named("deferred").choices()))),
+        ("deferred", str(fallback(128, plan_named("deferred")))),
     }  # fmt: skip
     turned = {(plan, config, "True") for plan, config in asked if plan != "gemma"}  # which no grid rotates
     assert {(row["plan"], row["config"], row["rope"]) for row in found} == turned | {(*each, "False") for each in asked}
@@ -69,8 +69,7 @@ def small_problem(plan, check, device, rope, tokens=5):
 
 # ---------------------------------------------------------------- tuning and dispatch
 
-FLAGS = {**dict.fromkeys(BOUNDARIES, "fp32"), "hidden": "bf16-rne", "proj": "bf16-rne", "out": "bf16-rne"}
-FLAGS |= {name: words[0] for name, words in CHOICES.items()}
+PLAN = CastPlan(proj="bf16-rne")
 
 
 def stand_in(setting, plan, name, config):
@@ -119,7 +118,7 @@ def test_the_table_is_read_as_it_was_written(tmp_path: Path):
     write_table(table, path)
     assert read_table(path) == table and read_table(tmp_path / "none.csv") == {}
     path.write_text(path.read_text().replace("splits", "shares"))
-    with pytest.raises(ValueError, match="must have the columns gpu, .*castpoint tune"):
+    with pytest.raises(ValueError, match="must have the columns gpu, .*castpoint gpu --tune"):
         read_table(path)
 
 
@@ -127,19 +126,19 @@ def test_dispatch_takes_the_next_larger_number_of_tokens():
     one, two = Config("split-k", splits=4), Config("fused", "hidden", 128, 64, 8, 4)
     table = {("H", SHAPE, "prologue"): {1: one, 16: two}}
     for tokens, config in ((1, one), (2, two), (16, two), (17, two)):
-        assert dispatch.dispatch(table, "H", SHAPE, tokens, FLAGS) == config
-    assert dispatch.dispatch(table, "H", (128, 2, 1, 16), 1, FLAGS) is None
-    assert dispatch.dispatch(table, "H", SHAPE, 1, FLAGS | {"scale": "epilogue"}) is None
-    assert dispatch.dispatch(table, "H", SHAPE, 1, FLAGS | {"matmul": "tf32"}) is None
+        assert dispatch.dispatch(table, "H", SHAPE, tokens, PLAN) == config
+    assert dispatch.dispatch(table, "H", (128, 2, 1, 16), 1, PLAN) is None
+    assert dispatch.dispatch(table, "H", SHAPE, 1, PLAN.replace(scale="epilogue")) is None
+    assert dispatch.dispatch(table, "H", SHAPE, 1, PLAN.replace(matmul="tf32", hidden="fp32")) is None
 
 
 def test_another_gpu_falls_back_and_says_so_once():
     dispatch._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="no config for Another GPU.*`castpoint tune`"):
-        assert chosen("Another GPU", SHAPE, 1, FLAGS) == Config("separate")
+    with pytest.warns(UserWarning, match="no config for Another GPU.*`castpoint gpu --tune`"):
+        assert chosen("Another GPU", SHAPE, 1, PLAN) == Config("separate")
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen("Another GPU", SHAPE, 1, FLAGS | {"scale": "epilogue"}).kernel == "fused"
-        assert chosen("Another GPU", SHAPE, 1, FLAGS | {"matmul": "fp32", "hidden": "fp32"}).kernel == "fused"
+        assert chosen("Another GPU", SHAPE, 1, PLAN.replace(scale="epilogue")).kernel == "fused"
+        assert chosen("Another GPU", SHAPE, 1, PLAN.replace(matmul="fp32", hidden="fp32")).kernel == "fused"

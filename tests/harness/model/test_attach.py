@@ -9,16 +9,14 @@ import functools
 import pytest
 import torch
 import transformers
-from tiny_models import IDS, differing, modules, tiny_config, tiny_model
+from tiny_models import IDS, differing, modules, tiny_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import castpoint.harness.model.attach as attach
 from castpoint.harness.model.attach import (
     REFERENCE_PLANS,
     attached,
-    check_architecture,
     decoder_layers,
     fitted,
     layer_problem,
@@ -310,42 +308,3 @@ def test_the_kernels_run_attached(backend: str) -> None:
     assert not outside(made.k[0], envelope(PLANS["fp32"].plan, problem)["k"]).any()
     assert outside(made.k[0], envelope(PLANS["hf"].plan, problem)["k"]).any()
     assert made.logits.isfinite().all()
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def refusal(model: nn.Module, plan: object, backend: str = "eager") -> str:
-    before = modules(model)
-    with pytest.raises(ValueError) as caught, attached(model, plan, backend):
-        pass
-    assert modules(model) == before and "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_what_does_not_fit_is_refused_by_name() -> None:
-    qwen3, hf = tiny_model("qwen3"), plan_named("hf")
-    assert "out='fp32'" in refusal(qwen3, hf.replace(out="fp32"))
-    assert "gemma3_text, not for qwen3" in refusal(qwen3, plan_named("gemma"))
-    with pytest.raises(ValueError, match="'mamba': supported are qwen3, qwen2, llama, gemma3_text"):
-        check_architecture("mamba")
-    with pytest.raises(ValueError, match="'olmo2'"):
-        reference_plan("olmo2")
-    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=8, n_positions=8)
-    assert "'gpt2'" in refusal(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), hf)
-    wide = AutoModelForCausalLM.from_config(tiny_config("qwen3", 1), dtype=torch.float32)
-    assert "bfloat16 model, this one is torch.float32" in refusal(wide, hf)
-
-
-def test_an_unknown_backend_is_refused_at_the_door() -> None:
-    assert "unknown backend 'cudnn': backends are spec" in refusal(tiny_model("qwen3"), plan_named("hf"), "cudnn")
-
-
-def test_plans_are_fitted_to_gemma() -> None:
-    assert fitted(plan_named("one-rounding"), "gemma3_text") == plan_named("gemma").without_rope()
-    assert fitted(plan_named("gemma-bf16-offset"), "gemma3_text") == plan_named("gemma-bf16-offset").without_rope()
-    assert fitted(plan_named("hf"), "qwen3") == plan_named("hf").without_rope()
-    assert {kind: reference_plan(kind) for kind in REFERENCE_PLANS} == {
-        **dict.fromkeys(["qwen3", "qwen2", "llama"], plan_named("hf").without_rope()),
-        "gemma3_text": plan_named("gemma").without_rope(),
-    }

@@ -26,11 +26,10 @@ from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL, tuned
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
-from castpoint.kernels.checks import KEEP, RNE, ROPE_BOUNDARIES, RTZ
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, eager_norm
 from castpoint.variants.envelope import Interval, envelope
-from castpoint.variants.plan import CastPlan
 from castpoint.variants.problem import Problem, rotate_half
 from castpoint.variants.spec import spec, store
 
@@ -98,7 +97,7 @@ def test_copies_are_told_apart():
     assert not torch.equal(chain.call(0)[2], chain.call(1)[2])
 
 
-def test_our_head_norm_takes_the_plans_flags():
+def test_our_head_norm_takes_the_plans_words():
     plan = HF.replace(head_rstd=RNE, head_normed=RTZ)
     chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", OWN_KERNEL, plan)
     assert chain.plan.without_rope() == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)

@@ -1,4 +1,4 @@
-"""The error budget as rows, sentences, tables and bars: they say what the numbers say, made up or measured."""
+"""The error budget as rows, tables and bars: they say what the numbers say, made up or measured."""
 
 from functools import cache
 
@@ -8,9 +8,10 @@ import pytest
 from support import small
 
 from castpoint.harness.accuracy.budget import budget_rows, order_rows, ways_to_rotate
-from castpoint.harness.report.budget import largest_share_sentence, mean_shares, rope_sentence, rope_shares, rope_table
-from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, TABLES
-from castpoint.kernels.checks import ROPE_BOUNDARIES
+from castpoint.harness.report.budget import mean_shares, rope_shares, rope_table, section, share_table
+from castpoint.harness.runs.records import TABLES
+from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
+from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 matplotlib.use("agg")
 
@@ -24,7 +25,7 @@ def frame() -> pd.DataFrame:
     names = ["hf", "one-rounding", "bf16-operand", "fp32", "rstd-rounded"]
     rows = [*budget_rows(names, small()), *order_rows(["hf", "fp32"], small())]
     rows += budget_rows(["gemma"], small(weight_offset=True))
-    return pd.DataFrame(rows, columns=list(TABLES["budget"]))
+    return pd.DataFrame(rows, columns=list(TABLES["budget"])).assign(status="ok")
 
 
 def test_rows_alone_draw_the_bars() -> None:
@@ -49,18 +50,10 @@ def test_order_of_sums_is_no_part_of_the_sum() -> None:
 
 
 def rows_of(
-    shares: dict[str, dict[str, float]], layer: int = 0, rotated_from: int | None = None
+    shares: dict[str, dict[str, float]], layer: int = 0, weights: str = "calibrated"
 ) -> list[dict[str, object]]:
     """Rows of both measures with these shares of a total that falls from plan to plan."""
-    key = {
-        "model": "m",
-        "weights": "calibrated",
-        "rotated_from": rotated_from,
-        "layer": layer,
-        "tokens": 64,
-        "backend": "spec",
-        "status": "ok",
-    }
+    key = {"model": "m", "weights": weights, "layer": layer, "tokens": 64, "backend": "spec", "status": "ok"}
     return [
         {**key, "plan": plan, "measure": measure, "player": player, "shapley": share / 2**i, "share": share,
          "total": 0.5**i}
@@ -78,43 +71,43 @@ MADE_UP = {
 }
 
 
-def test_the_sentence_follows_the_numbers() -> None:
-    sentence = largest_share_sentence(pd.DataFrame(rows_of(MADE_UP)))
-    assert "layer 0, 64 tokens" in sentence and sentence.endswith(".")
-    assert (
-        "of K's squared error is W·w_in folded in `folded`, 75% (in `hf` from `proj`, 12%, to `hidden`, 38%)"
-        in sentence
-    )
-    other = {**MADE_UP, "hf": {"normed": 0.875, "out": 0.125}}
-    assert "`normed` in `hf`, 88%" in largest_share_sentence(pd.DataFrame(rows_of(other)))
-    assert "order of sums" not in sentence
-    assert "Order of sums comes on top: at most" in largest_share_sentence(frame())
+def test_the_table_follows_the_numbers() -> None:
+    table = share_table(pd.DataFrame(rows_of(MADE_UP)), "k_rel_ms").set_index("plan")
+    assert list(table.index) == ["bf16-statistics", "hf", "folded", "fp32"]
+    assert list(table.loc["hf"]) == [0.5**0.5, "–", "25%", "38%", "–", "12%", "25%", "0%"]
+    assert table.loc["folded", "W·w_in folded"] == "75%" and table.loc["bf16-statistics", "variance"] == "-12%"
+    text = section(pd.DataFrame(rows_of(MADE_UP)))
+    assert "(layer 0, 64 tokens)" in text and "Order of sums" not in text
+    assert "| hf | 0.707 | – | 25% | 38% | – | 12% | 25% | 0% |" in text and text.count("| fp32 |") == 2
+    assert "Order of sums comes on top: at most" in section(frame())
 
 
-def test_the_sentence_means_over_layers() -> None:
+def test_shares_are_means_over_layers_without_controls() -> None:
     half = {"bf16-operand": {"hidden": 0.5, "out": 0.5}}
     rows = rows_of({"bf16-operand": {"hidden": 0.75, "out": 0.25}}, 0) + rows_of(half, 1)
-    sentence = largest_share_sentence(pd.DataFrame(rows))
-    assert "mean of 2 layers" in sentence and "`hidden` in `bf16-operand`, 62%" in sentence
+    rows += rows_of({"bf16-operand": {"hidden": 0.0, "out": 1.0}}, 0, "calibrated, k_norm=1")
+    text = section(pd.DataFrame(rows))
+    assert "(mean of 2 layers, 64 tokens)" in text and "| bf16-operand | 1 | 62% | 38% | 0% |" in text
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign() -> None:
+    rows = rows_of({"hf": {"normed": -0.001, "out": 1.001}})
+    assert list(share_table(pd.DataFrame(rows), "k_rel_ms").iloc[0])[2:] == ["0%", "100%", "0%"]
 
 
 def test_rope_is_told_apart_and_compared_on_the_same_layers() -> None:
     plain = rows_of(MADE_UP, 0) + rows_of({"hf": {"normed": 1.0}}, 5)  # layer 5 was not rotated
     turned = {"fp32": {"out": 1.0}, "hf": {"unrotated": 0.25, "cos_sin": 0.125, "products": 0.125, "out": 0.5}}
-    rows = pd.DataFrame(plain + rows_of(turned, 0, 1000))
+    rows = pd.DataFrame(plain + rows_of(turned, 0, "calibrated, rotated from position 1000"))
     shares = rope_shares(rows)
     assert list(shares.index) == ["fp32", "hf"]  # by the error behind: 1 and 0.5
     assert shares.loc["hf", ["before", "behind"]].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
     assert shares.loc["hf", list(ROPE_BOUNDARIES)].tolist() == [0.25, 0.125, 0.125]
     assert shares.loc["fp32", "before"] == pytest.approx(0.125**0.5) and shares.loc["fp32"].isna().sum() == 3
-    sentence = rope_sentence(rows)
-    assert "(1 layers)" not in sentence and "(1 layer)" in sentence
-    assert "`hf` 7.07e-01 → 7.07e-01 (of the squared error: `unrotated` 25%, `cos_sin` 12%, `products` 12%)" in sentence
-    assert "`fp32` 3.54e-01 → 1.00e+00 (nothing rounded there)" in sentence
     assert "| hf | 0.707 | 0.707 | 0.707 | 0.707 | 25% | 12% | 12% |" in rope_table(rows)
-    assert largest_share_sentence(rows) == largest_share_sentence(pd.DataFrame(plain))
+    assert "| fp32 | 0.354 | 1 | 0.354 | 1 | – | – | – |" in rope_table(rows) and rope_table(rows) in section(rows)
     assert mean_shares(rows, MEASURES[0]).equals(mean_shares(pd.DataFrame(plain), MEASURES[0]))
-    assert rope_sentence(pd.DataFrame(plain)) == rope_table(pd.DataFrame(plain)) == ""
+    assert rope_table(pd.DataFrame(plain)) == ""
 
 
 def test_a_plan_for_each_way_to_round_in_rope() -> None:
@@ -127,9 +120,9 @@ def test_a_plan_for_each_way_to_round_in_rope() -> None:
 
 def test_nothing_to_say_and_nothing_to_draw() -> None:
     empty = pd.DataFrame([], columns=list(TABLES["budget"]))
-    assert largest_share_sentence(empty) == "" and budget_bars(empty) is None
+    assert "|" not in section(empty) and budget_bars(empty) is None
     only_store = pd.DataFrame(rows_of({"fp32": {"out": 1.0}}))
-    assert largest_share_sentence(only_store) == "" and budget_bars(only_store) is not None
+    assert "| fp32 | 1 | 100% | 0% |" in section(only_store) and budget_bars(only_store) is not None
 
 
 def bars(axes: matplotlib.axes.Axes) -> dict[float, list[tuple[float, float]]]:

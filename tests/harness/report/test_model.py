@@ -1,4 +1,4 @@
-"""Whole-model studies as a reader sees them: the command, its tables, sentences and plots, from a tiny model's records
+"""Whole-model studies as a reader sees them: the command, tables, finding and plots, from a tiny model's records
 and from records whose figures are known."""
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from tiny_models import saved
 
 import castpoint.harness.__main__ as cli
 from castpoint.harness.report import model as impact_report
+from castpoint.harness.report.findings import findings
 from castpoint.harness.report.model import (
-    Difference,
     Study,
     against,
     arm_table,
     conditions,
-    difference,
-    given_depth,
+    depth_table,
     last_layer,
     layer_table,
+    paired_table,
     parted,
     perplexity,
     section,
-    sentences,
     studies,
-    told_apart,
     truth_name,
 )
 from castpoint.harness.report.model_plot import model_plots, quantiles
+from castpoint.harness.report.paired import Difference, difference, given_depth, told_apart
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.schema import BINS, TABLES
 from castpoint.variants import catalogue
 
 PLANS = ("hf", "one-rounding")
-NO_BENCH = pd.DataFrame(columns=list(TABLES["speed"]))
 
 
 @pytest.fixture(scope="module")
@@ -162,21 +160,16 @@ def test_a_correlation_that_is_depth_alone_is_none() -> None:
     assert abs(given_depth(table, "goes with depth")) < 0.2
 
 
-def test_sentences_say_those_figures(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
-    notice, closest, greedy, surprise, amplified = sentences(tmp_path, NO_BENCH)
-    assert "(checkpoint; 2 texts of up to 8 tokens" in notice and "commit c0ffee, run r1" in notice
-    assert "`hf` 5.5 (p99 5.5, 55.0%), `one-rounding` 6.5 (p99 6.5, 65.0%). Yardsticks: one ulp on K 2.5" in notice
-    assert "KL of eager 1.5 nats" in closest and "relative error: eager 5.39, `hf` 17.1" in closest
-    assert "`hf` +4.0e+00 ± 0e+00" in closest and "Time of" not in closest
-    assert "`hf` 1, `one-rounding` 1; one ulp on K 0" in greedy and "of 2 continuations of 32" in greedy
-    assert "eager 1.65, float32 2.01, plans 2.46 to 2.72" in surprise
-    assert "largest weights from 10 to 30 over 3 layers" in amplified and "K absolute +1.00" in amplified
+def test_tables_of_pairs_and_of_depth_say_those_figures(known: Study) -> None:
+    table = paired_table(known.frames).set_index("arm")
+    assert list(table.index) == [*PLANS, "float32", "4-bit weights"]
+    assert table.loc["hf"].iloc[0] == "+4 ± 0" and table.loc["float32"].iloc[0] == "+2 ± 0"
+    assert table.loc["hf"].iloc[1].startswith("+0.4 ± ")
+    assert depth_table(layer_table(known.frames)).iloc[0].tolist()[0] == "+1.00"
+    assert not len(depth_table(layer_table(known.frames).assign(**{"largest K-norm weight": math.nan})))
 
 
-def test_plans_are_told_apart_by_all_ways_to_choose_signs(
-    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_plans_are_told_apart_by_all_ways_to_choose_signs(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(values: list[float]) -> Difference:
         rows = [{"text": "t", "prompt": n, "arm": "eager", "x": 1.0} for n in range(len(values))]
         rows += [{"text": "t", "prompt": n, "arm": "hf", "x": 1 + v} for n, v in enumerate(values)]
@@ -188,49 +181,36 @@ def test_plans_are_told_apart_by_all_ways_to_choose_signs(
     same = Difference(0.0, 0.0, 1.0)
     assert told_apart({"a": found(all_above), **dict.fromkeys("bcd", found(one_below)), "same": same}) == ["a"]
     assert told_apart(dict.fromkeys("abcdefg", found(all_above))) == []  # 7 * 2 / 256 is above 5 %
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
-    assert "for all plans together): none" in sentences(tmp_path, NO_BENCH)[1]  # two texts say nothing
+    assert "told apart" not in str(paired_table(known.frames).to_numpy())  # two texts say nothing
     monkeypatch.setattr(impact_report, "told_apart", lambda found: ["hf"])
-    assert "together): `hf` farther" in sentences(tmp_path, NO_BENCH)[1]
+    assert paired_table(known.frames).set_index("arm").loc["hf"].iloc[0] == "+4 ± 0, told apart"
 
 
-def test_times_are_those_of_the_bench_that_is_given(
-    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    rows = [
-        {"tokens": tokens, "plan": "hf", "backend": "inductor", "speedup_vs_eager": up}
-        for tokens, up in ((1, 9), (16, 2))
-    ]
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [known])
-    closest = sentences(tmp_path, pd.DataFrame(rows))[1]
-    assert closest.endswith("Time of one layer's chain over eager's in the table above (another model's): `hf` 0.50.")
-
-
-def test_the_same_bits_are_said_to_be_the_same(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tokens = known.frames["model_tokens"]
-    same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
-    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
+def noticed(folder: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The findings of a folder that holds this study alone."""
     monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
-    assert (
-        "`hf` 5.5 (p99 5.5, 55.0%); `one-rounding`: what eager does, the same bits." in sentences(tmp_path, NO_BENCH)[0]
-    )
+    frames = {name: pd.DataFrame(columns=list(columns)) for name, columns in TABLES.items()}
+    return [finding.text for finding in findings(folder, frames)]
 
 
 def test_plans_are_measured_by_what_eager_does_to_itself(
     known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    assert noticed(tmp_path, known, monkeypatch) == []  # eager was not read token by token
     tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
     study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens})
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
-    assert (
-        "medians are 2.2 to 2.6 times what eager changes in itself" in sentences(tmp_path, NO_BENCH)[0]
-    )  # 5.5 and 6.5 of 2.5
+    (said,) = noticed(tmp_path, study, monkeypatch)  # 5.5 and 6.5 of 2.5; 4.5 of 2.5
+    assert "by 2.2 to 2.6 times what eager changes in itself" in said and "4-bit weights by 2 times that" in said
+    same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
+    study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
+    assert "by 2.2 to 2.2 times" in noticed(tmp_path, study, monkeypatch)[0], "the same bits are no change"
 
 
-def test_drawn_weights_get_no_sentence(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_drawn_weights_are_no_finding(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
     run = {**known.run, "settings": {**known.run["settings"], "weights": "calibrated"}}
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [dataclasses.replace(known, run=run)])
-    assert sentences(tmp_path, NO_BENCH) == []
+    study = dataclasses.replace(known, run=run, frames={**known.frames, "model_tokens": tokens})
+    assert noticed(tmp_path, study, monkeypatch) == []
 
 
 def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passages(known: Study) -> None:

@@ -1,5 +1,7 @@
-"""Studies beside the bench: their commands, records, tables and sentences."""
+"""Studies beside the bench: their commands, records and tables."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,25 +13,20 @@ import torch.nn.functional as F
 import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.survey as survey
 from castpoint.harness.peers.implementations import Implementation
-from castpoint.harness.report.studies import (
+from castpoint.harness.report.findings import findings
+from castpoint.harness.report.fingerprints import (
     ANOTHER,
     OPEN,
     SAME_BITS,
-    SECTIONS,
     THAT,
     answer_words,
-    case_sentence,
-    confusion_sentence,
     confusion_summary,
     confusion_table,
     implementation_groups,
-    implementation_sentence,
-    study_sections,
-    study_sentences,
 )
-from castpoint.harness.runs.frames import latest
-from castpoint.harness.runs.records import Records, load_runs
-from castpoint.harness.runs.schema import TABLES
+from castpoint.harness.report.studies import SECTIONS, counted, study_sections
+from castpoint.harness.runs.frames import latest, load
+from castpoint.harness.runs.records import TABLES, Records, load_runs
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
 
@@ -82,14 +79,21 @@ def test_survey_writes_a_row_an_implementation(surveyed: Path) -> None:
     assert (frame["share_equal"][:3] == 1).all() and (frame["runner_up_share_equal"][:3] < 0.95).all()
 
 
-def test_what_a_compiler_moves_is_a_sentence(surveyed: Path) -> None:
-    _, frame = latest(surveyed, "implementations")
-    assert implementation_sentence(frame) == (
-        "**torch.compile moves a boundary** in 1 of 1 implementations (norm): eager rounds `normed, hidden`, compiled "
-        "`hidden`."
+def test_what_a_compiler_moves_is_a_finding(surveyed: Path) -> None:
+    run_id, frame = latest(surveyed, "implementations")
+    (finding,) = findings(surveyed, load(surveyed, run_id))
+    assert finding.line("report.md") == (
+        "- **torch.compile moves a boundary** in 1 of 1 public implementations: eager rounds `normed, hidden`, "
+        "compiled `hidden`. [More](report.md#what-public-implementations-do)"
     )
-    same = frame.assign(plan=frame["plan"][0])
-    assert implementation_sentence(same) == ""
+    path = surveyed / "implementations.csv"
+    lines = path.read_text().splitlines()
+    eager, compiled = next(csv.reader([lines[1]])), next(csv.reader([lines[2]]))
+    compiled[7] = eager[7]  # the plan
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(compiled)
+    path.write_text("\n".join([*lines[:2], out.getvalue(), *lines[3:]]) + "\n")
+    assert findings(surveyed, load(surveyed, run_id)) == []
     groups = implementation_groups(frame)
     assert list(groups["rounds to bf16"]) == ["normed, hidden", "hidden", "head_normed, out", "–", "–"]
     assert groups["implementations"][2] == "norm (head norm) (eager)"
@@ -138,10 +142,6 @@ def test_confusion_counts_what_was_answered() -> None:
     table = confusion_table(frame).set_index("planted")
     assert table.loc["normed = bf16-rne", "bf16-rne"] == 2 and table.loc["normed = bf16-rne", "fp32"] == 1
     assert table.loc["normed = bf16-rne", "bf16-rne or fp32"] == 2 and table.loc["normed = fp32", "none"] == 1
-    assert confusion_sentence(frame) == (
-        "**The fingerprint** named 1 of 6 planted plans by the planted words alone, 1 together with other words that "
-        "store the same bits; 1 up to a step in fp32 that plans do not fix, 3 not at all."
-    )
 
 
 def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
@@ -171,7 +171,7 @@ def test_cases_and_budget_commands_fill_the_report(
     assert "vllm #53203" in capsys.readouterr().out
     options = {"layers": "0", "tokens": 8, "plans": "hf,gemma", "device": "cpu", "results": tmp_path}
     cli.budget(**options)
-    assert "**Error budget** (layer 0, 8 tokens" in capsys.readouterr().out
+    assert "Shapley shares (layer 0, 8 tokens)" in capsys.readouterr().out
     _, frame = latest(tmp_path, "budget")
     shares = frame[frame["share"].notna()].groupby(["weights", "plan", "measure"])["share"].sum()
     assert len(shares) == 6 and ((shares - 1).abs() < 1e-5).all()  # hf with RoPE too
@@ -179,16 +179,14 @@ def test_cases_and_budget_commands_fill_the_report(
     sections = study_sections(tmp_path)
     assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
     run_id, frame = latest(tmp_path, "cases")
-    no_times = pd.DataFrame(columns=list(TABLES["speed"]))
-    said = study_sentences(tmp_path, run_id, no_times)
-    assert len(said) == 3 and not any("(Commit" in sentence for sentence in said)  # the budget's two
-    path = tmp_path / "environment.json"
-    content = json.loads(path.read_text())
-    content["runs"][run_id]["environment"]["commit"] = "c0ffee"
-    path.write_text(json.dumps(content))
-    assert sum("(Commit" in sentence for sentence in study_sentences(tmp_path, run_id, no_times)) == 2
-    sentence = case_sentence(frame)
-    assert f"of {len(frame)} claims" in sentence and "fit" in sentence
+    assert f"Claims: {counted(frame['verdict'])}." in sections[1] and counted(frame["verdict"]).endswith("; 2 in all")
+    commit = load_runs(tmp_path)[run_id]["environment"]["commit"]
+    assert study_sections(tmp_path, commit) == sections, "a study of the same commit does not say so"
+    assert study_sections(tmp_path, "c0ffee") == [f"{section}\n\nCommit {commit}." for section in sections]
+
+
+def test_words_are_counted_most_frequent_first() -> None:
+    assert counted(pd.Series(["ok", "red", "ok"])) == "2 ok, 1 red; 3 in all"
 
 
 def test_unfinished_runs_are_not_reported(surveyed: Path) -> None:

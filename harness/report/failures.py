@@ -1,0 +1,57 @@
+"""What failed or is red in the records that a report shows, with its reason: no arm is left out without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from castpoint.harness.report.markdown import markdown
+from castpoint.harness.runs.frames import latest, load
+from castpoint.harness.runs.records import load_runs
+
+BAD = ("failed", "red")
+OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
+# Columns that say what a row is of, as far as its table has them.
+NAMES = (
+    *("model", "source", "implementation", "kernel", "arm", "plan", "config", "backend", "how", "target", "kind"),
+    *("check", "measure"),
+)
+
+
+def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:
+    """One row for each thing that failed and each reason: table, what, status, reason, and how many rows say so."""
+    rows = frame[frame["status"].isin(BAD)]
+    names = [name for name in NAMES if name in rows.columns]
+    what = [", ".join(dict.fromkeys(str(cell) for cell in row if cell not in ("", None))) for row in rows[names].values]
+    named = pd.DataFrame({"table": table, "what": what, "status": rows["status"], "reason": rows["reason"]})
+    return named.groupby(["table", "what", "status", "reason"], sort=False).size().reset_index(name="rows")
+
+
+def failures(folder: Path, run_id: str) -> pd.DataFrame:
+    """bad_rows of a bench, and of the newest finished run of each study and model beside it."""
+    frames = load(folder, run_id)
+    found = [bad_rows(frames[table], table) for table in OF_A_BENCH]
+    models: dict[str, str] = {}
+    for other, run in load_runs(folder).items():
+        if "finished" in run and run.get("command") == "model":
+            models[run["settings"]["model"]] = other
+    found += [bad_rows(load(folder, other)["model_tokens"], "model_tokens") for other in models.values()]
+    for table in frames:
+        if table not in OF_A_BENCH and not table.startswith("model_") and (newest := latest(folder, table)):
+            found.append(bad_rows(newest[1], table))
+    return pd.concat(found, ignore_index=True)
+
+
+def section(rows: pd.DataFrame) -> list[str]:
+    """Of report.md; none where nothing failed."""
+    if not len(rows):
+        return []
+    return [f"## What failed\n\nRows without a figure, or with one that a check refuses.\n\n{markdown(rows)}"]
+
+
+def note(folder: Path, run_id: str) -> str:
+    """For the foot of a plot of that run: what failed in it, in short."""
+    rows = pd.concat([bad_rows(frame, table) for table, frame in load(folder, run_id).items()])
+    names = list(dict.fromkeys(rows["what"]))
+    return f"; failed: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" if names else ""

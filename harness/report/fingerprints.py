@@ -1,0 +1,133 @@
+"""Fingerprints as tables: what public implementations were found to be, and what was answered to known plans."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+
+from castpoint.harness.report.markdown import markdown
+
+# Words of a fingerprint that need no mention.
+USUAL = {"weight_offset": "none", "eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w", "scale": "prologue"}
+
+
+def answer_words(plan: str) -> str:
+    """A fingerprint's candidates in words: what is rounded, what is unusual, and what was left open."""
+    candidates = json.loads(plan) if plan else []
+    if not candidates:
+        return ""
+    common = {name: word for name, word in candidates[0].items() if all(c[name] == word for c in candidates)}
+    places = [name for name in common if name not in USUAL]
+    cut = {"bf16-rne": "", "bf16-rtz": " (truncated)"}
+    rounded = [name + cut[common[name]] for name in places if common[name] in cut]
+    other = [f"{name} {common[name]}" for name in USUAL if name in common and common[name] != USUAL[name]]
+    other = [
+        {"weight_offset fp32": "1 + w in fp32", "weight_offset bf16-rne": "1 + w in bf16"}.get(o, o) for o in other
+    ]
+    left = [name for name in candidates[0] if name not in common]
+    other += [f"{name} {' **or** '.join(dict.fromkeys(c[name] for c in candidates))}" for name in left]
+    return "; ".join([", ".join(rounded) or "nothing", *other])
+
+
+def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row an implementation."""
+    return pd.DataFrame(
+        {
+            "implementation": frame["implementation"],
+            "kind": frame["kind"],
+            "how": frame["how"],
+            "answer": frame["status"],
+            "rounds to bf16": [
+                f"nearest: {answer_words(plan)}" if status == "none" else answer_words(plan)
+                for plan, status in zip(frame["plan"], frame["status"], strict=True)
+            ],
+            "share explained": frame["share_equal"],
+            "best rejected plan's share": frame["runner_up_share_equal"],
+            "versions": frame["versions"],
+        }
+    )
+
+
+def implementation_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row an answer: which implementations gave it."""
+    rows = implementation_rows(frame)
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows.itertuples(index=False):
+        name = row.implementation + (" (head norm)" if row.kind == "head_norm" else "")
+        how = row.how.replace("torch.compile, emulate_precision_casts", "compiled, casts emulated")
+        how = how.replace("torch.compile", "compiled")
+        groups.setdefault((row[4], row.answer), {}).setdefault(name, []).append(how)
+    lines = []
+    for (rounds, answer), members in groups.items():
+        by_how: dict[str, list[str]] = {}
+        for name, ways in members.items():
+            by_how.setdefault("; ".join(ways), []).append(name)
+        text = " · ".join(f"{', '.join(names)} ({ways})" for ways, names in by_how.items())
+        lines.append({"rounds to bf16": rounds or "–", "answer": answer, "implementations": text})
+    return pd.DataFrame(lines)
+
+
+THAT, SAME_BITS, OPEN, ANOTHER = "that plan", "with one of the same bits", "that plan, fp32 steps open", "another plan"
+
+
+def outcome(row: tuple) -> str:
+    """What a row of fingerprints.csv answered to the planted plan. `with one of the same bits`: it is named together
+    with words that store the same on every row searched. `fp32 steps open`: every candidate is that plan, and they
+    differ in eps, root or order, which no plan fixes."""
+    planted, answered = json.loads(row.planted), json.loads(row.answered)
+    if row.status in ("none", "error"):
+        return row.status
+    if all(planted.items() <= words.items() for words in answered):
+        return THAT if row.status == "identified" else OPEN
+    among = any(all(word in words[name].split(" or ") for name, word in planted.items()) for words in answered)
+    if not among:
+        return ANOTHER
+    return SAME_BITS if row.status == "identified" else "undecided"
+
+
+def confusion_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind of subject: how many were answered with the planted plan, left open, or answered with another."""
+    found = pd.Series([outcome(row) for row in frame.itertuples(index=False)], index=frame.index)
+    subject = frame["kind"] + ", by its " + frame["source"]
+    table = pd.DataFrame({"subject": subject, "plans": 1})
+    for name in (THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"):
+        table[name] = (found == name).astype(int)
+    table = table.groupby("subject", sort=False).sum()
+    table["median seconds"] = frame.groupby(subject, sort=False)["seconds"].median()
+    return table.reset_index()
+
+
+def confusion_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Boundary and planted word against the word answered, over all subjects that got an answer."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for row in frame.itertuples(index=False):
+        answered = json.loads(row.answered) if row.status in ("identified", "undecided") else []
+        for name, word in json.loads(row.planted).items():
+            words = sorted({a[name] for a in answered if name in a})
+            found = " or ".join(words) if words else row.status
+            cell = counts.setdefault((name, word), {})
+            cell[found] = cell.get(found, 0) + 1
+    table = pd.DataFrame(counts).T.fillna(0).astype(int)
+    table.insert(0, "planted", [f"{name} = {word}" for name, word in table.index])
+    return table.reset_index(drop=True)
+
+
+def implementations_section(frame: pd.DataFrame) -> str:
+    """Of report.md, from the rows of implementations.csv."""
+    return (
+        "## What public implementations do\n\nBy fingerprint (`castpoint study survey`), not by reading. Named are the "
+        "boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and the order is "
+        f"(x·rstd)·w.\n\n{markdown(implementation_groups(frame))}\n\nOne row an implementation:\n\n"
+        f"{markdown(implementation_rows(frame))}"
+    )
+
+
+def confusion_section(frame: pd.DataFrame) -> str:
+    """Of report.md, from the rows of fingerprints.csv."""
+    return (
+        "## The fingerprint on plans it should know\n\nEach plan of a single norm, and chains, as a black box "
+        "(`castpoint study confusion`); noise moves one element in a thousand by an ulp.\n\n"
+        f"{markdown(confusion_summary(frame))}\n\nPlanted word against the word answered; `a or b`: several candidates "
+        f"were left.\n\n{markdown(confusion_table(frame))}"
+    )

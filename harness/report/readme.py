@@ -1,0 +1,82 @@
+"""The README's generated block: eight plans, four findings, and what was measured where. No number here is typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from castpoint.harness.report import gpu, gpu_rows
+from castpoint.harness.report.findings import anchor, findings
+from castpoint.harness.report.page import newest_run
+from castpoint.harness.report.style import ROUNDING
+from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.frames import Frames, load, over_layers
+from castpoint.harness.runs.records import load_runs
+from castpoint.variants.catalogue import PLANS
+
+BEGIN = "<!-- generated from {folder}, run {run_id}: begin -->"
+END = "<!-- generated: end -->"
+BLOCK = re.compile(r"<!-- generated from (\S+), run (\S+): begin -->\n.*?<!-- generated: end -->", re.DOTALL)
+SHOWN = tuple(  # from Hugging Face's order to the fewest roundings, then what engines removed
+    "hf one-rounding bf16-operand deferred cast-after-matmul fp32 bf16-statistics truncating".split()
+)
+
+
+def headline(frames: Frames) -> str:
+    """The table of plans: who rounds where, K's error in units of one rounding, its bits equal to PyTorch's."""
+    error = over_layers(frames["errors"], "truth", "rel_rms") / ROUNDING
+    equal = over_layers(frames["errors"], "eager", "share_equal")
+    lines = [
+        "| plan | rounds to bf16 at | who does it | K's error | K equal to PyTorch's |",
+        "| --- | --- | --- | --: | --: |",
+    ]
+    for name in SHOWN:
+        if name in error:
+            rounds = " ".join(PLANS[name].plan.roundings())
+            lines.append(f"| {name} | {rounds} | {PLANS[name].about} | {error[name]:.2f} | {100 * equal[name]:.4g} % |")
+    return "\n".join(lines)
+
+
+def conditions(folder: Path, run_id: str) -> str:
+    """What the table's numbers are, and where they come from."""
+    run = load_runs(folder)[run_id]
+    s, e = run["settings"], run["environment"]
+    weights = (
+        f"real weights ({s['checkpoint']})"
+        if s["checkpoint"]
+        else "weights drawn to published statistics, **not the checkpoint**"
+    )
+    native = "with" if e.get("native_bf16") else "without"
+    machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
+    return (
+        "K's error: rms against float64, relative to its head, in units of what rounding to bf16 a single time costs. "
+        f"PyTorch's: Hugging Face's eager bf16. {s['model']}'s shape, {len(s['layers'])} layers, {s['tokens']} tokens, "
+        f"{weights}; {machine}. {gpus(folder.parent)}"
+    )
+
+
+def gpus(results: Path) -> str:
+    """One sentence on every folder of results that holds times of a GPU."""
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        run = gpu_rows.newest(folder)
+        if run is not None:
+            found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
+    return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
+
+
+def readme_block(folder: Path, run_id: str) -> str:
+    """What stands between the README's markers, from one run of a bench and the newest studies beside it."""
+    frames = load(folder, run_id)
+    said = "\n".join(finding.line(f"{folder.as_posix()}/report.md") for finding in findings(folder, frames))
+    body = f"{headline(frames)}\n\n{conditions(folder, run_id)}\n\n{said}"
+    return f"{BEGIN.format(folder=folder.as_posix(), run_id=run_id)}\n{body}\n{END}"
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Replaces the README's generated block by that of the newest run. Raises UserError if it has no markers."""
+    text = readme.read_text()
+    if not BLOCK.search(text):
+        raise UserError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+    block = readme_block(folder, newest_run(folder))
+    readme.write_text(BLOCK.sub(lambda _: block, text))

@@ -1,0 +1,190 @@
+"""What the commands do once their options are checked. Heavy imports wait until a step needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from castpoint.harness import options
+from castpoint.harness.runs.errors import writing
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import AuditRow, CaseRow
+from castpoint.harness.runs.settings import Settings
+
+BUDGET_TOKENS = 64  # at most: the budget runs a spec for every subset of a plan's boundaries
+
+
+def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> None:
+    """Those parts of a bench."""
+    from castpoint.harness.accuracy.budget import sweep_budget
+    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
+    from castpoint.harness.timing.sweep import sweep_speed
+
+    if "errors" in parts or "amplification" in parts:
+        sweep_precision(settings, records)
+    if "errors" in parts or "speed" in parts:  # what is red gets no time
+        sweep_kernels(settings, records)
+    if "budget" in parts:
+        sweep_budget(dataclasses.replace(settings, tokens=min(settings.tokens, BUDGET_TOKENS)), records)
+    if "speed" in parts:
+        sweep_speed(settings, records)
+
+
+def measure_gpu(settings: Settings, records: Records, quick: bool) -> None:
+    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
+    from castpoint.harness.conformance.cuda import check_eager, check_interpreter, check_kernels
+    from castpoint.harness.fingerprint.survey import survey_implementations
+    from castpoint.harness.gpu.sweep import sweep_gpu
+    from castpoint.harness.problems import grid
+    from castpoint.harness.timing.cuda import Cuda
+    from castpoint.harness.timing.sweep import sweep_speed
+
+    device = Cuda()
+    check_kernels(records, device)
+    check_eager(records, device)
+    check_interpreter(records, device)
+    sweep_precision(settings, records)
+    sweep_kernels(settings, records)
+    sweep_gpu(grid.points(quick), records, device, quick)
+    sweep_speed(settings, records)
+    if not quick:
+        survey_implementations(records, "cuda")
+    records.finish()
+
+
+def tune_kernels(records: Records, quick: bool) -> None:
+    from castpoint.harness.gpu.tune import tune
+    from castpoint.harness.problems import grid
+    from castpoint.harness.timing.cuda import Cuda
+    from castpoint.kernels.dispatch import TABLE, read_table, write_table
+
+    found = tune([p for p in grid.points(quick) if p.regime == grid.COLD], records, Cuda())
+    records.finish()
+    table = read_table()
+    for key, configs in found.items():
+        table.setdefault(key, {}).update(configs)
+    with writing(TABLE):
+        write_table(table)
+    print(f"wrote {sum(map(len, found.values()))} configs to {TABLE}")
+
+
+COUNTED = {  # what three columns of an audited kernel count
+    "not_followed": "  (operations of TTIR that the audit cannot see through)",
+    "fused": "  (multiply-adds of the machine code where TTIR multiplies and adds apart)",
+    "expanded": "  (multiply-adds that TTIR's products, quotients and roots expand to)",
+}
+
+
+def audit_foreign(kernel: str, target: str, signature: str, constants: list[str]) -> bool:
+    """Prints what was found on each target; whether any row is red."""
+    from castpoint.harness.audit.foreign import audit_foreign
+    from castpoint.harness.compiled.compile import TARGETS
+
+    rows = [audit_foreign(kernel, name, signature, constants) for name in ([target] if target else TARGETS)]
+    for row in rows:
+        said = {name: value for name, value in row.items() if value not in ("", None)}
+        print("\n".join(f"{name:13} {value}{COUNTED.get(name, '')}" for name, value in said.items()) + "\n")
+    return any(row["status"] in ("red", "failed") for row in rows)
+
+
+def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bool:
+    """The audits that were asked for, each with its own record; whether any row is red. Configs have no verdict."""
+    from castpoint.harness.audit.kernels import audit_all, check_target
+    from castpoint.harness.compiled.compile import TARGETS
+    from castpoint.harness.compiled.resources import sweep_configs
+    from castpoint.harness.conformance.execute import execute_kernels
+    from castpoint.harness.ptx.driver import check_target as check_executed
+
+    if target:
+        check_target(target)
+    targets, executed = (target,) if target else tuple(TARGETS), target or "sm_90"
+    if run:
+        check_executed(executed)
+    red = False
+    if run:
+        records = options.records_of("execute", results, "cpu", target=executed)
+        execute_kernels(records, executed)
+        records.finish()
+        print_study(records, "executed")
+        red = bool(red_rows(records, "executed"))
+    if configs:
+        records = options.records_of("configs", results, "cpu", targets=targets)
+        sweep_configs(records, targets)
+        records.finish()
+        print_study(records, "configs")
+    if not (run or configs):
+        records = options.records_of("audit", results, "cpu", targets=targets)
+        for row in audit_all(targets):
+            records.add(AuditRow(**row))
+        records.finish()
+        print_study(records, "audit")
+        red = bool(red_rows(records, "audit"))
+    return red
+
+
+def _survey(records: Records, device: str) -> None:
+    options.compiling()
+    from castpoint.harness.fingerprint.survey import survey_implementations
+
+    survey_implementations(records, device)
+
+
+def _cases(records: Records, device: str) -> None:
+    from castpoint.harness.cases.run import run_cases
+
+    for row in run_cases():
+        records.add(CaseRow(**row))
+
+
+def _confusion(records: Records, device: str) -> None:
+    from castpoint.harness.fingerprint.survey import survey_known
+
+    survey_known(records)
+
+
+# name -> what measures it, and its table
+STUDIES = {
+    "survey": (_survey, "implementations"),
+    "cases": (_cases, "cases"),
+    "confusion": (_confusion, "fingerprints"),
+}
+
+
+def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:
+    return [row for table in tables for row in records.rows(table) if row["status"] in ("red", "failed")]
+
+
+def print_study(records: Records, table: str) -> None:
+    from castpoint.harness.report.failures import bad_rows, section
+    from castpoint.harness.report.studies import SECTIONS
+    from castpoint.harness.runs.frames import load
+
+    frame = load(records.folder, records.run_id)[table]
+    print("\n\n".join([SECTIONS[table](frame), *section(bad_rows(frame, table))]))
+
+
+def print_parts(records: Records, parts: tuple[str, ...]) -> None:
+    from castpoint.harness.report.budget import largest_share_sentence
+    from castpoint.harness.report.page import tables
+    from castpoint.harness.runs.frames import load
+
+    found = tables(records.folder, records.run_id)
+    found["budget"] = largest_share_sentence(load(records.folder, records.run_id)["budget"])
+    shown = {"errors": ("plans", "kernels"), "amplification": ("amplification",), "budget": ("budget",)}
+    for part in parts:
+        print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")
+
+
+def write_report(folder: Path) -> None:
+    from castpoint.harness.report.publish import write
+
+    print(write(folder))
+
+
+def print_red(records: Records, *tables: str) -> bool:
+    """Names what is red or failed on standard error; whether anything is."""
+    found = red_rows(records, *tables)
+    for row in found:
+        print(f"{row.get('arm') or row['plan']} {row['status']}: {row['reason']}", file=sys.stderr)
+    return bool(found)

@@ -1,0 +1,97 @@
+"""The nets of test_kernels.py catch a kernel that rounds elsewhere: every plan with every boundary moved, and every
+choice made otherwise.
+
+Kernels with a changed source: test_mutation.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from nets import (
+    exact_case,
+    random_case,
+)
+from support import KERNELS, assert_bit_equal, assert_inside
+
+from castpoint.kernels.plan import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
+from castpoint.variants.catalogue import PLANS
+
+NEIGHBOURS = {KEEP: (RNE,), RNE: (KEEP, RTZ), RTZ: (RNE,)}
+TINY = {"tokens": 33, "hidden_size": 200, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 32}
+
+
+def moved(plan: CastPlan, name: str, word: str) -> CastPlan | None:
+    """The plan with one choice made otherwise, and with it what must follow; None where no such plan exists."""
+    if name == "hidden" and plan.scale != "folded" and KEEP in (word, plan.hidden):
+        return plan.replace(hidden=word, matmul="fp32" if word == KEEP else "bf16")
+    if name == "scale":
+        if word != "prologue":
+            plan = plan.replace(normed=KEEP)
+        if word == "folded":
+            return plan.replace(scale=word, hidden=KEEP, matmul="bf16")
+        return plan.replace(scale=word, **({"hidden": RNE} if plan.scale == "folded" else {}))
+    try:
+        return plan.replace(**{name: word})
+    except ValueError:
+        return None
+
+
+def moves() -> Iterator[tuple[str, str, str]]:
+    """Plan, name and new word of every choice of every plan that can be made otherwise."""
+    for (plan, entry), name in itertools.product(PLANS.items(), (*BOUNDARIES, *CHOICES)):
+        now = getattr(entry.plan, name)
+        words = NEIGHBOURS[now] if name in BOUNDARIES else [word for word in CHOICES[name] if word != now]
+        yield from ((plan, name, word) for word in words)
+
+
+MOVES = [move for move in moves() if moved(PLANS[move[0]].plan, *move[1:])]
+
+
+def test_only_what_contradicts_itself_is_not_moved():
+    """A value that is never formed cannot be rounded, folded multiplies the bf16 x itself, and the matmul's precision
+    follows from hidden, with which it was moved."""
+    left_out = {move for move in moves() if not moved(PLANS[move[0]].plan, *move[1:])}
+    for plan, name, word in left_out:
+        plan = PLANS[plan].plan
+        assert (
+            (name == "normed" and plan.scale != "prologue")
+            or (name in ("hidden", "x") and plan.scale == "folded")
+            or (name == "matmul" and "bf16" in (word, plan.matmul))
+        ), (plan, name, word)
+    assert {("deferred", "normed", RNE), ("folded", "hidden", RNE), ("hf", "matmul", "fp32")} <= left_out
+
+
+def held_to(plan: CastPlan, name: str, word: str) -> CastPlan:
+    """The plan to tell from its moved self: stored in fp32, where every boundary shows, unless the store moves."""
+    return plan if name == "out" else plan.replace(out="fp32")
+
+
+def check_run_as(base: CastPlan, run_as: CastPlan, rope: bool) -> None:
+    """Both nets of numbers, held to base, with the kernel run as another plan."""
+    problem, expected = exact_case(base, rope=rope, **TINY)
+    for name, actual in KERNELS.run(run_as, problem).items():
+        assert_bit_equal(actual=actual.double(), expected=expected[name], what=name)
+    problem, allowed = random_case(base, rope=rope, **TINY)
+    assert_inside(actual=KERNELS.run(run_as, problem), allowed=allowed)
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_plan_itself_passes(plan: str, rope: bool):
+    for base in (PLANS[plan].plan, PLANS[plan].plan.replace(out="fp32")):
+        check_run_as(base, base, rope)
+
+
+@pytest.mark.parametrize(("plan", "name", "word"), MOVES, ids=["-".join(move) for move in MOVES])
+def test_a_moved_choice_is_caught(plan: str, name: str, word: str):
+    base = held_to(PLANS[plan].plan, name, word)
+    with pytest.raises(AssertionError, match="elements (differ|outside)"):
+        check_run_as(base, moved(base, name, word), rope=name in ROPE_BOUNDARIES)
+
+
+def test_without_positions_the_boundaries_of_rope_have_no_effect():
+    for name in ROPE_BOUNDARIES:
+        check_run_as(PLANS["fp32"].plan, PLANS["fp32"].plan.replace(**{name: RNE}), rope=False)
