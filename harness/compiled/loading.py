@@ -15,6 +15,8 @@ from castpoint.harness.runs.errors import UserError
 class Fault(UserError):
     """What a callable did against its contract, in one sentence."""
 
+    found: Any = None  # what was loaded and cannot be called
+
 
 def load(target: str) -> Callable[..., Any]:
     """The callable of MODULE:FUNCTION; MODULE is a dotted name, importable from here, or the path of a .py file.
@@ -36,7 +38,9 @@ def load(target: str) -> Callable[..., Any]:
         text = " ".join(str(error).split())[:300]
         raise Fault(f"{target} cannot be imported: {type(error).__name__}: {text}") from error
     if not callable(value):
-        raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
+        fault = Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
+        fault.found = value
+        raise fault
     return value
 
 

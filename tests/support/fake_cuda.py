@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from castpoint.harness.timing import rig
 from castpoint.harness.timing.cuda import Cuda, Graph
-from castpoint.harness.timing.rig import AGAIN
+from castpoint.harness.timing.rig import AGAIN, Arm, measure
 
 
 class FakeCuda(Cuda):
@@ -70,3 +73,34 @@ class FakeCuda(Cuda):
 
     def now(self) -> float:
         return self.clock
+
+
+# ---------------------------------------------------------------- arms
+
+COPIES = 3
+
+
+class Fake:
+    """A call that returns its copy's own numbers; attributes say how it misbehaves."""
+
+    def __init__(self, label: str, **faults: Any) -> None:
+        self.label = label
+        for name, value in faults.items():
+            setattr(self, name, value)
+
+    def __call__(self, i: int) -> tuple[torch.Tensor, ...]:
+        if getattr(self, "fails", None):
+            raise self.fails
+        return torch.full([2, 4], float(i + 1)), torch.full([3], i + 1, dtype=torch.int32)
+
+
+def arms(*names: str, **faulty: Any) -> list[Arm]:
+    return [Arm(name, Fake(name)) for name in names] + [Arm(name, Fake(name, **f)) for name, f in faulty.items()]
+
+
+def run(arms: list[Arm], gpu: FakeCuda | None = None, **options: Any) -> rig.Measurement:
+    return measure(arms, gpu or FakeCuda(), copies=COPIES, baseline=options.pop("baseline", "a"), **options)
+
+
+def base_of(name: str) -> str:
+    return name.removesuffix(AGAIN)
