@@ -189,8 +189,8 @@ def test_draws_without_a_control_are_no_finding(tmp_path: Path) -> None:
     """A control of which nothing was measured leaves nothing to compare with."""
     same = {"plan": "hf", "k_max_abs_after": 2.0, "logit_rms_error": 3.0, "softmax_tv_mean": 1.0, "top_key_flips": 0.1}
     rows = [
-        {"weights": weights, "seed": seed, "k_norm_max": largest, "status": status, **same}
-        for weights, largest, status in (("w", 9.0, "ok"), ("w, k_norm=1", 1.0, "ok"), ("w, k_norm=64", 64.0, "failed"))
+        {"weights": name, "uniform_k_norm": every, "seed": seed, "k_norm_max": every or 9.0, "status": status, **same}
+        for name, every, status in (("w", None, "ok"), ("w, k_norm=1", 1.0, "ok"), ("w, k_norm=64", 64.0, "failed"))
         for seed in (0, 1)
     ]
     draws = pd.DataFrame(rows)
