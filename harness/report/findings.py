@@ -51,9 +51,10 @@ def _noise(errors: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _amplified(draws: pd.DataFrame) -> Iterator[Finding]:
-    if not len(draws):
+    controls = _controls(draws)
+    if len(controls) < 3:
         return
-    own, ones, _ = _controls(draws)
+    own, ones, _ = controls
     ratios = own["logit_rms_error"] / ones["logit_rms_error"]
     yield Finding(
         f"**A K-norm weight of {own['k_norm_max'].iloc[0]:g}** multiplies the logits' rms error by {_spread(ratios)}, against "
@@ -64,8 +65,11 @@ def _amplified(draws: pd.DataFrame) -> Iterator[Finding]:
 
 def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
     """From the draws of the first layer: measures over those of K-norm weights of 1 and of the same seed, their median,
-    least and greatest. A column each for the drawn weights, one weight in every channel, and weights of 1."""
+    least and greatest. A column each for the drawn weights, weights of 1, and another weight in every channel; empty where
+    one of them was not measured."""
     controls = _controls(draws)
+    if len(controls) < 3:
+        return pd.DataFrame()
     ones = controls[1]
     measures = {
         "K max abs error, after: multiple": "k_max_abs_after",
@@ -81,6 +85,7 @@ def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
 
 def _controls(draws: pd.DataFrame) -> list[pd.DataFrame]:
     """The drawn K-norm weights, weights of 1, and one other weight in every channel, each by seed."""
+    draws = draws[draws["status"] == "ok"]
     uniform = draws["uniform_k_norm"]
     return [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1)]
 

@@ -174,10 +174,10 @@ def paired_table(frames: Frames) -> pd.DataFrame:
 
 def depth_table(layers: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of eager's errors with the largest K-norm weight, the layer's number held fixed, since errors
-    grow with it; empty for a model without K norms. layers: layer_table(...)."""
-    if layers["largest K-norm weight"].isna().all():
-        return pd.DataFrame()
+    grow with it; empty where there is none: no K norms, or too few layers. layers: layer_table(...)."""
     names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
+    if len(layers) < 3 or layers["largest K-norm weight"].isna().any():
+        return pd.DataFrame()
     return pd.DataFrame([{name: f"{given_depth(layers, name):+.2f}" for name in names}])
 
 

@@ -173,10 +173,10 @@ def write_report(folder: Path, run_id: str) -> Path:
     t = tables(folder, run_id)
     speed, draws = frames["speed"], frames["draws"]
     said = [finding.line() for finding in findings(folder, frames)]
-    ranges = ""
-    if len(draws):
+    ranges, spreads = "", draw_table(draws)
+    if len(spreads):
         over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
-        ranges = f"\n\n{over}\n\n{markdown(draw_table(draws))}"
+        ranges = f"\n\n{over}\n\n{markdown(spreads)}"
     cpu = f"{CPU_TIMES} " if len(speed) and best_backend(speed) == "inductor" else ""
     sections = [
         *(["## Findings\n\n" + "\n".join(said)] if said else []),

@@ -33,7 +33,8 @@ def headline(frames: Frames) -> str:
     for name in SHOWN:
         if name in error:
             rounds = " ".join(PLANS[name].plan.roundings())
-            lines.append(f"| {name} | {rounds} | {PLANS[name].about} | {error[name]:.2f} | {100 * equal[name]:.4g} % |")
+            same = f"{100 * equal[name]:.4g} %" if name in equal else "–"
+            lines.append(f"| {name} | {rounds} | {PLANS[name].about} | {error[name]:.2f} | {same} |")
     return "\n".join(lines)
 
 
