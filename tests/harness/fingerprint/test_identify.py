@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import castpoint.harness.fingerprint.rules as family
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import probes, survey
 from castpoint.harness.fingerprint.answer import UNEXPLAINED, Answer, unmet, words_of
 from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox
 from castpoint.harness.fingerprint.chain import other_rows
@@ -535,17 +535,37 @@ def test_kinds_and_callables_are_checked() -> None:
 # ---------------------------------------------------------------- planted faults of the fingerprint itself
 
 
-def test_a_wrong_prediction_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What was searched and predicted without the fault is not remembered with it, nor the other way round."""
+    probes.forget()
+    yield
+    monkeypatch.undo()
+    probes.forget()
+
+
+def test_a_wrong_prediction_would_be_noticed(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """If the family rounded to nearest where it says truncated, a truncating kernel would be named otherwise."""
     plan = HF.replace(normed=RTZ)
     assert survey.right(identify(survey.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
+    probes.forget()
     monkeypatch.setattr(family, "round_to", lambda v, s: round_to(v, RNE if s == RTZ else s))
     assert not survey.right(identify(survey.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
 
 
-def test_inexact_rows_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_rows_would_be_noticed(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """With weights of one, no product with the weight is rounded: normed and hidden cannot be told apart."""
-    import castpoint.harness.fingerprint.probes as probes
-
     monkeypatch.setattr(probes, "norm_weight", lambda width, rng: torch.ones(width))
     assert not survey.right(identify(survey.spec_norm(HF), "rmsnorm"), HF, "rmsnorm", "spec")
+
+
+def test_what_is_remembered_is_what_was_searched() -> None:
+    """An identification that finds its rows searched answers as the first, and leaves them as they were."""
+    probes.forget()
+    first = identify(survey.spec_norm(HF), "rmsnorm")
+    rows, _ = probes.first_rows(probes.WIDTH, residual=False)
+    before, hits = rows.x.clone(), probes.telling_rows.cache_info().hits
+    again = identify(survey.spec_norm(HF), "rmsnorm")
+    assert dataclasses.replace(again, seconds=first.seconds) == first
+    assert probes.telling_rows.cache_info().hits > hits
+    assert probes.first_rows(probes.WIDTH, residual=False)[0] is rows and torch.equal(rows.x, before)
