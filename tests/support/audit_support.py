@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from forks import rows_of_fork
 
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
 from castpoint.harness.compiled import compile as compiling
@@ -22,22 +21,9 @@ ROOT = Path(__file__).parents[2]  # as in support.py, whose imports would cost e
 
 
 def in_process(function: Callable[..., Iterator[dict]], *args: str, cache: Path, **env: str) -> list[dict]:
-    """Rows that a function of a test module yields in a process whose kernels compile, with an empty cache."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = f"""
-import json, runpy
-for row in runpy.run_path({function.__code__.co_filename!r})[{function.__name__!r}](*{args!r}):
-    print(json.dumps(row), flush=True)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**kept, "PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_CACHE_DIR": str(cache), **env},
-        cwd=cache,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    """Rows that a function of a test module yields in a process whose kernels compile, in an empty folder. What it
+    compiles is kept for all tests of a run: Triton knows a kernel by its text, its arguments and its options."""
+    return rows_of_fork(function, *args, folder=cache, **env)
 
 
 # ---------------------------------------------------------------- planted faults

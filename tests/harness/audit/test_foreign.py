@@ -128,7 +128,7 @@ def test_foreign_kernels(target: str, tmp_path: Path):
     for row in (fused, apart):
         assert row["ttir"] == "product bf16-rne, unclassified bf16-rne"
         assert re.match(
-            r"bf16-rne of a product for arith.addf, at test_audit_foreign.py:\d+; bf16-rne of unclass", row["roundings"]
+            r"bf16-rne of a product for arith.addf, at test_foreign.py:\d+; bf16-rne of unclass", row["roundings"]
         )
     if target == "gfx942":  # which has no multiply-add in bf16
         assert (fused["status"], fused["fused"], fused["machine"]) == ("reported", 0, apart["machine"])
@@ -140,7 +140,7 @@ def test_foreign_kernels(target: str, tmp_path: Path):
 
     assert (norm["status"], norm["ttir"]) == ("reported", "normed bf16-rne, hidden bf16-rne")
     assert re.fullmatch(r"normed (\d), hidden \1", norm["machine"])
-    assert "bf16-rne of normed for hidden, at test_audit_foreign.py" in norm["roundings"]
+    assert "bf16-rne of normed for hidden, at test_foreign.py" in norm["roundings"]
 
     assert (matmul["status"], matmul["ttir"], matmul["matmul"]) == ("reported", "proj bf16-rtz", "tf32")
     assert re.search("tf32|xf32", matmul["matrix"]) and matmul["machine"].startswith("proj ")
@@ -189,7 +189,7 @@ def test_inline_assembly_is_not_followed_and_makes_no_row_red(tmp_path: Path):
 
 REFUSED = {  # arguments of audit_foreign, and the sentence
     "no target": (("a:b", "sm_70", "", []), "unknown target 'sm_70': targets are sm_80, sm_90, sm_100, gfx942"),
-    "no function": (("test_audit_foreign", "sm_90", "", []), "'test_audit_foreign' is not MODULE:FUNCTION, such as .*"),
+    "no function": (("test_foreign", "sm_90", "", []), "'test_foreign' is not MODULE:FUNCTION, such as .*"),
     "no module": (("nowhere:f", "sm_90", "", []), "nowhere:f cannot be imported: .*No module named 'nowhere'"),
     "no name": (
         (f"{__name__}:nothing", "sm_90", "", []),

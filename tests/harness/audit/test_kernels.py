@@ -1,6 +1,6 @@
 """The audit passes every kernel of the catalogue. Needs no GPU.
 
-What it turns red for: test_audit_source.py, test_audit_machine.py. Other people's kernels: test_audit_foreign.py.
+What it turns red for: test_source.py, test_machine.py. Other people's kernels: test_foreign.py.
 """
 
 from __future__ import annotations

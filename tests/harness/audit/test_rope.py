@@ -1,6 +1,6 @@
 """The audit of kernels that rotate q and k: right ones pass on every target, each planted fault turns red. No GPU.
 
-What every kernel with RoPE of the catalogue makes of its plan: test_audit.py.
+What every kernel with RoPE of the catalogue makes of its plan: test_kernels.py.
 """
 
 from __future__ import annotations

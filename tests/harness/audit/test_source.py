@@ -20,7 +20,7 @@ STORE_RSTD, STORE_SUMS = "rstd_ptr + offs_m, rstd", "tl.store(sums_ptrs + split 
 ROUND_IN_SPLIT_K = ("import finish_head,", "import round_to, finish_head,")
 LOADED_HIDDEN = "other=0.0)\n        else:"
 CUT_OFF = r"\(bf16-rtz without NaN\)"
-# Small tiles, with which LLVM takes a quarter of the time; test_audit.py has those of launches.
+# Small tiles, with which LLVM takes a quarter of the time; test_kernels.py has those of launches.
 HEADS = {"head_dim": 32}
 FEW, AFTER_RSTD, AFTER_HIDDEN = (
     HEADS | {"config": Config("fused", prepass, 16, 32, 4, 2)} for prepass in ("none", "rstd", "hidden")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.rules as family
 from castpoint.harness.fingerprint import probes, survey
 from castpoint.harness.fingerprint.answer import UNEXPLAINED, Answer, unmet, words_of
@@ -256,25 +257,20 @@ def test_an_answer_names_the_plans_that_have_its_words() -> None:
         ),
     ],
 )
-def test_a_plan_is_expected(expected: str, line: str, module: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "castpoint",
-        "identify",
-        f"{module}:norm",
-        "--kind",
-        "rmsnorm",
-        "--expect",
-        expected,
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    error = [text for text in result.stderr.splitlines() if text != "a kernel that talks"]
-    assert result.returncode == bool(line) and len(error) == bool(line) and bool(result.stdout) == (not line)
+def test_a_plan_is_expected(
+    expected: str, line: str, module: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["castpoint", "identify", f"{module}:norm", "--kind", "rmsnorm", "--expect", expected]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    printed = capfd.readouterr()
+    error = [text for text in printed.err.splitlines() if text != "a kernel that talks"]
+    assert status.value.code == bool(line) and len(error) == bool(line) and bool(printed.out) == (not line)
     assert not line or line in error[0], error
 
 
-def test_an_error_is_no_plan(module: Path) -> None:
+def test_an_error_is_no_plan(module: Path, run_identify: Ask) -> None:
     code, answer = run_identify(f"{module}:raises", "--expect", "hf")
     assert code == 1 and answer["status"] == "error"
     assert unmet(Answer("undecided", reason="between two"), "hf", "rmsnorm") == "undecided: between two"
@@ -422,11 +418,22 @@ VERDICTS = {
 }
 
 
-def run_identify(*arguments: str) -> tuple[int, dict[str, object]]:
-    command = [sys.executable, "-m", "castpoint", "identify", *arguments, "--kind", "rmsnorm", "--json"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert len(result.stdout.splitlines()) == 1 and "Traceback" not in result.stderr, result.stderr
-    return result.returncode, json.loads(result.stdout)
+Ask = Callable[..., tuple[int, dict[str, object]]]
+
+
+@pytest.fixture
+def run_identify(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ask:
+    """The command in this process: the callable has one of its own. Exit status, and the line of JSON."""
+
+    def ask(*arguments: str) -> tuple[int, dict[str, object]]:
+        monkeypatch.setattr(sys, "argv", ["castpoint", "identify", *arguments, "--kind", "rmsnorm", "--json"])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+        printed = capfd.readouterr()
+        assert len(printed.out.splitlines()) == 1 and "Traceback" not in printed.err, printed.err
+        return status.value.code, json.loads(printed.out)
+
+    return ask
 
 
 @pytest.fixture(scope="module")
@@ -437,22 +444,26 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_what_a_callable_does_wrong_is_a_line_of_json(name: str, module: Path) -> None:
+def test_what_a_callable_does_wrong_is_a_line_of_json(name: str, module: Path, run_identify: Ask) -> None:
     limit = ("--time-limit", "8") if name == "hangs" else ()
     code, answer = run_identify(f"{module}:{name}", *limit)
     assert code == 1 and answer["status"] == "error" and answer["candidates"] == []
     assert VERDICTS[name] in answer["reason"] and "\n" not in answer["reason"], answer["reason"]
 
 
-def test_a_module_that_is_not_there(module: Path) -> None:
+def test_a_module_that_is_not_there(module: Path, run_identify: Ask) -> None:
     for target in ("no_such_module:fn", f"{module}x.py:fn", "without_a_colon"):
         code, answer = run_identify(target)
         assert code == 1 and answer["status"] == "error" and answer["reason"]
 
 
 def test_the_json_of_an_answer(module: Path) -> None:
+    """The command as a user starts it; the other tests call it."""
     start = time.monotonic()
-    code, answer = run_identify(f"{module}:norm")
+    command = [sys.executable, "-m", "castpoint", "identify", f"{module}:norm", "--kind", "rmsnorm", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = result.stdout.splitlines()
+    code, answer = result.returncode, json.loads(line)
     fields = "status candidates share_equal runner_up_share_equal nearest reason plans shapes seconds".split()
     assert code == 0 and list(answer) == fields and time.monotonic() - start < 30
     assert answer["status"] == "identified" and answer["candidates"][0]["normed"] == RNE and answer["seconds"] < 10
@@ -476,7 +487,7 @@ def own(x, weight, eps): raise NotImplementedError("only for CUDA")
 """
 
 
-def test_an_instruction_that_is_not_known_here_is_not_the_callables_fault(tmp_path: Path) -> None:
+def test_an_instruction_that_is_not_known_here_is_not_the_callables_fault(tmp_path: Path, run_identify: Ask) -> None:
     path = tmp_path / "unknown.py"
     path.write_text(UNKNOWN)
     code, answer = run_identify(f"{path}:unknown")
