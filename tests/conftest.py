@@ -6,6 +6,8 @@ tests start.
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -14,6 +16,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of compiled kernels for all processes of a run, empty at first: no test compiles what another has."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.compiled = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

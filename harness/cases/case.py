@@ -109,38 +109,24 @@ def run_side(side: Side, inputs: Inputs) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Thread:
-    """Where a case comes from: its number in the list of cases, the public threads, the boundary."""
-
-    number: int
-    source: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What is measured: its words, its unit, and pick(before, after), one number or one a draw."""
-
-    quantity: str
-    unit: str
-    pick: Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
 class Case:
-    """One row. draw gives the inputs of every set-up; run makes a side's output of them; grow(before, after) is the
-    exponent, if the case has calls or layers."""
+    """One row: where it comes from, what moved, what is measured, what was claimed, why, and on which inputs."""
 
-    thread: Thread
-    sides: tuple[Side, Side]  # before, after
-    figure: Figure
+    number: int  # in the list of cases
+    source: str  # the public threads
+    where: str  # the boundary
+    before: Side
+    after: Side
+    quantity: str  # of the figure, in words
+    unit: str
+    pick: Callable[[Tensor, Tensor], Tensor | float]  # of the outputs before and after: one number, or one a draw
     claim: Claim
     why: str
-    draw: Callable[[torch.Generator], list[Inputs]]
+    draw: Callable[[torch.Generator], list[Inputs]]  # the inputs of every set-up
     draws: int = 6
     outputs: bool = True  # False: what the sides return is no output in bf16, so it has no ulps and no share
-    run: Callable[[Side, Inputs], Tensor] = run_side
-    grow: Callable[[Tensor, Tensor], float] | None = None
+    run: Callable[[Side, Inputs], Tensor] = run_side  # a side's output of the inputs
+    grow: Callable[[Tensor, Tensor], float] | None = None  # the exponent, if the case has calls or layers
 
     def measure(self, seed: int = 0) -> Measured:
         """Draws, runs both sides and compares, on one thread. The same seed gives the same figures."""
@@ -148,16 +134,16 @@ class Case:
             return self._measure(seed)
 
     def _measure(self, seed: int) -> Measured:
-        rng = torch.Generator().manual_seed(7919 * seed + self.thread.number)
+        rng = torch.Generator().manual_seed(7919 * seed + self.number)
         figures: list[list[Tensor]] = []
         for number in range(self.draws):
             for setup, inputs in enumerate(self.draw(rng)):
-                before, after = (self.run(side, inputs) for side in self.sides)
+                before, after = (self.run(side, inputs) for side in (self.before, self.after))
                 if number == 0:
                     figures.append([])
                     if setup == 0:
                         first = (before, after)
-                figures[setup].append(torch.as_tensor(self.figure.pick(before, after), dtype=torch.float64).flatten())
+                figures[setup].append(torch.as_tensor(self.pick(before, after), dtype=torch.float64).flatten())
         pooled = [torch.cat(setup) for setup in figures]
         if any(not setup.isfinite().all() or setup.numel() == 0 for setup in pooled):
             raise ValueError("the figure is not a finite number on every draw: are both sides the same?")

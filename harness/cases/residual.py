@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thread, Way, count, printed
+from castpoint.harness.cases.case import Case, Claim, Inputs, Side, Way, count, printed
 from castpoint.harness.cases.figures import beyond_ulps, exponent, magnitude_bias, share, share_by_row, ulps
 from castpoint.harness.cases.inputs import near_one, normal, sum_inputs
 from castpoint.kernels.plan import KEEP, RNE, RTZ
@@ -71,108 +71,58 @@ def failing_nmse(before: Tensor, after: Tensor) -> Tensor:
     return errors[errors > 1e-7]
 
 
+ADDED_IN_FP16 = Way("a + b to fp16, + c to fp16", lambda a, b, c: ((a + b) + c).double())
+ADDED_IN_FP32 = Way("a + b in fp32, + c to fp16", lambda a, b, c: (a.float() + b.float() + c.float()).half().double())
 RANKS_ROUNDED = Way("sum of ranks to bf16, then + residual", functools.partial(reduced, storage=RNE))
 RANKS_KEPT = Way("sum of ranks kept, then + residual", functools.partial(reduced, storage=KEEP))
 TRUNCATED = ONE_ROUNDING.replace(x=RTZ)
 ADD_SCALES = ((1.0, 1.0), (1.0, 30.0), (3.0, 3.0))
 
+# fmt: off
 RESIDUAL: tuple[Case, ...] = (
-    Case(
-        Thread(7, "vllm #52104, vllm.cpp #3103", "x + residual"),
-        sides=(ONE_ROUNDING.replace(x=KEEP), ONE_ROUNDING),
-        figure=Figure("norm outputs that differ in one row of 128", "share", share_by_row),
-        claim=count("33 of 128 values of the first norm", 33, 128),
-        why="single rows, x ~ N(0, 1), the residual 0.3, 1 or 3 times as large: the sum rounded before the variance",
-        draw=sum_inputs(400, 128, (1.0, 1.0), (1.0, 0.3), (1.0, 3.0), weight=near_one),
-        draws=2,
-    ),
-    Case(
-        Thread(14, "aiter #5151", "x + residual"),
-        sides=(ONE_ROUNDING, TRUNCATED),
-        figure=Figure("mean change of the magnitude of x + residual, both N(0, 1)", "relative", magnitude_bias),
-        claim=printed("mean signed magnitude error, smaller end: -1.53e-3", -1.53e-3, 1e-5),
-        why="the thread's own inputs (128 of its 512 rows a draw): a sum of two bf16 values of a size is often exact",
-        draw=sum_inputs(128, 4096, ADD_SCALES[0], ADD_SCALES[2]),
-        draws=4,
-        run=summed,
-    ),
-    Case(
-        Thread(14, "aiter #5151", "x + residual"),
-        sides=(ONE_ROUNDING, TRUNCATED),
-        figure=Figure("elements of x + residual that differ, residual ~ N(0, 30)", "share", share),
-        claim=printed("27 to 50 % of residual_out, larger end", 0.50, 0.01),
-        why="the thread's own inputs, the residual 30 times as large, where the most sums are inexact",
-        draw=sum_inputs(128, 4096, ADD_SCALES[1]),
-        draws=4,
-        run=summed,
-    ),
-    Case(
-        Thread(14, "aiter #5151", "hidden"),
-        sides=(ONE_ROUNDING, ONE_ROUNDING.replace(hidden=RTZ)),
-        figure=Figure("elements of the norm's output that differ", "share", share),
-        claim=printed("27 to 50 % of residual_out, larger end", 0.50, 0.01),
-        why="the call's other output, whose products are never exact: the 50 % fit it, not the sum of the row above",
-        draw=sum_inputs(128, 4096, *ADD_SCALES),
-        draws=2,
-    ),
-    Case(
-        Thread(14, "aiter #5151", "x + residual"),
-        sides=(ONE_ROUNDING, TRUNCATED),
-        figure=Figure("largest step of one call", "bf16 ulp", lambda before, after: ulps(before, after).max()),
-        claim=Claim("at most 1 ulp a call", 1.0, 0.0, 1.0),
-        why="the thread's own inputs: what every tolerance passes",
-        draw=sum_inputs(128, 4096, *ADD_SCALES),
-        draws=2,
-        run=summed,
-    ),
-    Case(
-        Thread(14, "aiter #5151", "x + residual"),
-        sides=(ONE_ROUNDING, TRUNCATED),
-        figure=Figure(
-            "change of the residual's mean magnitude after 72 calls",
-            "relative",
-            lambda before, after: shrink(before, after)[-1],
-        ),
-        claim=printed("the residual shrinks by 8.98 %", -0.0898, 1e-4),
-        why="x ~ N(0, 1) new in each call, or the same, or a third of it, onto a residual ~ N(0, 1)",
-        draw=residual_calls,
-        draws=2,
-        run=accumulated,
-        grow=lambda before, after: exponent(shrink(before, after).abs()),
-    ),
-    Case(
-        Thread(16, "aiter #2586", "all-reduce"),
-        sides=(RANKS_ROUNDED, RANKS_KEPT),
-        figure=Figure("elements of the new residual that differ", "share", share),
-        claim=printed("about 25 % of the elements", 0.25, 0.01),
-        why="4 ranks' parts ~ N(0, 1), the residual as large as one part, a quarter or four times it",
-        draw=all_reduce_inputs(4, 1.0, 0.25, 4.0),
-        draws=4,
-    ),
-    Case(
-        Thread(16, "aiter #2586, sglang #28226", "all-reduce"),
-        sides=(RANKS_ROUNDED, RANKS_KEPT),
-        figure=Figure(
-            "of the elements that differ, those that move by more than 4 ulps",
-            "share",
-            functools.partial(beyond_ulps, 4),
-        ),
-        claim=Claim("1 to 4 ulps; elsewhere: exactly 1 ulp", 0.0, 0.0, 0.0),
-        why="the same sums; where sum and residual cancel, half an ulp of the sum is many ulps of the result",
-        draw=all_reduce_inputs(4, 1.0, 0.25, 4.0),
-        draws=4,
-    ),
-    Case(
-        Thread(26, "llama.cpp #28719", "a + b"),
-        sides=(
-            Way("a + b to fp16, + c to fp16", lambda a, b, c: ((a + b) + c).double()),
-            Way("a + b in fp32, + c to fp16", lambda a, b, c: (a.float() + b.float() + c.float()).half().double()),
-        ),
-        figure=Figure("NMSE of the tests that exceed the cap of 1e-7", "NMSE", failing_nmse),
-        claim=printed("1.02e-7, over a cap of 1e-7", 1.02e-7, 1e-9),
-        why="the test's own shape, uniform in -1 to 1: its mean is 9.0e-8, the cap lies two deviations above",
-        draw=add_add,
-        draws=3,
-        outputs=False,
-    ),
+    Case(7, "vllm #52104, vllm.cpp #3103", "x + residual", ONE_ROUNDING.replace(x=KEEP), ONE_ROUNDING,
+        "norm outputs that differ in one row of 128", "share", share_by_row,
+        count("33 of 128 values of the first norm", 33, 128),
+        "single rows, x ~ N(0, 1), the residual 0.3, 1 or 3 times as large: the sum rounded before the variance",
+        sum_inputs(400, 128, (1.0, 1.0), (1.0, 0.3), (1.0, 3.0), weight=near_one), draws=2),
+    Case(14, "aiter #5151", "x + residual", ONE_ROUNDING, TRUNCATED,
+        "mean change of the magnitude of x + residual, both N(0, 1)", "relative", magnitude_bias,
+        printed("mean signed magnitude error, smaller end: -1.53e-3", -1.53e-3, 1e-5),
+        "the thread's own inputs (128 of its 512 rows a draw): a sum of two bf16 values of a size is often exact",
+        sum_inputs(128, 4096, ADD_SCALES[0], ADD_SCALES[2]), draws=4, run=summed),
+    Case(14, "aiter #5151", "x + residual", ONE_ROUNDING, TRUNCATED,
+        "elements of x + residual that differ, residual ~ N(0, 30)", "share", share,
+        printed("27 to 50 % of residual_out, larger end", 0.50, 0.01),
+        "the thread's own inputs, the residual 30 times as large, where the most sums are inexact",
+        sum_inputs(128, 4096, ADD_SCALES[1]), draws=4, run=summed),
+    Case(14, "aiter #5151", "hidden", ONE_ROUNDING, ONE_ROUNDING.replace(hidden=RTZ),
+        "elements of the norm's output that differ", "share", share,
+        printed("27 to 50 % of residual_out, larger end", 0.50, 0.01),
+        "the call's other output, whose products are never exact: the 50 % fit it, not the sum of the row above",
+        sum_inputs(128, 4096, *ADD_SCALES), draws=2),
+    Case(14, "aiter #5151", "x + residual", ONE_ROUNDING, TRUNCATED,
+        "largest step of one call", "bf16 ulp", lambda a, b: ulps(a, b).max(),
+        Claim("at most 1 ulp a call", 1.0, 0.0, 1.0),
+        "the thread's own inputs: what every tolerance passes",
+        sum_inputs(128, 4096, *ADD_SCALES), draws=2, run=summed),
+    Case(14, "aiter #5151", "x + residual", ONE_ROUNDING, TRUNCATED,
+        "change of the residual's mean magnitude after 72 calls", "relative",
+        lambda a, b: shrink(a, b)[-1], printed("the residual shrinks by 8.98 %", -0.0898, 1e-4),
+        "x ~ N(0, 1) new in each call, or the same, or a third of it, onto a residual ~ N(0, 1)",
+        residual_calls, draws=2, run=accumulated, grow=lambda a, b: exponent(shrink(a, b).abs())),
+    Case(16, "aiter #2586", "all-reduce", RANKS_ROUNDED, RANKS_KEPT,
+        "elements of the new residual that differ", "share", share, printed("about 25 % of the elements", 0.25, 0.01),
+        "4 ranks' parts ~ N(0, 1), the residual as large as one part, a quarter or four times it",
+        all_reduce_inputs(4, 1.0, 0.25, 4.0), draws=4),
+    Case(16, "aiter #2586, sglang #28226", "all-reduce", RANKS_ROUNDED, RANKS_KEPT,
+        "of the elements that differ, those that move by more than 4 ulps", "share", functools.partial(beyond_ulps, 4),
+        Claim("1 to 4 ulps; elsewhere: exactly 1 ulp", 0.0, 0.0, 0.0),
+        "the same sums; where sum and residual cancel, half an ulp of the sum is many ulps of the result",
+        all_reduce_inputs(4, 1.0, 0.25, 4.0), draws=4),
+    Case(26, "llama.cpp #28719", "a + b", ADDED_IN_FP16, ADDED_IN_FP32,
+        "NMSE of the tests that exceed the cap of 1e-7", "NMSE", failing_nmse,
+        printed("1.02e-7, over a cap of 1e-7", 1.02e-7, 1e-9),
+        "the test's own shape, uniform in -1 to 1: its mean is 9.0e-8, the cap lies two deviations above",
+        add_add, draws=3, outputs=False),
 )
+# fmt: on

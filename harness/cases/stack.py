@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Side, Thread, Way, hidden
+from castpoint.harness.cases.case import Case, Claim, Inputs, Side, Way, hidden
 from castpoint.harness.cases.figures import exponent
 from castpoint.harness.cases.inputs import near_one, normal
 from castpoint.harness.problems.drawn import residual_std, residual_stream
@@ -80,110 +80,57 @@ def stack_inputs(
     return draw
 
 
-def depth_exponent(errors: Tensor) -> Tensor:
-    return torch.tensor(exponent(errors.square().mean((1, 2)).sqrt()))
+def depth_exponent(errors: Tensor) -> float:
+    return exponent(errors.square().mean((1, 2)).sqrt())
+
+
+def apart(before: Tensor, after: Tensor) -> Tensor:
+    """1 - mean cosine of the tokens after each step, [L]."""
+    return 1 - torch.cosine_similarity(before, after, dim=-1).mean(-1)
 
 
 EXACT_STEP = Way("every step in float64", exact_step)
-
-STACK: tuple[Case, ...] = (
-    Case(
-        Thread(5, "TransformerEngine #1132, transformers #33133", "normed"),
-        sides=(HF, ONE_ROUNDING),
-        figure=Figure(
-            "elements of the stream that differ by more than 0.01 after 27 layers",
-            "share",
-            lambda before, after: ((after[-1] - before[-1]).abs() > 0.01).double().mean(),
-        ),
-        claim=Claim("80 % of hidden values differ by more than 0.01"),
-        why="a drawn stack whose stream grows as Qwen3-0.6B's; the share follows its size, so Llama 3 would decide",
-        draw=stack_inputs(27, published=True),
-        draws=2,
-        run=stack,
-        grow=lambda before, after: depth_exponent(after - before).item(),
-    ),
-    Case(
-        Thread(16, "TransformerEngine #1761", "all-reduce"),
-        sides=(
-            Way("8 ranks' parts kept in fp32", functools.partial(parallel_step, storage=KEEP)),
-            Way("8 ranks' parts stored in bf16", functools.partial(parallel_step, storage=RNE)),
-        ),
-        figure=Figure(
-            "relative rms difference of the stream after 32 layers",
-            "relative",
-            lambda before, after: (after[-1] - before[-1]).square().mean().sqrt() / before[-1].square().mean().sqrt(),
-        ),
-        claim=Claim("an average logit error of 15 % between TP degrees"),
-        why="a drawn stack, whose layers hardly amplify; logits of a checkpoint at two TP degrees would decide",
-        draw=stack_inputs(32),
-        draws=2,
-        run=stack,
-        grow=lambda before, after: depth_exponent(after - before).item(),
-    ),
-    Case(
-        Thread(17, "amd/IRON #139", "rstd, normed"),
-        sides=(ONE_ROUNDING, ONE_ROUNDING.replace(rstd=RNE, normed=RNE)),
-        figure=Figure(
-            "exponent of the error's growth with depth, rstd in bf16",
-            "exponent",
-            lambda before, after: depth_exponent(after),
-        ),
-        claim=Claim("with rstd in bf16 the error grows linearly with depth", 1.0, 0.75, 1.25),
-        why="rms error against float64 over 36 additions of a drawn stack; halfway to a square root counts as linear",
-        draw=stack_inputs(36),
-        draws=3,
-        outputs=False,
-        run=stack_errors,
-        grow=lambda before, after: depth_exponent(after).item(),
-    ),
-    Case(
-        Thread(17, "amd/IRON #139", "rstd, normed"),
-        sides=(ONE_ROUNDING, ONE_ROUNDING.replace(rstd=RNE, normed=RNE)),
-        figure=Figure(
-            "what rounding rstd adds to that exponent",
-            "exponent",
-            lambda before, after: depth_exponent(after) - depth_exponent(before),
-        ),
-        claim=Claim("without it the error grows as the root of depth: half less", 0.5, 0.25, 0.75),
-        why="the same stack with and without: rounding the stream itself, which grows as a root, is linear already",
-        draw=stack_inputs(36),
-        draws=3,
-        outputs=False,
-        run=stack_errors,
-        grow=lambda before, after: depth_exponent(before).item(),
-    ),
-    Case(
-        Thread(17, "amd/IRON #139", "rstd"),
-        sides=(
-            EXACT_STEP,
-            Way("every norm 0.3 % too large, nothing rounded", functools.partial(exact_step, scale=1.003)),
-        ),
-        figure=Figure(
-            "exponent of the growth of a coherent error of rstd alone",
-            "exponent",
-            lambda before, after: depth_exponent(after),
-        ),
-        claim=Claim("an error of one direction in every norm adds up linearly", 1.0, 0.75, 1.25),
-        why="the same stack: the error stays the same share of a stream whose drawn deltas do not line up",
-        draw=stack_inputs(36),
-        draws=3,
-        outputs=False,
-        run=stack_errors,
-        grow=lambda before, after: depth_exponent(after).item(),
-    ),
-    Case(
-        Thread(20, "sglang #27540", "statistics, variance"),
-        sides=(HF, HF.replace(statistics=RNE, variance=RNE)),
-        figure=Figure(
-            "1 - mean cosine of the streams after 58 layers",
-            "1 - cosine",
-            lambda before, after: 1 - torch.cosine_similarity(before[-1], after[-1], dim=-1).mean(),
-        ),
-        claim=Claim("cosine per layer falls from 0.913 to 0.513"),
-        why="a drawn stack with massive activations; an error of rstd is a common factor: gemma-4 itself would decide",
-        draw=stack_inputs(58, massive=True),
-        draws=1,
-        run=stack,
-        grow=lambda before, after: exponent(1 - torch.cosine_similarity(before, after, dim=-1).mean(-1)),
-    ),
+SCALED_STEP = Way("every norm 0.3 % too large, nothing rounded", functools.partial(exact_step, scale=1.003))
+RANKS_KEPT, RANKS_STORED = (
+    Way(f"8 ranks' parts {how}", functools.partial(parallel_step, storage=storage))
+    for how, storage in (("kept in fp32", KEEP), ("stored in bf16", RNE))
 )
+RSTD_ROUNDED = ONE_ROUNDING.replace(rstd=RNE, normed=RNE)
+
+# fmt: off
+STACK: tuple[Case, ...] = (
+    Case(5, "TransformerEngine #1132, transformers #33133", "normed", HF, ONE_ROUNDING,
+        "elements of the stream that differ by more than 0.01 after 27 layers", "share",
+        lambda a, b: ((b[-1] - a[-1]).abs() > 0.01).double().mean(),
+        Claim("80 % of hidden values differ by more than 0.01"),
+        "a drawn stack whose stream grows as Qwen3-0.6B's; the share follows its size, so Llama 3 would decide",
+        stack_inputs(27, published=True), draws=2, run=stack, grow=lambda a, b: depth_exponent(b - a)),
+    Case(16, "TransformerEngine #1761", "all-reduce", RANKS_KEPT, RANKS_STORED,
+        "relative rms difference of the stream after 32 layers", "relative",
+        lambda a, b: (b[-1] - a[-1]).square().mean().sqrt() / a[-1].square().mean().sqrt(),
+        Claim("an average logit error of 15 % between TP degrees"),
+        "a drawn stack, whose layers hardly amplify; logits of a checkpoint at two TP degrees would decide",
+        stack_inputs(32), draws=2, run=stack, grow=lambda a, b: depth_exponent(b - a)),
+    Case(17, "amd/IRON #139", "rstd, normed", ONE_ROUNDING, RSTD_ROUNDED,
+        "exponent of the error's growth with depth, rstd in bf16", "exponent", lambda a, b: depth_exponent(b),
+        Claim("with rstd in bf16 the error grows linearly with depth", 1.0, 0.75, 1.25),
+        "rms error against float64 over 36 additions of a drawn stack; halfway to a square root counts as linear",
+        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(b)),
+    Case(17, "amd/IRON #139", "rstd, normed", ONE_ROUNDING, RSTD_ROUNDED,
+        "what rounding rstd adds to that exponent", "exponent",
+        lambda a, b: depth_exponent(b) - depth_exponent(a),
+        Claim("without it the error grows as the root of depth: half less", 0.5, 0.25, 0.75),
+        "the same stack with and without: rounding the stream itself, which grows as a root, is linear already",
+        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(a)),
+    Case(17, "amd/IRON #139", "rstd", EXACT_STEP, SCALED_STEP,
+        "exponent of the growth of a coherent error of rstd alone", "exponent", lambda a, b: depth_exponent(b),
+        Claim("an error of one direction in every norm adds up linearly", 1.0, 0.75, 1.25),
+        "the same stack: the error stays the same share of a stream whose drawn deltas do not line up",
+        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(b)),
+    Case(20, "sglang #27540", "statistics, variance", HF, HF.replace(statistics=RNE, variance=RNE),
+        "1 - mean cosine of the streams after 58 layers", "1 - cosine", lambda a, b: apart(a, b)[-1],
+        Claim("cosine per layer falls from 0.913 to 0.513"),
+        "a drawn stack with massive activations; an error of rstd is a common factor: gemma-4 itself would decide",
+        stack_inputs(58, massive=True), draws=1, run=stack, grow=lambda a, b: exponent(apart(a, b))),
+)
+# fmt: on

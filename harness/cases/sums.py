@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.case import Case, Claim, Figure, Inputs, Thread, Way, printed
+from castpoint.harness.cases.case import Case, Claim, Inputs, Way, printed
 from castpoint.harness.cases.figures import largest_relative, relative_l1, share
 from castpoint.harness.cases.inputs import near_one, norm_inputs, normal
 from castpoint.kernels.plan import KEEP, RNE, RTZ
@@ -94,6 +94,10 @@ def three_sizes(rng: torch.Generator) -> list[Inputs]:
     return [{"x": normal(rng, 64, size), "weight": normal(rng, size), "eps": 1e-5} for size in (2048, 1024, 4096)]
 
 
+def two_products(rng: torch.Generator) -> list[Inputs]:
+    return [{"x": normal(rng, 64, 2048), "weight": normal(rng, 2048), "products": kind} for kind in (RTZ, RNE)]
+
+
 FP32_SUM = Way("sum of squares exact, one rounding", norm_of_sum(exact_sum, (KEEP, KEEP, RNE)))
 FP32_SUM_PRODUCTS = Way("sum of squares in fp32, products in bf16", norm_of_sum(exact_sum, (KEEP, RTZ, RTZ)))
 EXACT_NORM = Way("float64", exact_norm)
@@ -106,74 +110,44 @@ RSTD_OF_BF16_SUM = Way(
     "rstd, squares and sums in bf16, 16 lanes", lambda x: (bf16_sum(RNE, x) / x.shape[-1] + 1e-6).rsqrt()
 )
 
+# fmt: off
 SUMS: tuple[Case, ...] = (
-    Case(
-        Thread(12, "vllm #37838", "order of the sum"),
-        sides=(FP32_SUM, grouped(128)),
-        figure=Figure("elements that differ when only the order of the sum changes", "share", share),
-        claim=Claim("a few elements in millions", 3e-6, 1e-6, 1e-5),
-        why="one norm of N(0, 1) [512, 4096], no boundary moved",
-        draw=norm_inputs(512, 4096, near_one),
-    ),
-    Case(
-        Thread(20, "sglang #27540", "sum of squares"),
-        sides=(RSTD_OF_EXACT_SUM, RSTD_OF_BF16_SUM),
-        figure=Figure("rstd's error on tokens with a massive activation over that on others", "ratio", outlier_ratio),
-        claim=Claim("massive activations cost a bf16 sum of squares its precision", low=1.0, high=math.inf),
-        why="one channel of 1,800 times the rms, as a public sample of Qwen2.5 has it: its square outweighs all "
-        "that the sum loses, so such tokens err less",
-        draw=outlier_inputs(1800.0),
-        draws=4,
-        outputs=False,
-    ),
-    Case(
-        Thread(20, "sglang #27540", "sum of squares"),
-        sides=(RSTD_OF_EXACT_SUM, RSTD_OF_BF16_SUM),
-        figure=Figure(
-            "rstd's error on tokens with an outlier of 32 times the rms over that on others", "ratio", outlier_ratio
-        ),
-        claim=Claim("massive activations cost a bf16 sum of squares its precision", low=1.0, high=math.inf),
-        why="the same with outliers too small to be called massive: they swallow what is added to them, and do cost",
-        draw=outlier_inputs(32.0),
-        draws=4,
-        outputs=False,
-    ),
-    Case(
-        Thread(25, "Megatron-LM #6459", "order of the sum"),
-        sides=(grouped(1), grouped(128)),
-        figure=Figure("largest relative difference", "relative", largest_relative),
-        claim=Claim("within one ulp, at most 7.6e-3", 7.6e-3, 0.0, 7.65e-3),
-        why="512 tokens, 16 heads of 128: one ulp of a few elements; a moved cast stays at 7.8e-3 too, in a quarter of "
-        "the elements, so this bound tells no order of sums from an order of casts",
-        draw=norm_inputs(512 * 16, 128, near_one),
-    ),
-    Case(
-        Thread(29, "mlir-air #1679", "sum of squares"),
-        sides=(EXACT_NORM, BF16_SUM),
-        figure=Figure("relative L1 error, sum of squares in bf16 to nearest", "relative L1", relative_l1),
-        claim=printed("6.9e-2 with the sum in bf16", 6.9e-2, 1e-3),
-        why="x and w normal, hidden size 2048, 1024 or 4096: rounding to nearest is an order of magnitude short",
-        draw=three_sizes,
-        draws=3,
-    ),
-    Case(
-        Thread(29, "mlir-air #1679", "sum of squares"),
-        sides=(EXACT_NORM, BF16_SUM_TRUNCATED),
-        figure=Figure("relative L1 error, sum of squares in bf16 truncated", "relative L1", relative_l1),
-        claim=printed("6.9e-2 with the sum in bf16", 6.9e-2, 1e-3),
-        why="the same with truncation, that hardware's default: the loss is the rounding mode's at least as much",
-        draw=three_sizes,
-        draws=3,
-    ),
-    Case(
-        Thread(29, "mlir-air #1679", "sum of squares"),
-        sides=(EXACT_NORM, FP32_SUM_PRODUCTS),
-        figure=Figure("relative L1 error, sum of squares in fp32", "relative L1", relative_l1),
-        claim=printed("4.2e-3 with the sum in fp32", 4.2e-3, 1e-4),
-        why="hidden size 2048, both products truncated like the hardware's default, or to nearest, which makes 1.9e-3",
-        draw=lambda rng: [
-            {"x": normal(rng, 64, 2048), "weight": normal(rng, 2048), "products": products} for products in (RTZ, RNE)
-        ],
-        draws=3,
-    ),
+    Case(12, "vllm #37838", "order of the sum", FP32_SUM, grouped(128),
+        "elements that differ when only the order of the sum changes", "share", share,
+        Claim("a few elements in millions", 3e-6, 1e-6, 1e-5),
+        "one norm of N(0, 1) [512, 4096], no boundary moved",
+        norm_inputs(512, 4096, near_one)),
+    Case(20, "sglang #27540", "sum of squares", RSTD_OF_EXACT_SUM, RSTD_OF_BF16_SUM,
+        "rstd's error on tokens with a massive activation over that on others", "ratio", outlier_ratio,
+        Claim("massive activations cost a bf16 sum of squares its precision", low=1.0, high=math.inf),
+        "one channel of 1,800 times the rms, as a public sample of Qwen2.5 has it: its square outweighs all that the "
+        "sum loses, so such tokens err less",
+        outlier_inputs(1800.0), draws=4, outputs=False),
+    Case(20, "sglang #27540", "sum of squares", RSTD_OF_EXACT_SUM, RSTD_OF_BF16_SUM,
+        "rstd's error on tokens with an outlier of 32 times the rms over that on others", "ratio", outlier_ratio,
+        Claim("massive activations cost a bf16 sum of squares its precision", low=1.0, high=math.inf),
+        "the same with outliers too small to be called massive: they swallow what is added to them, and do cost",
+        outlier_inputs(32.0), draws=4, outputs=False),
+    Case(25, "Megatron-LM #6459", "order of the sum", grouped(1), grouped(128),
+        "largest relative difference", "relative", largest_relative,
+        Claim("within one ulp, at most 7.6e-3", 7.6e-3, 0.0, 7.65e-3),
+        "512 tokens, 16 heads of 128: one ulp of a few elements; a moved cast stays at 7.8e-3 too, in a quarter of the "
+        "elements, so this bound tells no order of sums from an order of casts",
+        norm_inputs(512 * 16, 128, near_one)),
+    Case(29, "mlir-air #1679", "sum of squares", EXACT_NORM, BF16_SUM,
+        "relative L1 error, sum of squares in bf16 to nearest", "relative L1", relative_l1,
+        printed("6.9e-2 with the sum in bf16", 6.9e-2, 1e-3),
+        "x and w normal, hidden size 2048, 1024 or 4096: rounding to nearest is an order of magnitude short",
+        three_sizes, draws=3),
+    Case(29, "mlir-air #1679", "sum of squares", EXACT_NORM, BF16_SUM_TRUNCATED,
+        "relative L1 error, sum of squares in bf16 truncated", "relative L1", relative_l1,
+        printed("6.9e-2 with the sum in bf16", 6.9e-2, 1e-3),
+        "the same with truncation, that hardware's default: the loss is the rounding mode's at least as much",
+        three_sizes, draws=3),
+    Case(29, "mlir-air #1679", "sum of squares", EXACT_NORM, FP32_SUM_PRODUCTS,
+        "relative L1 error, sum of squares in fp32", "relative L1", relative_l1,
+        printed("4.2e-3 with the sum in fp32", 4.2e-3, 1e-4),
+        "hidden size 2048, both products truncated like the hardware's default, or to nearest, which makes 1.9e-3",
+        two_products, draws=3),
 )
+# fmt: on

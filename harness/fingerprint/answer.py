@@ -120,7 +120,7 @@ def unmet(answer: Answer, name: str, kind: str) -> str:
 def differing(rule: Rule, call: Call) -> float:
     """Share of elements that the rule does not explain; 0 where noise or approximate roots may be all of it."""
     counted = call.rows.nonzero
-    wrong, number = call.wrong(rule) & counted, counted.sum().item()
+    wrong, number = call.wrong(rule)[0] & counted, counted.sum().item()
     if wrong.sum() > max(TELLING, UNEXPLAINED * number) or (len(wrong) >= ROWS and concentrated(wrong)):
         return wrong.sum().item() / number
     return 0.0

@@ -46,9 +46,9 @@ OTHER_SHAPES = ([1, 4096], [600, 256])
 
 def chain(box: BlackBox) -> Answer:
     """The fingerprint of a black box of kind qkv. Raises Fault for what the callable does wrong."""
-    rng = torch.Generator().manual_seed(0)
     fused_add, biased = box.takes("residual"), box.takes("bias")
-    norms, evidence, norm_ranking = _input_norm(box, rng)
+    rows, rng = probes.first_rows(probes.WIDTH, residual=fused_add, read=True)
+    norms, evidence, norm_ranking = _input_norm(box, rows, rng)
     norm = norms[0][0]
     head_calls = _head_calls(box, norm, rng)
     head_ranking = rank(norm_rules(outs=outs(head_calls[0].dtype), xs=STORAGE, roots=("rsqrt",)), head_calls)
@@ -90,15 +90,12 @@ def chain(box: BlackBox) -> Answer:
     return at_other_shapes(answer, OTHER_SHAPES, lambda shape: _differing_at(box, *pairs[0][0], *shape))
 
 
-def _input_norm(box: BlackBox, rng: torch.Generator) -> tuple[list[list[Rule]], str, Ranking]:
+def _input_norm(box: BlackBox, rows: Rows, rng: torch.Generator) -> tuple[list[list[Rule]], str, Ranking]:
     """The norm before the matmul and the matmul's operands, seen through v: groups of rules left, what was said of the
     first two, and the ranking before."""
-    fused_add = box.takes("residual")
-    rows = probes.norm_rows(probes.WIDTH, rng, residual=fused_add)
-    rows = dataclasses.replace(rows, readout=probes.general_readout(rng))
     main = [_call_v(box, rows), _call_v(box, rows.at(probes.EPS_LARGE))]
     check_repeats(main[0], _call_v(box, rows))
-    ranking = rank(projected_rules(outs=outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
+    ranking = rank(projected_rules(outs=outs(main[0].dtype), xs=STORAGE if rows.residual is not None else (RNE,)), main)
     if 1 - ranking.share > UNEXPLAINED:
         return [ranking.left], "", ranking
     calls = [_call_v(box, probes.cancelling_rows(ranking.best, rng))]

@@ -36,17 +36,24 @@ class Call:
     dtype: torch.dtype = torch.bfloat16  # in which it returned it
 
     def share(self, rule: Rule) -> float:
-        """Share of elements that the rule explains, of those that are not zero whatever the rule. Where fp32 is stored,
-        up to CLOSE counts as explained: every fp32 ulp would show, which is a matter for later."""
-        counted = self.rows.nonzero
-        return 1 - (self.wrong(rule) & counted).sum().item() / counted.sum().item()
+        """shares of one rule."""
+        return self.shares([rule]).item()
 
-    def wrong(self, rule: Rule) -> Tensor:
-        """Which elements the rule does not explain, bool."""
-        predicted = predict(rule, self.rows)
-        if rule.out == KEEP:
-            return (predicted - self.stored).abs() > CLOSE * self.stored.abs()
-        return predicted != self.stored
+    def shares(self, rules: Sequence[Rule]) -> Tensor:
+        """Share of elements that each rule explains, of those that are not zero whatever the rule; float64. Where fp32
+        is stored, up to CLOSE counts as explained: every fp32 ulp would show, which is a matter for later."""
+        counted = self.rows.nonzero
+        wrong = self.wrong(*rules) & counted
+        return 1 - wrong.flatten(1).sum(1).double() / counted.sum().double()
+
+    def wrong(self, *rules: Rule) -> Tensor:
+        """Which elements each rule does not explain, bool [rules, R, C]."""
+        predicted = torch.stack([predict(rule, self.rows) for rule in rules])
+        wrong = predicted != self.stored
+        kept = torch.tensor([rule.out == KEEP for rule in rules])
+        if kept.any():
+            wrong[kept] = (predicted[kept] - self.stored).abs() > CLOSE * self.stored.abs()
+        return wrong
 
 
 def outs(dtype: torch.dtype) -> tuple[str, ...]:
@@ -62,9 +69,10 @@ def check_repeats(first: Call, second: Call) -> None:
         raise Fault(f"the callable is not deterministic: two calls on equal inputs differ in {differ:.3%} of elements")
 
 
-def mean_share(rule: Rule, calls: Sequence[Call]) -> float:
-    """Share of elements that the rule explains, mean of the calls."""
-    return sum(call.share(rule) for call in calls) / len(calls)
+def mean_shares(rules: Sequence[Rule], calls: Sequence[Call]) -> dict[Rule, float]:
+    """Share of elements that each rule explains, mean of the calls."""
+    shares = sum(call.shares(rules) for call in calls) / len(calls)
+    return dict(zip(rules, shares.tolist(), strict=True))
 
 
 def count_votes(a: Rule, b: Rule, calls: Sequence[Call]) -> tuple[float, float, float]:
@@ -125,14 +133,15 @@ class Ranking:
 def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     """All rules on a few rows of each call, then those near the best on all rows."""
     few = [Call(call.rows.first(SAMPLE), call.stored[:SAMPLE], call.dtype) for call in calls]
-    rough = {rule: mean_share(rule, few) for rule in rules}
-    near = [rule for rule in rules if rough[rule] > max(rough.values()) - 0.1]
-    shares = {rule: mean_share(rule, calls) for rule in near}
+    rough = mean_shares(rules, few)
+    least = max(rough.values()) - 0.1
+    near = [rule for rule in rules if rough[rule] > least]
+    shares = mean_shares(near, calls)
     ordered = sorted(near, key=lambda rule: -shares[rule])
     best = ordered[0]
     left = [rule for rule in ordered[1:] if not rejects(best, rule, calls)]
     rejected = [shares[rule] for rule in ordered[1:] if rule not in left] or [s for s in rough.values() if s < 1]
-    gathered = concentrated(torch.cat([call.wrong(best) for call in calls]))
+    gathered = concentrated(torch.cat([call.wrong(best)[0] for call in calls]))
     return Ranking(best, shares[best], max(rejected, default=None), [best, *left], gathered)
 
 
@@ -157,7 +166,7 @@ def refine(
     for seed in range(SEARCHES):
         if len(left) == 1 or misses == MISSES:
             break
-        rows = probes.telling_rows(left, width, seed, readout)
+        rows = probes.telling_rows(tuple(left), width, seed, readout)
         if rows is None:
             misses += 1
             continue

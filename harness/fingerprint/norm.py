@@ -31,7 +31,7 @@ from castpoint.harness.fingerprint.answer import (
 )
 from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.chain import chain, other_rows
-from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_share, outs, rank, refine
+from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_shares, outs, rank, refine
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
 from castpoint.kernels.plan import RNE, STORAGE
 
@@ -82,9 +82,8 @@ def summary(answer: Answer) -> str:
 
 
 def _norm(box: BlackBox) -> Answer:
-    rng = torch.Generator().manual_seed(0)
     heads, fused_add = box.kind == "head_norm", box.takes("residual")
-    rows = probes.norm_rows(probes.HEAD_DIM if heads else probes.WIDTH, rng, residual=fused_add)
+    rows, rng = probes.first_rows(probes.HEAD_DIM if heads else probes.WIDTH, residual=fused_add)
 
     def call(rows: Rows, count: int = 4) -> Call:
         shape = [len(rows.x) // count, count, rows.width] if heads else list(rows.x.shape)
@@ -112,7 +111,7 @@ def _norm(box: BlackBox) -> Answer:
         if 1 - share > UNEXPLAINED:
             why = f"of {count} Gaussian rows, while it explains rows whose sums are exact"
             return none_of_these(nearest, share, ranking.runner_up, why)
-    share = max(mean_share(group[0], main) for group in groups)
+    share = max(mean_shares([group[0] for group in groups], main).values())
     words = [[named(rule) for rule in group] for group in groups]
     answer = answer_of(words, share, ranking.runner_up, doubt or deciding_probe(groups, calls))
     if answer.status != "identified":

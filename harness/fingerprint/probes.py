@@ -7,6 +7,7 @@ fp32 ulp are found where they show: rows are searched for, on which two rules st
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -70,19 +71,43 @@ def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count
     return Rows(torch.stack(chosen) * signs * scale, norm_weight(width, rng), EPS_SMALL, width)
 
 
+@functools.cache
+def _first_rows(width: int, residual: bool, read: bool) -> tuple[Rows, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    rows = norm_rows(width, rng, residual=residual)
+    return dataclasses.replace(rows, readout=general_readout(rng) if read else None), rng.get_state()
+
+
+def first_rows(width: int, *, residual: bool, read: bool = False) -> tuple[Rows, torch.Generator]:
+    """The general rows that every fingerprint begins with, read through general_readout or not, and the generator that
+    drew them. What thousands of rules predict of them is remembered with them."""
+    rows, state = _first_rows(width, residual, read)
+    rng = torch.Generator()
+    rng.set_state(state)
+    return rows, rng
+
+
+def forget() -> None:
+    """Drops every search and prediction that is remembered: for who changes what they are made of."""
+    _first_rows.cache_clear()
+    telling_rows.cache_clear()
+
+
 def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
     """Gaussian bf16 values in fp32."""
     return round_to(torch.randn(list(shape), generator=rng), "bf16-rne")
 
 
-def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+@functools.lru_cache(maxsize=64)
+def telling_rows(rules: tuple[Rule, ...], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
     """ROWS rows on which the rules store different bits, or None if the search finds no such row.
 
     Rows of the pool share the values of all channels but VARYING, and each has the first so many of those: a rounded
     variance has few values, of which such rows take most. Only rows are used on which 1 / sqrt in one rounding and in
     two agree, so that it does not matter how an implementation computes it. Every seed has an eps near EPS_LARGE; where
     variance and normed are rounded, so that few pairs of them are left, the best of EPS_TRIED. Where rstd is rounded
-    every other seed gives _boundary_rows, and those between _order_rows where an order is in question.
+    every other seed gives _boundary_rows, and those between _order_rows where an order is in question. The search takes
+    longer than the call it is for, and is the same for the same rules, so the latest are kept.
     """
     rng = torch.Generator().manual_seed(seed)
     if all(rule.rstd != KEEP for rule in rules):
@@ -107,7 +132,7 @@ def telling_rows(rules: Sequence[Rule], width: int, seed: int, readout: Readout 
     x = torch.cat([varying[order], held], dim=1) * scale[order]
     rows = Rows(x, norm_weight(width, rng), eps, width, readout=readout)
     stored = [predict(rule, rows) for rule in rules]
-    counts = [(stored[i] != stored[j]).sum(1) for i in range(len(rules)) for j in range(i)]
+    counts = [(stored[i] != stored[j]).sum(1, dtype=torch.int32) for i in range(len(rules)) for j in range(i)]
     chosen = _most_telling(counts)
     if not len(chosen):
         return None
@@ -262,6 +287,7 @@ def general_readout(rng: torch.Generator, *, bias: bool = False) -> Readout:
     return Readout(channel, first, other, second, values)
 
 
+@functools.cache
 def identity_readout(columns: int = HEAD_DIM) -> Readout:
     """So many columns, which read the first channels as they are."""
     channel, zero = torch.arange(columns), torch.zeros(columns)

@@ -15,6 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf
 ROOTS = ("rsqrt", "sqrt", "1/sqrt")
 ORDERS = ("(x*rstd)*w", "x*(rstd*w)", "(x*w)*rstd")
 OFFSETS = ("none", KEEP, RNE)
+T = TypeVar("T")
 TF32 = {matmul: CastPlan(hidden=KEEP, matmul=matmul) for matmul in ("tf32", "tf32x3")}
 
 
@@ -94,13 +96,17 @@ class Rows:
 
     def at(self, eps: float) -> Rows:
         """The same rows with another eps."""
-        return dataclasses.replace(self, eps=eps)
+        return self.remembered(("at", eps), lambda: dataclasses.replace(self, eps=eps))
 
     def first(self, count: int) -> Rows:
         """The first rows."""
-        weight = self.weight if self.weight.ndim == 1 else self.weight[:count]
-        residual = None if self.residual is None else self.residual[:count]
-        return dataclasses.replace(self, x=self.x[:count], weight=weight, residual=residual)
+
+        def make() -> Rows:
+            weight = self.weight if self.weight.ndim == 1 else self.weight[:count]
+            residual = None if self.residual is None else self.residual[:count]
+            return dataclasses.replace(self, x=self.x[:count], weight=weight, residual=residual)
+
+        return self.remembered(("first", count), make)
 
     @functools.cached_property
     def nonzero(self) -> Tensor:
@@ -111,10 +117,10 @@ class Rows:
         return there[:, self.readout.channel] | (there[:, self.readout.other] & (self.readout.second != 0))
 
     @functools.cached_property
-    def _kept(self) -> dict[tuple[str, ...], Tensor]:
+    def _kept(self) -> dict[tuple[object, ...], Any]:
         return {}
 
-    def remembered(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
+    def remembered(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -183,19 +189,21 @@ def predict(rule: Rule, rows: Rows) -> Tensor:
 def predict_with(rule: Rule, rows: Rows, factor: Tensor) -> Tensor:
     """predict, where the rows' factors [R, 1] are known."""
     x, weight = source(rule, rows), applied_weight(rule, rows)
-    if rule.scale == "prologue" or rows.readout is None:
+
+    def product() -> Tensor:
         key = ("product", *_root_key(rule), rule.order, rule.normed, rule.weight_offset)
-        product = rows.remembered(key, functools.partial(_normalised, rule, x, factor, weight))
+        return rows.remembered(key, functools.partial(_normalised, rule, x, factor, weight))
+
+    def read() -> Tensor:
+        if rule.scale == "folded":
+            return _read(rule, x, _folded(rows.readout, weight))
+        return _read(rule, round_to(product() if rule.scale == "prologue" else x * weight, rule.hidden), rows.readout)
+
     if rows.readout is None:
-        return round_to(product, rule.out)
-    if rule.scale == "prologue":
-        hidden = round_to(product, rule.hidden)
-        return _stored(rule, _read(rule, hidden, rows.readout), rows.readout)
-    if rule.scale == "epilogue":
-        accumulated = _read(rule, round_to(x * weight, rule.hidden), rows.readout)
-    else:
-        accumulated = _read(rule, x, _folded(rows.readout, weight))
-    return _stored(rule, scaled(rule, accumulated, factor), rows.readout)
+        return round_to(product(), rule.out)
+    before = (*_root_key(rule), rule.order, rule.normed) if rule.scale == "prologue" else (rule.x,)
+    value = rows.remembered(("read", rule.scale, *before, rule.weight_offset, rule.hidden, rule.matmul), read)
+    return _stored(rule, value if rule.scale == "prologue" else scaled(rule, value, factor), rows.readout)
 
 
 def _stored(rule: Rule, value: Tensor, readout: Readout) -> Tensor:

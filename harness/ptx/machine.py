@@ -10,24 +10,22 @@ those behind first, and join where they meet.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from castpoint.harness.ptx import matrix
-from castpoint.harness.ptx.arithmetic import INTEGER, LOGIC, arithmetic, compared, converted
-from castpoint.harness.ptx.memory import Global, Shared, check_aligned
-from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, read, width
-from castpoint.harness.ptx.program import Address, Instruction, Operand, Program
+from castpoint.harness.ptx.arithmetic import LOGIC, arithmetic, compared, converted
+from castpoint.harness.ptx.memory import Global, check_aligned
+from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, width
+from castpoint.harness.ptx.program import Instruction, Program
+from castpoint.harness.ptx.threads import listed
+from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 WAITS = ("commit_group", "wait_group", "wait_all", "fence")
-REGISTER = re.compile(r"%[a-z]+\d+")
-SHARED = "global_smem"  # Triton's only shared array; it starts at 0
 Argument = Tensor | int | float | None
 
 
@@ -57,26 +55,8 @@ def parameter(argument: Argument, kind: str) -> Array:
     return np.array(value & (1 << width(kind)) - 1, UNSIGNED[width(kind)])
 
 
-class _Run:
-    """Programs of a launch, from the first instruction to the last thread's end. places: [programs, 3], x y z."""
-
-    def __init__(
-        self, program: Program, places: Array, grid: Sequence[int], threads: int, shared: int, memory: Global,
-        values: dict[str, Array],
-    ) -> None:  # fmt: skip
-        self.program, self.memory, self.values = program, memory, values
-        self.shared = Shared(len(places), shared)
-        self.threads = len(places) * threads
-        self.of_program = np.repeat(np.arange(len(places)), threads)
-        thread = np.tile(np.arange(threads, dtype=np.uint32), len(places))
-        self.registers: dict[str, Array] = {"%laneid": thread % 32}
-        for axis, place, size in zip("xyz", places.T, grid, strict=True):
-            self.registers[f"%tid.{axis}"] = thread if axis == "x" else np.uint32(0)
-            self.registers[f"%ntid.{axis}"] = np.uint32(threads if axis == "x" else 1)
-            self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
-            self.registers[f"%nctaid.{axis}"] = np.uint32(size)
-        self.active = np.ones(self.threads, bool)  # threads that are at this place
-        self.waiting: dict[int, Array] = {}  # threads that are at others
+class _Run(Warps):
+    """Programs of a launch, from the first instruction to the last thread's end."""
 
     # ------------------------------------------------------------ control
 
@@ -145,40 +125,6 @@ class _Run:
             if np.isin(self.of_program[threads], self.of_program[self.active]).any():
                 raise Unsupported("a barrier that not all threads of a program reach together")
 
-    # ------------------------------------------------------------ operands
-
-    def bits(self, operand: Operand) -> Array:
-        """A register's bits, an element a thread or one for all; an integer's in 64 bits."""
-        if isinstance(operand, int):
-            return np.array(operand & (1 << 64) - 1, np.uint64)
-        if operand == SHARED:
-            return np.uint64(0)
-        if operand in self.registers:
-            return self.registers[operand]
-        if REGISTER.fullmatch(operand):
-            return ~np.uint64(0)  # never written: the compiler said that its value does not matter
-        raise Unsupported(operand)
-
-    def get(self, operand: Operand, kind: str) -> Array:
-        return read(self.bits(operand), kind)
-
-    def predicate(self, operand: Operand) -> Array:
-        if isinstance(operand, int):
-            return np.array(operand != 0)
-        return ~self.bits(operand[1:]) if operand.startswith("!") else self.bits(operand)
-
-    def put(self, name: str, bits: Array, mask: Array) -> None:
-        if not mask.all():
-            bits = np.where(mask, bits, self.registers.get(name, bits.dtype.type(0)))
-        self.registers[name] = bits
-
-    def each(self, values: Array) -> Array:
-        """An element a thread."""
-        return np.broadcast_to(values, self.threads)
-
-    def addresses(self, address: Address) -> Array:
-        return self.each(self.bits(address.base).astype(np.int64) + address.offset)
-
     # ------------------------------------------------------------ instructions
 
     def _execute(self, i: Instruction, mask: Array) -> None:
@@ -242,7 +188,7 @@ class _Run:
     # ------------------------------------------------------------ memory
 
     def _ld(self, i: Instruction, mask: Array) -> None:
-        names, address, kind = _listed(i.operands[0]), i.operands[1], i.words[-1]
+        names, address, kind = listed(i.operands[0]), i.operands[1], i.words[-1]
         if "param" in i.words:
             self.put(names[0], extended(self.values[address.base], kind), mask)
             return
@@ -258,7 +204,7 @@ class _Run:
             self.put(name, extended(found, kind), mask)
 
     def _st(self, i: Instruction, mask: Array) -> None:
-        address, sources = i.operands[0], _listed(i.operands[1])
+        address, sources = i.operands[0], listed(i.operands[1])
         bits, space = width(i.words[-1]), _space(i)
         addresses = self.addresses(address)[mask]
         check_aligned(addresses, bits // 8 * len(sources))
@@ -300,92 +246,6 @@ class _Run:
             self.put(i.operands[0], old, mask)
 
     _red = _atom
-
-    # ------------------------------------------------------------ whole warps
-
-    def _groups(self, mask: Array, size: int) -> Array:
-        """Which groups of that many threads take part. Raises Unsupported where one does in part."""
-        groups = mask.reshape(-1, size)
-        if (groups.any(1) != groups.all(1)).any():
-            raise Unsupported("a part of a warp at an instruction of whole warps")
-        return groups[:, 0]
-
-    def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
-        """Registers as [groups, threads], those that take part."""
-        return [self.each(self.get(name, "b32")).reshape(len(groups), -1)[groups] for name in names]
-
-    def _put_rows(self, names: Sequence[str], words: Sequence[Array], groups: Array, mask: Array) -> None:
-        for name, word in zip(names, words, strict=True):
-            bits = np.zeros(self.threads, np.uint32)
-            bits[mask] = word.reshape(-1)
-            self.put(name, bits, mask)
-
-    def _shfl(self, i: Instruction, mask: Array) -> None:
-        groups = self._groups(mask, 32)
-        if i.operands[3] != (0 if i.words[2] == "up" else 31):
-            raise Unsupported("shfl within parts of a warp")
-        name, _, inside = i.operands[0].partition("|")
-        found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
-        self._put_rows([name], [found], groups, mask)
-        if inside:
-            reached = np.zeros(self.threads, bool)
-            reached[mask] = there.reshape(-1)
-            self.put(inside, reached, mask)
-
-    def _redux(self, i: Instruction, mask: Array) -> None:
-        """Sum, least or greatest of a warp's 32-bit integers, or a logical function of them."""
-        groups, kind = self._groups(mask, 32), i.words[-1]
-        (values,) = self._rows(i.operands[1:2], groups)
-        found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
-        self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], groups, mask)
-
-    def _ldmatrix(self, i: Instruction, mask: Array) -> None:
-        groups, names = self._groups(mask, 32), _listed(i.operands[0])
-        addresses, programs = (
-            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[1]), self.of_program)
-        )
-        words = matrix.load(self.shared, programs, addresses, len(names), "trans" in i.words)
-        self._put_rows(names, words, groups, mask)
-
-    def _stmatrix(self, i: Instruction, mask: Array) -> None:
-        groups, names = self._groups(mask, 32), _listed(i.operands[1])
-        addresses, programs = (
-            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[0]), self.of_program)
-        )
-        matrix.store(self.shared, programs, addresses, self._rows(names, groups), "trans" in i.words)
-
-    def _mma(self, i: Instruction, mask: Array) -> None:
-        groups = self._groups(mask, 32)
-        a, b, c = (self._rows(names, groups) for names in i.operands[1:])
-        words = matrix.mma(i.words[3], i.words[4:], a, b, c)
-        self._put_rows(i.operands[0], words, groups, mask)
-
-    def _wgmma(self, i: Instruction, mask: Array) -> None:
-        """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
-        groups = self._groups(mask, 128)
-        accumulators, left, right, keep, *signs = i.operands
-        if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1]:
-            raise Unsupported("wgmma of other types than bf16, or with signs")
-        if any(signs[2:]):
-            raise Unsupported("wgmma of a transposed matrix")
-        keep = np.unique(self.each(self.predicate(keep))[mask])
-        if len(keep) > 1:
-            raise Unsupported("a product to which not all threads add")
-        columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
-        programs = self.of_program.reshape(-1, 128)[groups, 0]
-
-        def described(register: Operand, rows: int) -> Array:
-            descriptors = self.each(self.get(register, "b64")).reshape(-1, 128)[groups, 0]
-            return matrix.described(self.shared, programs, descriptors, rows)
-
-        a = matrix.left_of(self._rows(left, groups)) if isinstance(left, tuple) else described(left, 64)
-        b = described(right, columns)
-        words = matrix.wgmma(a, b, self._rows(accumulators, groups) if keep[0] else None, columns)
-        self._put_rows(accumulators, words, groups, mask)
-
-
-def _listed(operand: Operand) -> tuple[Operand, ...]:
-    return operand if isinstance(operand, tuple) else (operand,)
 
 
 def _space(i: Instruction) -> str:

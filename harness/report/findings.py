@@ -84,10 +84,10 @@ def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
 
 
 def _controls(draws: pd.DataFrame) -> list[pd.DataFrame]:
-    """The drawn K-norm weights, weights of 1, and one other weight in every channel, each by seed."""
+    """The drawn K-norm weights, weights of 1, and one other weight in every channel, each by seed, where measured."""
     draws = draws[draws["status"] == "ok"]
     uniform = draws["uniform_k_norm"]
-    return [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1)]
+    return [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1) if rows.any()]
 
 
 def _spread(values: pd.Series) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from forks import rows_of_fork
 
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
 from castpoint.harness.compiled import compile as compiling
@@ -22,20 +21,9 @@ ROOT = Path(__file__).parents[2]  # as in support.py, whose imports would cost e
 
 
 def in_process(function: Callable[..., Iterator[dict]], *args: str, cache: Path, **env: str) -> list[dict]:
-    """Rows that a function of a test module yields in a process whose kernels compile, with an empty cache."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    module = Path(function.__code__.co_filename)
-    code = f"import json, {module.stem} as module\nfor row in module.{function.__name__}(*{args!r}): "
-    path = [str(ROOT / "tests" / "support"), str(module.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    run = subprocess.run(
-        [sys.executable, "-c", code + "print(json.dumps(row), flush=True)"],
-        env={**kept, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache), **env},
-        cwd=cache,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    """Rows that a function of a test module yields in a process whose kernels compile, in an empty folder. What it
+    compiles is kept for all tests of a run: Triton knows a kernel by its text, its arguments and its options."""
+    return rows_of_fork(function, *args, folder=cache, **env)
 
 
 # ---------------------------------------------------------------- planted faults

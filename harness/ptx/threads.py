@@ -1,0 +1,73 @@
+"""Threads of some programs in step: where each stands, and the registers, numpy arrays with an element a thread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from castpoint.harness.ptx.memory import Global, Shared
+from castpoint.harness.ptx.numbers import Array, Unsupported, read
+from castpoint.harness.ptx.program import Address, Operand, Program
+
+REGISTER = re.compile(r"%[a-z]+\d+")
+SHARED = "global_smem"  # Triton's only shared array; it starts at 0
+
+
+class Threads:
+    """places: of the programs, [programs, 3], x y z; values: of the kernel's parameters."""
+
+    def __init__(
+        self, program: Program, places: Array, grid: Sequence[int], threads: int, shared: int, memory: Global,
+        values: dict[str, Array],
+    ) -> None:  # fmt: skip
+        self.program, self.memory, self.values = program, memory, values
+        self.shared = Shared(len(places), shared)
+        self.threads = len(places) * threads
+        self.of_program = np.repeat(np.arange(len(places)), threads)
+        thread = np.tile(np.arange(threads, dtype=np.uint32), len(places))
+        self.registers: dict[str, Array] = {"%laneid": thread % 32}
+        for axis, place, size in zip("xyz", places.T, grid, strict=True):
+            self.registers[f"%tid.{axis}"] = thread if axis == "x" else np.uint32(0)
+            self.registers[f"%ntid.{axis}"] = np.uint32(threads if axis == "x" else 1)
+            self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
+            self.registers[f"%nctaid.{axis}"] = np.uint32(size)
+        self.active = np.ones(self.threads, bool)  # threads that are at this place
+        self.waiting: dict[int, Array] = {}  # threads that are at others
+
+    def bits(self, operand: Operand) -> Array:
+        """A register's bits, an element a thread or one for all; an integer's in 64 bits."""
+        if isinstance(operand, int):
+            return np.array(operand & (1 << 64) - 1, np.uint64)
+        if operand == SHARED:
+            return np.uint64(0)
+        if operand in self.registers:
+            return self.registers[operand]
+        if REGISTER.fullmatch(operand):
+            return ~np.uint64(0)  # never written: the compiler said that its value does not matter
+        raise Unsupported(operand)
+
+    def get(self, operand: Operand, kind: str) -> Array:
+        return read(self.bits(operand), kind)
+
+    def predicate(self, operand: Operand) -> Array:
+        if isinstance(operand, int):
+            return np.array(operand != 0)
+        return ~self.bits(operand[1:]) if operand.startswith("!") else self.bits(operand)
+
+    def put(self, name: str, bits: Array, mask: Array) -> None:
+        if not mask.all():
+            bits = np.where(mask, bits, self.registers.get(name, bits.dtype.type(0)))
+        self.registers[name] = bits
+
+    def each(self, values: Array) -> Array:
+        """An element a thread."""
+        return np.broadcast_to(values, self.threads)
+
+    def addresses(self, address: Address) -> Array:
+        return self.each(self.bits(address.base).astype(np.int64) + address.offset)
+
+
+def listed(operand: Operand) -> tuple[Operand, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)

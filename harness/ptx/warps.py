@@ -1,0 +1,97 @@
+"""Instructions that whole warps execute together: exchanges, reductions, matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from castpoint.harness.ptx import matrix
+from castpoint.harness.ptx.arithmetic import INTEGER
+from castpoint.harness.ptx.numbers import Array, Unsupported, read
+from castpoint.harness.ptx.program import Instruction, Operand
+from castpoint.harness.ptx.threads import Threads, listed
+
+
+class Warps(Threads):
+    """A method an instruction, called with the threads that execute it."""
+
+    def _groups(self, mask: Array, size: int) -> Array:
+        """Which groups of that many threads take part. Raises Unsupported where one does in part."""
+        groups = mask.reshape(-1, size)
+        if (groups.any(1) != groups.all(1)).any():
+            raise Unsupported("a part of a warp at an instruction of whole warps")
+        return groups[:, 0]
+
+    def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
+        """Registers as [groups, threads], those that take part."""
+        return [self.each(self.get(name, "b32")).reshape(len(groups), -1)[groups] for name in names]
+
+    def _put_rows(self, names: Sequence[str], words: Sequence[Array], groups: Array, mask: Array) -> None:
+        for name, word in zip(names, words, strict=True):
+            bits = np.zeros(self.threads, np.uint32)
+            bits[mask] = word.reshape(-1)
+            self.put(name, bits, mask)
+
+    def _shfl(self, i: Instruction, mask: Array) -> None:
+        groups = self._groups(mask, 32)
+        if i.operands[3] != (0 if i.words[2] == "up" else 31):
+            raise Unsupported("shfl within parts of a warp")
+        name, _, inside = i.operands[0].partition("|")
+        found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
+        self._put_rows([name], [found], groups, mask)
+        if inside:
+            reached = np.zeros(self.threads, bool)
+            reached[mask] = there.reshape(-1)
+            self.put(inside, reached, mask)
+
+    def _redux(self, i: Instruction, mask: Array) -> None:
+        """Sum, least or greatest of a warp's 32-bit integers, or a logical function of them."""
+        groups, kind = self._groups(mask, 32), i.words[-1]
+        (values,) = self._rows(i.operands[1:2], groups)
+        found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
+        self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], groups, mask)
+
+    def _ldmatrix(self, i: Instruction, mask: Array) -> None:
+        groups, names = self._groups(mask, 32), listed(i.operands[0])
+        addresses, programs = (
+            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[1]), self.of_program)
+        )
+        words = matrix.load(self.shared, programs, addresses, len(names), "trans" in i.words)
+        self._put_rows(names, words, groups, mask)
+
+    def _stmatrix(self, i: Instruction, mask: Array) -> None:
+        groups, names = self._groups(mask, 32), listed(i.operands[1])
+        addresses, programs = (
+            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[0]), self.of_program)
+        )
+        matrix.store(self.shared, programs, addresses, self._rows(names, groups), "trans" in i.words)
+
+    def _mma(self, i: Instruction, mask: Array) -> None:
+        groups = self._groups(mask, 32)
+        a, b, c = (self._rows(names, groups) for names in i.operands[1:])
+        words = matrix.mma(i.words[3], i.words[4:], a, b, c)
+        self._put_rows(i.operands[0], words, groups, mask)
+
+    def _wgmma(self, i: Instruction, mask: Array) -> None:
+        """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
+        groups = self._groups(mask, 128)
+        accumulators, left, right, keep, *signs = i.operands
+        if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1]:
+            raise Unsupported("wgmma of other types than bf16, or with signs")
+        if any(signs[2:]):
+            raise Unsupported("wgmma of a transposed matrix")
+        keep = np.unique(self.each(self.predicate(keep))[mask])
+        if len(keep) > 1:
+            raise Unsupported("a product to which not all threads add")
+        columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
+        programs = self.of_program.reshape(-1, 128)[groups, 0]
+
+        def described(register: Operand, rows: int) -> Array:
+            descriptors = self.each(self.get(register, "b64")).reshape(-1, 128)[groups, 0]
+            return matrix.described(self.shared, programs, descriptors, rows)
+
+        a = matrix.left_of(self._rows(left, groups)) if isinstance(left, tuple) else described(left, 64)
+        b = described(right, columns)
+        words = matrix.wgmma(a, b, self._rows(accumulators, groups) if keep[0] else None, columns)
+        self._put_rows(accumulators, words, groups, mask)
