@@ -19,9 +19,9 @@ of the kernel that stores it proves it, and no rounding may follow. Workspace, w
 within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
 programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
 
-Texts become graphs in audit_ttir, audit_ptx and audit_amd (of audit_graph's nodes); audit_roundings finds the roundings
-in one, audit_flow names the values of TTIR. audit_plan then holds TTIR to the plan, audit_machine the machine code to
-TTIR. Here both become rows, in audit_foreign those of kernels without a plan.
+Texts become graphs in ttir, ptx and amd (of graph's nodes); roundings finds the roundings in one, flow names the values
+of TTIR. plan then holds TTIR to the plan, machine the machine code to TTIR. Here both become rows, in foreign those of
+kernels without a plan.
 """
 
 from __future__ import annotations
