@@ -37,7 +37,7 @@ from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_o
 from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
-from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, cases, check_compilable
+from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, binaries, check_compilable
 from castpoint.kernels.norm_qkv import norm_qkv_kernel
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
@@ -101,7 +101,7 @@ def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any])
 
 
 def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any]) -> Row:
-    """A case of compiled.compile.cases() compiled for one target and audited: COLUMNS, text or numbers.
+    """One of compiled.compile.binaries(), compiled for one target and audited: COLUMNS, text or numbers.
 
     target, kernel, plan   as given; keywords as text
     status        `ok`, `red` (reason says what is wrong), or `failed` (it does not compile; what follows is None)
@@ -137,9 +137,9 @@ def check_target(target: str) -> None:
 
 
 def audit_all(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
-    """Every case of compiled.compile.cases() for each of these targets, as rows; raises as audit_case does."""
+    """All of compiled.compile.binaries() for each of these targets, as rows; raises as audit_case does."""
     for target in targets:
-        for kernel, name, keywords in cases(target):
+        for kernel, name, keywords in binaries(target):
             yield audit_case(target, kernel, name, keywords)
 
 

@@ -36,7 +36,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str
             ("rms_norm", {"stores": "rstd"}),
         )
     ]
-    monkeypatch.setattr(configs, "config_cases", lambda targets: cases)
+    monkeypatch.setattr(configs, "config_binaries", lambda targets: cases)
     monkeypatch.setattr(configs, "COMPILERS", dict.fromkeys(("norm_qkv", "rms_norm"), compiler))
     records = Records(tmp_path, {"command": "configs"}, {})
     configs.sweep_configs(records)
