@@ -19,9 +19,9 @@ of the kernel that stores it proves it, and no rounding may follow. Workspace, w
 within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
 programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
 
-Texts become graphs in audit_ttir, audit_ptx and audit_amd (of audit_graph's nodes); audit_roundings finds the roundings
-in one, audit_flow names the values of TTIR. audit_plan then holds TTIR to the plan, audit_machine the machine code to
-TTIR. Here both become rows, in audit_foreign those of kernels without a plan.
+Texts become graphs in ttir, ptx and amd (of graph's nodes); roundings finds the roundings in one, flow names the values
+of TTIR. plan then holds TTIR to the plan, machine the machine code to TTIR. Here both become rows, in foreign those of
+kernels without a plan.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_o
 from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
-from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, cases, check_compilable
+from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, binaries, check_compilable
 from castpoint.harness.runs.errors import UserError
 from castpoint.kernels.norm_qkv import norm_qkv_kernel
 from castpoint.kernels.plan import CastPlan
@@ -102,7 +102,7 @@ def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any])
 
 
 def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any]) -> Row:
-    """A case of compiled.compile.cases() compiled for one target and audited: COLUMNS, text or numbers.
+    """One of compiled.compile.binaries(), compiled for one target and audited: COLUMNS, text or numbers.
 
     target, kernel, plan   as given; keywords as text
     status        `ok`, `red` (reason says what is wrong), or `failed` (it does not compile; what follows is None)
@@ -139,9 +139,9 @@ def check_target(target: str) -> None:
 
 
 def audit_all(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[Row]:
-    """Every case of compiled.compile.cases() for each of these targets, as rows; raises as audit_case does."""
+    """All of compiled.compile.binaries() for each of these targets, as rows; raises as audit_case does."""
     for target in targets:
-        for kernel, name, keywords in cases(target):
+        for kernel, name, keywords in binaries(target):
             yield audit_case(target, kernel, name, keywords)
 
 

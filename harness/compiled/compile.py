@@ -221,7 +221,7 @@ def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | Non
     return max(registers), sum(spills)
 
 
-def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(kernel of COMPILERS, plan, keywords): fused kernel and head norm of every plan, a selection of other tiles and
     inputs, and of the kernels that configs ask for; split-K where a launch is not refused."""
     for name in PLANS:
@@ -267,7 +267,7 @@ def cases(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
 
 
-def config_cases(
+def config_binaries(
     targets: Iterable[str] = tuple(TARGETS),
     plans: Iterable[str] = ("hf", "deferred"),
     head_dims: Iterable[int] = (128,),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compile_matmul, config_cases
+from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compile_matmul, config_binaries
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import ConfigRow, Status
@@ -17,7 +17,7 @@ from castpoint.variants.catalogue import plan_named
 
 def sweep_configs(records: Records, targets: Iterable[str] = tuple(TARGETS)) -> None:
     """A row for each binary that the candidates of decode and prefill need."""
-    for kernel, name, target, keywords in track(list(config_cases(targets)), "configs"):
+    for kernel, name, target, keywords in track(list(config_binaries(targets)), "configs"):
         words = ", ".join(str(v) if k == "config" else f"{k} {v}" for k, v in keywords.items())
         key = {"kernel": kernel, "plan": name, "target": target, "keywords": words}
         if not records.has(ConfigRow, **key):

@@ -20,7 +20,7 @@ from nets import GUARD, guarded
 from support import DEVICE, NAN, ROOT, assert_bit_equal, assert_inside, laid_out, poisoned_memory
 from torch import Tensor
 
-from castpoint.harness.compiled.compile import config_cases
+from castpoint.harness.compiled.compile import config_binaries
 from castpoint.harness.conformance.cuda import proj_bounds
 from castpoint.kernels.config import Config
 from castpoint.kernels.main_loop import matmul
@@ -267,6 +267,6 @@ def test_every_tile_is_compiled_for_every_target():
     from castpoint.harness.compiled.compile import TARGETS
     from castpoint.harness.problems.grid import Point, loop_tiles
 
-    asked = {(target, keywords["config"]) for kernel, _, target, keywords in config_cases() if kernel == "matmul"}
+    asked = {(target, keywords["config"]) for kernel, _, target, keywords in config_binaries() if kernel == "matmul"}
     tiles = {tile for model in ("qwen3-0.6b", "qwen3-32b") for t in (64, 4096) for tile in loop_tiles(Point(model, t))}
     assert asked == set(itertools.product(TARGETS, tiles))

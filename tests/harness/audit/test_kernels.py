@@ -12,13 +12,13 @@ import pytest
 from audit_support import in_process
 
 from castpoint.harness.audit.kernels import COLUMNS, audit_case
-from castpoint.harness.compiled.compile import TARGETS, cases
+from castpoint.harness.compiled.compile import TARGETS, binaries
 from castpoint.variants.catalogue import PLANS
 
 
 def chosen(target: str) -> list[tuple[str, str, dict]]:
     """The cases of that target; of the kernels that configs ask for few but on sm_90: TTIR is the same everywhere."""
-    found = list(cases(target))
+    found = list(binaries(target))
     if target == "sm_90":
         return found
     few = [("rms_norm", {"stores"}), ("head_norm", {"packed"}), ("norm_qkv", {"config", "tokens"})]
@@ -57,6 +57,6 @@ def test_every_kernel_rounds_as_its_plan_declares(target: str, tmp_path: Path):
 
 def test_split_k_is_audited_where_it_is_launched():
     asked = {
-        target: [words["config"].kernel for _, _, words in cases(target) if "config" in words] for target in TARGETS
+        target: [words["config"].kernel for _, _, words in binaries(target) if "config" in words] for target in TARGETS
     }
     assert all(("split-k" in asked[target]) == (target != "gfx942") for target in TARGETS)

@@ -9,6 +9,7 @@ import pytest
 
 from castpoint.harness.compiled import resources as configs
 from castpoint.harness.compiled.compile import Compiled
+from castpoint.harness.report.studies import configs_section
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.records import Records
 from castpoint.kernels.config import Config
@@ -35,7 +36,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str
             ("rms_norm", {"stores": "rstd"}),
         )
     ]
-    monkeypatch.setattr(configs, "config_cases", lambda targets: cases)
+    monkeypatch.setattr(configs, "config_binaries", lambda targets: cases)
     monkeypatch.setattr(configs, "COMPILERS", dict.fromkeys(("norm_qkv", "rms_norm"), compiler))
     records = Records(tmp_path, {"command": "configs"}, {})
     configs.sweep_configs(records)
@@ -59,7 +60,7 @@ def test_every_outcome_has_its_words(rows):
 def test_the_section_shows_numbers_or_the_status(rows):
     folder = rows["folder"]
     run_id = rows["sm_90", "stores rstd"]["run_id"]
-    lines = configs.configs_section(load(folder, run_id)["configs"]).splitlines()
+    lines = configs_section(load(folder, run_id)["configs"]).splitlines()
     (fused,) = [line for line in lines if f"| {FUSED}, tokens 64 |" in line]
     assert "| 90 / 8 / 200.0 |" in fused and "| does not fit |" in fused
     (split,) = [line for line in lines if f"| {SPLIT}, tokens 1 |" in line]
