@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import click
 import gguf
 import pytest
 from tiny_checkpoints import SAMPLE, TINY, gguf_tensors, write_folder, write_gguf, write_sharded
 
-from castpoint.harness.options import NARROWING, PARTS, narrowed_by, newest_folder, parse_layers, parse_parts, select
+import castpoint.harness.__main__ as cli
+from castpoint.harness import steps
+from castpoint.harness.options import PARTS, newest_folder, parse_layers, parse_parts, select
 from castpoint.harness.problems import checkpoint, files
 from castpoint.harness.problems.drawn import problem_at
+from castpoint.harness.report.publish import unfit
 from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.settings import Settings
 
 
@@ -76,13 +80,29 @@ def test_a_part_of_a_bench_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert settings == Settings(layers=tuple(range(28)), plans=settings.plans)
 
 
-def test_what_narrows_a_run_is_noted() -> None:
-    assert narrowed_by() == {}, "outside of the command line"
-    seen: list[dict[str, object]] = []
-    names = [click.Option([f"--{name}"], default="") for name in (*NARROWING, "results")]
-    probe = click.Command("probe", params=names, callback=lambda **options: seen.append(narrowed_by()))
-    probe.main(["--layers", "0-3", "--results", "elsewhere", "--plans", ""], standalone_mode=False)
-    assert seen == [{"layers": "0-3"}]
+@pytest.mark.parametrize(
+    ("line", "noted"),
+    [
+        ("--layers 0 --tokens 4 --plans hf", {"layers": "0", "tokens": "4", "plans": "hf"}),
+        ("--short", {"short": "True"}),
+        ("--model qwen3-8b --seed 3", {"model": "qwen3-8b", "seed": "3"}),
+        (f"--checkpoint {SAMPLE} --model qwen2.5-0.5b --layers 0", {"checkpoint": str(SAMPLE), "layers": "0"}),
+        ("--only speed", {"parts": "('speed',)"}),
+        ("--model qwen3-0.6b --tokens 128 --seed 0", {}),
+    ],
+)
+def test_what_narrows_a_run_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, noted: dict) -> None:
+    """By the command line itself: publish refuses such a run."""
+    monkeypatch.setattr(steps, "measure", lambda *arguments: None)
+    monkeypatch.setattr(steps, "write_report", lambda folder: None)
+    monkeypatch.setattr(steps, "print_parts", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", f"castpoint bench --device cpu --results {tmp_path / 'r'} {line}".split())
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert not status.value.code
+    (run,) = load_runs(tmp_path / "r").values()
+    assert noted.items() <= run["narrowed_by"].items() and bool(noted) == bool(run["narrowed_by"])
+    assert bool(unfit(run | {"environment": {"commit": "c0ffee"}})) == bool(noted)
 
 
 def test_the_newest_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

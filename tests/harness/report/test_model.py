@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_every_arm_and_finds_its_study(folder: Path) -> None:
     (study,) = studies(folder)
     frames = study.frames
+    assert study.run["narrowed_by"] == {"plans": ",".join(PLANS), "tokens": "6", "passages": "2"}
     assert study.model == "tiny" and truth_name(frames) == "float64"
     assert list(arm_table(frames)["arm"])[-2:] == list(PLANS) and len(arm_table(frames)) == 8
     assert set(frames["model_tokens"]["status"]) <= {"ok", "failed"}
