@@ -119,7 +119,8 @@ def gpu(
 
     try:
         if tune:
-            steps.tune_kernels(options.records_of("tune", results, device, quick=quick), quick)
+            records = options.records_of("tune", results, device, options.narrowed(quick=quick), quick=quick)
+            steps.tune_kernels(records, quick)
             return
         settings, records = options.select("gpu", device=device, results=results, short=quick)
         steps.measure_gpu(settings, records, quick)
@@ -176,7 +177,10 @@ def model(
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
-    records = options.records_of("model", results, device, model=lm.name, weights=lm.weights, **asked)
+    usual = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
+    given = {"plans": plans, "backend": backend, "tokens": tokens, "passages": passages, "prompts": prompts}
+    part_of = {name: str(value) for name, value in given.items() if value != usual.get(name)}
+    records = options.records_of("model", results, device, part_of, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
     records.finish()
     print(section(study_of(records.folder, records.run_id)))

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
@@ -21,11 +20,7 @@ from castpoint.harness.runs.settings import Settings
 RUNS = Path("runs")  # where records go, one folder a machine; git ignores it
 PUBLISHED = ROOT / "results"
 PARTS = ("errors", "amplification", "budget", "speed")  # of a bench
-# Options that make a run a part of the whole one: such a run is not published.
-NARROWING = (
-    *("model", "checkpoint", "layers", "tokens", "plans", "seed", "short", "only", "quick"),
-    *("target", "backend", "prompts", "passages"),
-)
+WHOLE = {"model": Settings.model, "tokens": Settings.tokens, "parts": PARTS}  # values that leave nothing out
 
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: runs/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -81,21 +76,28 @@ def select(
     )
     if checkpoint is not None:
         _check_layers(settings)
-    whole = parts == PARTS
-    row = settings.row() | ({} if whole else {"parts": parts})
-    return settings, _opened(command if whole else f"{command} --only {','.join(parts)}", results, device, row)
+    asked = {"model": model, "checkpoint": checkpoint, "layers": layers, "tokens": tokens, "plans": plans}
+    part_of = narrowed(**asked, seed=seed, short=short, parts=parts)
+    row = settings.row()
+    if parts != PARTS:
+        row, command = row | {"parts": parts}, f"{command} --only {','.join(parts)}"
+    return settings, _opened(command, results, device, row, part_of)
 
 
-def records_of(command: str, results: Path | None, device: str, **settings: object) -> Records:
-    """The results folder of a command that takes no selection of plans and layers."""
-    return _opened(command, results, device, {"command": command, "device": device, **settings})
+def records_of(
+    command: str, results: Path | None, device: str, part_of: dict[str, str] | None = None, **settings: object
+) -> Records:
+    """The results folder of a command that takes no selection of plans and layers. part_of: as narrowed says."""
+    return _opened(command, results, device, {"command": command, "device": device, **settings}, part_of or {})
 
 
-def _opened(command: str, results: Path | None, device: str, settings: dict[str, object]) -> Records:
+def _opened(
+    command: str, results: Path | None, device: str, settings: dict[str, object], part_of: dict[str, str]
+) -> Records:
     folder = results or RUNS / machine_name(device)
     refuse_published(folder)
     records = Records(folder, settings, describe(device))
-    records.note(command=command, narrowed_by=narrowed_by())
+    records.note(command=command, narrowed_by=part_of)
     return records
 
 
@@ -115,13 +117,9 @@ def newest_folder() -> Path:
     return found[-1].parent
 
 
-def narrowed_by() -> dict[str, object]:
-    """Those of NARROWING that the running command was given, with their values."""
-    context = click.get_current_context(silent=True)
-    if context is None:
-        return {}
-    options = {option.name: option.default for option in context.command.params if option.name in NARROWING}
-    return {name: str(context.params[name]) for name, usual in options.items() if context.params[name] != usual}
+def narrowed(**asked: object) -> dict[str, str]:
+    """Those of a command's options that make its run a part of the whole one: such a run is not published."""
+    return {name: str(value) for name, value in asked.items() if value and value != WHOLE.get(name)}
 
 
 def device_named(wanted: str) -> str:

@@ -101,20 +101,20 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
     targets, executed = (target,) if target else tuple(TARGETS), target or "sm_90"
     if run:
         check_executed(executed)
-    red = False
+    red, part_of = False, options.narrowed(target=target)
     if run:
-        records = options.records_of("execute", results, "cpu", target=executed)
+        records = options.records_of("execute", results, "cpu", part_of, target=executed)
         execute_kernels(records, executed)
         records.finish()
         print_study(records, "executed")
         red = bool(red_rows(records, "executed"))
     if configs:
-        records = options.records_of("configs", results, "cpu", targets=targets)
+        records = options.records_of("configs", results, "cpu", part_of, targets=targets)
         sweep_configs(records, targets)
         records.finish()
         print_study(records, "configs")
     if not (run or configs):
-        records = options.records_of("audit", results, "cpu", targets=targets)
+        records = options.records_of("audit", results, "cpu", part_of, targets=targets)
         for row in audit_all(targets):
             records.add(AuditRow(**row))
         records.finish()

@@ -19,7 +19,11 @@ from castpoint.harness.report.readme import BLOCK, update_readme
 from castpoint.harness.runs.environment import short_name
 from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.settings import Settings
+from castpoint.variants.catalogue import PLANS
 
+# model, checkpoint, layers and plans of a bench that leaves nothing out
+WHOLE = (Settings.model, None, list(range(GEOMETRIES[Settings.model].num_layers)), list(PLANS))
 README, PUBLISHED = Path("README.md"), Path("results")
 OF_README = PUBLISHED / "cpu"  # whose newest run the README's block shows
 
@@ -79,6 +83,9 @@ def unfit(run: dict[str, Any]) -> str:
     if run["narrowed_by"]:
         options = " ".join(f"--{name} {value}" for name, value in run["narrowed_by"].items())
         return f"it is a part of the whole ({options}): run it without"
+    s = run["settings"]
+    if "layers" in s and (s["model"], s["checkpoint"], s["layers"], s["plans"]) != WHOLE:
+        return f"it measured {len(s['layers'])} layers and {len(s['plans'])} plans of {s['checkpoint'] or s['model']}"
     if run["command"] == "model" and run["settings"]["model"] not in GEOMETRIES:
         return f"{run['settings']['model']} is no model that the lab knows by name"
     return ""

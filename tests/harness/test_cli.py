@@ -11,7 +11,7 @@ from commands import ROOT, command, failure
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from castpoint.harness.options import parse_layers, select
+from castpoint.harness.options import select
 from castpoint.variants.catalogue import PLANS
 
 
@@ -141,10 +141,3 @@ def test_a_part_of_a_bench_prints_its_tables(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "| hf |" in result.stdout and "K error" in result.stdout
     assert (tmp_path / "errors.csv").exists()
-
-
-def test_layers_are_parsed() -> None:
-    assert parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
-    assert parse_layers("", 28) == ()
-    with pytest.raises(ValueError, match="layers 0 to 4"):
-        parse_layers("5", 5)

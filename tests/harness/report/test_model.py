@@ -8,9 +8,11 @@ import math
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tiny_models import saved
 
 import castpoint.harness.__main__ as cli
@@ -58,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_every_arm_and_finds_its_study(folder: Path) -> None:
     (study,) = studies(folder)
     frames = study.frames
+    assert study.run["narrowed_by"] == {"plans": ",".join(PLANS), "tokens": "6", "passages": "2"}
     assert study.model == "tiny" and truth_name(frames) == "float64"
     assert list(arm_table(frames)["arm"])[-2:] == list(PLANS) and len(arm_table(frames)) == 8
     assert set(frames["model_tokens"]["status"]) <= {"ok", "failed"}
@@ -220,3 +223,51 @@ def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passage
     table = arm_table(both).set_index("arm")
     assert table.loc["hf", "KL to eager, nats"] == 77 and table.loc["hf", "perplexity"] == f"{math.exp(0.9):.3f}"
     assert "1 texts of up to" in conditions(dataclasses.replace(known, frames=both))
+
+
+# ---------------------------------------------------------------- arms that failed
+
+
+def without(study: Study, arms: tuple[str, ...], texts: tuple[int, ...] = (0, 1)) -> Study:
+    """The study as its records are where these arms failed on these texts: one row each, with the reason."""
+    frames = {}
+    for name, rows in study.frames.items():
+        lost = rows["arm"].isin(arms) & rows["prompt"].isin(texts)
+        failed = rows[lost & (rows["reference"] == "eager")] if name == "model_tokens" else rows[:0]
+        measures = [column for column in rows.columns if rows[column].dtype.kind == "f" and column != "prompt"]
+        blank = failed.assign(status="failed", reason="no kernel", **dict.fromkeys(measures, math.nan))
+        frames[name] = pd.concat([rows[~lost], blank], ignore_index=True)
+    return dataclasses.replace(study, frames=frames)
+
+
+@pytest.mark.parametrize("texts", [(0, 1), (1,)], ids=["all texts", "one text"])
+@pytest.mark.parametrize("arms", [*((arm,) for arm in ARMS), PLANS, ARMS[1:], ARMS], ids=" ".join)
+def test_every_report_and_plot_says_which_arm_failed(
+    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arms: tuple[str, ...], texts: tuple[int, ...]
+) -> None:
+    study = without(known, arms, texts)
+    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
+    said, text = sentences(tmp_path, NO_BENCH), section(study)
+    for arm in arms:
+        assert f"`{arm}` in {len(texts)} texts" in said[0] and f"failed in {len(texts)} texts" in text
+        assert f"`{arm}` failed in {len(texts)} texts: no kernel" in text
+    whole = set(arms) == set(ARMS) and len(texts) == 2
+    assert (len(said) == 1) == (whole or (arms == ("eager",) and len(texts) == 2)), "sentences without a figure to say"
+    assert "nan" not in " ".join(
+        line for line in said if "K norms amplify" not in line
+    )  # known layers are in depth's order
+    plots = model_plots(study.frames)
+    assert plots or "eager" in arms
+    for plot in plots.values():
+        plot.canvas.draw()
+        words = [text.get_text() for text in plot.findobj(Text)]
+        lost = [arm for arm in arms if len(texts) == 2]
+        assert not lost or any("failed" in word for word in words)
+        matplotlib.pyplot.close(plot)
+
+
+def test_a_failed_text_is_left_out_of_differences(known: Study) -> None:
+    rows = against(without(known, ("hf",), (1,)).frames["model_tokens"], "float64")
+    assert difference(rows, "kl_mean", "hf") == Difference(4.0, math.inf, 1.0)
+    nothing = against(without(without(known, ("hf",), (1,)), ("eager",), (0,)).frames["model_tokens"], "float64")
+    assert difference(nothing, "kl_mean", "hf") == Difference(0.0, math.inf, 1.0)

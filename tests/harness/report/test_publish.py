@@ -14,9 +14,11 @@ from castpoint.harness.report.page import BLOCK
 from castpoint.harness.report.publish import add, machine, publish, publishable, unfit
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import load_runs
+from castpoint.variants.catalogue import PLANS
 
 PUBLISHED = ROOT / "results" / "cpu"
-WHOLE = {"narrowed_by": {}, "command": "bench", "settings": {"model": "qwen3-0.6b"}, "finished": "now"}
+SETTINGS = {"model": "qwen3-0.6b", "checkpoint": None, "layers": list(range(28)), "plans": list(PLANS)}
+WHOLE = {"narrowed_by": {}, "command": "bench", "settings": SETTINGS, "finished": "now"}
 WHOLE |= {"environment": {"commit": "c0ffee123456", "device": "cpu"}}
 
 
@@ -33,6 +35,10 @@ def run(**changes: object) -> dict[str, object]:
         ({"narrowed_by": {"layers": "0-3", "plans": "hf"}}, "--layers 0-3 --plans hf"),
         ({"narrowed_by": {"model": "qwen3-8b"}}, "--model qwen3-8b"),
         ({"narrowed_by": {"checkpoint": "m.gguf"}}, "--checkpoint m.gguf"),
+        ({"settings": SETTINGS | {"layers": [0, 1, 2]}}, "it measured 3 layers and 15 plans of qwen3-0.6b"),
+        ({"settings": SETTINGS | {"plans": ["hf"]}}, "it measured 28 layers and 1 plans of qwen3-0.6b"),
+        ({"settings": SETTINGS | {"checkpoint": "m.gguf"}}, "of m.gguf"),
+        ({"settings": SETTINGS | {"model": "qwen3-8b"}}, "of qwen3-8b"),
         ({"command": "model", "settings": {"model": "toy"}}, "toy is no model that the lab knows"),
     ],
 )

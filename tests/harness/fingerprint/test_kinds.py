@@ -1,0 +1,82 @@
+"""The kind of a callable, guessed by its arguments where none is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import command
+
+from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.blackbox import guessed_kind
+
+
+def rms_norm(x, weight, eps):
+    """A norm."""
+
+
+def rms_norm_of_an_engine(x, weight, eps=1e-6, residual=None, out=None):
+    """With more that has defaults."""
+
+
+def k_norm(x, weight, eps):
+    """Told by its own name."""
+
+
+def norm_heads(x, head_weight, eps):
+    """Told by an argument's name."""
+
+
+def fused(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads, bias=None):
+    """A chain."""
+
+
+def fused_with_defaults(x, norm_weight, qkv_weight, q_norm_weight=None, k_norm_weight=None, eps=1e-6, hq=16, hkv=8):
+    """A chain of which three arguments would do."""
+
+
+def seven(a, b, c, d, e, f, g):
+    """Neither."""
+
+
+def two(x, weight):
+    """Neither."""
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (rms_norm, "rmsnorm"),
+        (rms_norm_of_an_engine, "rmsnorm"),
+        (lambda x, weight, eps: x, "rmsnorm"),
+        (k_norm, "head_norm"),
+        (norm_heads, "head_norm"),
+        (fused, "qkv"),
+        (fused_with_defaults, "qkv"),
+    ],
+)
+def test_a_kind_is_guessed(fn: Callable, kind: str) -> None:
+    assert guessed_kind(fn) == kind
+
+
+@pytest.mark.parametrize("fn", [seven, two, lambda *args: args, torch.nn.Identity(), dict.fromkeys])
+def test_no_kind_is_guessed_where_arguments_do_not_tell(fn: Callable) -> None:
+    with pytest.raises(Fault, match="do not tell its kind: give --kind, rmsnorm or head_norm or qkv"):
+        guessed_kind(fn)
+
+
+def test_the_command_says_which_it_took(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef rms_norm(x, weight, eps):\n"
+        "    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)\n\ndef two(x, w):\n    return x\n"
+    )
+    done = command("identify", f"{tmp_path / 'mine.py'}:rms_norm", "--expect", "one-rounding")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "guessed by its signature: --kind rmsnorm"
+    assert "the norm of" in done.stdout and "one-rounding" in done.stdout
+    done = command("identify", f"{tmp_path / 'mine.py'}:two", "--json")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1 and answer["status"] == "error" and "give --kind" in answer["reason"]
