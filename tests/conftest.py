@@ -29,6 +29,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.compiled, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def interpreted_as_before() -> Iterator[None]:
+    """A command that compiles says so to the process that it runs in; the tests behind it go on as they were."""
+    before = os.environ["TRITON_INTERPRET"]
+    yield
+    os.environ["TRITON_INTERPRET"] = before
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0" else "cpu"
