@@ -242,20 +242,14 @@ def without(study: Study, arms: tuple[str, ...], texts: tuple[int, ...] = (0, 1)
 
 @pytest.mark.parametrize("texts", [(0, 1), (1,)], ids=["all texts", "one text"])
 @pytest.mark.parametrize("arms", [*((arm,) for arm in ARMS), PLANS, ARMS[1:], ARMS], ids=" ".join)
-def test_every_report_and_plot_says_which_arm_failed(
-    known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arms: tuple[str, ...], texts: tuple[int, ...]
+def test_every_section_and_plot_says_which_arm_failed(
+    known: Study, arms: tuple[str, ...], texts: tuple[int, ...]
 ) -> None:
     study = without(known, arms, texts)
-    monkeypatch.setattr(impact_report, "studies", lambda folder: [study])
-    said, text = sentences(tmp_path, NO_BENCH), section(study)
+    text = section(study)
     for arm in arms:
-        assert f"`{arm}` in {len(texts)} texts" in said[0] and f"failed in {len(texts)} texts" in text
+        assert f"failed in {len(texts)} texts" in text
         assert f"`{arm}` failed in {len(texts)} texts: no kernel" in text
-    whole = set(arms) == set(ARMS) and len(texts) == 2
-    assert (len(said) == 1) == (whole or (arms == ("eager",) and len(texts) == 2)), "sentences without a figure to say"
-    assert "nan" not in " ".join(
-        line for line in said if "K norms amplify" not in line
-    )  # known layers are in depth's order
     plots = model_plots(study.frames)
     assert plots or "eager" in arms
     for plot in plots.values():
