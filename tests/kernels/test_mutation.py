@@ -199,7 +199,7 @@ MUTATIONS = {
         HEAD, "position[:, None] * DH", "position.to(tl.int32)[:, None] * DH", check_far_positions
     ),
     "positions taken as contiguous": Mutation(
-        QKV, "None if tensor is None else tensor.contiguous()\n", "tensor\n", inside("hf", rope=True)
+        QKV, "None if tensor is None else tensor.contiguous() for", "tensor for", inside("hf", rope=True)
     ),
     "addresses of 32 bits": Mutation(QKV, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", check_addressing),
     # split-K
