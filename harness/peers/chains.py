@@ -45,14 +45,9 @@ from castpoint.variants.problem import Problem
 
 P2 = ("torch.compile", "torch.compile, PDL")
 LABELS = {  # how the names of arms begin
-    Kind.NORM: "norm",
-    Kind.MATMUL: "P4",
-    Kind.HEADS: "heads",
-    Kind.LOOP: "own loop",
-    Kind.CHAIN: "P1",
-    Kind.COMPILED: "P2",
-    Kind.EAGER: "eager",
-}
+    Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop", Kind.CHAIN: "P1",
+    Kind.COMPILED: "P2", Kind.EAGER: "eager",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

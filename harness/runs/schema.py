@@ -74,10 +74,6 @@ class Kind(StrEnum):
     EAGER = "eager"
     OWN = "own"
 
-    @property
-    def is_part(self) -> bool:
-        return self in (Kind.NORM, Kind.MATMUL, Kind.HEADS, Kind.LOOP)
-
 
 # Measures of the error budget. k_rel_ms: mean over heads of (mean square of the head's error / of the head), the square
 # of rel_rms. logit_ms: mean square of the error of causal attention logits, the square of logit_rms_error.
@@ -141,7 +137,6 @@ class ErrorRow(Row):
     max_ulp: Number = None; p99_ulp: Number = None; mean_ulp: Number = None; share_equal: Number = None
     signed_mean: Number = None; at_token: Count = None; at_head: Count = None; at_channel: Count = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow(Row):
     TABLE, KEY = "speed", ("tokens", "plan", "backend")
@@ -149,7 +144,6 @@ class SpeedRow(Row):
     p10_us: Number = None; p50_us: Number = None; p90_us: Number = None; bytes: int; flops: int
     gbps: Number = None; tflops: Number = None; roofline_share: Number = None
     speedup_vs_eager: Number = None; speedup_vs_compile: Number = None
-
 
 @dataclass(frozen=True, kw_only=True)
 class AmplificationRow(Row):
@@ -160,7 +154,6 @@ class AmplificationRow(Row):
     k_rel_rms_after: Number = None; logit_rms_error: Number = None; logit_max_error: Number = None
     softmax_tv_mean: Number = None; softmax_tv_max: Number = None; top_key_flips: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class DrawRow(Row):
     TABLE, KEY = "draws", ("weights", "layer", "seed", "plan")
@@ -168,13 +161,11 @@ class DrawRow(Row):
     k_norm_max: Number = None; k_max_abs_after: Number = None; logit_rms_error: Number = None
     softmax_tv_mean: Number = None; top_key_flips: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class UlpRow(Row):
     TABLE, KEY = "ulps", ("weights", "layer", "plan", "output", "reference", "ulp_from")
     model: str; weights: str; layer: int; plan: str; backend: str; output: str; reference: str
     ulp_from: float; ulp_to: float; share: float
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRow(Row):
@@ -182,13 +173,11 @@ class ChannelRow(Row):
     model: str; weights: str; layer: int; plan: str; channel: int
     k_norm_weight: float; gain_predicted: float; gain_measured: float
 
-
 @dataclass(frozen=True, kw_only=True)
 class ImplementationRow(Row):
     TABLE, KEY = "implementations", ("implementation", "kind", "how")
     implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
-
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetRow(Row):
@@ -198,7 +187,6 @@ class BudgetRow(Row):
     shapley: Number = None; share: Number = None; total: Number = None
     kernel_vs_spec: Number = None; kernel_vs_spec_share: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class CaseRow(Row):
     TABLE, KEY = "cases", ("case", "source", "measure")
@@ -207,7 +195,6 @@ class CaseRow(Row):
     claimed: Number; claimed_low: Number; claimed_high: Number; claimed_text: str; verdict: str = ""; why: str
     share_differ: Number = None; max_ulp: Number = None; signed_bias: Number = None; growth: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class AuditRow(Row):
     TABLE, KEY = "audit", ("target", "kernel", "plan", "keywords")
@@ -215,12 +202,10 @@ class AuditRow(Row):
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None
     matrix: str = ""; registers: Count = None; spills: Count = None; shared: Count = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class ExecutedRow(Row):
     TABLE, KEY = "executed", ("target", "plan", "config", "rope", "tokens", "check")
     target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str; share_equal: Number = None
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayerRow(Row):
@@ -230,7 +215,6 @@ class ModelLayerRow(Row):
     k_norm_max: Number = None; k_max_abs: Number = None; k_rel_rms: Number = None; k_p99_ulp: Number = None
     attention_logit_rms: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class ModelTokensRow(Row):
     TABLE, KEY = "model_tokens", ("model", "weights", "text", "prompt", "arm", "reference")
@@ -239,13 +223,11 @@ class ModelTokensRow(Row):
     dlogp_p50: Number = None; dlogp_p99: Number = None; dlogp_max: Number = None
     parts_at: Count = None; nll: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class ModelDlogpRow(Row):
     TABLE, KEY = "model_dlogp", ("model", "weights", "text", "prompt", "arm", "reference", "above")
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str
     above: float; tokens: int
-
 
 @dataclass(frozen=True, kw_only=True)
 class GpuCheckRow(Row):
@@ -253,12 +235,10 @@ class GpuCheckRow(Row):
     plan: str; config: str; rope: bool = False; tokens: int; check: str
     share_equal: Number = None; max_ulp: Number = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class GpuPointRow(Row):
     TABLE, KEY = "gpu_points", ("model", "tokens", "regime")
     model: str; tokens: int; regime: str
-
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpeedRow(Row):
@@ -271,13 +251,11 @@ class GpuSpeedRow(Row):
     speedup_p1_p90: Number = None; noise_p10: Number = None; noise_p90: Number = None; sm_mhz: Number = None
     memory_mhz: Number = None; watts: Number = None; celsius: Number = None; slowed_by: str = ""
 
-
 @dataclass(frozen=True, kw_only=True)
 class ConfigRow(Row):
     TABLE, KEY = "configs", ("kernel", "plan", "target", "keywords")
     kernel: str; plan: str; target: str; keywords: str
     registers: Count = None; spills: Count = None; shared: Count = None; matrix: str = ""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TuningRow(Row):
@@ -285,7 +263,6 @@ class TuningRow(Row):
     model: str; tokens: int; scale: str; config: str; kernel: str; prepass: str; block_m: int; block_k: int
     num_warps: int; num_stages: int; splits: int; cold: bool; p10_us: Number = None; p50_us: Number = None
     p90_us: Number = None; speedup_separate: Number = None; noise_p10: Number = None; noise_p90: Number = None
-
 
 @dataclass(frozen=True, kw_only=True)
 class FingerprintRow(Row):

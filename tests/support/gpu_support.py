@@ -13,8 +13,10 @@ from fake_cuda import FakeCuda
 import castpoint.harness.gpu.sweep
 from castpoint.harness.problems.geometry import Geometry
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import AGAIN
 
+PARTS = (Kind.NORM, Kind.MATMUL, Kind.HEADS, Kind.LOOP)
 TINY = Geometry(64, 2, 1, 3)  # heads of 128, as drawn K-norm weights need
 SHAPE = (64, 2, 1, 128)
 
