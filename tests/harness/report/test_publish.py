@@ -10,8 +10,8 @@ import pytest
 from commands import ROOT, failure
 
 from castpoint.harness.report import publish as module
-from castpoint.harness.report.page import BLOCK
 from castpoint.harness.report.publish import add, machine, publish, publishable, unfit
+from castpoint.harness.report.readme import BLOCK
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import load_runs
 
