@@ -50,10 +50,11 @@ def test_order_of_sums_is_no_part_of_the_sum() -> None:
 
 
 def rows_of(
-    shares: dict[str, dict[str, float]], layer: int = 0, weights: str = "calibrated"
+    shares: dict[str, dict[str, float]], layer: int = 0, rotated_from: int | None = None
 ) -> list[dict[str, object]]:
     """Rows of both measures with these shares of a total that falls from plan to plan."""
-    key = {"model": "m", "weights": weights, "layer": layer, "tokens": 64, "backend": "spec", "status": "ok"}
+    key = {"model": "m", "weights": "calibrated", "rotated_from": rotated_from, "layer": layer, "tokens": 64}
+    key |= {"backend": "spec", "status": "ok"}
     return [
         {**key, "plan": plan, "measure": measure, "player": player, "shapley": share / 2**i, "share": share,
          "total": 0.5**i}
@@ -82,10 +83,10 @@ def test_the_table_follows_the_numbers() -> None:
     assert "Order of sums comes on top: at most" in section(frame())
 
 
-def test_shares_are_means_over_layers_without_controls() -> None:
+def test_shares_are_means_over_layers_without_rope() -> None:
     half = {"bf16-operand": {"hidden": 0.5, "out": 0.5}}
     rows = rows_of({"bf16-operand": {"hidden": 0.75, "out": 0.25}}, 0) + rows_of(half, 1)
-    rows += rows_of({"bf16-operand": {"hidden": 0.0, "out": 1.0}}, 0, "calibrated, k_norm=1")
+    rows += rows_of({"bf16-operand": {"hidden": 0.0, "out": 1.0}}, 0, 1000)
     text = section(pd.DataFrame(rows))
     assert "(mean of 2 layers, 64 tokens)" in text and "| bf16-operand | 1 | 62% | 38% | 0% |" in text
 
@@ -98,7 +99,7 @@ def test_a_share_that_rounds_to_nothing_has_no_sign() -> None:
 def test_rope_is_told_apart_and_compared_on_the_same_layers() -> None:
     plain = rows_of(MADE_UP, 0) + rows_of({"hf": {"normed": 1.0}}, 5)  # layer 5 was not rotated
     turned = {"fp32": {"out": 1.0}, "hf": {"unrotated": 0.25, "cos_sin": 0.125, "products": 0.125, "out": 0.5}}
-    rows = pd.DataFrame(plain + rows_of(turned, 0, "calibrated, rotated from position 1000"))
+    rows = pd.DataFrame(plain + rows_of(turned, 0, 1000))
     shares = rope_shares(rows)
     assert list(shares.index) == ["fp32", "hf"]  # by the error behind: 1 and 0.5
     assert shares.loc["hf", ["before", "behind"]].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])

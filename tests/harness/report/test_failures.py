@@ -23,6 +23,7 @@ from castpoint.harness.report.publish import write
 from castpoint.harness.runs.environment import describe
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Check
 from castpoint.harness.runs.settings import Settings
 from castpoint.variants.catalogue import PLANS
 
@@ -57,7 +58,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
     fails = dataclasses.replace(case, thread=dataclasses.replace(case.thread, source="planted"))
     object.__setattr__(fails, "measure", failing(len, lambda seed: True, "no case"))
     patch.setattr(cases, "CASES", [case, fails])
-    patch.setattr(execute, "kernel_checks", lambda: [("hf", None, checks.EXACT, False, 2)])
+    patch.setattr(execute, "kernel_checks", lambda: [("hf", None, Check.EXACT, False, 2)])
     patch.setattr(execute, "tile_checks", lambda: [])
     patch.setattr(checks, "run_triton", failing(len, lambda plan, problem: True, "no launch"))
     four_bit = study.four_bit

@@ -1,7 +1,4 @@
-"""What a reader sees of a GPU run: its table, its checks and its plot, from records whose numbers are all invented.
-
-No number below was measured. They lie in a temporary folder, and their run says `invented` for a GPU.
-"""
+"""What a reader sees of a GPU run: its table and its checks, from records whose numbers are all invented."""
 
 from __future__ import annotations
 
@@ -11,109 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from invented_gpu import AT, CHAIN, FUSED, LARGE, OWN_CHAIN, SMALL, add, invent_by_hand, opened
 
-from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
 from castpoint.harness.report import gpu_plots, gpu_rows
 from castpoint.harness.report.gpu import check_table, section, speed_table, without_time
 from castpoint.harness.report.gpu_rows import EXACT, FOLDED, GROUPS, LOOP, LOSS, NOISE, P1, P4, WIN, newest
 from castpoint.harness.report.readme import gpus
 from castpoint.harness.runs.records import Records
-from castpoint.variants.catalogue import PLANS
-
-CHAIN, OWN_CHAIN = "P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS"
-FUSED, SEPARATE = "split-k 16 x 128, 8 splits, 8 warps, 4 stages", "separate"
-ENVIRONMENT = {
-    "commit": "c0ffee",
-    "versions": {"torch": "2.13.0", "triton": "3.9.0"},
-    "gpu": {"name": "invented H200", "multiprocessors": 132, "l2_bytes": 60_000_000, "cuda": "13.0"},
-}
-LIMITS = {
-    "copy_bytes_per_s": 4.2e12,
-    "bf16_flops_per_s": 760e12,
-    "reason": "",
-    "read": {"bytes_per_s": 4.4e12, "seconds": 1e-6},
-    "launch": {"graph_s": {1: 4e-6, 3: 5e-6, 30: 40e-6, 300: 391e-6}, "per_kernel_s": 1.3e-6, "per_replay_s": 1e-6},
-}
-
-
-def opened(folder: Path) -> Records:
-    records = Records(folder, {"model": "qwen3-0.6b"}, ENVIRONMENT)
-    records.note(command="gpu", limits=LIMITS)
-    return records
-
-
-def add(records: Records, point: tuple, arm: str, us: float | None, p1_us: float | None = None, **more: object) -> None:
-    """A row of gpu_speed: p10 and p90 1 % beside the median, the speed-up p1_us / us, noise of 2 %."""
-    model, tokens, regime = point
-    kind = "own" if arm in PLANS else "part" if arm.startswith("P4") else "peer"
-    row = {"kind": kind, "cold": regime != grid.HOT, "config": FUSED if kind == "own" else "", "slowed_by": "none"}
-    row |= {"noise_p10": 0.98, "noise_p90": 1.02, "sm_mhz": 1980.0, "watts": 500.0, "celsius": 50.0}
-    if us is not None:
-        row |= {"p10_us": 0.99 * us, "p50_us": us, "p90_us": 1.01 * us, "floor_us": us / 2, "roofline_share": 0.5}
-        row |= {"tflops": 79.0}
-    if us is not None and p1_us is not None:
-        ratio = p1_us / us
-        row |= {"p1": CHAIN, "speedup_p1_p10": 0.99 * ratio, "speedup_p1_p50": ratio, "speedup_p1_p90": 1.01 * ratio}
-    records.add("gpu_speed", model=model, tokens=tokens, regime=regime, arm=arm, **(row | more))
-
-
-SMALL, LARGE = "qwen3-0.6b", "qwen3-32b"
-AT = {name: (SMALL, tokens, grid.COLD) for name, tokens in (("1", 1), ("16", 16), ("256", 256), ("4096", 4096))}
-
-
-def invent_by_hand(folder: Path, upside_down: bool = False) -> Records:
-    """Six points, each with something of its own; see the comments."""
-    records = opened(folder)
-
-    def chain(point: tuple, us: float, p4_us: float | None = None) -> None:
-        add(records, point, CHAIN, us, us)
-        add(records, point, OWN_CHAIN, 1.1 * us, us)
-        if p4_us:
-            add(records, point, "P4 cuBLASLt", 1.2 * p4_us)
-            add(records, point, "P4 cuBLAS", p4_us)
-        records.add("gpu_points", **dict(zip(("model", "tokens", "regime"), point, strict=True)))
-
-    def own(point: tuple, arm: str, us: float, p1_us: float | None, **more: object) -> None:
-        if upside_down and p1_us is not None:
-            more["speedup_p1_p50"] = us / p1_us
-        add(records, point, arm, us, p1_us, **more)
-
-    chain(AT["1"], 6.0, 4.0)  # wins; folded is red; fp32 is in no group
-    own(AT["1"], "one-rounding", 4.5, 6.0)
-    own(AT["1"], "hf", 4.0, 6.0)  # 1.5
-    own(AT["1"], "deferred", 3.75, 6.0)  # 1.6
-    add(records, AT["1"], "folded", None, status="red", reason="not timed: 3 of 9 elements | differ")
-    own(AT["1"], "fp32", 3.0, 6.0)  # the fastest, and no match for a bf16 matmul
-    add(records, AT["1"], "P2 torch.compile", 7.5, 6.0)  # 0.8
-    chain(AT["16"], 6.06, 5.0)  # noise, loss, win
-    own(AT["16"], "hf", 6.0, 6.06)  # 1.01
-    add(records, AT["16"], "one-rounding", 1.0, 6.06, status="red", reason="wrong")  # whatever its time says
-    own(AT["16"], "deferred", 6.6, 6.06)  # 0.918
-    own(AT["16"], "folded", 5.0, 6.06)  # 1.212
-    for arm in (CHAIN, OWN_CHAIN):  # no P1
-        add(records, AT["256"], arm, None, status="failed", reason="RuntimeError: no kernel")
-    own(AT["256"], "hf", 9.0, None)
-    records.add("gpu_points", model=SMALL, tokens=256, regime=grid.COLD)
-    chain(AT["4096"], 60.0, 50.0)  # a loss of a plan that ran unfused; the dearest loss is deferred's
-    own(AT["4096"], "one-rounding", 62.0, 60.0, config=SEPARATE)  # 0.968
-    own(AT["4096"], "deferred", 80.0, 60.0)  # 0.75
-    red = (LARGE, 1, grid.COLD)  # its P1 turned out to be impossible
-    add(records, red, CHAIN, None, status="red", reason="6.00 TB/s of cold memory: H200 has 4.8")
-    add(records, red, OWN_CHAIN, 33.0, 17.0)
-    own(red, "hf", 30.0, 17.0)
-    failed = {"status": "failed", "reason": "out of memory: 2 GiB"}
-    records.add("gpu_points", model=LARGE, tokens=4096, regime=grid.COLD, **failed)
-    add(records, (SMALL, 1, grid.HOT), CHAIN, 5.0, 5.0)
-    add(records, (SMALL, 1, grid.HOT), "one-rounding", 4.0, 5.0)
-    return records
-
-
-@pytest.fixture(scope="module")
-def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("invented")
-    invent_by_hand(folder).finish()
-    return folder
+from castpoint.harness.runs.schema import GpuCheckRow
 
 
 def shown(folder: Path, regime: str = grid.COLD) -> pd.DataFrame:
@@ -309,12 +212,13 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
         ("deferred", "default", "exact", "ok"), ("deferred", "default", "envelope", "ok"),
         ("deferred", "c | d", "exact", "red"), ("deferred", "c | d", "envelope", "failed"),
     ):  # fmt: skip
-        records.add("gpu_checks", plan=plan, config=config, check=check, share_equal=0.5, status=status,
-                    reason="" if status == "ok" else "3 of 9")  # fmt: skip
+        found = {"share_equal": 0.5, "status": status, "reason": "" if status == "ok" else "3 of 9"}
+        records.add(GpuCheckRow(plan=plan, config=config, tokens=70, check=check, **found))
+    key = {"plan": "hf", "tokens": 70}
     for setting, share, ulp in (("default", 0.75, 8.0), ("fp32 partials", 0.999, 1.0)):
-        records.add("gpu_checks", plan="hf", config=setting, check="eager", share_equal=share, max_ulp=ulp)
-    records.add("gpu_checks", plan="hf", config="one fp32 chain", check="eager", status="failed", reason="unknown")
-    records.add("gpu_checks", plan="hf", config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0)
+        records.add(GpuCheckRow(**key, config=setting, check="eager", share_equal=share, max_ulp=ulp))
+    records.add(GpuCheckRow(**key, config="one fp32 chain", check="eager", status="failed", reason="unknown"))
+    records.add(GpuCheckRow(**key, config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0))
     records.finish()
     found = [" | ".join(row) for row in check_table(newest(tmp_path).checks).itertuples(index=False)]
     assert found == [
@@ -332,58 +236,10 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
     assert "| exact | deferred | c + d | red: 3 of 9 |" in section(tmp_path)
 
 
-# ---------------------------------------------------------------- plots
-
-
-def invent_whole(folder: Path) -> str:
-    """A grid with most of its points, as shapes of curves alone: gains that shrink with tokens and with size."""
-    records = opened(folder)
-    for point in grid.points():
-        key = (point.model, point.tokens, point.regime)
-        if point.regime != grid.COLD or point.model == "qwen3-235b-a22b" or point.tokens == 512:
-            continue
-        floor = next(row for row in arms.rows(point) if row.arm == "P1 best").floor_s() * 1e6
-        p4 = 1.15 * floor + 2.5
-        p1 = p4 + 3.0 + 0.02 * point.tokens**0.9
-        add(records, key, CHAIN, p1, p1, roofline_share=floor / p1)
-        add(records, key, "P4 cuBLAS", p4, roofline_share=floor / p4)
-        for row in arms.rows(point):
-            if row.arm.startswith("P2 "):
-                add(records, key, row.arm, 1.1 * p1, p1)
-        for place, name in enumerate(grid.own_plans(point)):
-            us = (1.12 + 0.05 * math.log2(point.tokens) / 6) * floor + 2.3 + 0.12 * (place % 4)
-            wide = PLANS[name].plan.matmul
-            us *= {"bf16": 1, "tf32": 2, "tf32x3": 4, "fp32": 9}[wide]
-            us *= 1.1 if name == "folded" and point.tokens > 64 else 1
-            late = point.tokens >= 1024 and gpu_rows.group_of(name) == EXACT
-            add(records, key, name, us, p1, roofline_share=floor / us, config=SEPARATE if late else FUSED)
-    records.finish()
-    return records.run_id
-
-
-def test_the_plot_is_drawn_and_the_same_every_time(tmp_path: Path) -> None:
-    run_id = invent_whole(tmp_path)
-    (plot,) = gpu_plots.draw(tmp_path, run_id)
-    assert plot.name == "gpu_speedup.png" and "(plots/gpu_speedup.png)" in section(tmp_path)
-    first = plot.read_bytes()
-    gpu_plots.draw(tmp_path, run_id)
-    assert plot.read_bytes() == first
-
-
-def test_the_plot_of_a_grid_with_holes(by_hand: Path) -> None:
-    """The red P1's speed-ups are not drawn."""
-    figure = gpu_plots.speedups(newest(by_hand))
-    panels = dict(zip(grid.MODELS, figure.axes, strict=True))
-    empty = {model for model, axes in panels.items() if any(t.get_text() == "not measured" for t in axes.texts)}
-    assert empty == set(grid.MODELS) - {SMALL}
-    heights = [y for line in panels[SMALL].lines for y in line.get_ydata()]
-    assert min(heights) == pytest.approx(0.75) and max(heights) == pytest.approx(1.6)
-
-
 def test_words_are_kept_as_words(by_hand: Path) -> None:
     """frames.load takes columns that it does not know for numbers; a config is none."""
     row = newest(by_hand).best.loc[*AT["1"], EXACT]
-    assert (row["config"], row["p1"], row["cold"], row["slowed_by"]) == (FUSED, CHAIN, "True", "none")
+    assert (row["config"], row["p1"], row["cold"], row["slowed_by"]) == (FUSED, CHAIN, True, "none")
     assert newest(by_hand).best.loc[*AT["1"], P4]["arm"] == "P4 cuBLAS"
 
 
@@ -398,10 +254,10 @@ def test_our_own_loop_is_neither_p4_nor_a_plan(tmp_path: Path) -> None:
     add(records, AT["4096"], "hf", 120.0, 60.0)
     for arm, us in (("P4 cuBLASLt", 48.0), ("P4 cuBLAS", 40.0)):
         add(records, AT["4096"], arm, us)
-    add(records, AT["4096"], "own loop 64 x 64, 4 warps, 4 stages", 1.3, kind="part")
-    add(records, AT["4096"], "own loop 128 x 64, 8 warps, 3 stages", 1.0, kind="part")
+    add(records, AT["4096"], "own loop 64 x 64, 4 warps, 4 stages", 1.3)
+    add(records, AT["4096"], "own loop 128 x 64, 8 warps, 3 stages", 1.0)
     failed = {"status": "failed", "reason": "out of resource"}
-    add(records, AT["1"], "own loop 64 x 64, 4 warps, 4 stages", None, kind="part", **failed)
+    add(records, AT["1"], "own loop 64 x 64, 4 warps, 4 stages", None, **failed)
     records.finish()
     run, table = newest(tmp_path), shown(tmp_path)
     assert run.at(*AT["4096"], P4)["arm"] == "P4 cuBLAS" and run.at(*AT["4096"], EXACT)["against_p4"] == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import pkgutil
 import re
@@ -22,9 +21,8 @@ from castpoint.harness import report
 from castpoint.harness.report.findings import anchor
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.readme import BLOCK, SHOWN, readme_block, update_readme
-from castpoint.harness.runs import words
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.records import TABLES, load_runs
 
 README = (ROOT / "README.md").read_text()
 PAGES = [
@@ -95,6 +93,16 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# nothing\n")
     with pytest.raises(UserError, match="no generated block"):
         update_readme(tmp_path / "README.md", ROOT / "results" / "cpu")
+
+
+def test_committed_records_are_whole() -> None:
+    for folder in (ROOT / "results").iterdir():
+        runs = load_runs(folder)
+        assert runs and all({"settings", "environment"} <= set(run) for run in runs.values())
+        assert json.loads((folder / "environment.json").read_text())["schema"] == 1
+        for table, columns in TABLES.items():
+            lines = (folder / f"{table}.csv").read_text().splitlines()
+            assert lines[0] == ",".join(columns) and {line.split(",")[0] for line in lines[1:]} <= set(runs)
 
 
 # ---------------------------------------------------------------- what a reader meets
@@ -191,18 +199,3 @@ def test_the_report_loads_neither_torch_nor_triton() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert len(modules) > 10 and result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(
-    ("module", "names"),
-    [
-        ("accuracy.shapley", ("MEASURES", "FP32", "ORDER_OF_SUMS", "PLAYERS")),
-        ("problems.positions", ("ROTATED",)),
-        ("conformance.cuda", ("EXACT", "DRAWN")),
-        ("model.study", ("BINS",)),
-    ],
-)
-def test_who_tells_and_who_measures_use_the_same_words(module: str, names: tuple[str, ...]) -> None:
-    measuring = importlib.import_module(f"castpoint.harness.{module}")
-    for name in names:
-        assert getattr(words, name) == getattr(measuring, name), name

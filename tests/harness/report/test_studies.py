@@ -63,7 +63,7 @@ def a_few() -> list[Implementation]:
 def surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     monkeypatch.setattr(survey, "implementations", a_few)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command unsets
-    cli.survey(tmp_path, "cpu")
+    cli.study("survey", tmp_path, "cpu")
     capsys.readouterr()
     return tmp_path
 
@@ -167,10 +167,10 @@ def test_cases_and_budget_commands_fill_the_report(
     import castpoint.harness.cases.run as cases
 
     monkeypatch.setattr(cases, "CASES", [case for case in cases.CASES if case.number == 9])
-    cli.cases(tmp_path)
+    cli.study("cases", tmp_path)
     assert "vllm #53203" in capsys.readouterr().out
     options = {"layers": "0", "tokens": 8, "plans": "hf,gemma", "device": "cpu", "results": tmp_path}
-    cli.budget(**options)
+    cli.bench(only="budget", **options)
     assert "Shapley shares (layer 0, 8 tokens)" in capsys.readouterr().out
     _, frame = latest(tmp_path, "budget")
     shares = frame[frame["share"].notna()].groupby(["weights", "plan", "measure"])["share"].sum()
