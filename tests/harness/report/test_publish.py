@@ -11,7 +11,6 @@ from commands import ROOT, failure
 
 from castpoint.harness.report import publish as module
 from castpoint.harness.report.publish import add, machine, publish, publishable, unfit
-from castpoint.harness.report.readme import BLOCK
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
