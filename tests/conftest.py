@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,9 +32,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def interpreted_as_before() -> Iterator[None]:
     """A command that compiles says so to the process that it runs in; the tests behind it go on as they were."""
-    before = os.environ["TRITON_INTERPRET"]
+    os.environ["TRITON_INTERPRET"] = INTERPRETED
     yield
-    os.environ["TRITON_INTERPRET"] = before
+    os.environ["TRITON_INTERPRET"] = INTERPRETED
 
 
 @pytest.fixture(scope="session")

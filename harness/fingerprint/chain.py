@@ -34,6 +34,7 @@ from castpoint.harness.fingerprint.evidence import (
     rejects,
     settled,
 )
+from castpoint.harness.fingerprint.heads import HeadRows, head_rows
 from castpoint.harness.fingerprint.rules import EPS_BF16, Rows, Rule, arithmetic, norm_rules, projected_rules
 from castpoint.kernels.plan import KEEP, RNE, STORAGE, CastPlan
 from castpoint.variants.envelope import envelope, outside
@@ -145,13 +146,13 @@ def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
 def _stored_heads(
     box: BlackBox, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False,
     tokens: int = probes.ROWS, width: int = probes.WIDTH,
-) -> tuple[probes.HeadRows, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+) -> tuple[HeadRows, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """The heads' known input, what the callable stores of it [tokens * (Hq + Hkv), READ], and the q and k weights.
 
     More tokens than ROWS begin again. Of a larger width the channels between those of the input are zero, which makes
     rstd a power of two larger, and the norm's weight as much smaller.
     """
-    given = probes.head_rows(rng)
+    given = head_rows(rng)
     q_weight, k_weight = (probes.norm_weight(probes.HEAD_DIM, rng) for _ in range(2))
     step = width // probes.WIDTH
     identity = torch.full([width], step**-0.5 - (norm.weight_offset != "none"))

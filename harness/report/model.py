@@ -178,7 +178,8 @@ def depth_table(layers: pd.DataFrame) -> pd.DataFrame:
     names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
     if len(layers) < 3 or layers["largest K-norm weight"].isna().any():
         return pd.DataFrame()
-    return pd.DataFrame([{name: f"{given_depth(layers, name):+.2f}" for name in names}])
+    found = {name: given_depth(layers, name) for name in names}  # undefined where a rank follows depth alone
+    return pd.DataFrame([{name: "–" if math.isnan(value) else f"{value:+.2f}" for name, value in found.items()}])
 
 
 # ---------------------------------------------------------------- the report's section

@@ -14,8 +14,6 @@ from audit_support import in_process
 from castpoint.harness.audit.foreign import NOT_JUDGED, audit_foreign
 from castpoint.harness.audit.kernels import audit_case
 
-HERE = Path(__file__).stem  # by which the process that compiles imports this module
-
 
 @triton.jit
 def product_and_sum(a_ptr, b_ptr, c_ptr, out_ptr, n, BLOCK: tl.constexpr):
@@ -118,10 +116,10 @@ THREE = "*bf16,*bf16,*bf16,*bf16,i32"
 
 def foreign(target: str) -> Iterator[dict]:
     for fusion in (True, False):
-        yield audit_foreign(f"{HERE}:product_and_sum", target, THREE, ["BLOCK=1024"], fp_fusion=fusion)
-    yield audit_foreign(f"{HERE}:rms_norm", target, "*bf16:16,*bf16:16,*bf16:16,fp32", ["D=1000"], fp_fusion=False)
-    yield audit_foreign(f"{HERE}:product", target, "*fp32:16,*fp32:16,*bf16:16,i32:16", ["BLOCK=64", "num_warps=8"])
-    yield audit_foreign(f"{HERE}:opaque", target, "*fp32,*fp32,i32", ["BLOCK=128"])
+        yield audit_foreign(f"{__name__}:product_and_sum", target, THREE, ["BLOCK=1024"], fp_fusion=fusion)
+    yield audit_foreign(f"{__name__}:rms_norm", target, "*bf16:16,*bf16:16,*bf16:16,fp32", ["D=1000"], fp_fusion=False)
+    yield audit_foreign(f"{__name__}:product", target, "*fp32:16,*fp32:16,*bf16:16,i32:16", ["BLOCK=64", "num_warps=8"])
+    yield audit_foreign(f"{__name__}:opaque", target, "*fp32,*fp32,i32", ["BLOCK=128"])
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -156,7 +154,7 @@ def test_foreign_kernels(target: str, tmp_path: Path):
 
 
 def decorated() -> Iterator[dict]:
-    for module in (HERE, str(Path(__file__))):
+    for module in (__name__, str(Path(__file__))):
         yield audit_foreign(f"{module}:wrapped", "sm_90", "*fp32,*bf16,i32", ["D=100", "BLOCK=128"])
 
 
@@ -171,7 +169,7 @@ ASSEMBLED = ("moves_bits", "truncates", "multiplies_and_adds", "loses_a_rounding
 def assembled() -> Iterator[dict]:
     for name in ASSEMBLED:
         for fusion in (True, False):
-            row = audit_foreign(f"{HERE}:{name}", "sm_90", "*fp32,*bf16", ["BLOCK=128"], fp_fusion=fusion)
+            row = audit_foreign(f"{__name__}:{name}", "sm_90", "*fp32,*bf16", ["BLOCK=128"], fp_fusion=fusion)
             yield {"name": name, "fusion": fusion, **row}
 
 
@@ -194,29 +192,29 @@ REFUSED = {  # arguments of audit_foreign, and the sentence
     "no function": (("test_foreign", "sm_90", "", []), "'test_foreign' is not MODULE:FUNCTION, such as .*"),
     "no module": (("nowhere:f", "sm_90", "", []), "nowhere:f cannot be imported: .*No module named 'nowhere'"),
     "no name": (
-        (f"{HERE}:nothing", "sm_90", "", []),
-        f"{HERE}:nothing cannot be imported: AttributeError.*nothing.*",
+        (f"{__name__}:nothing", "sm_90", "", []),
+        f"{__name__}:nothing cannot be imported: AttributeError.*nothing.*",
     ),
     "no kernel": (
-        (f"{HERE}:refused", "sm_90", "", []),
-        f"{HERE}:refused is a function, not a function under @triton.jit",
+        (f"{__name__}:refused", "sm_90", "", []),
+        f"{__name__}:refused is a function, not a function under @triton.jit",
     ),
     "no function at all": (
-        (f"{HERE}:no_kernel", "sm_90", "", []),
-        f"{HERE}:no_kernel is of type int, which cannot be called",
+        (f"{__name__}:no_kernel", "sm_90", "", []),
+        f"{__name__}:no_kernel is of type int, which cannot be called",
     ),
-    "no constant": ((f"{HERE}:rms_norm", "sm_90", "*bf16", []), "rms_norm needs a value for D: give D=VALUE"),
-    "no value": ((f"{HERE}:rms_norm", "sm_90", "*bf16", ["D"]), "a constant is written NAME=VALUE, not 'D'"),
+    "no constant": ((f"{__name__}:rms_norm", "sm_90", "*bf16", []), "rms_norm needs a value for D: give D=VALUE"),
+    "no value": ((f"{__name__}:rms_norm", "sm_90", "*bf16", ["D"]), "a constant is written NAME=VALUE, not 'D'"),
     "no argument": (
-        (f"{HERE}:rms_norm", "sm_90", "", ["D=8", "E=1"]),
+        (f"{__name__}:rms_norm", "sm_90", "", ["D=8", "E=1"]),
         "rms_norm has no argument E: it has x_ptr, .*",
     ),
     "too few types": (
-        (f"{HERE}:rms_norm", "sm_90", "*bf16,*bf16", ["D=8"]),
+        (f"{__name__}:rms_norm", "sm_90", "*bf16,*bf16", ["D=8"]),
         "rms_norm needs 4 types, for x_ptr, w_ptr, out_ptr, eps; 2 are given",
     ),
     "no type": (
-        (f"{HERE}:rms_norm", "sm_90", "*bf16,*bfloat16,*bf16,fp32", ["D=8"]),
+        (f"{__name__}:rms_norm", "sm_90", "*bf16,*bfloat16,*bf16,fp32", ["D=8"]),
         "unknown type '\\*bfloat16': types are written like .*",
     ),
 }
