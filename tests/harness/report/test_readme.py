@@ -96,7 +96,7 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
 
 
 def test_committed_records_are_whole() -> None:
-    for folder in (ROOT / "results").iterdir():
+    for folder in filter(Path.is_dir, (ROOT / "results").iterdir()):
         runs = load_runs(folder)
         assert runs and all({"settings", "environment"} <= set(run) for run in runs.values())
         assert json.loads((folder / "environment.json").read_text())["schema"] == 1
