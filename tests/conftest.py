@@ -29,6 +29,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.compiled, ignore_errors=True)
 
 
+HEAVIEST = ("rounds_as_its_plan", "kernels_equal_their_spec", "less_than_a_minute", "compiles_once_for_all_layers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take longest begin, so that no worker of a run is left with one when the others have ended."""
+    items.sort(key=lambda item: not any(name in item.name for name in HEAVIEST))
+
+
 @pytest.fixture(autouse=True)
 def interpreted_as_before() -> Iterator[None]:
     """A command that compiles says so to the process that it runs in; the tests behind it go on as they were."""
