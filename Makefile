@@ -76,5 +76,5 @@ format: $(READY)  ## rewrite to style
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches; records stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
