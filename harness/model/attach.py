@@ -92,25 +92,27 @@ def attached(model: nn.Module, plan: CastPlan, backend: str = "eager") -> Iterat
 
 
 @contextmanager
+def replaced(values: list[tuple[object, str, object]]) -> Iterator[None]:
+    """Within it each attribute (owner, name, value) has that value, behind it its own again."""
+    own = [(owner, name, getattr(owner, name)) for owner, name, _ in values]
+    try:
+        for owner, name, value in values:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in own:
+            setattr(owner, name, value)
+
+
+@contextmanager
 def _layer_attached(layer: nn.Module, config: object, plan: CastPlan, backend: str) -> Iterator[None]:
     attention = layer.self_attn
     with torch.no_grad():
         chain = _Chain(layer_problem(layer, config, layer.input_layernorm.weight[None]), plan, backend)
-    replaced = {
-        (layer, "input_layernorm"): chain,
-        (attention, "q_proj"): _Take(chain, 0),
-        (attention, "k_proj"): _Take(chain, 1),
-        (attention, "v_proj"): _Take(chain, 2),
-    }
-    replaced |= {(attention, name): nn.Identity() for name in ("q_norm", "k_norm") if hasattr(attention, name)}
-    own = {place: getattr(*place) for place in replaced}
-    try:
-        for (owner, name), module in replaced.items():
-            setattr(owner, name, module)
+    takes = [(attention, name, _Take(chain, place)) for place, name in enumerate(("q_proj", "k_proj", "v_proj"))]
+    norms = [(attention, name, nn.Identity()) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    with replaced([(layer, "input_layernorm", chain), *takes, *norms]):
         yield
-    finally:
-        for (owner, name), module in own.items():
-            setattr(owner, name, module)
 
 
 class _Chain(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,8 @@ def forward(model: nn.Module, ids: Sequence[int], batch: int = 1, decoded: int =
             out = model(part, past_key_values=cache, use_cache=decoded > 0)
             cache = out.past_key_values
             logits.append(out.logits[0])
-    return Pass(
-        **{name: [torch.cat(parts) for parts in layers] for name, layers in taps.items()}, logits=torch.cat(logits)
-    )
+    whole = {name: [torch.cat(parts) for parts in layers] for name, layers in taps.items()}
+    return Pass(**whole, logits=torch.cat(logits))
 
 
 @contextmanager
@@ -57,16 +56,12 @@ def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
             output = output.transpose(1, 2)
         kept.append(output[0])
 
-    handles = []
-    for number, layer in enumerate(layers):
-        places = {"hidden": (layer, hidden), "q": (last_of(layer, "q"), heads), "k": (last_of(layer, "k"), heads)}
-        for name, (module, keep) in places.items():
-            handles.append(module.register_forward_hook(functools.partial(keep, taps[name][number])))
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            places = {"hidden": (layer, hidden), "q": (last_of(layer, "q"), heads), "k": (last_of(layer, "k"), heads)}
+            for name, (module, keep) in places.items():
+                hooks.enter_context(module.register_forward_hook(functools.partial(keep, taps[name][number])))
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def k_norm_max(layer: nn.Module) -> float | None:

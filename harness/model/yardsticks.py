@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import gguf
 import torch
 from torch import Tensor, nn
 
-from castpoint.harness.model.attach import decoder_layers
+from castpoint.harness.model.attach import decoder_layers, replaced
 from castpoint.harness.model.language_model import norms
 from castpoint.harness.model.passes import last_of, norm_offset
 
@@ -20,24 +20,16 @@ from castpoint.harness.model.passes import last_of, norm_offset
 def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The bf16 model with its weights widened to that dtype, arithmetic in it; for float64 the norms too, which
     transformers runs in float32. Gemma's embedding scale stays the bf16 number that it was trained with."""
-    own = [(parameter, parameter.data) for parameter in model.parameters()]
-    scales = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
-    kept = [module.embed_scale for module in scales]
-    try:
-        for parameter, data in own:
-            parameter.data = data.to(dtype)
-        for module in scales:
-            module.embed_scale = module.embed_scale.to(torch.bfloat16).to(dtype)
-        for module in norms(model) if dtype == torch.float64 else []:
-            module.forward = functools.partial(_float64_norm, module)
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
-        for module, scale in zip(scales, kept, strict=True):
-            module.embed_scale = scale
-        for module in norms(model):
-            module.__dict__.pop("forward", None)
+    scaled = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
+    scales = [(module, "embed_scale", module.embed_scale.to(torch.bfloat16).to(dtype)) for module in scaled]
+    with replaced([*((weight, "data", weight.data.to(dtype)) for weight in model.parameters()), *scales]):
+        try:
+            for module in norms(model) if dtype == torch.float64 else []:
+                module.forward = functools.partial(_float64_norm, module)
+            yield
+        finally:
+            for module in norms(model):
+                module.__dict__.pop("forward", None)
 
 
 def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -48,15 +40,10 @@ def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def one_ulp_on_k(model: nn.Module) -> Iterator[None]:
     """Every element of K, before its rotary embedding, one bf16 ulp up or down at random."""
-    handles = [
-        last_of(layer, "k").register_forward_hook(functools.partial(_one_ulp, number))
-        for number, layer in enumerate(decoder_layers(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(decoder_layers(model)):
+            hooks.enter_context(last_of(layer, "k").register_forward_hook(functools.partial(_one_ulp, number)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -68,25 +55,13 @@ def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: T
 
 def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights."""
+    kind = gguf.GGMLQuantizationType.Q4_0
 
-    @functools.cache
-    def quantised() -> list[tuple[nn.Parameter, Tensor]]:
-        kind = gguf.GGMLQuantizationType.Q4_0
+    @functools.cache  # by the first arm that needs it
+    def quantised() -> list[tuple[object, str, object]]:
         matrices = [m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
-        return [
-            (w, torch.from_numpy(gguf.dequantize(gguf.quantize(w.detach().float().cpu().numpy(), kind), kind)).to(w))
-            for w in matrices
-        ]
+        blocks = [gguf.quantize(w.detach().float().cpu().numpy(), kind) for w in matrices]
+        read = [torch.from_numpy(gguf.dequantize(b, kind)).to(w) for w, b in zip(matrices, blocks, strict=True)]
+        return [(weight, "data", value) for weight, value in zip(matrices, read, strict=True)]
 
-    @contextmanager
-    def within() -> Iterator[None]:
-        own = [(weight, weight.data) for weight, _ in quantised()]
-        try:
-            for weight, data in quantised():
-                weight.data = data
-            yield
-        finally:
-            for weight, data in own:
-                weight.data = data
-
-    return within
+    return lambda: replaced(quantised())

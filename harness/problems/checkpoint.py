@@ -16,22 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from castpoint.harness.problems.files import (
-    HUB_ID,
-    INDEX,
-    WEIGHTS,
-    Stored,
-    dequantised,
-    head,
-    hub_file,
-    local_file,
-    one_line,
-    open_safetensors,
-    read_json,
-    readable,
-    refuse_pickle,
-    shortest,
-)
+from castpoint.harness.problems import files
+from castpoint.harness.problems.files import Stored, readable
 from castpoint.harness.problems.geometry import Geometry, geometry_named
 from castpoint.harness.runs.errors import UserError
 
@@ -135,18 +121,18 @@ def _kept(source: str, model: str) -> Checkpoint:
 def _is_lone(path: Path) -> bool:
     """Whether it is a .safetensors file without a config beside it that is read."""
     with readable(str(path)):
-        return path.is_file() and path.suffix != ".gguf" and not head(path).startswith(b"GGUF")
+        return path.is_file() and path.suffix != ".gguf" and not files.head(path).startswith(b"GGUF")
 
 
 def _open(source: str, model: str) -> Opened:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(partial(local_file, path), source)
-    refuse_pickle(path)
+        return _open_folder(partial(files.local_file, path), source)
+    files.refuse_pickle(path)
     if path.is_file():
         return _open_lone(path, model) if _is_lone(path) else _open_gguf(path)
-    if HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", ".gguf"):
-        return _open_folder(partial(hub_file, source), f"hub:{source}")
+    if files.HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", ".gguf"):
+        return _open_folder(partial(files.hub_file, source), f"hub:{source}")
     raise UserError(
         f"{source} does not exist, and is no hub id such as Qwen/Qwen3-0.6B: "
         "give a .safetensors or .gguf file, a folder holding model.safetensors, or a hub id"
@@ -156,12 +142,12 @@ def _open(source: str, model: str) -> Opened:
 def _open_folder(fetch: Callable[..., Path], where: str) -> Opened:
     """A folder or hub repository; fetch(*names) is the path of the first of these files that it holds."""
     origin = f"config.json of {where}"
-    geometry = _geometry(read_json(fetch("config.json")), origin)
-    weights = fetch(WEIGHTS, INDEX)
-    if weights.name == WEIGHTS:
-        stored, _ = open_safetensors(weights)
+    geometry = _geometry(files.read_json(fetch("config.json")), origin)
+    weights = fetch(files.WEIGHTS, files.INDEX)
+    if weights.name == files.WEIGHTS:
+        stored, _ = files.open_safetensors(weights)
         return Opened(geometry, where, origin, lambda layer: (stored, _hf_names(stored, layer)))
-    shards = read_json(weights).get("weight_map")
+    shards = files.read_json(weights).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{weights} has no weight_map: it is no index of safetensors shards")
     held: dict[str, dict[str, Stored]] = {}
@@ -171,7 +157,7 @@ def _open_folder(fetch: Callable[..., Path], where: str) -> Opened:
         wanted = sorted({str(shards[name]) for name in names.values() if name in shards})
         for shard in wanted:
             if shard not in held:
-                held[shard] = open_safetensors(_shard(fetch, shard, where))[0]
+                held[shard] = files.open_safetensors(_shard(fetch, shard, where))[0]
         return {name: tensor for shard in wanted for name, tensor in held[shard].items()}, names
 
     return Opened(geometry, where, origin, find)
@@ -181,12 +167,12 @@ def _shard(fetch: Callable[..., Path], shard: str, where: str) -> Path:
     try:
         return fetch(shard)
     except UserError as error:
-        raise UserError(f"{INDEX} of {where} names the shard {shard}, but {error}") from error
+        raise UserError(f"{files.INDEX} of {where} names the shard {shard}, but {error}") from error
 
 
 def _open_lone(path: Path, model: str) -> Opened:
     """A lone file has no config: its geometry goes by the model's name."""
-    stored, metadata = open_safetensors(path)
+    stored, metadata = files.open_safetensors(path)
     try:
         geometry = geometry_named(model)
     except KeyError as error:
@@ -210,7 +196,7 @@ def _open_gguf(path: Path) -> Opened:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file: {one_line(error)}") from error
+        raise UserError(f"{path} is truncated or no GGUF file: {files.one_line(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     bias = {"attention_bias": f"blk.0.{NAMES['q_bias'][1]}" in tensors}  # metadata does not say
     origin = f"metadata of {path}"
@@ -223,7 +209,7 @@ def _open_gguf(path: Path) -> Opened:
         norms = {names[role] for role in ("norm", "q_norm", "k_norm")} if geometry.weight_offset else set()
         held = [tensors[name] for name in names.values() if name in tensors]
         return {  # ggml lists columns first
-            tensor.name: Stored(tensor.shape.tolist()[::-1], partial(dequantised, tensor, tensor.name in norms))
+            tensor.name: Stored(tensor.shape.tolist()[::-1], partial(files.dequantised, tensor, tensor.name in norms))
             for tensor in held
         }, names
 
@@ -239,7 +225,7 @@ def _gguf_config(reader: GGUFReader, path: Path) -> dict[str, object]:
         raise UserError(f"{path} has the unsupported GGUF architecture {arch!r}: supported are {known}")
     config = {key: values[f"{arch}.{name}"] for key, name in GGUF_CONFIG.items() if f"{arch}.{name}" in values}
     if "rms_norm_eps" in config:  # kept as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
-        config["rms_norm_eps"] = shortest(config["rms_norm_eps"])
+        config["rms_norm_eps"] = files.shortest(config["rms_norm_eps"])
     return config | {"model_type": GGUF_MODEL_TYPES[arch]}
 
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.harness.problems.geometry import GEOMETRIES, Geometry, geometry_named
 from castpoint.harness.runs.schema import Regime
 from castpoint.variants.catalogue import PLANS
 
 if TYPE_CHECKING:
     from castpoint.kernels.config import Config
 
-MODELS = (
-    "qwen3-0.6b",
-    "qwen3-1.7b",
-    "qwen3-30b-a3b",
-    "qwen3-4b",
-    "qwen3-8b",
-    "qwen3-14b",
-    "qwen3-235b-a22b",
-    "qwen3-32b",
-)
+MODELS = tuple(name for name in GEOMETRIES if name.startswith("qwen3-"))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The models and token counts that goals are set for; compiled peers, hot rows and chains of layers are measured there.
 GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), (1, 16, 256, 4096)
@@ -70,7 +61,6 @@ def own_plans(point: Point) -> tuple[str, ...]:
 def loop_tiles(point: Point) -> tuple[Config, ...]:
     """Tiles of our own loop there: every candidate that runs it after a stored hidden, from 33 tokens on. Not at points
     with RoPE, which is none of its business."""
-
     if point.regime != COLD:
         return ()
     from castpoint.kernels.config import candidates  # which loads triton

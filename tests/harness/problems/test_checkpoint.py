@@ -23,7 +23,7 @@ from tiny_checkpoints import (
     write_sharded,
 )
 
-from castpoint.harness.problems import checkpoint
+from castpoint.harness.problems import checkpoint, files
 from castpoint.harness.problems.geometry import Geometry, geometry_named
 from castpoint.variants.problem import Problem
 
@@ -145,13 +145,13 @@ def test_gguf_gemma3_norm_weights_come_back_less_one(tmp_path):
 
 def test_gguf_reads_no_other_layer(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", "qwen2", gguf_tensors("qwen2"))
-    read, dequantised = [], checkpoint.dequantised
+    read, dequantised = [], files.dequantised
 
     def recorded(tensor, subtract_one):
         read.append(tensor.name)
         return dequantised(tensor, subtract_one)
 
-    monkeypatch.setattr(checkpoint, "dequantised", recorded)
+    monkeypatch.setattr(files, "dequantised", recorded)
     loaded(str(path), 1, "")
     stems = ("attn_norm.weight", *(f"attn_{p}.{kind}" for p in "qkv" for kind in ("weight", "bias")))
     assert sorted(read) == sorted(f"blk.1.{stem}" for stem in stems)
