@@ -78,7 +78,7 @@ def select(
         _check_layers(settings)
     asked = {"model": model, "checkpoint": checkpoint, "layers": layers, "tokens": tokens, "plans": plans}
     part_of = narrowed(**asked, seed=seed, short=short, parts=parts)
-    row = settings.row()
+    row = vars(settings)
     if parts != PARTS:
         row, command = row | {"parts": parts}, f"{command} --only {','.join(parts)}"
     return settings, _opened(command, results, device, row, part_of)

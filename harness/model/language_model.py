@@ -18,13 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 from castpoint.harness.model.attach import check_architecture, decoder_layers
-from castpoint.harness.problems.drawn import (
-    CALIBRATED_MODEL,
-    heavy_tailed,
-    k_norm_statistics,
-    layer_statistics,
-    residual_std,
-)
+from castpoint.harness.problems import drawn
+from castpoint.harness.problems.drawn import CALIBRATED_MODEL
 from castpoint.harness.problems.files import HUB_ID, refuse_pickle, shortest
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.problems.positions import THETA
@@ -180,23 +175,23 @@ def calibrated_config() -> Qwen3Config:
     )
 
 
-def calibrated_model(config: Qwen3Config, seed: int = 0) -> nn.Module:
+def calibrated_model(config: Qwen3Config) -> nn.Module:
     """Weights drawn tensor by tensor to the published statistics of each layer (harness/problems/data/README.md).
 
     The embedding has the published deviation of the first layer's input. Nothing correlates as in the checkpoint, so
     what the model says means nothing; how far an error travels through its K norms is what it is for.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(0, residual_std(0), generator=rng)
+        model.model.embed_tokens.weight.normal_(0, drawn.residual_std(0), generator=rng)
         model.model.norm.weight.fill_(1.0)
-        for layer, row in zip(decoder_layers(model), layer_statistics(), strict=True):
+        for layer, row in zip(decoder_layers(model), drawn.layer_statistics(), strict=True):
             for name, weight in layer.named_parameters():
                 weight.copy_(_drawn(name.split(".")[-2], weight.shape, row, rng))
         for layer, block in enumerate(decoder_layers(model)):
             weight = block.self_attn.k_norm.weight
-            weight.copy_(heavy_tailed(len(weight), *k_norm_statistics(layer), rng))
+            weight.copy_(drawn.heavy_tailed(len(weight), *drawn.k_norm_statistics(layer), rng))
     return model
 
 
@@ -204,5 +199,5 @@ def _drawn(name: str, shape: torch.Size, row: dict[str, float | None], rng: torc
     """A tensor of that shape with the published mean and deviation: heavy-tailed norms, Gaussian matrices."""
     mean, std = row[f"{name}_mean"], row[f"{name}_std"]
     if len(shape) == 1:
-        return heavy_tailed(shape[0], mean, std, None, rng)
+        return drawn.heavy_tailed(shape[0], mean, std, None, rng)
     return mean + std * torch.randn(shape, generator=rng)

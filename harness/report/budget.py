@@ -11,6 +11,7 @@ from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
+OUT = {"out": "out, the store"}  # where it is not one word among others
 LABELS = {"scale": "W·w_in folded", "matmul": "operand cut to tf32", "weight_offset": "1 + w"}  # players: choices
 WHOSE = {"k_rel_ms": "K", "logit_ms": "logits"}  # squared error
 
@@ -44,7 +45,7 @@ def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
 def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One row a plan: its rms error (K's relative to its head) and the part of its square that each rounding makes."""
     shares = mean_shares(frame, measure)
-    table = shares.map(_percent).rename(columns=LABELS | {"out": "out, the store"})
+    table = shares.map(_percent).rename(columns=LABELS | OUT)
     table.insert(0, f"{WHOSE[measure]}: rms error", root_totals(frame, measure).reindex(table.index))
     return table.rename_axis("plan").reset_index()
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from castpoint.harness.report.budget import LABELS, mean_shares, root_totals
+from castpoint.harness.report.budget import LABELS, OUT, mean_shares, root_totals
 from castpoint.harness.report.style import GREY
 from castpoint.harness.report.style import colour as colour_of
 from castpoint.harness.runs.schema import FP32, MEASURES
@@ -56,15 +56,9 @@ def budget_bars(frame: pd.DataFrame) -> Figure | None:
         tick.set_color(colour_of(plan))
     largest = pd.concat(panels).abs().max()
     drawn = [player for player in largest.index if largest[player] > VISIBLE]
-    handles = [
-        Patch(
-            facecolor=STYLES[p][0],
-            hatch=STYLES[p][1],
-            edgecolor="white",
-            label=(LABELS | {"out": "out, the store"}).get(p, p),
-        )
-        for p in drawn
-    ]
+    looks = {player: {"facecolor": STYLES[player][0], "hatch": STYLES[player][1]} for player in drawn}
+    names = LABELS | OUT
+    handles = [Patch(**look, edgecolor="white", label=names.get(player, player)) for player, look in looks.items()]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.535, 0.45 / height), ncol=len(handles),
                   fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)  # fmt: skip
     title = "Which rounding makes a plan's error: Shapley shares of the squared error against float64"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from castpoint.harness.report import model
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest, load
-from castpoint.harness.runs.records import load_runs
 
 BAD = ("failed", "red")
 OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
@@ -32,11 +32,7 @@ def failures(folder: Path, run_id: str) -> pd.DataFrame:
     """bad_rows of a bench, and of the newest finished run of each study and model beside it."""
     frames = load(folder, run_id)
     found = [bad_rows(frames[table], table) for table in OF_A_BENCH]
-    models: dict[str, str] = {}
-    for other, run in load_runs(folder).items():
-        if "finished" in run and run.get("command") == "model":
-            models[run["settings"]["model"]] = other
-    found += [bad_rows(load(folder, other)["model_tokens"], "model_tokens") for other in models.values()]
+    found += [bad_rows(study.frames["model_tokens"], "model_tokens") for study in model.studies(folder)]
     for table in frames:
         if table not in OF_A_BENCH and not table.startswith("model_") and (newest := latest(folder, table)):
             found.append(bad_rows(newest[1], table))

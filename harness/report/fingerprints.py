@@ -22,9 +22,8 @@ def answer_words(plan: str) -> str:
     cut = {"bf16-rne": "", "bf16-rtz": " (truncated)"}
     rounded = [name + cut[common[name]] for name in places if common[name] in cut]
     other = [f"{name} {common[name]}" for name in USUAL if name in common and common[name] != USUAL[name]]
-    other = [
-        {"weight_offset fp32": "1 + w in fp32", "weight_offset bf16-rne": "1 + w in bf16"}.get(o, o) for o in other
-    ]
+    offsets = {"weight_offset fp32": "1 + w in fp32", "weight_offset bf16-rne": "1 + w in bf16"}
+    other = [offsets.get(word, word) for word in other]
     left = [name for name in candidates[0] if name not in common]
     other += [f"{name} {' **or** '.join(dict.fromkeys(c[name] for c in candidates))}" for name in left]
     return "; ".join([", ".join(rounded) or "nothing", *other])
@@ -32,16 +31,14 @@ def answer_words(plan: str) -> str:
 
 def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """One row an implementation."""
+    rounds = zip(frame["status"], map(answer_words, frame["plan"]), strict=True)
     return pd.DataFrame(
         {
             "implementation": frame["implementation"],
             "kind": frame["kind"],
             "how": frame["how"],
             "answer": frame["status"],
-            "rounds to bf16": [
-                f"nearest: {answer_words(plan)}" if status == "none" else answer_words(plan)
-                for plan, status in zip(frame["plan"], frame["status"], strict=True)
-            ],
+            "rounds to bf16": [f"nearest: {words}" if status == "none" else words for status, words in rounds],
             "share explained": frame["share_equal"],
             "best rejected plan's share": frame["runner_up_share_equal"],
             "versions": frame["versions"],

@@ -10,21 +10,8 @@ from typing import Any
 import pandas as pd
 
 from castpoint.harness.problems import grid
-from castpoint.harness.report.gpu_rows import (
-    GROUPS,
-    LOOP,
-    P1,
-    P2,
-    P4,
-    POINT,
-    Run,
-    launch_words,
-    micros,
-    newest,
-    plain,
-    speedup,
-    times,
-)
+from castpoint.harness.report import gpu_rows
+from castpoint.harness.report.gpu_rows import GROUPS, LOOP, P1, P2, P4, POINT, Run, plain, speedup, times
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.schema import Check
 
@@ -36,7 +23,7 @@ HEADING = "On a GPU"
 def section(folder: Path) -> str:
     """Of report.md, on the newest finished GPU run of the folder, with the plot where it was drawn before; empty where
     there is none."""
-    run = newest(folder)
+    run = gpu_rows.newest(folder)
     if run is None:
         return ""
     lost = without_time(run)
@@ -80,7 +67,7 @@ def cell(run: Run, model: str, tokens: float, regime: str, what: str) -> str:
     row = run.at(model, tokens, regime, what)
     if row is None:
         return _missing(run, model, tokens, regime, what)
-    us = f"{micros(row['p50_us'])} µs"
+    us = f"{gpu_rows.micros(row['p50_us'])} µs"
     if what in (P1, P4):
         return f"{us}: {plain(row['arm'].removeprefix(what).strip())}"
     p4 = "" if pd.isna(row["against_p4"]) else f", {times(row['against_p4'])} of P4"
@@ -88,7 +75,7 @@ def cell(run: Run, model: str, tokens: float, regime: str, what: str) -> str:
         return f"{us}{p4}; {row['arm'].removeprefix(LOOP).strip()}"
     if what == P2:
         return f"{us}, {speedup(row)}"
-    return f"{us}, {speedup(row)}{p4}, roofline {row['roofline_share']:.0%}; {row['arm']}, {launch_words(row)}"
+    return f"{us}, {speedup(row)}{p4}, roofline {row['roofline_share']:.0%}; {row['arm']}, {gpu_rows.launch_words(row)}"
 
 
 def _missing(run: Run, model: str, tokens: float, regime: str, what: str) -> str:
@@ -195,8 +182,7 @@ def check_table(checks: pd.DataFrame) -> pd.DataFrame:
         found.setdefault((row.check, row.plan, said), []).append(plain(row.config) + more)
     lines = []
     for (check, plan, said), configs in found.items():
-        named = (
-            f"{configs[0]} and {len(configs) - 1} others" if said == "ok" and len(configs) > 2 else "; ".join(configs)
-        )
+        many = said == "ok" and len(configs) > 2
+        named = f"{configs[0]} and {len(configs) - 1} others" if many else "; ".join(configs)
         lines.append({"check": check, "plan": plan, "configs": named, "found": said})
     return pd.DataFrame(lines)

@@ -81,9 +81,12 @@ def last_layer(frames: Frames, reference: str) -> pd.Series:
 
 def perplexity(frames: Frames) -> pd.Series:
     """Arm -> perplexity on the fixed passages, every token of which counts the same."""
+    return _of_passages(frames).groupby("arm")["nll"].mean().map(math.exp)
+
+
+def _of_passages(frames: Frames) -> pd.DataFrame:
     rows = frames["model_tokens"]
-    rows = rows[(rows["text"] == "passages") & (rows["reference"] == "eager") & (rows["status"] == "ok")]
-    return rows.groupby("arm")["nll"].mean().map(math.exp)
+    return rows[(rows["text"] == "passages") & (rows["reference"] == "eager") & (rows["status"] == "ok")]
 
 
 def parted(frames: Frames) -> pd.DataFrame:
@@ -157,12 +160,9 @@ def paired_table(frames: Frames) -> pd.DataFrame:
     if not eager_measured(frames):
         return pd.DataFrame()
     truth, tokens = truth_name(frames), frames["model_tokens"]
-    passages = tokens[(tokens["text"] == "passages") & (tokens["reference"] == "eager") & (tokens["status"] == "ok")]
     table: dict[str, dict[str, str]] = {}
-    for name, rows, column in (
-        (f"KL to {truth}, less eager's", against(tokens, truth), "kl_mean"),
-        ("log perplexity, less eager's", passages, "nll"),
-    ):
+    kl = (f"KL to {truth}, less eager's", against(tokens, truth), "kl_mean")
+    for name, rows, column in (kl, ("log perplexity, less eager's", _of_passages(frames), "nll")):
         for group in (plans_of(frames), ["float32", "4-bit weights"]):
             found = {arm: difference(rows, column, arm) for arm in group if arm in set(rows["arm"])}
             apart = told_apart(found)
@@ -194,12 +194,8 @@ def conditions(study: Study) -> str:
     )
 
 
-def sections(folder: Path) -> list[str]:
-    """A section of report.md for each model."""
-    return [section(study) for study in studies(folder)]
-
-
 def section(study: Study) -> str:
+    """Of report.md, on one model."""
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
     layers, pairs = layer_table(frames), paired_table(frames)
     correlated = depth_table(layers)

@@ -54,9 +54,8 @@ def layers(frames: Frames) -> Figure:
     left.set_title("Error behind every layer", loc="left")
     lost = [arm for arm in failed(frames) if arm not in drawn]
     if lost:
-        right.text(
-            0.02, 0.98, f"failed: {', '.join(lost)}", transform=right.transAxes, fontsize=8, color=GREY, va="top"
-        )
+        said = f"failed: {', '.join(lost)}"
+        right.text(0.02, 0.98, said, transform=right.transAxes, fontsize=8, color=GREY, va="top")
     right.set_title("… as a multiple of eager's error", loc="left")
     for axes in (left, right):
         axes.set_xlabel("layer")
@@ -76,7 +75,7 @@ def tokens(frames: Frames) -> Figure:
     figure, axes = _rows(arms)
     for place, arm in enumerate(arms):
         if arm not in counts.index:
-            _say_failed(axes, place)
+            _say(axes, place, "failed")
             continue
         shade = style(frames, arm)["color"]
         low, quarter, middle, most, top = quantiles(counts[arm], (0.1, 0.25, 0.5, 0.75, 0.99))
@@ -84,8 +83,7 @@ def tokens(frames: Frames) -> Figure:
             axes.plot([low, top], [place, place], color=shade, linewidth=1)
             axes.plot([quarter, most], [place, place], color=shade, linewidth=5, alpha=0.5, solid_capstyle="butt")
             axes.scatter(middle, place, color=shade, s=50, zorder=3)
-        said = f"{middle:.2g}" if top else "no change"
-        axes.text(1.02, place, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=shade)
+        _say(axes, place, f"{middle:.2g}" if top else "no change", shade)
     axes.set_xscale("log")
     axes.set_xlabel("|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)")
     axes.set_title("How far a token's log probability is from eager's", loc="left")
@@ -114,8 +112,9 @@ def _rows(arms: list[str]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _say_failed(axes: Axes, place: int) -> None:
-    axes.text(1.02, place, "failed", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=GREY)
+def _say(axes: Axes, place: int, words: str, shade: object = GREY) -> None:
+    """Behind the end of that row."""
+    axes.text(1.02, place, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=shade)
 
 
 def parting(frames: Frames) -> Figure:
@@ -127,15 +126,14 @@ def parting(frames: Frames) -> Figure:
     for place, arm in enumerate(arms):
         at = rows[rows["arm"] == arm].sort_values("prompt")["parts_at"].to_numpy()
         if not len(at):
-            _say_failed(axes, place)
+            _say(axes, place, "failed")
             continue
         spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
         shade = style(frames, arm)["color"]
         stays = at == length
         axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
         axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
-        axes.text(1.02, place, f"{int((~stays).sum())} of {len(at)} part", transform=axes.get_yaxis_transform(),
-                  va="center", fontsize=9, color=shade)  # fmt: skip
+        _say(axes, place, f"{int((~stays).sum())} of {len(at)} part", shade)
     axes.set_xlim(-0.5, length + 0.8)
     axes.set_xlabel(f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})")
     title = "Where greedy text parts from eager's"

@@ -67,11 +67,11 @@ def kernel_table(frames: Frames) -> pd.DataFrame:
     return worst.reset_index()
 
 
-def amplification_table(frames: Frames, plan: str = "hf") -> pd.DataFrame:
-    """What grows with the K-norm weights and what does not: one plan, first layer, own weights and controls."""
+def amplification_table(frames: Frames) -> pd.DataFrame:
+    """What grows with the K-norm weights and what does not: plan hf, first layer, own weights and controls."""
     amplified, errors = frames["amplification"], frames["errors"]
-    rows = amplified[(amplified["plan"] == plan) & (amplified["layer"] == amplified["layer"].min())]
-    rows_of = errors[(errors["plan"] == plan) & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
+    rows = amplified[(amplified["plan"] == "hf") & (amplified["layer"] == amplified["layer"].min())]
+    rows_of = errors[(errors["plan"] == "hf") & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
     rows_of = rows_of[rows_of["layer"] == amplified["layer"].min()].set_index("weights")
     before, after = (rows_of[rows_of["output"] == output] for output in ("k_proj", "k"))
     measures = {
@@ -92,7 +92,7 @@ def amplification_table(frames: Frames, plan: str = "hf") -> pd.DataFrame:
     }
     table = pd.DataFrame(measures).T
     table.columns = list(rows["weights"])
-    return table.reset_index(names="measure, plan " + plan)
+    return table.reset_index(names="measure, plan hf")
 
 
 def amplification_markdown(table: pd.DataFrame) -> str:

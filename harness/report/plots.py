@@ -46,15 +46,12 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
-        return [
-            save(
-                figure,
-                folder / "plots" / f"{name}.png",
-                _label(runs[of_run], tokens=name != "time") + note(folder, of_run),
-            )
-            for name, (figure, of_run) in figures.items()
-            if figure is not None
-        ]
+        drawn = []
+        for name, (figure, of_run) in figures.items():
+            if figure is not None:
+                label = _label(runs[of_run], tokens=name != "time") + note(folder, of_run)
+                drawn.append(save(figure, folder / "plots" / f"{name}.png", label))
+        return drawn
 
 
 def _label(run: dict, tokens: bool) -> str:
@@ -174,9 +171,8 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     axes.set(xscale="log", yscale="log", aspect="equal")
     axes.set_xlabel("predicted gain |w| / rms(k) of a K channel")
     axes.set_ylabel("measured gain: K error after the norm / before")
-    axes.set_title(
-        f"Gain of every K channel through the K norm\n(layer {int(channels['layer'].iloc[0])}, plan hf)", loc="left"
-    )
+    layer = int(channels["layer"].iloc[0])
+    axes.set_title(f"Gain of every K channel through the K norm\n(layer {layer}, plan hf)", loc="left")
     return figure
 
 
@@ -223,10 +219,9 @@ def time_against_tokens(frames: Frames) -> Figure | None:
     for (plan, ran), rows in speed[speed["backend"].isin([backend, *BASELINES])].groupby(["plan", "backend"]):
         rows = rows.sort_values("tokens")
         shade, style = ("black", BASELINES[ran]) if ran in BASELINES else (colour(plan), "-")
-        axes.plot(
-            rows["tokens"], rows["p50_us"] / 1e3, color=shade, linestyle=style, marker="o", markersize=3, linewidth=1.2
-        )
-        ends[ran if ran in BASELINES else plan] = rows["p50_us"].iloc[-1] / 1e3
+        ms = rows["p50_us"] / 1e3
+        axes.plot(rows["tokens"], ms, color=shade, linestyle=style, marker="o", markersize=3, linewidth=1.2)
+        ends[ran if ran in BASELINES else plan] = ms.iloc[-1]
     axes.set(xscale="log", yscale="log")
     tokens = sorted(speed["tokens"].unique())
     axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
@@ -239,7 +234,8 @@ def time_against_tokens(frames: Frames) -> Figure | None:
     _margin_labels(axes, np.full(len(bundles), max(tokens)), middles, labels, shades)
     axes.set_xlabel("tokens")
     axes.set_ylabel("time of one layer's call, median [ms]")
-    axes.set_title(f"{_ran(backend)} over tokens; eager dashed, torch.compile dotted", loc="left")
+    timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
+    axes.set_title(f"{timed} over tokens; eager dashed, torch.compile dotted", loc="left")
     return figure
 
 
@@ -258,13 +254,8 @@ def _bundle_label(bundle: list[str], ends: dict[str, float]) -> str:
     if len(bundle) == 1:
         return bundle[0]
     apart = ends[bundle[-1]] / ends[bundle[0]] - 1
-    return f"{len(bundle)} lines end within {apart:.0%}:\n" + textwrap.fill(
-        ", ".join(bundle), 34, break_on_hyphens=False
-    )
-
-
-def _ran(backend: str) -> str:
-    return "CPU time through Inductor" if backend == "inductor" else "Triton's time"
+    names = textwrap.fill(", ".join(bundle), 34, break_on_hyphens=False)
+    return f"{len(bundle)} lines end within {apart:.0%}:\n{names}"
 
 
 def _figure(width: float, height: float, right: float = 0.97) -> tuple[Figure, Axes]:

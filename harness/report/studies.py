@@ -84,11 +84,11 @@ def _audit(frame: pd.DataFrame) -> str:
 
 def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a target and plan."""
-    table = frame.assign(
-        kernels=frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str), ok=frame["status"] == "ok"
+    kernels = frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str)
+    exact = frame["share_equal"].where(frame["check"] == Check.EXACT)
+    groups = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact).groupby(
+        ["target", "plan"], sort=False
     )
-    table = table.assign(exact=frame["share_equal"].where(frame["check"] == Check.EXACT))
-    groups = table.groupby(["target", "plan"], sort=False)
     found = groups.agg(kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min"))
     return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
 
@@ -138,4 +138,5 @@ def study_sections(folder: Path, beside: str = "") -> list[str]:
         if found is not None:
             commit = runs[found[0]]["environment"].get("commit")
             sections.append(write(found[1]) + (f"\n\nCommit {commit}." if beside and commit != beside else ""))
-    return sections + model.sections(folder) + [section for section in [gpu.section(folder)] if section]
+    models = [model.section(study) for study in model.studies(folder)]
+    return sections + models + list(filter(None, [gpu.section(folder)]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,15 +13,8 @@ T = TypeVar("T")
 def track(items: Sequence[T], label: str) -> Iterator[T]:
     """The items, with a bar and the time left on a terminal, and one line at the end elsewhere."""
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
     except ImportError:  # `castpoint gpu` runs with what is there
         yield from _plain(items, label)
         return
@@ -27,21 +22,13 @@ def track(items: Sequence[T], label: str) -> Iterator[T]:
     if not console.is_terminal:
         yield from _plain(items, label)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield from progress.track(items, description=f"{label:24}")
+    counted = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    timed = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*counted, *timed, console=console) as bar:
+        yield from bar.track(items, description=f"{label:24}")
 
 
 def _plain(items: Iterable[T], label: str) -> Iterator[T]:
-    import sys
-    import time
-
     items, start = list(items), time.monotonic()
     last = start
     for i, item in enumerate(items):

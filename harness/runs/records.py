@@ -33,6 +33,8 @@ class Records:
                 f"results folder {folder} cannot be written ({error.strerror}): choose another with --results"
             ) from None
         self.runs = load_runs(folder)
+        for table, columns in TABLES.items():
+            check_table(folder / f"{table}.csv", columns)
         self.run_id = self._unfinished(settings, environment) or self._started(settings, environment)
         self.done: dict[str, set[tuple[str, ...]]] = {table: self._read_keys(table) for table in TABLES}
 
@@ -74,8 +76,6 @@ class Records:
         return None
 
     def _started(self, settings: dict[str, Any], environment: dict[str, Any]) -> str:
-        for table in TABLES:
-            check_table(self.folder / f"{table}.csv", TABLES[table])
         self.run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         while self.run_id in self.runs:
             self.run_id += "b"
@@ -85,7 +85,6 @@ class Records:
 
     def _read_keys(self, table: str) -> set[tuple[str, ...]]:
         path = self.folder / f"{table}.csv"
-        check_table(path, TABLES[table])
         if not path.exists():
             path.write_text(",".join(TABLES[table]) + "\n")
         _cut_partial_row(path)

@@ -1,15 +1,13 @@
-"""What a run measures; part of its record."""
+"""What a run is asked for."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures."""
+    """What a run measures; part of its record."""
 
     model: str = "qwen3-0.6b"
     checkpoint: str | None = None
@@ -21,6 +19,3 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     speed_budget_s: float = 15.0
-
-    def row(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

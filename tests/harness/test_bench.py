@@ -37,7 +37,7 @@ CPU = Settings(
 
 
 def records_for(folder: Path, settings: Settings) -> Records:
-    return Records(folder, settings.row(), describe("cpu"))
+    return Records(folder, vars(settings), describe("cpu"))
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:
@@ -151,13 +151,13 @@ def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         add(self, *args, **kwargs)
 
-    records = Records(tmp_path, settings.row(), environment)
+    records = Records(tmp_path, vars(settings), environment)
     monkeypatch.setattr(Records, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         sweep_precision(settings, records)
     monkeypatch.setattr(Records, "add", add)
     before = {name: (tmp_path / f"{name}.csv").read_text() for name in TABLES}
-    again = Records(tmp_path, settings.row(), environment)
+    again = Records(tmp_path, vars(settings), environment)
     assert again.run_id == records.run_id
     sweep_precision(settings, again)
     for name, keys in KEYS.items():

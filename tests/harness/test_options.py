@@ -76,7 +76,7 @@ def test_a_part_of_a_bench_is_a_run_of_its_own(tmp_path: Path) -> None:
     settings, whole = select(device="cpu", results=tmp_path)
     _, part = select(device="cpu", results=tmp_path, parts=("speed",))
     assert whole.run_id != part.run_id and part.runs[part.run_id]["command"] == "bench --only speed"
-    assert whole.runs[whole.run_id]["settings"] == settings.row()
+    assert whole.runs[whole.run_id]["settings"] == vars(settings)
     assert settings == Settings(layers=tuple(range(28)), plans=settings.plans)
 
 

@@ -26,7 +26,7 @@ def test_a_budget_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path: Path, monk
 
     for name in real:
         monkeypatch.setattr(rows_of, name, failing(name))
-    records = Records(tmp_path, settings.row(), {"commit": "clean"})
+    records = Records(tmp_path, vars(settings), {"commit": "clean"})
     sweep_budget(settings, records)
     rows = pd.read_csv(tmp_path / "budget.csv", keep_default_na=False, dtype=str)
     failed = rows[rows["status"] == "failed"]

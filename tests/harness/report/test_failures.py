@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         plant(patch)
-        bench = Records(where, SETTINGS.row(), describe("cpu"))
+        bench = Records(where, vars(SETTINGS), describe("cpu"))
         bench.note(command="bench")
         steps.measure(SETTINGS, bench, ("errors", "amplification", "budget", "speed"))
         bench.finish()
