@@ -178,7 +178,7 @@ def model(
     found = texts(lm, prompts, tokens, passages)
     asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
     usual = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
-    given = {"plans": plans, "backend": backend, "tokens": tokens, "passages": passages, "prompts": prompts}
+    given = asked | {"plans": plans, "prompts": prompts}
     part_of = {name: str(value) for name, value in given.items() if value != usual.get(name)}
     records = options.records_of("model", results, device, part_of, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
@@ -234,8 +234,7 @@ def study(
     device = options.device_named(device if name == "survey" else "cpu")
     records = options.records_of(name, results, device)
     sweep(records, device)
-    records.finish()
-    steps.print_study(records, table)
+    steps.finish_study(records, table)
 
 
 @app.command(rich_help_panel=LAB)

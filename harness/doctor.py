@@ -31,11 +31,8 @@ def checks() -> Iterator[Check]:
     yield Check(sys.version_info >= (3, 11), f"Python {version}", "use Python 3.11 or newer: make PYTHON=python3.11")
     for name in NEEDED + FOR_REPORTS:
         found = importlib.util.find_spec(name) is not None
-        yield Check(
-            found,
-            f"package {name}" + (f" {importlib.metadata.version(name)}" if found else " is missing"),
-            cure_of(name) or "",
-        )
+        what = importlib.metadata.version(name) if found else "is missing"
+        yield Check(found, f"package {name} {what}", cure_of(name) or "")
     yield compiler()
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
         yield interpreter()
@@ -54,11 +51,8 @@ def cure_of(package: str) -> str | None:
 def compiler() -> Check:
     """Inductor compiles C++ for CPUs with $CXX, g++ or clang++."""
     name = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
-    return Check(
-        name is not None,
-        f"C++ compiler for Inductor: {name or 'none'}",
-        "install g++ (Debian: apt-get install g++) or set CXX",
-    )
+    cure = "install g++ (Debian: apt-get install g++) or set CXX"
+    return Check(name is not None, f"C++ compiler for Inductor: {name or 'none'}", cure)
 
 
 def interpreter_with_numpy() -> Check:

@@ -105,21 +105,16 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
     if run:
         records = options.records_of("execute", results, "cpu", part_of, target=executed)
         execute_kernels(records, executed)
-        records.finish()
-        print_study(records, "executed")
-        red = bool(red_rows(records, "executed"))
+        red = finish_study(records, "executed")
     if configs:
         records = options.records_of("configs", results, "cpu", part_of, targets=targets)
         sweep_configs(records, targets)
-        records.finish()
-        print_study(records, "configs")
+        finish_study(records, "configs")
     if not (run or configs):
         records = options.records_of("audit", results, "cpu", part_of, targets=targets)
         for row in audit_all(targets):
             records.add(AuditRow(**row))
-        records.finish()
-        print_study(records, "audit")
-        red = bool(red_rows(records, "audit"))
+        red = finish_study(records, "audit")
     return red
 
 
@@ -155,13 +150,16 @@ def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:
     return [row for table in tables for row in records.rows(table) if row["status"] in ("red", "failed")]
 
 
-def print_study(records: Records, table: str) -> None:
+def finish_study(records: Records, table: str) -> bool:
+    """Ends the run and prints its section of a report; whether any row is red."""
     from castpoint.harness.report.failures import bad_rows, section
     from castpoint.harness.report.studies import SECTIONS
     from castpoint.harness.runs.frames import load
 
+    records.finish()
     frame = load(records.folder, records.run_id)[table]
     print("\n\n".join([SECTIONS[table](frame), *section(bad_rows(frame, table))]))
+    return bool(red_rows(records, table))
 
 
 def print_parts(records: Records, parts: tuple[str, ...]) -> None:

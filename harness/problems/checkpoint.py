@@ -288,17 +288,15 @@ def _geometry(config: dict[str, object], origin: str) -> Geometry:
         known = ", ".join([*MODEL_TYPES, "gemma3"])
         raise UserError(f"{origin} names the unsupported model type {model_type!r}: supported are {known}")
     values = MODEL_TYPES[model_type] | {key: value for key, value in config.items() if value is not None}
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    for key in sizes:
         _check_number(values.get(key), key, origin)
-    hidden_size, heads = values["hidden_size"], values["num_attention_heads"]
+    hidden_size, heads, layers = (values[key] for key in sizes)
     values = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rms_norm_eps": 1e-6} | values
     for key, kinds in {"num_key_value_heads": int, "head_dim": int, "rms_norm_eps": int | float}.items():
         _check_number(values[key], key, origin, kinds)
     return Geometry(
-        hidden_size,
-        heads,
-        values["num_key_value_heads"],
-        values["num_hidden_layers"],
+        *(hidden_size, heads, values["num_key_value_heads"], layers),
         head_dim=values["head_dim"],
         eps=values["rms_norm_eps"],
         head_norm=model_type in HEAD_NORM_TYPES,

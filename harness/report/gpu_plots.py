@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from castpoint.harness.problems import grid
-from castpoint.harness.report.gpu_rows import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, cold, fused, judged, run_of
+from castpoint.harness.report.gpu_rows import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, cold, judged, run_of
 from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RC, RED, save
 from castpoint.harness.runs.schema import Kind
 
@@ -98,7 +97,7 @@ def _panels(title: str) -> tuple[Figure, list[Axes]]:
 def _line(axes: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
     """A line of medians; markers are hollow where norm, cuBLAS and head norm ran instead of a fused kernel."""
     axes.plot(rows["tokens"], rows["speedup_p1_p50"], **style | {"marker": ""})
-    whole = np.array([row["kind"] != Kind.OWN or fused(row) for _, row in rows.iterrows()], dtype=bool)
+    whole = ((rows["kind"] != Kind.OWN) | (rows["kernel"] != "separate")).to_numpy(bool)
     for chosen, face in ((whole, style["color"]), (~whole, "white")):
         if chosen.any():
             dots = style | {"linestyle": "", "markerfacecolor": face}

@@ -143,11 +143,6 @@ def cold(run: Run, model: str, what: str) -> pd.DataFrame:
     return rows[rows["cold"]].sort_values("tokens")
 
 
-def fused(row: pd.Series) -> bool:
-    """Whether the plan ran as a fused kernel, and not as norm, cuBLAS and head norm."""
-    return row["kernel"] != "separate"
-
-
 # ---------------------------------------------------------------- words
 
 
