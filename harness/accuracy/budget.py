@@ -57,13 +57,10 @@ def _divide(records: Records, problem: Problem, names: Iterable[str]) -> None:
         _add_rows(records, problem, name, Backend.SPEC, lambda names, p: budget_rows(names, p, errors()))
 
 
-def _add_rows(
-    records: Records,
-    problem: Problem,
-    name: str,
-    backend: Backend,
-    rows_of: Callable[[list[str], Problem], Iterator[BudgetRow]],
-) -> None:
+Rows = Callable[[list[str], Problem], Iterator[BudgetRow]]  # of named plans on one problem
+
+
+def _add_rows(records: Records, problem: Problem, name: str, backend: Backend, rows_of: Rows) -> None:
     """The rows of that plan if it has none yet. The last says that it is complete; one that fails has no other."""
     player = FP32 if backend == Backend.SPEC else ORDER_OF_SUMS
     last = {**_key(problem, name, backend), "measure": MEASURES[-1], "player": player}
@@ -106,12 +103,8 @@ def order_rows(names: Iterable[str], problem: Problem, backend: Backend = Backen
 
 
 def _key(problem: Problem, plan: str, backend: Backend) -> dict[str, Any]:
+    rotated_from = None if problem.positions is None else int(problem.positions[0])
     return {
-        "model": problem.model,
-        "weights": problem.weights,
-        "rotated_from": None if problem.positions is None else int(problem.positions[0]),
-        "layer": problem.layer,
-        "tokens": problem.tokens,
-        "plan": plan,
-        "backend": backend,
-    }
+        "model": problem.model, "weights": problem.weights, "rotated_from": rotated_from, "layer": problem.layer,
+        "tokens": problem.tokens, "plan": plan, "backend": backend,
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def error_stats(*, actual: Tensor, reference: Tensor) -> ErrorStats:
     head_size = reference.nan_to_num().square().mean(-1).sqrt()
     relative = torch.where(head_error == 0, 0.0, head_error / head_size)
     magnitude = reference.nan_to_num().abs().mean()
-    at = torch.unravel_index(size.nan_to_num(nan=float("inf")).argmax(), size.shape)
+    at = torch.unravel_index(size.nan_to_num(nan=math.inf).argmax(), size.shape)
     return ErrorStats(
         max_abs=size.max().item(),
         mean_abs=size.mean().item(),
@@ -78,13 +79,10 @@ def error_stats(*, actual: Tensor, reference: Tensor) -> ErrorStats:
 
 def ulp_histogram(*, actual: Tensor, reference: Tensor) -> list[tuple[float, float, float]]:
     """(from, to, share) of |actual - reference| in bf16 ulps of the reference, in quarters up to 4, then the rest."""
-    edges = [i / 4 for i in range(17)] + [float("inf")]
+    quarters = itertools.pairwise([*(i / 4 for i in range(17)), math.inf])
     actual, reference = actual.to(torch.float64), reference.to(torch.float64)
     ulps = (actual - reference).abs() / bf16_ulp(reference)
-    shares = [
-        ((low <= ulps) & (ulps < high)).double().mean().item() for low, high in zip(edges, edges[1:], strict=False)
-    ]
-    return list(zip(edges, edges[1:], shares, strict=False))
+    return [(low, high, ((low <= ulps) & (ulps < high)).double().mean().item()) for low, high in quarters]
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -73,9 +73,8 @@ def players(plan: CastPlan, problem: Problem) -> list[str]:
     """Names of the plan's fields that round something on that problem, in the order of the chain.
 
     x rounds only where there is a residual, head_rstd and head_normed only where there is a head norm, those of RoPE
-    only where there are positions. statistics
-    and variance are one player each for both norms, out for q, k and v. In the order of PLAYERS subsets that share a
-    matmul come one after another, and it is computed once for them.
+    only where there are positions. statistics and variance are one player each for both norms, out for q, k and v. In
+    the order of PLAYERS subsets that share a matmul come one after another, and it is computed once for them.
     """
     rounding = {name for name in BOUNDARIES if getattr(plan, name) != KEEP}
     if problem.residual is None:
@@ -131,8 +130,10 @@ def shapley(values: Mapping[frozenset[str], float], players: Iterable[str]) -> d
     }
 
 
-def squared_errors(problem: Problem, q: Tensor, k: Tensor, *, reference: Chain, exact: Chain) -> dict[str, float]:
-    """MEASURES of q [T, Hq, Dh] and k [T, Hkv, Dh] against a chain, K's relative to the size of the exact heads."""
+def squared_errors(q: Tensor, k: Tensor, exact: Chain, reference: Chain | None = None) -> dict[str, float]:
+    """MEASURES of q [T, Hq, Dh] and k [T, Hkv, Dh] against a reference, the exact chain by default; K's relative to the
+    size of the exact heads."""
+    reference = reference or exact
     head_error = (k - reference.k).square().mean(-1)
     relative = torch.where(head_error == 0, 0.0, head_error / exact.k.square().mean(-1))
     logits, true_logits = attention_logits(q, k), attention_logits(reference.q, reference.k)
@@ -163,8 +164,7 @@ class Errors:
     def of(self, part: Part) -> dict[str, float]:
         """MEASURES of that part's q and k against the truth."""
         if part not in self.measured:
-            q, k = self.queries_and_keys(part)
-            self.measured[part] = squared_errors(self.problem, q, k, reference=self.exact, exact=self.exact)
+            self.measured[part] = squared_errors(*self.queries_and_keys(part), self.exact)
         return self.measured[part]
 
     def queries_and_keys(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -225,9 +225,9 @@ def budget(plan: CastPlan, problem: Problem, errors: Errors | None = None) -> di
     together or leave no finite error to divide, RuntimeError if the parts do not sum to the whole.
     """
     check_offset(plan, problem)
-    errors = Errors(problem) if errors is None else errors
+    errors = errors or Errors(problem)
     chain = spec(plan, problem)
-    total = squared_errors(problem, chain.q, chain.k, reference=errors.exact, exact=errors.exact)
+    total = squared_errors(chain.q, chain.k, errors.exact)
     if not all(math.isfinite(value) for value in total.values()):
         raise ValueError(f"only a finite error can be divided, this plan's is {total}: x or weights overflow fp32")
     names = players(plan, problem)
@@ -246,6 +246,5 @@ def order_of_sums(plan: CastPlan, problem: Problem, backend: str = "triton") -> 
     """
     exact, chain = truth(problem), spec(plan, problem)
     q, k, _ = (output.to(torch.float64) for output in run(plan, problem, backend))
-    added = squared_errors(problem, q, k, reference=chain, exact=exact)
-    total = squared_errors(problem, chain.q, chain.k, reference=exact, exact=exact)
+    added, total = squared_errors(q, k, exact, reference=chain), squared_errors(chain.q, chain.k, exact)
     return {measure: (added[measure], total[measure]) for measure in MEASURES}

@@ -246,16 +246,9 @@ def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> fl
 
 def _key(s: Settings, problem: Problem, plan: str, backend: str, output: str, reference: str) -> dict[str, Any]:
     return {
-        "model": s.model,
-        "weights": problem.weights,
-        "layer": problem.layer,
-        "tokens": problem.tokens,
-        "seed": s.seed,
-        "plan": plan,
-        "backend": backend,
-        "output": output,
-        "reference": reference,
-    }
+        "model": s.model, "weights": problem.weights, "layer": problem.layer, "tokens": problem.tokens, "seed": s.seed,
+        "plan": plan, "backend": backend, "output": output, "reference": reference,
+    }  # fmt: skip
 
 
 def _add_error(records: Records, row: dict[str, Any], actual: Tensor, expected: Tensor) -> None:

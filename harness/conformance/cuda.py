@@ -46,10 +46,10 @@ DEFAULT = "default"  # the config of a launch that is given none
 HEAD_DIM = 128  # of every model of the grid
 
 
-def configs_of(plan: CastPlan, head_dim: int = 128) -> dict[str, Config | None]:
+def configs_of(plan: CastPlan) -> dict[str, Config | None]:
     """Every config that a launch of the plan may take on some shape and some GPU, by its words."""
     listed = [config for configs in read_table().values() for config in configs.values()]
-    fit = {str(c): c for c in [fallback(head_dim, plan), *listed] if not unsupported(c, plan)}
+    fit = {str(c): c for c in [fallback(HEAD_DIM, plan), *listed] if not unsupported(c, plan)}
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 
@@ -121,9 +121,9 @@ def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, ob
 
 
 def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS) -> Problem:
-    """The problem of a check: heads of 128 as the models of the grid have them."""
+    """The problem of a check."""
     if check == Check.EXACT:
-        return exact_problem(plan, tokens=tokens, hidden_size=1024, head_dim=128, rope=rope).to(device)
+        return exact_problem(plan, tokens=tokens, hidden_size=1024, head_dim=HEAD_DIM, rope=rope).to(device)
     problem = synthetic_problem("qwen3-0.6b", 0, tokens, weight_offset=plan.weight_offset != "none").to(device)
     return with_positions(problem) if rope else problem
 
@@ -177,9 +177,10 @@ def check_eager(records: Records, gpu: Cuda) -> None:
             with peers.bf16_reduction(setting):
                 outputs = eager(problem)
         except Exception as error:  # a setting that this PyTorch does not know
-            records.add(GpuCheckRow(**key, status=Status.FAILED, reason=reason_of(gpu, "eager", error)))
-            continue
-        records.add(GpuCheckRow(**key, **_compared(outputs, tuple(spec(plan, problem).outputs().values()))))
+            found = {"status": Status.FAILED, "reason": reason_of(gpu, "eager", error)}
+        else:
+            found = _compared(outputs, tuple(spec(plan, problem).outputs().values()))
+        records.add(GpuCheckRow(**key, **found))
 
 
 def check_interpreter(records: Records, gpu: Cuda) -> None:

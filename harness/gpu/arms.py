@@ -8,19 +8,7 @@ from dataclasses import dataclass
 
 from castpoint.harness.peers.chains import P2, arm_name, loop_tile
 from castpoint.harness.peers.parts import HEAD_NORMS, MATMULS, NORMS
-from castpoint.harness.problems.grid import (
-    ASSUMED_BYTES_PER_S,
-    ASSUMED_FLOPS_PER_S,
-    COLD,
-    GOAL_MODELS,
-    PARTED,
-    QUICK_MODELS,
-    ROPE,
-    Point,
-    loop_tiles,
-    own_plans,
-    points,
-)
+from castpoint.harness.problems import grid
 from castpoint.harness.problems.work import Work, heads_work, layer_work, matmul_work, norm_work
 from castpoint.harness.runs.schema import Kind
 
@@ -42,7 +30,7 @@ NOT_BUILT = (
 class Row:
     """One measurement."""
 
-    point: Point
+    point: grid.Point
     kind: Kind
     arm: str
 
@@ -51,33 +39,33 @@ class Row:
         return work_of(self.point, self.kind)
 
     def floor_s(self) -> float:
-        return self.work.floor_s(ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S)
+        return self.work.floor_s(grid.ASSUMED_BYTES_PER_S, grid.ASSUMED_FLOPS_PER_S)
 
 
-def compiled_peers(point: Point) -> tuple[str, ...]:
+def compiled_peers(point: grid.Point) -> tuple[str, ...]:
     """torch.compile at the goals' points alone, since its tuning takes seconds a shape; its dependent launches at
     the smallest model, where launches weigh most."""
-    models = {COLD: GOAL_MODELS, ROPE: QUICK_MODELS}.get(point.regime, ())
+    models = {grid.COLD: grid.GOAL_MODELS, grid.ROPE: grid.QUICK_MODELS}.get(point.regime, ())
     if point.model not in models or point.tokens not in (1, 256, 4096):
         return ()
-    return P2[: 2 if (point.model, point.regime) == (GOAL_MODELS[0], COLD) else 1]
+    return P2[: 2 if (point.model, point.regime) == (grid.GOAL_MODELS[0], grid.COLD) else 1]
 
 
-def rows(point: Point, quick: bool = False) -> Iterator[Row]:
+def rows(point: grid.Point, quick: bool = False) -> Iterator[Row]:
     """The measurements of a point. Which chains P1 is made of is decided by the times of its parts: `best` here.
     quick: without compiled peers."""
     arms: dict[Kind, Iterable[str]] = {}
-    if point.regime in PARTED:
-        arms = {Kind.NORM: NORMS, Kind.HEADS: HEAD_NORMS[point.regime == ROPE], Kind.MATMUL: MATMULS}
-        arms[Kind.LOOP] = map(loop_tile, loop_tiles(point))
+    if point.regime in grid.PARTED:
+        arms = {Kind.NORM: NORMS, Kind.HEADS: HEAD_NORMS[point.regime == grid.ROPE], Kind.MATMUL: MATMULS}
+        arms[Kind.LOOP] = map(loop_tile, grid.loop_tiles(point))
     arms |= {Kind.CHAIN: ("best",), Kind.EAGER: ("",), Kind.COMPILED: () if quick else compiled_peers(point)}
     yield from (Row(point, kind, arm_name(kind, what)) for kind, all_of in arms.items() for what in all_of)
-    yield from (Row(point, Kind.OWN, name) for name in own_plans(point))
+    yield from (Row(point, Kind.OWN, name) for name in grid.own_plans(point))
 
 
-def work_of(point: Point, kind: Kind) -> Work:
+def work_of(point: grid.Point, kind: Kind) -> Work:
     """What an arm of that kind needs at least."""
-    g, tokens, rope = point.geometry, point.tokens, point.regime == ROPE
+    g, tokens, rope = point.geometry, point.tokens, point.regime == grid.ROPE
     if kind == Kind.NORM:
         return norm_work(g, tokens)
     if kind == Kind.HEADS:
@@ -87,10 +75,10 @@ def work_of(point: Point, kind: Kind) -> Work:
 
 def listing(quick: bool = False) -> Iterator[str]:
     """The plan of a run, one line a measurement; the last line sums them up."""
-    listed = [row for point in points(quick) for row in rows(point, quick)]
+    listed = [row for point in grid.points(quick) for row in rows(point, quick)]
     yield (
-        f"# floor: bytes at {ASSUMED_BYTES_PER_S / 1e12:g} TB/s or FLOPs at {ASSUMED_FLOPS_PER_S / 1e12:g} TFLOP/s, "
-        "the larger; assumed for an H200. A run measures its own limits. No row has a time before it ran."
+        f"# floor: bytes at {grid.ASSUMED_BYTES_PER_S / 1e12:g} TB/s or FLOPs at {grid.ASSUMED_FLOPS_PER_S / 1e12:g} "
+        "TFLOP/s, the larger; assumed for an H200. A run measures its own limits. No row has a time before it ran."
     )
     yield f"{'model':16} {'tokens':>6} {'regime':6} {'kind':8} {'MB':>9} {'GFLOP':>9} {'floor_us':>9}  arm"
     for row in listed:
@@ -103,6 +91,6 @@ def listing(quick: bool = False) -> Iterator[str]:
         yield f"# not built, {tokens} tokens: {design}. Called for by: {reason}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.kind for row in listed).items())
     yield (
-        f"# {len(points(quick))} points, {len(listed)} measurements ({kinds}). Their floors add up to "
+        f"# {len(grid.points(quick))} points, {len(listed)} measurements ({kinds}). Their floors add up to "
         f"{sum(row.floor_s() for row in listed):.3g} s: no estimate of the run, which repeats, compiles and checks."
     )

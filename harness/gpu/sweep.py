@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from castpoint.harness.conformance.cuda import check_loops, red_plans
 from castpoint.harness.gpu.arms import compiled_peers, work_of
@@ -28,6 +27,7 @@ from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuPointRow, GpuSpeedRow, Kind, Status
+from castpoint.harness.timing import rig
 from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.limits import ceilings, implausible, launch_costs, read_ceiling
 from castpoint.harness.timing.outputs import values_differ
@@ -38,7 +38,7 @@ from castpoint.kernels.dispatch import chosen
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.eager import Outputs, plan_weight
+from castpoint.variants.eager import Outputs
 from castpoint.variants.problem import Problem
 
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
@@ -84,7 +84,7 @@ def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Limi
     """
     found = ceilings(gpu)
     problem = model_problem(points[0].model, gpu.device)
-    copies = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes()).copies
+    copies = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes())
     read = read_ceiling(gpu, [p.qkv_weight for p in rotated(problem, copies)])
     records.note(limits={**found, "read": read, "launch": launch_costs(gpu)})
     copy, flops = found["copy_bytes_per_s"], found["bf16_flops_per_s"]
@@ -101,7 +101,7 @@ class Setting:
     """A point made ready: its problems, one a copy of the weights, and how often they are captured in one graph."""
 
     point: Point
-    gpu_name: str
+    limits: Limits
     problems: list[Problem]
     cold: bool
     laps: int
@@ -115,30 +115,30 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm as its row names it. function: the plan, or what is rounded."""
+    """An arm as its row names it. function: the plan, or what is rounded. untimed: what it is where it cannot run."""
 
     kind: Kind
     arm: str
     function: str
     config: Config | None = None
+    untimed: Outcome | None = None
+
+
+def _entry(peer: peers.Peer, config: Config | None = None) -> Entry:
+    return Entry(peer.kind, peer.name, peer.function, config, Outcome(peer.status, peer.reason))
 
 
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str], quick: bool) -> None:
     setting = prepared(point, gpu, limits)
-    seconds = _time_parts(setting, records, gpu, limits, red)
+    seconds = _time_parts(setting, records, gpu, red)
     arms = [_own_chain(setting), *_chains(setting, seconds), peers.eager_peer(setting.problems)]
     arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
     own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
     ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
-    entries = [Entry(peer.kind, peer.name, peer.function) for peer in arms]
+    entries = [_entry(peer) for peer in arms]
     entries += [Entry(Kind.OWN, name, name, own[name][1] if name in own else None) for name in grid.own_plans(point)]
     timed = setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state)
-    measured = _plausible(setting, limits, entries, timed)
-    untimed = {peer.name: Outcome(peer.status, peer.reason) for peer in arms}
-    untimed |= {name: Outcome(Status.RED, f"not timed: {reason}") for name, reason in red.items()}
-    for entry in entries:
-        outcome = measured.outcomes.get(entry.arm) or untimed[entry.arm]
-        _write(setting, records, limits, measured, _best_chain(entries, measured), entry, outcome)
+    _add_rows(setting, records, entries, timed, red)
 
 
 def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
@@ -146,39 +146,27 @@ def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
     problem = model_problem(point.model, gpu.device)
     problem = problem.replace(x=problem.x[: point.tokens])
     problem = with_positions(problem) if point.regime == ROPE else problem
-    rotation = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
-    chosen_copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}
-    copies = chosen_copies.get(point.regime, rotation.copies)
+    fitting = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
+    copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}.get(point.regime, fitting)
     problems = [problem] * copies if point.regime == HOT else rotated(problem, copies)
     cold = point.regime != HOT and copies * _weight_bytes(problem) > 3 * gpu.l2_bytes()
     floor_s = work_of(point, Kind.OWN).floor_s(limits.bytes_per_s, limits.flops_per_s)
-    return Setting(point, limits.name, problems, cold, laps_for(copies, floor_s))
+    return Setting(point, limits, problems, cold, laps_for(copies, floor_s))
 
 
 def own_arm(setting: Setting, plan: CastPlan, name: str, config: Config | None = None) -> tuple[Arm, Config]:
     """The plan's Triton kernels on the setting's problems, as that config or else as kernels.dispatch cuts them."""
-    offset = plan.weight_offset != "none"
-    problems = [p if p.weight_offset == offset else p.replace(weight_offset=offset) for p in setting.problems]
+    problems, weights = rig.as_stored(plan, setting.problems), rig.stored_weights(plan, setting.problems)
     first = problems[0]
     if config is None:
         shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.gpu_name, shape, first.tokens, plan)
-    weights = _weights(plan, problems)
+        config = chosen(setting.limits.name, shape, first.tokens, plan)
 
     def call(i: int) -> Outputs:
         return run_triton(plan, problems[i], qkv_weight=weights[i], config=config)
 
     # inside a graph cuBLAS may choose another kernel than outside: judged by values
     return Arm(name, call, values_differ) if config.kernel == "separate" else Arm(name, call), config
-
-
-def _weights(plan: CastPlan, problems: list[Problem]) -> list[Tensor]:
-    """The stored weight of each problem; folded once for each that differs in memory."""
-    stored: dict[int, Tensor] = {}
-    for p in problems:
-        if p.qkv_weight.data_ptr() not in stored:
-            stored[p.qkv_weight.data_ptr()] = plan_weight(plan, p)
-    return [stored[p.qkv_weight.data_ptr()] for p in problems]
 
 
 def _own_chain(setting: Setting) -> peers.Peer:
@@ -188,9 +176,7 @@ def _own_chain(setting: Setting) -> peers.Peer:
     return peers.Peer(Kind.CHAIN, "own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
 
 
-def _time_parts(
-    setting: Setting, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str]
-) -> dict[Kind, dict[str, float]]:
+def _time_parts(setting: Setting, records: Records, gpu: Cuda, red: dict[str, str]) -> dict[Kind, dict[str, float]]:
     """Times of P1's parts and of our own loop, in rows of their own; seconds of those that have one."""
     point, problems = setting.point, setting.problems
     if point.regime not in grid.PARTED:
@@ -203,25 +189,20 @@ def _time_parts(
         *(peers.loop_peer(problems, tile) for tile in tiles.values()),
     ]
     ready = [peer.arm() for peer in parts if peer.call and peer.name not in red]
-    entries = [Entry(peer.kind, peer.name, peer.function, tiles.get(peer.name)) for peer in parts]
-    timed = setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S)
-    measured = _plausible(setting, limits, entries, timed)
+    entries = [_entry(peer, tiles.get(peer.name)) for peer in parts]
+    outcomes = _add_rows(setting, records, entries, setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S), red)
     seconds: dict[Kind, dict[str, float]] = {}
-    for peer, entry in zip(parts, entries, strict=True):
-        wrong = Outcome(Status.RED, f"not timed: {red[peer.name]}") if peer.name in red else None
-        outcome = wrong or measured.outcomes.get(peer.name) or Outcome(peer.status, peer.reason)
-        _write(setting, records, limits, measured, None, entry, outcome)
-        if outcome.seconds:
-            seconds.setdefault(peer.kind, {})[peer.what] = outcome.seconds.p50
+    for peer in parts:
+        if found := outcomes[peer.name].seconds:
+            seconds.setdefault(peer.kind, {})[peer.what] = found.p50
     return seconds
 
 
 def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[peers.Peer]:
     """The two best chains of separate parts; where no parts were timed (hot rows, layers), the plainest one."""
     plan = plan_named("one-rounding")
-    picked = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
-    if seconds:
-        picked = peers.pick_chains(seconds, at_most=2)
+    plainest = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
+    picked = peers.pick_chains(seconds, at_most=2) if seconds else plainest
     return [peers.chain_peer(setting.problems, *chain, plan) for chain in picked]
 
 
@@ -235,18 +216,25 @@ def _best_chain(entries: Sequence[Entry], measured: Measurement) -> str | None:
 # ---------------------------------------------------------------- rows
 
 
-def _write(
-    setting: Setting,
-    records: Records,
-    limits: Limits,
-    measured: Measurement,
-    best: str | None,
-    entry: Entry,
-    outcome: Outcome,
-) -> None:
-    """The row of that arm at the setting's point."""
+def _add_rows(
+    setting: Setting, records: Records, entries: Sequence[Entry], timed: Measurement, red: dict[str, str]
+) -> dict[str, Outcome]:
+    """The rows of those arms at the setting's point; what became of each."""
+    measured = _plausible(setting, entries, timed)
+    best = _best_chain(entries, measured)
+    outcomes = {entry.arm: measured.outcomes.get(entry.arm) or entry.untimed for entry in entries}
+    outcomes |= {arm: Outcome(Status.RED, f"not timed: {red[arm]}") for arm in outcomes if arm in red}
+    for entry in entries:
+        records.add(_speed_row(setting, measured, entry, outcomes[entry.arm], best))
+    return outcomes
+
+
+def _speed_row(
+    setting: Setting, measured: Measurement, entry: Entry, outcome: Outcome, best: str | None
+) -> GpuSpeedRow:
+    """The row of that arm at the setting's point. best: the fastest P1, for the speed-up over it."""
     work = work_of(setting.point, entry.kind)
-    floor_s = work.floor_s(limits.bytes_per_s, limits.flops_per_s)
+    floor_s = work.floor_s(setting.limits.bytes_per_s, setting.limits.flops_per_s)
     row: dict[str, Any] = {
         **dataclasses.asdict(setting.point), "kind": entry.kind, "arm": entry.arm, "function": entry.function,
         "copies": len(setting.problems), "cold": setting.cold, "rounds": measured.rounds, "laps": measured.laps,
@@ -258,31 +246,25 @@ def _write(
         p50 = outcome.seconds.p50
         row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
         row |= {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
-        row |= _against_best(measured, best, entry.arm)
+        if best:  # ratios of two times of one round
+            speedup = dataclasses.asdict(ratios(measured.samples[best], measured.samples[entry.arm]))
+            row |= {"p1": best, **{f"speedup_p1_{name}": value for name, value in speedup.items()}}
     if measured.noise:
         row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90}
-    records.add(GpuSpeedRow(**row, status=outcome.status, reason=outcome.reason))
+    return GpuSpeedRow(**row, status=outcome.status, reason=outcome.reason)
 
 
 STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
 
 
-def _against_best(measured: Measurement, best: str | None, arm: str) -> dict[str, Any]:
-    """Speed-up over the best P1, from ratios of two times of one round."""
-    if not best:
-        return {}
-    speedup = dataclasses.asdict(ratios(measured.samples[best], measured.samples[arm]))
-    return {"p1": best, **{f"speedup_p1_{name}": value for name, value in speedup.items()}}
-
-
-def _plausible(setting: Setting, limits: Limits, entries: Sequence[Entry], measured: Measurement) -> Measurement:
+def _plausible(setting: Setting, entries: Sequence[Entry], measured: Measurement) -> Measurement:
     """The measurement without the times that no such GPU can reach: those arms are red."""
     outcomes = dict(measured.outcomes)
     for entry in entries:
         outcome = outcomes.get(entry.arm)
         if outcome and outcome.seconds:
             flops, cold = work_of(setting.point, entry.kind).flops, _cold_bytes(setting, entry.kind)
-            if wrong := implausible(limits.name, outcome.seconds.p50, cold, flops):
+            if wrong := implausible(setting.limits.name, outcome.seconds.p50, cold, flops):
                 outcomes[entry.arm] = Outcome(Status.RED, wrong)
     return dataclasses.replace(measured, outcomes=outcomes)
 

@@ -75,14 +75,10 @@ def _add(
     row = {**_key(setting.point, scale, str(config)), **dataclasses.asdict(config), "cold": setting.cold}
     if outcome.seconds:
         row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
-        against = ratios(measured.samples[str(SEPARATE)], measured.samples[str(config)]) if _timed(measured) else None
-        row |= {"speedup_separate": against.p50} if against else {}
+        if separate := measured.samples.get(str(SEPARATE)):
+            row["speedup_separate"] = ratios(separate, measured.samples[str(config)]).p50
         row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90} if measured.noise else {}
     records.add(TuningRow(**row, status=outcome.status, reason=outcome.reason))
-
-
-def _timed(measured: Measurement) -> bool:
-    return str(SEPARATE) in measured.samples
 
 
 def _key(point: Point, scale: str, words: str) -> dict[str, Any]:

@@ -21,17 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castpoint.harness.peers.parts import (
-    HEAD_NORMS,
-    MATMULS,
-    NO_HEAD_NORM,
-    NORMS,
-    OWN_KERNEL,
-    Linear,
-    heads_of,
-    norm_of,
-    tuned,
-)
+from castpoint.harness.peers import parts
+from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL
 from castpoint.harness.runs.schema import Kind, Status
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
@@ -104,22 +95,20 @@ def norm_peers(problems: Sequence[Problem]) -> list[Peer]:
     """The norms by themselves: call(i) returns (hidden,)."""
 
     def make(name: str) -> Call:
-        norm = norm_of(name, problems[0])
+        norm = parts.norm_of(name, problems[0])
         return lambda i: (norm(_input(problems[i]), problems[i].norm_weight, problems[i].eps),)
 
-    return [_peer(Kind.NORM, name, functools.partial(make, name)) for name in NORMS]
+    return [_peer(Kind.NORM, name, functools.partial(make, name)) for name in parts.NORMS]
 
 
 def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
     """P4: the matmul by itself, on x as it is, with the bias where there is one. call(i) returns (proj,)."""
 
-    def make(linear: Linear) -> Call:
+    def make(linear: parts.Linear) -> Call:
         return lambda i: (linear(problems[i].x, problems[i].qkv_weight, problems[i].bias),)
 
-    return [
-        _peer(Kind.MATMUL, name, functools.partial(make, linear), differs=values_differ)
-        for name, linear in MATMULS.items()
-    ]
+    makes = {name: functools.partial(make, linear) for name, linear in parts.MATMULS.items()}
+    return [_peer(Kind.MATMUL, name, makes[name], differs=values_differ) for name in makes]
 
 
 def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
@@ -153,11 +142,11 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
 
     def make(name: str) -> Call:
-        heads = heads_of(name, plan, first)
+        heads = parts.heads_of(name, plan, first)
         return lambda i: heads(problems[i], q, k)
 
     rotating = first.positions is not None
-    return [_peer(Kind.HEADS, name, functools.partial(make, name)) for name in HEAD_NORMS[rotating]]
+    return [_peer(Kind.HEADS, name, functools.partial(make, name)) for name in parts.HEAD_NORMS[rotating]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
@@ -166,15 +155,13 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
     heads is `none` for problems without a head norm; with positions it must be our own, the only one that rotates.
     Raises KeyError for a name that is no part.
     """
-    first = problems[0]
-    linear = MATMULS[matmul]
+    first, linear = problems[0], parts.MATMULS[matmul]
 
     def make() -> Call:
         if first.has_head_norm == (heads == NO_HEAD_NORM):
-            raise ValueError(
-                f"heads={heads!r} does not fit a problem {'with' if first.has_head_norm else 'without'} one"
-            )
-        normalise, normalise_heads = norm_of(norm, first), heads_of(heads, plan, first)
+            given = "with" if first.has_head_norm else "without"
+            raise ValueError(f"heads={heads!r} does not fit a problem {given} one")
+        normalise, normalise_heads = parts.norm_of(norm, first), parts.heads_of(heads, plan, first)
 
         def call(i: int) -> Outputs:
             p = problems[i]
@@ -184,14 +171,8 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
 
         return call
 
-    return _peer(
-        Kind.CHAIN,
-        f"{norm} | {matmul} | {heads}",
-        make,
-        chain_plan(norm, heads, plan, first.weight_offset),
-        values_differ,
-        first.positions is not None,
-    )
+    what, whole = f"{norm} | {matmul} | {heads}", chain_plan(norm, heads, plan, first.weight_offset)
+    return _peer(Kind.CHAIN, what, make, whole, values_differ, first.positions is not None)
 
 
 def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> list[Peer]:
@@ -201,16 +182,12 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
     stores proj in bf16. So on a CPU; on a GPU tuning may choose another matmul: check it. With positions it is no plan:
     of the two products under a rotated value one then takes the head as it is, the other one rounded to bf16.
     """
-    first = problems[0]
-    x = RNE if first.residual is None else KEEP
-    plan = CastPlan(x=x, proj=RNE, weight_offset="fp32" if first.weight_offset else "none")
-    if first.positions is not None:
-        plan = None
-
-    table = rope_table(first)
+    first, table = problems[0], rope_table(problems[0])
+    x, offset = RNE if first.residual is None else KEEP, "fp32" if first.weight_offset else "none"
+    plan = CastPlan(x=x, proj=RNE, weight_offset=offset) if first.positions is None else None
 
     def make(pdl: bool) -> Call:
-        function = tuned(eager, pdl)
+        function = parts.tuned(eager, pdl)
         return lambda i: function(problems[i], table=table)
 
     return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
@@ -228,7 +205,7 @@ def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan 
 
     Also where our head norm rounds its statistics, which no plan does in one norm and not in the other.
     """
-    inner = {name: part.inner and not offset for name, part in NORMS.items()}
+    inner = {name: part.inner and not offset for name, part in parts.NORMS.items()}
     changes = {"weight_offset": "fp32" if offset else "none", "proj": RNE}
     if heads == OWN_KERNEL:
         if (plan.statistics, plan.variance) != (KEEP, KEEP):

@@ -78,13 +78,11 @@ class Implementation:
 def implementations() -> list[Implementation]:
     """All of them, whether installed or not, in the order of a table. Imports no optional package."""
     norms = [("F.rms_norm", "torch", load_f_rms_norm), ("nn.RMSNorm", "torch", load_nn_rms_norm)]
-    norms += [(name, "transformers", functools.partial(load_hugging_face, name)) for name in HUGGING_FACE]
+    hugging_face = {name: (name, "transformers", functools.partial(load_hugging_face, name)) for name in HUGGING_FACE}
+    norms += hugging_face.values()
     norms += [("nano-vLLM's formula", "torch", load_nano_vllm)]
     rows = [_torch(*norm, "rmsnorm", how) for norm in norms for how in (EAGER, *COMPILE)]
-    rows += [
-        _torch(name, "transformers", functools.partial(load_hugging_face, name), "head_norm", EAGER)
-        for name in HEAD_NORMS
-    ]
+    rows += [_torch(*hugging_face[name], "head_norm", EAGER) for name in HEAD_NORMS]
     rows += [_torch("flash-linear-attention rms_norm_ref", "fla-core", load_fla_reference, "rmsnorm", EAGER)]
     rows += [
         _triton("LigerRMSNorm, casting mode llama", "liger-kernel", functools.partial(load_liger, "llama", 0.0)),
@@ -124,19 +122,9 @@ def _triton(name: str, package: str, load: Load) -> Implementation:
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise ValueError(f"TRITON_INTERPRET=1 would interpret {name} and round bf16 wrongly: unset it")
         norm = bound_once(load())
-        return on_this_cpu(norm) if device == "cpu" else norm
+        return executed("sm_90")(norm) if device == "cpu" else norm  # PTX run here
 
     return Implementation(name, package, "rmsnorm", TRITON, make, ("torch", "triton"))
-
-
-def on_this_cpu(norm: Norm) -> Norm:
-    """norm, its Triton kernels compiled for sm_90 and their PTX run here."""
-
-    def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        with executed("sm_90"):
-            return norm(x, weight, eps)
-
-    return run
 
 
 def _jax(name: str, package: str, load: Load, how: str) -> Implementation:

@@ -47,11 +47,6 @@ def _f_rms_norm(device: str, offset: bool) -> Norm:
     return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _public(name: str, device: str, offset: bool) -> Norm:
-    rows = [row for row in implementations() if row.name == name and row.how == TRITON]
-    return rows[0].make(device)
-
-
 def _quack(device: str, offset: bool) -> Norm:
     from quack.rmsnorm import rmsnorm
 
@@ -60,25 +55,26 @@ def _quack(device: str, offset: bool) -> Norm:
     return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
 
 
-NORMS = {
-    part.name: part
-    for part in (
-        NormPart("eager", True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
-        NormPart("F.rms_norm", False, False, _f_rms_norm),
-        *(
-            NormPart(name, inner, offset, functools.partial(_public, name))
-            for name, inner, offset in (
-                ("LigerRMSNorm, casting mode llama", True, False),
-                ("LigerRMSNorm, casting mode gemma", False, True),
-                ("flash-linear-attention RMSNorm", False, False),
-                ("FlagGems rms_norm", None, False),  # versions differ in this
-            )
-        ),
-        NormPart("quack rmsnorm", False, False, _quack),
-    )
-}
+def _public(name: str, inner: bool | None, offset: bool) -> NormPart:
+    """The Triton kernel of that name among the public implementations."""
+
+    def make(device: str, offset: bool) -> Norm:
+        (row,) = (row for row in implementations() if (row.name, row.how) == (name, TRITON))
+        return row.make(device)
+
+    return NormPart(name, inner, offset, make)
 
 
+_PARTS = (
+    NormPart("eager", True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
+    NormPart("F.rms_norm", False, False, _f_rms_norm),
+    _public("LigerRMSNorm, casting mode llama", True, False),
+    _public("LigerRMSNorm, casting mode gemma", False, True),
+    _public("flash-linear-attention RMSNorm", False, False),
+    _public("FlagGems rms_norm", None, False),  # versions differ in this
+    NormPart("quack rmsnorm", False, False, _quack),
+)
+NORMS = {part.name: part for part in _PARTS}
 HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
 
 

@@ -72,10 +72,7 @@ def measure_ceilings() -> Ceilings:
 
 def interleaved_times(arms: dict[str, Callable[[], object]], budget_s: float) -> dict[str, list[float]]:
     """Seconds of single calls of each arm, taken in turns until the budget is spent (10 to 50 rounds)."""
-    timers = {
-        name: benchmark.Timer("arm()", globals={"arm": arm}, num_threads=torch.get_num_threads())
-        for name, arm in arms.items()
-    }
+    timers = {name: _timer(arm) for name, arm in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
     start = time.monotonic()
     for done in range(MAX_ROUNDS):
@@ -93,5 +90,8 @@ def rotating(call: Callable[[int], object], turn: Iterator[int]) -> Callable[[],
 
 
 def _median_s(call: Callable[[], object]) -> float:
-    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(min_run_time=0.2, max_run_time=2.0).median
+    return _timer(call).adaptive_autorange(min_run_time=0.2, max_run_time=2.0).median
+
+
+def _timer(call: Callable[[], object]) -> benchmark.Timer:
+    return benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())

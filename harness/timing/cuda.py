@@ -1,4 +1,4 @@
-"""All calls into CUDA that the measuring rig makes, few enough to be replaced by a fake one in the tests."""
+"""All calls into CUDA that the measuring rig makes: few enough that everything else is tested with a fake one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ class Graph:
 
 
 class Cuda:
-    """All calls into CUDA that the rig makes, so that everything else can be tested without a GPU.
-
-    Every arm is captured on one stream of its own, into a memory pool of its own, and replayed on the current stream.
-    """
+    """Each arm is captured on one stream of its own, into a memory pool of its own, replayed on the current stream."""
 
     device = "cuda"
 

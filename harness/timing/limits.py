@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from castpoint.harness.runs.schema import Status
 from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.harness.timing.outputs import values_differ
-from castpoint.harness.timing.rig import Arm, laps_for, measure
+from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure
 
 KERNELS = (1, 3, 30, 300)  # empty kernels in a graph
 SAMPLES, REPLAYS = 21, 50
@@ -142,24 +143,23 @@ def read_ceiling(gpu: Cuda, weights: Sequence[Tensor], expected_bytes_per_s: flo
     return {"bytes_per_s": size / best, "seconds": best}
 
 
-def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE, device: str = "cuda") -> dict[str, Any]:
+def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -> dict[str, Any]:
     """copy_bytes_per_s (bytes read plus bytes written, 2 GiB) and bf16_flops_per_s (8192^3, random data).
 
     None for what could not be measured; `reason` says why. Raises DeviceLost as measure does.
     """
     found: dict[str, Any] = {"reason": ""}
     for key, make, work in (
-        ("copy_bytes_per_s", lambda: _copy(copy_bytes, device), 2 * copy_bytes),
-        ("bf16_flops_per_s", lambda: _matmul(size, device), 2 * size**3),
+        ("copy_bytes_per_s", lambda: _copy(copy_bytes, gpu.device), 2 * copy_bytes),
+        ("bf16_flops_per_s", lambda: _matmul(size, gpu.device), 2 * size**3),
     ):
         try:
             arm = Arm(key, make(), values_differ)
             outcome = measure([arm], gpu, copies=1, baseline=key, budget_s=0.5).outcomes[key]
-            found[key] = work / outcome.seconds.p50 if outcome.seconds else None
-            found["reason"] += outcome.reason
         except torch.OutOfMemoryError as error:  # while the operands were made
-            found[key] = None
-            found["reason"] += reason_of(gpu, key, error)
+            outcome = Outcome(Status.FAILED, reason_of(gpu, key, error))
+        found[key] = work / outcome.seconds.p50 if outcome.seconds else None
+        found["reason"] += outcome.reason
     return found
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from castpoint.harness.runs.schema import Status
 from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
 from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
+from castpoint.kernels.plan import CastPlan
+from castpoint.variants.eager import plan_weight
 from castpoint.variants.problem import Problem
 
 COLD_CACHES = 3  # rotated weights must exceed this many times the L2 cache
@@ -61,50 +63,36 @@ class Spread:
 @dataclass(frozen=True)
 class Outcome:
     """What became of one arm: status `ok`, `red` (wrong outputs) or `failed` (did not run), with the reason.
-
-    seconds  of one call
-    speedup  the baseline's seconds / this arm's. Above 1 this arm is faster. None where either has no time
-    """
+    seconds: of one call."""
 
     status: Status
     reason: str = ""
     seconds: Spread | None = None
-    speedup: Spread | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """noise: the baseline's seconds / those of the same call captured once more, and what it is the noise of.
-    samples: seconds of every arm that has a time, one a round, for ratios to another arm than the baseline."""
+    """noise: the baseline's seconds / those of the same call captured once more.
+    samples: seconds of every arm that has a time, one a round, for ratios of two arms."""
 
     outcomes: dict[str, Outcome]
     samples: dict[str, list[float]]
     rounds: int
     laps: int
     noise: Spread | None
-    noise_of: str | None
     state: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """copies of a weight; cold: together they exceed three times the L2 cache."""
-
-    copies: int
-    cold: bool
-
-
-def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> Rotation:
+def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> int:
     """How many copies to rotate: more than 3 x L2 (22 for 8.4 MB and 60 MB), or what fits into 0.4 of free memory.
 
     sets: how many times each copy is stored, by arms that fold or quantise it. Where the cache's size is unknown (0),
-    one copy that is not cold. Raises ValueError for a weight without bytes.
+    one copy. Raises ValueError for a weight without bytes.
     """
     if weight_bytes <= 0:
         raise ValueError(f"a weight of {weight_bytes} bytes cannot be rotated: it must have some")
     wanted = COLD_CACHES * l2_bytes // weight_bytes + 1
-    copies = max(1, min(wanted, int(MEMORY_SHARE * free_bytes) // (weight_bytes * sets)))
-    return Rotation(copies, l2_bytes > 0 and copies * weight_bytes > COLD_CACHES * l2_bytes)
+    return max(1, min(wanted, int(MEMORY_SHARE * free_bytes) // (weight_bytes * sets)))
 
 
 def laps_for(copies: int, floor_s: float) -> int:
@@ -120,6 +108,19 @@ def rotated(problem: Problem, copies: int) -> list[Problem]:
     """
     weight = problem.qkv_weight
     return [problem, *(problem.replace(qkv_weight=weight.roll(i, 1)) for i in range(1, copies))]
+
+
+def as_stored(plan: CastPlan, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with norm weights read as the plan reads them: the time of a plan does not depend on values."""
+    offset = plan.weight_offset != "none"
+    return [p if p.weight_offset == offset else p.replace(weight_offset=offset) for p in problems]
+
+
+def stored_weights(plan: CastPlan, problems: Sequence[Problem]) -> list[Tensor]:
+    """The QKV weight of every problem as the plan stores it; folded, where it folds, once for each place in memory."""
+    distinct = {p.qkv_weight.data_ptr(): p for p in as_stored(plan, problems)}
+    stored = {place: plan_weight(plan, p) for place, p in distinct.items()}
+    return [stored[p.qkv_weight.data_ptr()] for p in problems]
 
 
 # ---------------------------------------------------------------- measuring
@@ -145,15 +146,12 @@ def measure(
     budget_s: float = 1.0,
     state: Callable[[], dict[str, Any]] | None = None,
 ) -> Measurement:
-    """Seconds a call of every arm, and speedups over the baseline, from rounds A B C ... C B A.
+    """Seconds a call of every arm, and the noise of a ratio of two, from rounds A B C ... C B A.
 
     Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
     10 even if those cost more than the budget, since fewer have no 10th percentile.
 
-    In a round an arm's time is the mean of its two. speedup and noise are percentiles over rounds of the ratio of
-    two times of one round, not ratios of percentiles: the clock that both share in a round cancels (where it varies by
-    3 to 30 %, the median so errs 1.4 to 3.3 times less in 10 to 50 rounds), and p10 and p90 say how far the ratio
-    itself can be trusted. The noise floor is the same ratio between two graphs of the baseline
+    In a round an arm's time is the mean of its two. The noise floor is the ratio of two graphs of the baseline
     (or, where that failed, of the first arm that did not): a difference that lies inside it is none.
 
     state: asked once after the last round, while the GPU still works (timing.state.gpu_state).
@@ -179,12 +177,12 @@ def measure(
     gpu.release()
 
     timed = {name: values for name, values in seconds.items() if name not in lost}
-    outcomes = {name: lost.get(name) or _outcome(timed[name], timed.get(baseline)) for name in names}
+    outcomes = {name: lost.get(name) or Outcome(Status.OK, seconds=spread(timed[name])) for name in names}
     pair = [timed.get(noise_of or ""), timed.get(f"{noise_of}{AGAIN}")]
     noise = ratios(*pair) if all(pair) else None
     rounds = max((len(values) for values in timed.values()), default=0)
     samples = {name: timed[name] for name in names if name in timed}
-    return Measurement(outcomes, samples, rounds, laps, noise, noise_of if noise else None, facts)
+    return Measurement(outcomes, samples, rounds, laps, noise, facts)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -192,17 +190,15 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Percentiles of above / below, round by round."""
+    """Percentiles over rounds of the ratio of two times of one round, not the ratio of percentiles: the clock that both
+    share in a round cancels (where it varies by 3 to 30 %, the median so errs 1.4 to 3.3 times less in 10 to 50
+    rounds), and p10 and p90 say how far the ratio itself can be trusted."""
     return spread(np.divide(above, below))
 
 
 def replays_for(graph_s: float, wanted_s: float) -> int:
     """Replays of a graph of that duration that fill the wanted time, 1 to 500."""
     return max(1, min(math.ceil(wanted_s / max(graph_s, 1e-9)), MAX_REPLAYS))
-
-
-def _outcome(seconds: list[float], baseline: list[float] | None) -> Outcome:
-    return Outcome(Status.OK, "", spread(seconds), ratios(baseline, seconds) if baseline else None)
 
 
 def _prepare(arm: Arm, gpu: Cuda, copies: int, laps: int, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:

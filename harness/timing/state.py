@@ -50,9 +50,8 @@ def gpu_state(gpu: str = "0", run: Run | None = None) -> dict[str, Any]:
         if len(values) != len(FIELDS) + 1:
             error = f"nvidia-smi answered {text.strip()[:200]!r}"
             continue
-        return {**{column: _number(v) for column, v in zip(FIELDS.values(), values[:-1], strict=True)}} | {
-            "slowed_by": reason_words(values[-1])
-        }
+        numbers = {column: _number(value) for column, value in zip(FIELDS.values(), values[:-1], strict=True)}
+        return numbers | {"slowed_by": reason_words(values[-1])}
     return {"unknown": error}
 
 

@@ -19,22 +19,15 @@ from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
 from castpoint.harness.runs.settings import Settings
-from castpoint.harness.timing.cpu import (
-    Ceilings,
-    interleaved_times,
-    keep_freed_memory,
-    measure_ceilings,
-    rotating,
-    work_of,
-)
+from castpoint.harness.timing import cpu, limits
+from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda
-from castpoint.harness.timing.limits import ceilings as gpu_ceilings
 from castpoint.harness.timing.outputs import bits_differ, values_differ
-from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure, spread
+from castpoint.harness.timing.rig import Arm, Outcome, as_stored, laps_for, measure, spread, stored_weights
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.eager import eager, plan_weight
+from castpoint.variants.eager import eager
 from castpoint.variants.problem import Problem
 
 
@@ -48,6 +41,7 @@ class Timed(NamedTuple):
         return f"{self.plan}/{self.backend}"
 
 
+OWN_BACKENDS = (Backend.TRITON, Backend.TRITON_SEPARATE)
 BASELINE, COMPILED = Timed("hf", Backend.EAGER), Timed("hf", Backend.COMPILED_EAGER)
 
 
@@ -58,12 +52,12 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     if not todo:
         return
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
-    keep_freed_memory()
+    cpu.keep_freed_memory()
     gpu = Cuda() if s.device == "cuda" else None
-    ceilings = measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
+    ceilings = cpu.measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
-    weights = {name: _stored_weights(plan_named(name), problems) for name in s.plans}
+    weights = {name: stored_weights(plan_named(name), problems) for name in s.plans}
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
@@ -75,11 +69,11 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         fit = {arm: call for arm, call in arms.items() if arm not in red}
         outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
         for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
-            _add_speed(records, s, arm, at, outcomes, ceilings)
+            records.add(_speed_row(s, arm, at, outcomes, ceilings))
 
 
 def _gpu_ceilings(gpu: Cuda) -> Ceilings:
-    found = gpu_ceilings(gpu)
+    found = limits.ceilings(gpu)
     if found["reason"]:
         raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
     return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
@@ -92,60 +86,41 @@ def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Set
     for name, call in track(list(arms.items()), "compiling"):
         try:
             call(0)
-            ready[name] = rotating(call, turn)
+            ready[name] = cpu.rotating(call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
             outcomes[name] = Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
-    times = interleaved_times(ready, s.speed_budget_s)
+    times = cpu.interleaved_times(ready, s.speed_budget_s)
     return outcomes | {name: Outcome(Status.OK, seconds=spread(values)) for name, values in times.items()}
 
 
 def _timed_on_gpu(
     arms: dict[Timed, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
 ) -> dict[Timed, Outcome]:
-    own = (Backend.TRITON, Backend.TRITON_SEPARATE)
-    listed = [Arm(str(arm), call, bits_differ if arm.backend in own else values_differ) for arm, call in arms.items()]
+    differs = {arm: bits_differ if arm.backend in OWN_BACKENDS else values_differ for arm in arms}
+    listed = [Arm(str(arm), call, differs[arm]) for arm, call in arms.items()]
     laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
     found = measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
     return {arm: found[str(arm)] for arm in arms}
 
 
-def _add_speed(
-    records: Records,
-    s: Settings,
-    arm: Timed,
-    problems: list[Problem],
-    outcomes: dict[Timed, Outcome],
-    ceilings: Ceilings,
-) -> None:
+def _speed_row(
+    s: Settings, arm: Timed, problems: list[Problem], outcomes: dict[Timed, Outcome], ceilings: Ceilings
+) -> SpeedRow:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
     problem, outcome = problems[0], outcomes[arm]
     row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **arm._asdict()}
     rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
-    row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + (
-        ", CUDA graph" if s.device == "cuda" else ""
-    )
-    row |= dataclasses.asdict(work_of(problem))
+    row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + ", CUDA graph" * (s.device == "cuda")
+    row |= dataclasses.asdict(cpu.work_of(problem))
     if outcome.seconds is None:
-        records.add(SpeedRow(**row, status=outcome.status, reason=outcome.reason))
-        return
+        return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
     p50 = outcome.seconds.p50
     row |= {f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()}
     row |= {"gbps": row["bytes"] / p50 / 1e9, "tflops": row["flops"] / p50 / 1e12}
     baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
     row |= {c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds}
-    records.add(SpeedRow(**row, roofline_share=ceilings.floor_s(problem) / p50))
-
-
-def _stored_weights(plan: CastPlan, problems: list[Problem]) -> list[Tensor]:
-    """The QKV weight of every problem as the plan stores it: folded where it folds, else the problem's own tensor."""
-    return [plan_weight(plan, _as_stored(plan, p)) for p in problems]
-
-
-def _as_stored(plan: CastPlan, problem: Problem) -> Problem:
-    """The problem with its norm weights read as the plan reads them: the time of a plan does not depend on values."""
-    offset = plan.weight_offset != "none"
-    return problem if problem.weight_offset == offset else problem.replace(weight_offset=offset)
+    return SpeedRow(**row, roofline_share=ceilings.floor_s(problem) / p50)
 
 
 def _speed_arms(
@@ -155,21 +130,15 @@ def _speed_arms(
     yield BASELINE, lambda i: eager(problems[i])
     yield COMPILED, lambda i: compiled_eager()(problems[i])
     for name in s.plans:
-        plan = plan_named(name)
-        own = [_as_stored(plan, p) for p in problems]
-        if s.device == "cpu":  # where Triton would run interpreted
-            yield Timed(name, Backend.INDUCTOR), partial(_inductor_call, plan, own, weights[name])
-        else:
-            yield Timed(name, Backend.TRITON), partial(_triton_call, plan, own, weights[name], separate=False)
-            yield Timed(name, Backend.TRITON_SEPARATE), partial(_triton_call, plan, own, weights[name], separate=True)
+        for backend in OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,):  # Triton would run interpreted
+            plan = plan_named(name)
+            yield Timed(name, backend), partial(_own_call, plan, backend, as_stored(plan, problems), weights[name])
 
 
-def _inductor_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int) -> object:
-    return compiled_plan(plan)(problems[i], weights[i])
-
-
-def _triton_call(plan: Any, problems: list[Problem], weights: list[Tensor], i: int, *, separate: bool) -> object:
-    return run_triton(plan, problems[i], qkv_weight=weights[i], separate=separate)
+def _own_call(plan: CastPlan, backend: Backend, problems: list[Problem], weights: list[Tensor], i: int) -> object:
+    if backend == Backend.INDUCTOR:
+        return compiled_plan(plan)(problems[i], weights[i])
+    return run_triton(plan, problems[i], qkv_weight=weights[i], separate=backend == Backend.TRITON_SEPARATE)
 
 
 def _rotation(problems: list[Problem], device: str) -> list[Problem]:

@@ -141,11 +141,11 @@ def test_every_rounding_of_every_plan_moves_its_outputs() -> None:
 def test_the_measures_are_those_of_the_tables() -> None:
     problem = small()
     exact, chain = truth(problem), spec(plan_named("hf"), problem)
-    measured = squared_errors(problem, chain.q, chain.k, reference=exact, exact=exact)
+    measured = squared_errors(chain.q, chain.k, exact)
     assert measured["k_rel_ms"] == pytest.approx(error_stats(actual=chain.k, reference=exact.k).rel_rms ** 2, rel=1e-12)
     table = amplification(problem, chain, exact)
     assert measured["logit_ms"] == pytest.approx(table["logit_rms_error"] ** 2, rel=1e-12)
-    assert squared_errors(problem, exact.q, exact.k, reference=exact, exact=exact) == dict.fromkeys(MEASURES, 0.0)
+    assert squared_errors(exact.q, exact.k, exact) == dict.fromkeys(MEASURES, 0.0)
 
 
 def brute_force(plan: CastPlan, problem: Problem) -> dict[str, dict[str, float]]:

@@ -38,8 +38,7 @@ def test_our_own_loop_is_asked_for_wherever_a_candidate_runs_it():
 
 def sweep_own_loop(folder: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], records=None) -> dict:
     """Rows of one point, with the tiles of a larger one, by arm. Without the check on drawn weights, for its time."""
-    for module in (grid, arms):
-        monkeypatch.setattr(module, "loop_tiles", lambda point: TILES)
+    monkeypatch.setattr(grid, "loop_tiles", lambda point: TILES)
     monkeypatch.setattr(grid, "PLANS", {"one-rounding": PLANS["one-rounding"]})
     monkeypatch.setattr(gpu_checks, "AGAINST_SPEC", (Check.EXACT,))
     sweep_gpu([Point("tiny", 4)], records or records_in(folder), seconds_by(times))

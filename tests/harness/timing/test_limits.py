@@ -87,7 +87,7 @@ def test_ceilings_of_a_scripted_gpu():
     weights = [torch.randn(64, 64).to(torch.bfloat16).roll(i, 1) for i in range(COPIES)]
     assert [arm.name for arm in read_arms(weights)] == [f"read {block}" for block in READ_BLOCKS]
     assert read_ceiling(FakeCuda(), weights)["bytes_per_s"] == pytest.approx(8192 / 1e-5)
-    found = ceilings(FakeCuda(), copy_bytes=1024, size=8, device="cpu")
+    found = ceilings(FakeCuda(), copy_bytes=1024, size=8)
     assert found == pytest.approx({"copy_bytes_per_s": 2048 / 1e-5, "bf16_flops_per_s": 1024 / 1e-5, "reason": ""})
 
 
@@ -105,7 +105,7 @@ def test_a_ceiling_without_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch):
         raise torch.OutOfMemoryError("2 GiB")
 
     monkeypatch.setattr(rig_limits, "_copy", no_memory)
-    found = ceilings(FakeCuda(), size=8, device="cpu")
+    found = ceilings(FakeCuda(), size=8)
     assert found["copy_bytes_per_s"] is None and found["bf16_flops_per_s"]
     assert found["reason"] == "out of memory: 2 GiB"
 

@@ -81,10 +81,10 @@ def test_without_poison_nobody_would_know(fault: type[Fake], monkeypatch: pytest
     assert run([*arms("a"), Arm("bad", fault("bad"))]).outcomes["bad"].status == "ok"
 
 
-def test_a_red_baseline_takes_its_speedups_along_and_nothing_else():
+def test_a_red_baseline_takes_its_samples_along_and_nothing_else():
     measured = run([Arm("a", Changing("a")), *arms("b")])
     assert measured.outcomes["a"].status == "red"
-    assert measured.outcomes["b"].seconds and measured.outcomes["b"].speedup is None
+    assert measured.outcomes["b"].seconds and list(measured.samples) == ["b"]
 
 
 def test_outputs_that_do_not_hold_still_may_have_a_criterion_of_their_own():
@@ -159,19 +159,18 @@ def test_failures_are_reasons_and_the_others_go_on():
         "timed": ("failed", "RuntimeError: launch failed"),
         "b": ("ok", ""),
     }
-    assert measured.outcomes["b"].speedup.p50 == 1.0
+    assert rig.ratios(measured.samples["a"], measured.samples["b"]).p50 == 1.0
     assert gpu.released >= 3, "what a failed arm held is given back before the next"
 
 
 def test_without_its_baseline_the_noise_floor_is_that_of_the_first_arm_left():
     measured = run(arms("b", a={"fails": RuntimeError("no")}))
-    assert measured.noise_of == "b" and measured.noise == rig.Spread(1.0, 1.0, 1.0)
-    assert measured.outcomes["b"].speedup is None
+    assert measured.noise == rig.Spread(1.0, 1.0, 1.0) and list(measured.samples) == ["b"]
 
 
 def test_nothing_runs():
     measured = run(arms(a={"fails": RuntimeError("no")}))
-    assert measured.rounds == 0 and measured.noise is None and measured.noise_of is None
+    assert measured.rounds == 0 and measured.noise is None
     assert measured.outcomes["a"].status == "failed"
 
 
