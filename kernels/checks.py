@@ -12,19 +12,10 @@ from .plan import CastPlan
 
 
 def check_inputs(
-    x: Tensor,
-    norm_weight: Tensor,
-    qkv_weight: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    positions: Tensor | None = None,
-    cos_sin_cache: Tensor | None = None,
-) -> None:
+    x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, num_q_heads: int, num_kv_heads: int,
+    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    eps: float, positions: Tensor | None, cos_sin_cache: Tensor | None,
+) -> None:  # fmt: skip
     """Raises ValueError unless shapes, dtypes, devices, heads and eps fit together. Reads no element."""
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be [tokens, hidden size], not {list(x.shape)}")
@@ -66,20 +57,16 @@ def check_rope(
     if positions is None or cos_sin_cache is None:
         return
     if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(
-            "RoPE cuts a tile that holds one head into halves: the head size must be 16, 32, 64 and so on, not "
-            f"{head_dim}"
-        )
+        right = "the head size must be 16, 32, 64 and so on"
+        raise ValueError(f"RoPE cuts a tile that holds one head into halves: {right}, not {head_dim}")
     check_tensor("positions", positions, [tokens], like=like, dtype=torch.int64)
     rows = cos_sin_cache.shape[0] if cos_sin_cache.ndim == 2 else "positions"
     if cos_sin_cache.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"cos_sin_cache must be torch.float32 or torch.bfloat16, not {cos_sin_cache.dtype}")
     check_tensor("cos_sin_cache", cos_sin_cache, [rows, head_dim], like=like, dtype=cos_sin_cache.dtype)
     if not cos_sin_cache.is_contiguous():
-        raise ValueError(
-            f"cos_sin_cache must be contiguous, cos in the first half of each row, not of strides "
-            f"{cos_sin_cache.stride()}"
-        )
+        right = "contiguous, cos in the first half of each row"
+        raise ValueError(f"cos_sin_cache must be {right}, not of strides {cos_sin_cache.stride()}")
 
 
 def check_plan(plan: CastPlan) -> None:

@@ -40,21 +40,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, allowed in (("kernel", KERNELS), ("prepass", PREPASSES), ("num_warps", (1, 2, 4, 8, 16))):
-            if getattr(self, name) not in allowed:
-                words = ", ".join(map(str, allowed))
-                raise ValueError(f"{name} must be one of {words}, not {getattr(self, name)!r}")
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         for name in ("block_m", "block_k"):
-            if getattr(self, name) < 16 or getattr(self, name) & (getattr(self, name) - 1):
-                raise ValueError(f"{name} must be a power of two of at least 16, not {getattr(self, name)}")
+            if (value := getattr(self, name)) < 16 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, not {value}")
         for name in ("num_stages", "splits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.splits > 1 and self.kernel != "split-k":
             raise ValueError(f"only kernel='split-k' divides D: kernel={self.kernel!r} needs splits=1")
         if self.prepass != "none" and self.kernel == "separate":
-            raise ValueError(
-                f"kernel='separate' always stores hidden first: prepass must be 'none', not {self.prepass!r}"
-            )
+            wrong = f"prepass must be 'none', not {self.prepass!r}"
+            raise ValueError(f"kernel='separate' always stores hidden first: {wrong}")
 
     def __str__(self) -> str:
         if self.kernel == "separate":
@@ -114,23 +112,22 @@ def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tupl
     three stages.
     """
     narrow = head_block(head_dim) < 256  # heads of 256 halve the step, so that a stage of W keeps its 16 or 32 KiB
+    long, short, few = (128, 64, 4) if narrow else (64, 32, 8)  # steps, and warps of a tile of few tokens
     if tokens > 128:
         found = [
-            Config("fused", "hidden", 128, 64 if narrow else 32, 8, 4),
-            Config("fused", "hidden", 128, 64 if narrow else 32, 8, 3),
-            Config("fused", "hidden", 128, 128 if narrow else 64, 8, 3),
-            Config("fused", "hidden", 64, 64 if narrow else 32, 4 if narrow else 8, 4),
-            Config("fused", "rstd", 128, 64 if narrow else 32, 8, 3),
-            Config("fused", "rstd", 64, 64 if narrow else 32, 4 if narrow else 8, 3),
+            Config("fused", "hidden", 128, short, 8, 4),
+            Config("fused", "hidden", 128, short, 8, 3),
+            Config("fused", "hidden", 128, long, 8, 3),
+            Config("fused", "hidden", 64, short, few, 4),
+            Config("fused", "rstd", 128, short, 8, 3),
+            Config("fused", "rstd", 64, short, few, 3),
         ]
         if triton.cdiv(tokens, 128) * heads < PROCESSORS:
-            block_k = 64 if narrow else 32
-            splits = split_shares(tokens, hidden_size, heads, 64, block_k, 2 * PROCESSORS)
-            found.append(Config("split-k", "hidden", 64, block_k, 4 if narrow else 8, 4, splits))
+            splits = split_shares(tokens, hidden_size, heads, 64, short, 2 * PROCESSORS)
+            found.append(Config("split-k", "hidden", 64, short, few, 4, splits))
         return (*found, Config("separate"))
     block_m = min(64, max(16, triton.next_power_of_2(tokens)))
-    long, short = (128, 64) if narrow else (64, 32)
-    warps = 4 if narrow and block_m < 64 else 8
+    warps = few if block_m < 64 else 8
     found = []
     for block_k, num_warps, stages, programs in (
         (long, 8, 4, PROCESSORS),
@@ -143,7 +140,7 @@ def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tupl
     splits = split_shares(tokens, hidden_size, heads, block_m, long, 2 * PROCESSORS)
     found.append(Config("split-k", "hidden", block_m, long, 8, 3, splits))
     if block_m == 64:
-        found.append(Config("fused", "hidden", 64, short, 4 if narrow else 8, 4))
+        found.append(Config("fused", "hidden", 64, short, few, 4))
     else:
         found.append(Config("split-k", "rstd", block_m, long, 8, 3, splits))
     return (*dict.fromkeys(found), Config("separate"))

@@ -115,15 +115,9 @@ def head_norm_kernel(
 
 
 def head_norm(
-    proj: Tensor,
-    weight: Tensor | None,
-    eps: float = 1e-6,
-    positions: Tensor | None = None,
-    cos_sin_cache: Tensor | None = None,
-    *,
-    plan: CastPlan = DEFAULT,
-    out: Tensor | None = None,
-) -> Tensor:
+    proj: Tensor, weight: Tensor | None, eps: float = 1e-6, positions: Tensor | None = None,
+    cos_sin_cache: Tensor | None = None, *, plan: CastPlan = DEFAULT, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """RMSNorm of every head of proj [T, H, Dh] (bf16 or fp32, last dimension contiguous), and RoPE.
 
     weight [Dh] bf16, or None: no norm. positions [T] int64 and cos_sin_cache [positions, Dh] fp32 or bf16, as
@@ -149,15 +143,9 @@ def head_norm(
 
 
 def launch_head_norm(
-    proj: Tensor,
-    weight: Tensor | None,
-    out: Tensor,
-    plan: CastPlan,
-    eps: float,
-    rope: tuple[Tensor | None, Tensor | None],
-    k_weight: Tensor | None = None,
-    k_out: Tensor | None = None,
-) -> None:
+    proj: Tensor, weight: Tensor | None, out: Tensor, plan: CastPlan, eps: float,
+    rope: tuple[Tensor | None, Tensor | None], k_weight: Tensor | None = None, k_out: Tensor | None = None,
+) -> None:  # fmt: skip
     """head_norm of proj [T, H, Dh] without its checks; with k_out, q's and k's heads in one launch.
 
     Weights and positions are contiguous. rope: positions and cos_sin_cache, or two None. out [T, Hq, Dh] takes the
@@ -167,24 +155,11 @@ def launch_head_norm(
     if tokens == 0:
         return
     head_norm_kernel[(triton.cdiv(tokens, BLOCK_M), heads)](
-        proj,
-        weight,
-        *rope,
-        out,
-        k_weight,
-        k_out,
-        tokens,
-        out.shape[1],
-        float(eps),
-        *proj.stride()[:2],
-        *out.stride()[:2],
-        *(out if k_out is None else k_out).stride()[:2],
-        PLAN=words(plan),
-        DH=head_dim,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=triton.next_power_of_2(head_dim),
+        proj, weight, *rope, out, k_weight, k_out, tokens, out.shape[1], float(eps),
+        *proj.stride()[:2], *out.stride()[:2], *(out if k_out is None else k_out).stride()[:2],
+        PLAN=words(plan), DH=head_dim, BLOCK_M=BLOCK_M, BLOCK_N=triton.next_power_of_2(head_dim),
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
 
 
 def check_device(name: str, tensor: Tensor, kernel: object) -> bool:

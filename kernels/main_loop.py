@@ -66,18 +66,8 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
     if tokens == 0:
         return out
     matmul_kernel[(triton.cdiv(tokens, config.block_m), rows // head_dim)](
-        hidden,
-        weight,
-        out,
-        tokens,
-        hidden_size,
-        *hidden.stride(),
-        *weight.stride(),
-        out.stride(0),
-        PLAN=words(DEFAULT),
-        DH=head_dim,
-        INTERPRETED=interpreted,
-        **launch_blocks(config, head_dim, interpreted),
-        enable_fp_fusion=False,
-    )
+        hidden, weight, out, tokens, hidden_size, *hidden.stride(), *weight.stride(), out.stride(0),
+        PLAN=words(DEFAULT), DH=head_dim, INTERPRETED=interpreted,
+        **launch_blocks(config, head_dim, interpreted), enable_fp_fusion=False,
+    )  # fmt: skip
     return out

@@ -66,14 +66,9 @@ def row_blocks(hidden_size: int, interpreted: bool) -> dict[str, int]:
 
 
 def launch_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    hidden: Tensor | None,
-    rstd: Tensor | None,
-    plan: CastPlan,
-    eps: float,
-) -> None:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, hidden: Tensor | None, rstd: Tensor | None,
+    plan: CastPlan, eps: float,
+) -> None:  # fmt: skip
     """Writes hidden [T, D] bf16 and rstd [T] fp32, both contiguous, where given. x and residual [T, D], any strides.
 
     plan: one under which hidden is a bf16 value, where it is given.
@@ -81,17 +76,7 @@ def launch_rms_norm(
     tokens, hidden_size = x.shape
     blocks = row_blocks(hidden_size, interpreted=not isinstance(rms_norm_kernel, triton.JITFunction))
     rms_norm_kernel[(triton.cdiv(tokens, blocks["BLOCK_M"]),)](
-        x,
-        residual,
-        norm_weight,
-        hidden,
-        rstd,
-        tokens,
-        hidden_size,
-        float(eps),
-        *x.stride(),
-        *(x if residual is None else residual).stride(),
-        PLAN=words(plan),
-        **blocks,
-        enable_fp_fusion=False,
-    )
+        x, residual, norm_weight, hidden, rstd, tokens, hidden_size, float(eps),
+        *x.stride(), *(x if residual is None else residual).stride(),
+        PLAN=words(plan), **blocks, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -30,19 +30,10 @@ def fp32_sums(device: torch.device) -> Iterator[None]:
 
 
 def launch_separate(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    qkv_weight: Tensor,
-    bias: Tensor | None,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
-    rope: tuple[Tensor | None, Tensor | None],
-    outputs: tuple[Tensor, Tensor, Tensor],
-    packed: Tensor | None,
-    plan: CastPlan,
-    eps: float,
-) -> None:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, qkv_weight: Tensor, bias: Tensor | None,
+    q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, rope: tuple[Tensor | None, Tensor | None],
+    outputs: tuple[Tensor, Tensor, Tensor], packed: Tensor | None, plan: CastPlan, eps: float,
+) -> None:  # fmt: skip
     """norm_qkv's launch of three kernels. packed [T, Hq + 2 Hkv, Dh] bf16 where outputs are its parts: cuBLAS writes
     there, q and k are normed in place and v is done. None: proj has memory of its own, and v is copied."""
     heads = tuple(out.shape[1] for out in outputs)

@@ -142,15 +142,8 @@ def launch_split_k(
     cells = grid[0] * heads
     squares = torch.empty(cells * config.splits * block_m, dtype=torch.float32, device=device)
     sums = torch.empty(squares.numel() * constants["BLOCK_N"], dtype=torch.float32, device=device)
+    counter = counters(device, max(COUNTERS, triton.next_power_of_2(cells)))
     split_k_kernel[grid](
-        *tensors,
-        sums,
-        squares,
-        counters(device, max(COUNTERS, triton.next_power_of_2(cells))),
-        *numbers,
-        **constants,
-        **statistics_blocks(tokens, block_m),
-        STAGES=config.num_stages,
-        TOGETHER=TOGETHER,
-        enable_fp_fusion=False,
-    )
+        *tensors, sums, squares, counter, *numbers, **constants, **statistics_blocks(tokens, block_m),
+        STAGES=config.num_stages, TOGETHER=TOGETHER, enable_fp_fusion=False,
+    )  # fmt: skip

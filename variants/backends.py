@@ -22,14 +22,9 @@ BACKENDS = ("spec", "eager", "triton", "triton-separate", "inductor")
 
 
 def run_triton(
-    plan: CastPlan,
-    problem: Problem,
-    *,
-    qkv_weight: Tensor | None = None,
-    separate: bool = False,
-    config: Config | None = None,
-    out: Outputs | None = None,
-) -> Outputs:
+    plan: CastPlan, problem: Problem, *, qkv_weight: Tensor | None = None, separate: bool = False,
+    config: Config | None = None, out: Outputs | None = None,
+) -> Outputs:  # fmt: skip
     """q, k, v of the Triton kernels: compiled on a GPU, interpreted on a CPU.
 
     qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own.

@@ -28,8 +28,7 @@ FP32 = CastPlan(hidden=KEEP, matmul="fp32")
 
 PLANS: dict[str, NamedPlan] = {
     "hf": NamedPlan(
-        HF,
-        "two roundings a norm: Hugging Face Qwen3, Qwen2, Llama run eagerly, Liger `llama`; by source vLLM in CUDA",
+        HF, "two roundings a norm: Hugging Face Qwen3, Qwen2, Llama run eagerly, Liger `llama`; by source vLLM in CUDA"
     ),
     "one-rounding": NamedPlan(
         ONE_ROUNDING,

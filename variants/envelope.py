@@ -64,9 +64,8 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
 
     q, k, v = zip(*(p.split_heads(end) for end in proj), strict=True)
     if weights := p.head_weights:
-        q, k = (
-            _head_norm(value, applied_weight(w, plan), plan, p.eps) for value, w in zip((q, k), weights, strict=True)
-        )
+        w_q, w_k = (applied_weight(weight, plan) for weight in weights)
+        q, k = _head_norm(q, w_q, plan, p.eps), _head_norm(k, w_k, plan, p.eps)
     if p.positions is not None:
         q, k = _rotated(q, p, plan), _rotated(k, p, plan)
     return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}

@@ -108,11 +108,7 @@ def matmul_operand(hidden: Tensor, plan: CastPlan) -> Tensor:
 
 
 def rotated(
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    plan: CastPlan,
-    store: Callable[[Tensor, str], Tensor] = store,
+    value: Tensor, cos: Tensor, sin: Tensor, plan: CastPlan, store: Callable[[Tensor, str], Tensor] = store
 ) -> Tensor:
     """q or k [T, H, Dh] float64 after RoPE, not yet rounded as `out`; cos, sin [T, 1, Dh] as the plan holds them."""
     return store(value * cos, plan.products) + store(rotate_half(value) * sin, plan.products)
@@ -156,9 +152,8 @@ def _chain(
     head_rstd = head_normed = None
     if weights := problem.head_weights:
         qk = torch.cat([q, k], dim=1)
-        head_rstd = store(
-            (store(_mean_of_squares(qk, plan, store), plan.variance) + problem.eps).rsqrt(), plan.head_rstd
-        )
+        head_variance = store(_mean_of_squares(qk, plan, store), plan.variance)
+        head_rstd = store((head_variance + problem.eps).rsqrt(), plan.head_rstd)
         head_normed = store(qk * head_rstd, plan.head_normed)
         q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
         q, k = (value * applied(weight) for value, weight in zip((q, k), weights, strict=True))

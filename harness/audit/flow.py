@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from castpoint.harness.audit.graph import Node
+from castpoint.harness.audit.graph import Node, reached
 from castpoint.harness.audit.roundings import BF16, TF32, Rounding, rounded_bits, rounding_operations
 from castpoint.harness.audit.ttir import pointer_name, ttir_graph, types_of, width
 
@@ -194,9 +194,7 @@ class Flow:
         if node.op in ("arith.divf", "tt.precise_divf"):
             if "scalar" in second:
                 return renamed(first, sum="variance")
-            if "scalar" in first:
-                return renamed(second, root="rstd")
-            return renamed(second, root="normed")
+            return renamed(second, root="rstd" if "scalar" in first else "normed")
         return ""
 
     def _product(self, node: Node, first: frozenset[str], second: frozenset[str]) -> str:
@@ -221,18 +219,13 @@ class Flow:
 
     def _pointers(self, node: Node | int) -> set[str]:
         """Names of the pointers from which a value was loaded, however long ago."""
-        found, seen, todo = set(), set(), [node]
-        while todo:
-            each = todo.pop()
-            if isinstance(each, Node) and each not in seen:
-                seen.add(each)
-                if each.op in LOADS:
-                    name = pointer_name(each)
-                    todo += self.stored.get(name, [])
-                    found |= ROWS if self.given.get(name) == "rstd" else set() if name in self.stored else {name}
-                else:
-                    todo += each.args
-        return found
+        starts = [node] if isinstance(node, Node) else []
+        come_from = reached(
+            starts, lambda each: self.stored.get(pointer_name(each), []) if each.op in LOADS else each.args
+        )
+        names = {pointer_name(each) for each in come_from if each.op in LOADS} - self.stored.keys()
+        rstd = {name for name in names if self.given.get(name) == "rstd"}
+        return names - rstd | (ROWS if rstd else set())
 
 
 def added(one: frozenset[str], other: frozenset[str]) -> str:

@@ -10,14 +10,12 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from castpoint.harness.audit.amd import amdgcn_graph
 from castpoint.harness.audit.flow import Flow
-from castpoint.harness.audit.graph import Node, origins, spot
-from castpoint.harness.audit.kernels import COLUMNS, Row, check_target, examine, reason
-from castpoint.harness.audit.machine import compare_machine, fused, sites_of
-from castpoint.harness.audit.ptx import ptx_graph
+from castpoint.harness.audit.graph import Node, origins
+from castpoint.harness.audit.kernels import COLUMNS, Row, check_target, examine, machine_graph, reason
+from castpoint.harness.audit.machine import compare_machine, fused, fusion_faults, sites_of
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
-from castpoint.harness.compiled.compile import TARGETS, Compiled, check_compilable, resources
+from castpoint.harness.compiled.compile import check_compilable, compile_source
 from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.runs.errors import UserError
 
@@ -54,25 +52,22 @@ def audit_foreign(
     names = {"target": target, "kernel": module_function, "plan": "", "keywords": " ".join([signature, *constants])}
     row = dict.fromkeys(COLUMNS) | names
     try:
-        built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": fp_fusion})
+        compiled = compile_source(module_function, target, source, {**options, "enable_fp_fusion": fp_fusion})
     except Exception as error:  # a compiler fails in its own ways
         return row | {"status": "failed", "reason": reason(error)}
-    asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
-    binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
-    compiled = Compiled(module_function, target, asm, binary, built.metadata.shared, *resources(asm, binary))
-    flow = Flow(INSTRUCTIONS.sub(f"{ASSEMBLY} ", asm["ttir"]))
+    flow = Flow(INSTRUCTIONS.sub(f"{ASSEMBLY} ", compiled.asm["ttir"]))
     found, faults = examine(compiled, flow, {}, fp_fusion)
-    status, said = "red" if faults else "reported", faults
-    if any(node.op == ASSEMBLY for node in flow.nodes):
-        faults = faults_beside_assembly(asm, flow, fp_fusion)
-        status, said = "red" if faults else "reported", [*faults, NOT_JUDGED]
-    return row | found | {"status": status, "reason": "; ".join(said), "declared": ""}
+    assembly = any(node.op == ASSEMBLY for node in flow.nodes)
+    if assembly:
+        faults = faults_beside_assembly(compiled.asm, flow, fp_fusion)
+    said = [*faults, NOT_JUDGED] if assembly else faults
+    return row | found | {"status": "red" if faults else "reported", "reason": "; ".join(said), "declared": ""}
 
 
 def faults_beside_assembly(asm: dict[str, str], flow: Flow, fp_fusion: bool) -> list[str]:
     """The faults that examine finds, but for roundings and multiply-adds inside inline assembly, and roundings of what
     it computes: which instructions assembly has is its own business, and TTIR knows the type of its result alone."""
-    nodes = ptx_graph(asm["ptx"]) if "ptx" in asm else amdgcn_graph(asm["amdgcn"])
+    nodes = machine_graph(asm)
     inside = {node.place for node in flow.nodes if node.op == ASSEMBLY}
     blind, sites = set(inside), []
     for site in sites_of(flow, {}):
@@ -87,10 +82,7 @@ def faults_beside_assembly(asm: dict[str, str], flow: Flow, fp_fusion: bool) -> 
 
     _, faults = compare_machine(sites, nodes, [each for each in machine_roundings(nodes) if is_judged(each)])
     extra = [node for node in fused(flow, nodes)[0] if node.place not in inside]
-    if extra and not fp_fusion:
-        where = spot(max(node.place for node in extra))
-        faults.append(f"machine code: multiply-adds fused that TTIR has apart: {len(extra)}, {where}")
-    return faults
+    return faults if fp_fusion else faults + fusion_faults(extra)
 
 
 def imported(module_function: str) -> triton.JITFunction:
@@ -124,14 +116,12 @@ def foreign_source(
     if len(types) != len(names):
         raise UserError(f"{fn.__name__} needs {len(names)} types, for {', '.join(names)}; {len(types)} are given")
     if wrong := [each for each in types if not TYPE.fullmatch(each)]:
-        raise UserError(
-            f"unknown type {wrong[0]!r}: types are written like *bf16, *fp32, i32, fp32, with :16 for divisible"
-        )
-    kinds = dict(zip(names, (each.removesuffix(":16") for each in types), strict=True))
-    divisible = {name for name, each in zip(names, types, strict=True) if each.endswith(":16")}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in divisible}
-    source = ASTSource(fn, {name: kinds.get(name, "constexpr") for name in fn.arg_names}, values, attrs)
-    return source, options
+        like = "*bf16, *fp32, i32, fp32, with :16 for divisible"
+        raise UserError(f"unknown type {wrong[0]!r}: types are written like {like}")
+    kinds = dict.fromkeys(fn.arg_names, "constexpr") | dict(zip(names, types, strict=True))
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.endswith(":16")}
+    signature_of = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
+    return ASTSource(fn, signature_of, values, attrs), options
 
 
 def parsed_constant(text: str) -> tuple[str, Any]:

@@ -6,11 +6,13 @@ operands. Control flow is a merge of values (`phi`), and memory, shared memory t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 # Where an operation was written: file:line:column of it, and of the call that inlined it.
 Place = tuple[str, str]
 NOWHERE: Place = ("", "")
+MERGES = ("phi", "part", "pack")  # operations that hand a value on, whole or a part of it
 
 
 @dataclass(eq=False)
@@ -44,14 +46,18 @@ def spot(place: Place) -> str:
     return f"at {place[0].rpartition(':')[0]}" if place[0] else "its place lost"
 
 
-def origins(node: Node) -> set[Node]:
-    """The values that node is merged of or a part of: itself where it is neither."""
-    found, seen, todo = set(), set(), [node]
+def reached(starts: Iterable[Node], step: Callable[[Node], Iterable[Node | int]]) -> set[Node]:
+    """These nodes, and every one to which step leads from one of them."""
+    todo = list(starts)
+    found = set(todo)
     while todo:
-        each = todo.pop()
-        if each.op in ("phi", "part", "pack"):
-            todo += [arg for arg in each.args if isinstance(arg, Node) and arg not in seen]
-            seen |= {arg for arg in each.args if isinstance(arg, Node)}
-        else:
-            found.add(each)
+        new = {each for each in step(todo.pop()) if isinstance(each, Node)} - found
+        found |= new
+        todo += new
     return found
+
+
+def origins(node: Node, passed: tuple[str, ...] = MERGES) -> set[Node]:
+    """The values that node is merged of or a part of, or made of by these operations: itself where it is not."""
+    found = reached([node], lambda each: each.args if each.op in passed else ())
+    return {each for each in found if each.op not in passed}

@@ -31,8 +31,8 @@ from typing import Any
 
 from castpoint.harness.audit.amd import amdgcn_graph
 from castpoint.harness.audit.flow import Flow
-from castpoint.harness.audit.graph import NOWHERE, spot
-from castpoint.harness.audit.machine import compare_machine, fused, sites_of
+from castpoint.harness.audit.graph import NOWHERE, Node
+from castpoint.harness.audit.machine import compare_machine, fused, fusion_faults, sites_of
 from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_of, resource_faults
 from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
@@ -60,13 +60,11 @@ def examine(
     """
     if all(node.place == NOWHERE for node in flow.nodes):
         raise UserError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
-    nodes = ptx_graph(compiled.asm["ptx"]) if "ptx" in compiled.asm else amdgcn_graph(compiled.asm["amdgcn"])
+    nodes = machine_graph(compiled.asm)
     sites = sites_of(flow, names)
     counts, faults = compare_machine(sites, nodes, machine_roundings(nodes))
     extra, asked = fused(flow, nodes)
-    if extra and not fp_fusion:
-        where = spot(max(node.place for node in extra))
-        faults.append(f"machine code: multiply-adds fused that TTIR has apart: {len(extra)}, {where}")
+    faults += [] if fp_fusion else fusion_faults(extra)
     row = {
         "ttir": listed(f"{site.boundary or 'unclassified'} {site.kind}" for site in sites),
         "machine": listed(f"{name or 'unclassified'} {count}" for name, count in counts.items()),
@@ -83,16 +81,18 @@ def examine(
     return row, faults
 
 
+def machine_graph(asm: dict[str, str]) -> list[Node]:
+    """The values of a compiled kernel's PTX or AMD assembly."""
+    return ptx_graph(asm["ptx"]) if "ptx" in asm else amdgcn_graph(asm["amdgcn"])
+
+
 def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any]) -> Row:
     """The findings about one compiled kernel of this repository: the columns of audit_case from status on."""
     part = part_of(compiled.kernel.removesuffix("_kernel"), keywords)
     flow = flow_of(compiled.asm["ttir"], plan, part)
     wanted = {edge: declared(plan, part, edge) for edge in flow.edges}
-    names = {
-        rounding: name
-        for edge, pairs in wanted.items()
-        for rounding, (name, _) in zip(edge.roundings, pairs, strict=False)
-    }
+    pairs_of = [pair for edge, pairs in wanted.items() for pair in zip(edge.roundings, pairs, strict=False)]
+    names = {rounding: name for rounding, (name, _) in pairs_of}
     row, faults = examine(compiled, flow, names)
     faults = compare_ttir(flow, plan, part) + faults + resource_faults(compiled, plan, part)
     if row["not_followed"]:

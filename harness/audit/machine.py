@@ -11,13 +11,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from castpoint.harness.audit.flow import LOADS, Edge, Flow
-from castpoint.harness.audit.graph import NOWHERE, Node, Place, origins, spot
+from castpoint.harness.audit.graph import MERGES, NOWHERE, Node, Place, origins, reached, spot
 from castpoint.harness.audit.roundings import FLOAT, MATRIX_RESULT, Rounding, is_fused
 from castpoint.harness.audit.words import titled
 
 WORDS = {"arith.mulf": {"fmul"}, "arith.addf": {"fadd"}, "arith.subf": {"fsub", "fadd"}}
 WORDS |= {"arith.divf": {"fdiv", "fmul"}, "tt.precise_divf": {"fdiv"}}  # the former by the reciprocal of a constant
 READ = re.compile(rf"({'|'.join(FLOAT)}|bfe|iadd|and|or|shr|select|bytes|cmp|bfi)$")  # as a number or its bits
+CUTS = (*MERGES, "and", "shl", "shr", "bytes")  # what makes a value of others' upper halves
 LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
 ROOTED = ("arith.divf", "tt.precise_divf")
 EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
@@ -76,16 +77,14 @@ def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding])
         if same:
             counts[same[0].boundary] += 1
         elif here:
-            faults.append(
-                f"machine code: {titled(here[0].boundary)} is rounded {rounding.kind}, TTIR says {here[0].kind}"
-            )
+            what = titled(here[0].boundary)
+            faults.append(f"machine code: {what} is rounded {rounding.kind}, TTIR says {here[0].kind}")
         else:
             where = spot(max(rounding.places, default=NOWHERE))
             faults.append(f"machine code: a value is rounded {rounding.kind} where TTIR does not, {where}")
     for site in sites:
-        elusive = "unknown" in site.kind or site.kind.endswith(
-            "rtz without NaN"
-        )  # a shift, after memory none of a float
+        # a shift, after memory none of a float
+        elusive = "unknown" in site.kind or site.kind.endswith("rtz without NaN")
         if not matched[site] and not site.redundant and not elusive:
             alike = [each for each in sites if (each.boundary, each.kind) == (site.boundary, site.kind)]
             if not moved(alike, nodes, [rounding for each in alike for rounding in matched[each]]):
@@ -104,24 +103,11 @@ def moved(alike: list[Site], nodes: list[Node], rounded: list[Rounding]) -> bool
     results, read = {rounding.node for rounding in rounded}, set()
     for node in nodes:
         if node.op in words and node.place in places:
-            found = [uncut(arg) for arg in node.args]
+            found = [origins(arg, CUTS) if isinstance(arg, Node) else set() for arg in node.args]
             if not all(each and each <= results for each in found):
                 return False
             read |= set().union(*found)
     return bool(read) and read == results
-
-
-def uncut(value: Node | int) -> set[Node]:
-    """The values of whose upper halves this is made."""
-    found, seen, todo = set(), set(), [value] if isinstance(value, Node) else []
-    while todo:
-        each = todo.pop()
-        if each.op in ("and", "shl", "shr", "bytes", "phi", "part", "pack"):
-            todo += [arg for arg in each.args if isinstance(arg, Node) and arg not in seen]
-            seen |= set(todo)
-        else:
-            found.add(each)
-    return found
 
 
 def shape(node: Node) -> set[tuple[str, bool, bool]]:
@@ -178,15 +164,8 @@ def is_element(node: Node, made: set[Node]) -> bool:
 
 def readers(node: Node) -> set[Node]:
     """What reads a value, through merges and packing."""
-    found, seen, todo = set(), {node}, [node]
-    while todo:
-        for user in todo.pop().users:
-            if user.op not in ("phi", "pack", "part"):
-                found.add(user)
-            elif user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return found
+    passed = reached([node], lambda each: [user for user in each.users if user.op in MERGES])
+    return {user for each in passed for user in each.users if user.op not in MERGES}
 
 
 def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
@@ -195,3 +174,9 @@ def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
     all_ = [node for node in nodes if is_fused(node)]
     extra = [node for node in all_ if node.place not in asked]
     return extra, len(all_) - len(extra)
+
+
+def fusion_faults(extra: list[Node]) -> list[str]:
+    """One sentence where there are fused multiply-adds that TTIR does not ask for."""
+    where = spot(max((node.place for node in extra), default=NOWHERE))
+    return [f"machine code: multiply-adds fused that TTIR has apart: {len(extra)}, {where}"] if extra else []

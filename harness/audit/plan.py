@@ -9,7 +9,7 @@ from typing import Any
 from castpoint.harness.audit.flow import LOADS, Edge, Flow
 from castpoint.harness.audit.words import dot_precisions, listed, titled
 from castpoint.harness.compiled.compile import SHARED, Compiled
-from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, CastPlan
+from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 
 # ---------------------------------------------------------------- parts of the chain
 
@@ -69,11 +69,7 @@ def stored_roles(plan: CastPlan, part: Part) -> dict[str, set[str]]:
 
 # ---------------------------------------------------------------- roundings
 
-BOUNDARY_OF = {
-    **{name: name for name in ("x", "statistics", "variance", "rstd", "normed", "hidden", "head_rstd", "head_normed")},
-    **{name: name for name in (*ROPE_BOUNDARIES, "out")},
-    **{"head_statistics": "statistics", "head_variance": "variance"},
-}
+BOUNDARY_OF = {name: name for name in BOUNDARIES} | {"head_statistics": "statistics", "head_variance": "variance"}
 
 
 def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
@@ -120,7 +116,7 @@ def expected_roles(plan: CastPlan, part: Part) -> set[str]:
     return found | ({"remainder"} if plan.matmul == "tf32x3" else set())
 
 
-def strangers(plan: CastPlan, part: Part) -> set[str]:
+def strangers(part: Part) -> set[str]:
     """The values of the first norm that must not be found in TTIR, since the kernel before it made them."""
     if part.prepass == "none":
         return set()
@@ -131,7 +127,7 @@ def compare_ttir(flow: Flow, plan: CastPlan, part: Part) -> list[str]:
     """What TTIR does otherwise than the plan, one sentence each."""
     faults, roles = [], {edge.role for edge in flow.edges}
     faults += [f"TTIR: {titled(role)} was not found" for role in sorted(expected_roles(plan, part) - roles)]
-    faults += [f"TTIR: {titled(role)} is computed again" for role in sorted(strangers(plan, part) & roles)]
+    faults += [f"TTIR: {titled(role)} is computed again" for role in sorted(strangers(part) & roles)]
     unasked = roles.intersection(() if part.rotates else ROPE_BOUNDARIES)
     faults += [f"TTIR: {role} is there, where nothing is to be rotated" for role in sorted(unasked)]
     faults += compare_stores(flow, plan, part)

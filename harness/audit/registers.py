@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from castpoint.harness.audit.graph import Node, Place, link
+from castpoint.harness.audit.graph import Node, Place, link, reached
 
 JUMP = re.compile(r"bra\b|ret\b|exit\b|s_branch|s_cbranch|s_endpgm|s_setpc")
 
@@ -132,11 +132,7 @@ class Builder:
 
     def live(self) -> list[Node]:
         """The nodes that reach an effect: tuples of registers are read whole, with what was in them by chance."""
-        found, todo = set(self.effects), list(self.effects)
-        while todo:
-            new = {arg for arg in todo.pop().args if isinstance(arg, Node)} - found
-            found |= new
-            todo += new
+        found = reached(self.effects, lambda each: each.args)
         return [node for node in self.nodes if node in found]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from castpoint.harness.audit.graph import NOWHERE, Node, Place, origins
+from castpoint.harness.audit.graph import NOWHERE, Node, Place, origins, reached
 from castpoint.harness.compiled.compile import MATRIX_INSTRUCTION
 
 QUIET, HALF_ULP, INFINITY, ABSOLUTE = 0x00400000, 0x7FFF, 0x7F800000, 0x7FFFFFFF
@@ -195,14 +195,12 @@ def machine_roundings(nodes: list[Node]) -> list[Rounding]:
 
 def rounding_operations(node: Node, value: Node) -> set[Node]:
     """The operations of a rounding of that value, from the select or sum that ends it."""
-    found, todo = {node}, [node]
-    while todo:
-        for arg in todo.pop().args:
-            known = isinstance(arg, Node) and arg.op in ("or", "iadd", "cmp", "arith.cmpf", "shr", "and", "bfe")
-            if known and arg is not value and arg not in found:
-                found.add(arg)
-                todo.append(arg)
-    return found
+    ops = ("or", "iadd", "cmp", "arith.cmpf", "shr", "and", "bfe")
+
+    def steps(each: Node) -> list[Node]:
+        return [arg for arg in each.args if isinstance(arg, Node) and arg.op in ops and arg is not value]
+
+    return reached([node], steps)
 
 
 def _is_cut(value: Node | int, cores: dict[Node, object], seen: set[Node]) -> bool:

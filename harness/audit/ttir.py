@@ -86,13 +86,9 @@ def _names(left: str) -> list[str]:
 
 
 def _open_loop(
-    op: str,
-    rest: str,
-    results: list[Node],
-    value: Callable[[str], Node | int],
-    define: Callable[[str, Node], Node],
+    op: str, rest: str, results: list[Node], value: Callable[[str], Node | int], define: Callable[[str, Node], Node],
     scope: dict[str, Node | int],
-) -> None:
+) -> None:  # fmt: skip
     """Names inside a loop. A result of scf.for is its carried value too, whose first operand comes from before."""
     carried = re.findall(rf"(%\w+) = ({_NAME})", rest)
     if op == "scf.for":

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from castpoint.harness.audit.flow import LOADS, NOT_FOLLOWED, Edge, Flow
-from castpoint.harness.audit.graph import Node, spot
+from castpoint.harness.audit.graph import Node, reached, spot
 from castpoint.harness.audit.roundings import Rounding
 from castpoint.harness.audit.ttir import pointer_name, types_of
 
@@ -67,13 +67,8 @@ def counts(node: Node) -> bool:
     """Whether this is an atomic that adds an integer constant, of whose result no float is made: a counter."""
     if not node.op.startswith("tt.atomic_rmw") or types_of(node)[1][0] != "i" or not isinstance(node.args[1], int):
         return False
-    seen, todo = set(), [node]
-    while todo:
-        for user in todo.pop().users:
-            if user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return not any(types_of(user)[1] in ("f16", "fp16", "bf16", "f32", "f64") for user in seen)
+    made = reached([node], lambda each: each.users)
+    return not any(types_of(each)[1] in ("f16", "fp16", "bf16", "f32", "f64") for each in made)
 
 
 def dot_precisions(flow: Flow) -> list[str]:

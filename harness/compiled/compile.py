@@ -62,18 +62,9 @@ class Compiled:
 
 
 def compile_norm_qkv(
-    plan: CastPlan,
-    target: str,
-    *,
-    head_norm: str = "fused",
-    head_dim: int = 128,
-    tokens: int = 64,
-    bias: bool = False,
-    residual: bool = False,
-    rope: bool = False,
-    cache: str = "fp32",
-    config: Config | None = None,
-) -> Compiled:
+    plan: CastPlan, target: str, *, head_norm: str = "fused", head_dim: int = 128, tokens: int = 64, bias: bool = False,
+    residual: bool = False, rope: bool = False, cache: str = "fp32", config: Config | None = None,
+) -> Compiled:  # fmt: skip
     """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
 
     head_norm: `fused`, `later` (q and k are stored as proj) or `none`. cache: `fp32` or `bf16`, of RoPE's table.
@@ -85,9 +76,8 @@ def compile_norm_qkv(
     if why := unsupported(config, plan):
         raise ValueError(why)
     if config.kernel == "separate":
-        raise ValueError(
-            "kernel='separate' has no matmul of its own: compile_rms_norm and compile_head_norm are its parts"
-        )
+        parts = "compile_rms_norm and compile_head_norm are its parts"
+        raise ValueError(f"kernel='separate' has no matmul of its own: {parts}")
     blocks = launch_blocks(config, head_dim, interpreted=False)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     residual_in_kernel = residual and config.prepass != "hidden"
@@ -120,16 +110,9 @@ def compile_rms_norm(
 
 
 def compile_head_norm(
-    plan: CastPlan,
-    target: str,
-    *,
-    head_dim: int = 128,
-    tokens: int = 64,
-    packed: bool = False,
-    rope: bool = False,
-    cache: str = "fp32",
+    plan: CastPlan, target: str, *, head_dim: int = 128, packed: bool = False, rope: bool = False, cache: str = "fp32",
     norm: bool = True,
-) -> Compiled:
+) -> Compiled:  # fmt: skip
     """The head norm as a kernel of its own, over proj as that plan stores it; packed: q's and k's heads in one launch;
     without norm: RoPE alone.
 
@@ -163,11 +146,15 @@ def compile_kernel(
     """
     check_compilable(fn)
     source = kernel_source(fn, target, constants, pointers)
-    built = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
+    return compile_source(fn.__name__, target, source, {**options, "enable_fp_fusion": False})
+
+
+def compile_source(kernel: str, target: str, source: ASTSource, options: dict[str, Any]) -> Compiled:
+    """A specialised kernel, called by that name, for one of TARGETS. Raises what Triton raises."""
+    built = triton.compile(source, target=TARGETS[target], options=options)
     asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
     binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
-    registers, spills = resources(asm, binary)
-    return Compiled(fn.__name__, target, asm, binary, built.metadata.shared, registers, spills)
+    return Compiled(kernel, target, asm, binary, built.metadata.shared, *resources(asm, binary))
 
 
 def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str]) -> ASTSource:
@@ -267,31 +254,27 @@ def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
 
 
-def config_binaries(
-    targets: Iterable[str] = tuple(TARGETS),
-    plans: Iterable[str] = ("hf", "deferred"),
-    head_dims: Iterable[int] = (128,),
-) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+def config_binaries(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """(kernel of COMPILERS or `matmul`, plan, target, keywords): each binary that the candidates need, once.
 
     keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary. Its main
     loop by itself, `matmul`, comes with the plan hf alone, whose words it does not read.
     """
-    for target, name, head_dim in itertools.product(targets, plans, head_dims):
+    for target, name in itertools.product(targets, ("hf", "deferred")):
         seen = set()
         for tokens in (1, 16, 64, 256):
-            for config in candidates(tokens, 4096, 32, head_dim):
+            for config in candidates(tokens, 4096, 32, 128):
                 config = dataclasses.replace(config, splits=1)
                 case = (config, tokens == 1)
                 if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan):
                     continue
                 seen.add(case)
-                asked = {"config": config, "head_dim": head_dim, "tokens": tokens}
+                asked = {"config": config, "head_dim": 128, "tokens": tokens}
                 yield "norm_qkv", name, target, asked
                 if name == "hf":  # which rounds at each of RoPE's boundaries
                     yield "norm_qkv", name, target, asked | {"rope": True}
                 if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
-                    yield "matmul", name, target, {"config": config, "head_dim": head_dim}
+                    yield "matmul", name, target, {"config": config, "head_dim": 128}
         for stores in ("rstd", "hidden", "both"):
             yield "rms_norm", name, target, {"stores": stores}
-        yield "head_norm", name, target, {"head_dim": head_dim, "packed": True}
+        yield "head_norm", name, target, {"head_dim": 128, "packed": True}

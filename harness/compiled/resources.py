@@ -27,10 +27,8 @@ def sweep_configs(records: Records, targets: Iterable[str] = tuple(TARGETS)) -> 
 def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) -> dict[str, object]:
     config = keywords.get("config")
     if config and config.kernel == "split-k" and TARGETS[target].backend == "hip":
-        return {
-            "status": Status.REFUSED,
-            "reason": "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)",
-        }
+        why = "split-k is not shown to be right on AMD's GPUs (kernels/split_k.py)"
+        return {"status": Status.REFUSED, "reason": why}
     try:
         loop = kernel == "matmul"
         built = compile_matmul(target, **keywords) if loop else COMPILERS[kernel](plan_named(name), target, **keywords)
@@ -39,8 +37,6 @@ def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) 
     row = {"registers": built.registers, "spills": built.spills, "shared": built.shared}
     row["matrix"] = ", ".join(built.matrix_instructions())
     if built.shared > SHARED[target]:
-        return row | {
-            "status": Status.DOES_NOT_FIT,
-            "reason": f"{target} has {SHARED[target]} bytes of shared memory a block",
-        }
+        why = f"{target} has {SHARED[target]} bytes of shared memory a block"
+        return row | {"status": Status.DOES_NOT_FIT, "reason": why}
     return row

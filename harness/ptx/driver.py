@@ -12,13 +12,12 @@ import torch
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from castpoint.harness.compiled.compile import TARGETS
+from castpoint.harness.compiled.compile import SHARED, TARGETS
 from castpoint.harness.ptx.machine import launch
 from castpoint.harness.ptx.program import parse
 from castpoint.harness.runs.errors import UserError
 
-# Of an A100 and an H200: bytes of shared memory that a program may have, and processors.
-LIMITS = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132)}
+PROCESSORS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H200
 
 
 @contextmanager
@@ -40,8 +39,9 @@ def executed(target: str = "sm_90") -> Iterator[None]:
 
 def check_target(target: str) -> None:
     """Raises UserError unless executed knows that target."""
-    if target not in LIMITS:
-        raise UserError(f"target must be {' or '.join(LIMITS)}, not {target!r}: other matrix products are not known")
+    if target not in PROCESSORS:
+        known = " or ".join(PROCESSORS)
+        raise UserError(f"target must be {known}, not {target!r}: other matrix products are not known")
 
 
 class _Driver:
@@ -49,8 +49,8 @@ class _Driver:
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
-        shared, processors = LIMITS[target]
-        limits = {"max_shared_mem": shared, "multiprocessor_count": processors, "max_num_regs": 65536, "warpSize": 32}
+        limits = {"max_shared_mem": SHARED[target], "multiprocessor_count": PROCESSORS[target]}
+        limits |= {"max_num_regs": 65536, "warpSize": 32}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=_load)
 
     def get_current_target(self) -> Any:

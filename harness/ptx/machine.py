@@ -143,9 +143,8 @@ class _Run(Warps):
             product = arithmetic(("mul", "wide", types), types, [self.bits(operand) for operand in i.operands[1:3]])
             self.put(i.operands[0], product + self.get(i.operands[3], "u64"), mask)
         else:
-            self.put(
-                i.operands[0], arithmetic(i.words, types, [self.bits(operand) for operand in i.operands[1:]]), mask
-            )
+            values = [self.bits(operand) for operand in i.operands[1:]]
+            self.put(i.operands[0], arithmetic(i.words, types, values), mask)
 
     def _mov(self, i: Instruction, mask: Array) -> None:
         """Also between a register and its parts."""

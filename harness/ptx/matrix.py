@@ -65,23 +65,19 @@ def _halves(transposed: bool) -> list[tuple[Array, Array]]:
 def mma(shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
     """Accumulators [W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A by rows and B by columns."""
     if (shape, *kinds) == ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
-        left = np.zeros((len(c[0]), 16, 16))
-        right = np.zeros((len(c[0]), 8, 16))
-        for n, word in enumerate(a):
-            left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2)], left[:, G + 8 * (n % 2), 2 * T + 8 * (n // 2) + 1] = pair(
-                word
-            )
-        for n, word in enumerate(b):
-            right[:, G, 2 * T + 8 * n], right[:, G, 2 * T + 8 * n + 1] = pair(word)
+        values_of, columns = pair, 2 * T
     elif (shape, *kinds) == ("m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"):
-        left = np.zeros((len(c[0]), 16, 8))
-        right = np.zeros((len(c[0]), 8, 8))
-        for n, word in enumerate(a):
-            left[:, G + 8 * (n % 2), T + 4 * (n // 2)] = tf32(word)
-        for n, word in enumerate(b):
-            right[:, G, T + 4 * n] = tf32(word)
+        values_of, columns = tf32, T
     else:
         raise Unsupported(f"mma of {shape} in {kinds[-2]}")
+    depth = 8 * len(values_of(a[0]))
+    left, right = np.zeros((len(c[0]), 16, depth)), np.zeros((len(c[0]), 8, depth))
+    for n, word in enumerate(a):
+        for k, values in enumerate(values_of(word), depth // 2 * (n // 2)):
+            left[:, G + 8 * (n % 2), columns + k] = values
+    for n, word in enumerate(b):
+        for k, values in enumerate(values_of(word), depth // 2 * n):
+            right[:, G, columns + k] = values
     total = left @ right.swapaxes(1, 2)
     places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]
     return [_added(word, total[:, row, column]) for word, (row, column) in zip(c, places, strict=True)]
@@ -131,9 +127,9 @@ def pair(word: Array) -> tuple[Array, Array]:
     return read(word, "bf16").astype(np.float64), read(word >> np.uint32(16), "bf16").astype(np.float64)
 
 
-def tf32(word: Array) -> Array:
-    """A register as tf32, as float64: its low 13 bits are not read."""
-    return read(word & np.uint32(0xFFFFE000), "f32").astype(np.float64)
+def tf32(word: Array) -> tuple[Array]:
+    """The one tf32 value of a register, as float64: its low 13 bits are not read."""
+    return (read(word & np.uint32(0xFFFFE000), "f32").astype(np.float64),)
 
 
 def _added(word: Array, total: Array) -> Array:

@@ -27,7 +27,7 @@ class Warps(Threads):
         """Registers as [groups, threads], those that take part."""
         return [self.each(self.get(name, "b32")).reshape(len(groups), -1)[groups] for name in names]
 
-    def _put_rows(self, names: Sequence[str], words: Sequence[Array], groups: Array, mask: Array) -> None:
+    def _put_rows(self, names: Sequence[str], words: Sequence[Array], mask: Array) -> None:
         for name, word in zip(names, words, strict=True):
             bits = np.zeros(self.threads, np.uint32)
             bits[mask] = word.reshape(-1)
@@ -39,7 +39,7 @@ class Warps(Threads):
             raise Unsupported("shfl within parts of a warp")
         name, _, inside = i.operands[0].partition("|")
         found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
-        self._put_rows([name], [found], groups, mask)
+        self._put_rows([name], [found], mask)
         if inside:
             reached = np.zeros(self.threads, bool)
             reached[mask] = there.reshape(-1)
@@ -50,28 +50,25 @@ class Warps(Threads):
         groups, kind = self._groups(mask, 32), i.words[-1]
         (values,) = self._rows(i.operands[1:2], groups)
         found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
-        self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], groups, mask)
+        self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], mask)
+
+    def _places(self, address: Operand, warps: Array) -> list[Array]:
+        """[W, 32] of each thread of these warps: its program, and an address in its shared memory."""
+        return [each.reshape(-1, 32)[warps] for each in (self.of_program, self.addresses(address))]
 
     def _ldmatrix(self, i: Instruction, mask: Array) -> None:
-        groups, names = self._groups(mask, 32), listed(i.operands[0])
-        addresses, programs = (
-            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[1]), self.of_program)
-        )
-        words = matrix.load(self.shared, programs, addresses, len(names), "trans" in i.words)
-        self._put_rows(names, words, groups, mask)
+        names, places = listed(i.operands[0]), self._places(i.operands[1], self._groups(mask, 32))
+        self._put_rows(names, matrix.load(self.shared, *places, len(names), "trans" in i.words), mask)
 
     def _stmatrix(self, i: Instruction, mask: Array) -> None:
-        groups, names = self._groups(mask, 32), listed(i.operands[1])
-        addresses, programs = (
-            each.reshape(-1, 32)[groups] for each in (self.addresses(i.operands[0]), self.of_program)
-        )
-        matrix.store(self.shared, programs, addresses, self._rows(names, groups), "trans" in i.words)
+        groups = self._groups(mask, 32)
+        places, words = self._places(i.operands[0], groups), self._rows(listed(i.operands[1]), groups)
+        matrix.store(self.shared, *places, words, "trans" in i.words)
 
     def _mma(self, i: Instruction, mask: Array) -> None:
         groups = self._groups(mask, 32)
         a, b, c = (self._rows(names, groups) for names in i.operands[1:])
-        words = matrix.mma(i.words[3], i.words[4:], a, b, c)
-        self._put_rows(i.operands[0], words, groups, mask)
+        self._put_rows(i.operands[0], matrix.mma(i.words[3], i.words[4:], a, b, c), mask)
 
     def _wgmma(self, i: Instruction, mask: Array) -> None:
         """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
@@ -94,4 +91,4 @@ class Warps(Threads):
         a = matrix.left_of(self._rows(left, groups)) if isinstance(left, tuple) else described(left, 64)
         b = described(right, columns)
         words = matrix.wgmma(a, b, self._rows(accumulators, groups) if keep[0] else None, columns)
-        self._put_rows(accumulators, words, groups, mask)
+        self._put_rows(accumulators, words, mask)
