@@ -10,8 +10,10 @@ likeliest first.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,27 +82,11 @@ class Measured:
     growth: float = math.nan
 
 
-def hidden(
-    plan: CastPlan,
-    *,
-    x: Tensor,
-    weight: Tensor,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    weight_offset: bool = False,
-) -> Tensor:
-    """The norm's output, `hidden` of the plan's spec, [T, D] float64. x, residual [T, D] and weight [D] bf16."""
-    p = Problem(
-        x=x,
-        norm_weight=weight,
-        qkv_weight=torch.ones(3, x.shape[1], dtype=torch.bfloat16),  # only the norm is read: the least projection
-        num_q_heads=1,
-        num_kv_heads=1,
-        residual=residual,
-        eps=eps,
-        weight_offset=weight_offset,
-    )
-    return spec(plan, p).hidden
+def hidden(plan: CastPlan, *, x: Tensor, weight: Tensor, **rest: Any) -> Tensor:
+    """The norm's output, `hidden` of the plan's spec, [T, D] float64, of x [T, D] and weight [D], bf16, and whatever
+    else of a Problem bears on it: residual, eps, weight_offset."""
+    projection = torch.ones(3, x.shape[1], dtype=torch.bfloat16)  # only the norm is read: the least there is
+    return spec(plan, Problem(x, weight, projection, num_q_heads=1, num_kv_heads=1, **rest)).hidden
 
 
 def run_side(side: Side, inputs: Inputs) -> Tensor:
@@ -128,23 +114,18 @@ class Case:
     run: Callable[[Side, Inputs], Tensor] = run_side  # a side's output of the inputs
     grow: Callable[[Tensor, Tensor], float] | None = None  # the exponent, if the case has calls or layers
 
+    @one_thread()  # many small sums: two took 68 s beside another process, one takes 8
     def measure(self, seed: int = 0) -> Measured:
         """Draws, runs both sides and compares, on one thread. The same seed gives the same figures."""
-        with one_thread():  # many small sums: two took 68 s beside another process, one takes 8
-            return self._measure(seed)
-
-    def _measure(self, seed: int) -> Measured:
         rng = torch.Generator().manual_seed(7919 * seed + self.number)
-        figures: list[list[Tensor]] = []
-        for number in range(self.draws):
+        figures = defaultdict(list)  # by set-up
+        for _ in range(self.draws):
             for setup, inputs in enumerate(self.draw(rng)):
                 before, after = (self.run(side, inputs) for side in (self.before, self.after))
-                if number == 0:
-                    figures.append([])
-                    if setup == 0:
-                        first = (before, after)
+                if not figures:
+                    first = (before, after)
                 figures[setup].append(torch.as_tensor(self.pick(before, after), dtype=torch.float64).flatten())
-        pooled = [torch.cat(setup) for setup in figures]
+        pooled = [torch.cat(setup) for setup in figures.values()]
         if any(not setup.isfinite().all() or setup.numel() == 0 for setup in pooled):
             raise ValueError("the figure is not a finite number on every draw: are both sides the same?")
         low, high = (extreme(f.quantile(q).item() for f in pooled) for extreme, q in ((min, 0.025), (max, 0.975)))
@@ -182,4 +163,4 @@ def described(side: Side) -> str:
         for name, named in PLANS.items()
     }
     nearest = min(departs, key=lambda name: len(departs[name]))
-    return " with ".join([nearest, ", ".join(departs[nearest])] if departs[nearest] else [nearest])
+    return f"{nearest} with {', '.join(departs[nearest])}" if departs[nearest] else nearest

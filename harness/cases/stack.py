@@ -31,8 +31,8 @@ def exact_step(stream: Tensor, weight: Tensor, projection: Tensor, scale: float 
 
 def plan_step(plan: CastPlan, stream: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
     """The same by the plan's spec: W norm(stream) stored as proj, the sum as x."""
-    p = Problem(x=stream.bfloat16(), norm_weight=weight, qkv_weight=projection, num_q_heads=2, num_kv_heads=1)
-    return store(stream + spec(plan, p).proj.flatten(1), plan.x)
+    problem = Problem(stream.bfloat16(), weight, projection, num_q_heads=2, num_kv_heads=1)
+    return store(stream + spec(plan, problem).proj.flatten(1), plan.x)
 
 
 def parallel_step(stream: Tensor, weight: Tensor, projection: Tensor, storage: str) -> Tensor:
@@ -69,13 +69,9 @@ def stack_inputs(
         if massive:
             x = residual_stream(tokens, size, 8, rng)
             steps = [x.double()[1:].square().mean().sqrt().item()] * layers
-        return [
-            {
-                "x": x,
-                "norms": [near_one(rng, size) for _ in steps],
-                "projections": [normal(rng, size, size, scale=step / math.sqrt(size)) for step in steps],
-            }
-        ]
+        norms = [near_one(rng, size) for _ in steps]
+        projections = [normal(rng, size, size, scale=step / math.sqrt(size)) for step in steps]
+        return [{"x": x, "norms": norms, "projections": projections}]
 
     return draw
 

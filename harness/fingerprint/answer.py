@@ -9,7 +9,7 @@ from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import Refused
-from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated, count_votes
+from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated
 from castpoint.harness.fingerprint.probes import ROWS
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.runs.errors import UserError
@@ -149,15 +149,3 @@ def none_of_these(nearest: dict[str, str], share: float, runner_up: float | None
     """None: nearest explains that share, and why says what it does not."""
     reason = f"none of these: the nearest plan leaves {1 - share:.2%} of the elements unexplained; {why}"
     return Answer("none", [], share, runner_up, nearest, reason)
-
-
-def deciding_probe(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
-    """What the deciding probe said of the first two groups."""
-    if len(groups) < 2:
-        return ""
-    differ, first, second = count_votes(groups[0][0], groups[1][0], calls)
-    return (
-        ". The probe that would decide, rows on which they store different bits, was given: of the "
-        f"{differ:g} roots or products that tell the first two apart, {first:.3g} are stored as by the first, "
-        f"{second:.3g} as by the second"
-    )

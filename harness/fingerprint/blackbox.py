@@ -37,20 +37,25 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     return "head_norm" if any(word in name for name in names for word in words) else "rmsnorm"
 
 
-def _parameters(fn: Callable[..., Any]) -> list[str]:
-    """Names of fn's parameters as far as it tells them."""
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    """fn's signature, an empty one where it does not tell."""
     try:
-        return [str(p.replace(annotation=inspect.Parameter.empty)) for p in inspect.signature(fn).parameters.values()]
+        return inspect.signature(fn)
     except (TypeError, ValueError):
-        return []
+        return inspect.Signature()
+
+
+def _parameters(fn: Callable[..., Any]) -> list[str]:
+    """fn's parameters without annotations, as far as it tells them."""
+    return [str(p.replace(annotation=inspect.Parameter.empty)) for p in _signature(fn).parameters.values()]
 
 
 def _takes(fn: Callable[..., Any], count: int) -> bool:
     """Whether fn can be called with so many arguments by position, and has names for them."""
+    signature = _signature(fn)
     try:
-        signature = inspect.signature(fn)
         bound = signature.bind(*range(count))
-    except (TypeError, ValueError):
+    except TypeError:
         return False
     return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)
 
@@ -60,7 +65,8 @@ class Refused(Fault):
 
 
 class BlackBox:
-    """fn of one of KINDS on a device. Its optional arguments `residual` and `bias` are given where it has them.
+    """fn of one of KINDS on a device. Its optional arguments `residual` and `bias` are given where it has them, zero
+    unless the caller says otherwise.
 
     Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. Of kind
     qkv q, k and v may be flat, [T, heads * Dh]. shapes: of every x that was answered, in the order of their first call.
@@ -76,14 +82,11 @@ class BlackBox:
 
     def takes(self, name: str) -> bool:
         """Whether fn has an argument of that name."""
-        try:
-            return name in inspect.signature(self.fn).parameters
-        except (TypeError, ValueError):
-            return False
+        return name in _signature(self.fn).parameters
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU."""
-        extra = {} if residual is None else {"residual": self._given(residual)}
+        extra = self._extra(residual=torch.zeros_like(x) if residual is None else residual)
         (y,) = self._call([self._given(x), self._given(weight), eps], extra, [list(x.shape)])
         return y
 
@@ -93,13 +96,16 @@ class BlackBox:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
         tensors = [self._given(t) for t in (x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight)]
-        optional = {"residual": residual, "bias": bias}
-        extra = {name: self._given(value) for name, value in optional.items() if value is not None}
+        residual = torch.zeros_like(x) if residual is None else residual
+        extra = self._extra(residual=residual, bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
         shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
         return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes)
 
     def _given(self, value: Tensor) -> Tensor:
         return value.to(torch.bfloat16).contiguous().to(self.device)
+
+    def _extra(self, **values: Tensor) -> dict[str, Tensor]:
+        return {name: self._given(value) for name, value in values.items() if self.takes(name)}
 
     def _call(self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]]) -> tuple[Tensor, ...]:
         tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
@@ -138,15 +144,13 @@ class BlackBox:
             raise Fault(f"the callable returned ({kinds}), expected {KINDS[self.kind]}")
         for output, shape in zip(outputs, shapes, strict=True):
             if output.layout != torch.strided or output.is_meta:
-                raise Fault(
-                    f"the callable returned a {'meta' if output.is_meta else 'sparse'} tensor, expected a dense one"
-                )
+                layout = "meta" if output.is_meta else "sparse"
+                raise Fault(f"the callable returned a {layout} tensor, expected a dense one")
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
             if output.dtype not in (torch.bfloat16, torch.float32) or output.dtype != outputs[0].dtype:
-                raise Fault(
-                    f"the callable returned {output.dtype}, expected torch.bfloat16 or torch.float32 throughout"
-                )
+                expected = "torch.bfloat16 or torch.float32 throughout"
+                raise Fault(f"the callable returned {output.dtype}, expected {expected}")
             wrong = 1 - output.isfinite().double().mean().item()
             if wrong:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
@@ -160,17 +164,12 @@ def _by_head(output: Any, shape: list[int]) -> Any:
 
 
 def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Tensor]) -> str:
-    """fn's parameters without annotations where it cannot take these arguments; empty if it can, or says nothing."""
+    """fn's parameters where it cannot take these arguments; empty if it can, or says nothing."""
     try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):
-        return ""
-    try:
-        signature.bind(*arguments, **extra)
+        _signature(fn).bind(*arguments, **extra)
     except TypeError:
-        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-        shown = ", ".join(map(str, bare[:12]))
-        return shown + ", ..." * (len(bare) > 12)
+        parameters = _parameters(fn)
+        return ", ".join(parameters[:12]) + ", ..." * (len(parameters) > 12)
     return ""
 
 

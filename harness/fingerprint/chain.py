@@ -5,6 +5,8 @@ whether one plan says both, where the bias is added, and whether Gaussian inputs
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import torch
@@ -16,7 +18,6 @@ from castpoint.harness.fingerprint.answer import (
     Answer,
     answer_of,
     at_other_shapes,
-    deciding_probe,
     difference,
     differing,
     none_of_these,
@@ -61,16 +62,13 @@ def chain(box: BlackBox) -> Answer:
         v, qk = 1 - norm_ranking.share, 1 - head_ranking.share
         where = f"{v:.2%} of v, which shows the input norm, and {qk:.2%} of q and k"
         return none_of_these(nearest, share, runner_up, where)
-    if norm_ranking.gathered or head_ranking.gathered:
-        where = f"v: {norm_ranking.gathered}" if norm_ranking.gathered else f"q and k: {head_ranking.gathered}"
-        return none_of_these(nearest, share, runner_up, where)
-    pairs = [
-        [(a, b) for a in norm_group for b in head_group if _fit(a, b)]
-        for norm_group in norms
-        for head_group in classes(head_ranking.left, head_calls)
-    ]
-    pairs = [pair for pair in pairs if pair]
-    groups = [[_plan_words(a, b, fused_add) for a, b in pair] for pair in pairs]
+    for outputs, ranking in (("v", norm_ranking), ("q and k", head_ranking)):
+        if ranking.gathered:
+            return none_of_these(nearest, share, runner_up, f"{outputs}: {ranking.gathered}")
+    both = itertools.product(norms, classes(head_ranking.left, head_calls))
+    pairs = [[pair for pair in itertools.product(*groups) if _fit(*pair)] for groups in both]
+    pairs = [fitting for fitting in pairs if fitting]
+    groups = [[_plan_words(*pair, fused_add) for pair in fitting] for fitting in pairs]
     if not groups:
         differ = difference(_shared_words(norm), _shared_words(head_ranking.best))
         return none_of_these(nearest, share, runner_up, f"its two norms differ: {differ}")
@@ -102,33 +100,18 @@ def _input_norm(box: BlackBox, rows: Rows, rng: torch.Generator) -> tuple[list[l
     calls = [_call_v(box, probes.cancelling_rows(ranking.best, rng))]
     left = [b for b in ranking.left if not any(rejects(a, b, calls) for a in ranking.left)]
     variants = [v for rule in left for v in arithmetic(rule)]
-    groups, doubt = refine(variants, probes.WIDTH, calls, lambda rows: _call_v(box, rows), probes.identity_readout())
-    return groups, doubt or deciding_probe(groups, calls), ranking
+    ask = functools.partial(_call_v, box)
+    return *refine(variants, probes.WIDTH, calls, ask, probes.identity_readout()), ranking
 
 
 def _call_v(box: BlackBox, rows: Rows) -> Call:
-    heads = probes.NUM_Q_HEADS + probes.NUM_KV_HEADS
-    weight = torch.cat([torch.zeros(heads * probes.HEAD_DIM, rows.width), rows.readout.weight(rows.width)])
+    qk = sum(probes.HEADS) * probes.HEAD_DIM  # rows of the weight that are not v's
+    weight = torch.cat([torch.zeros(qk, rows.width), rows.readout.weight(rows.width)])
     ones = torch.ones(probes.HEAD_DIM)
-    bias = None
-    if box.takes("bias"):
-        bias = torch.zeros(len(weight))
-        if rows.readout.bias is not None:
-            bias[-probes.HEAD_DIM :] = rows.readout.bias
-    _, _, v = _run(box, rows.x, rows.weight, weight, ones, ones, rows.eps, rows.residual, bias)
+    bias = rows.readout.bias
+    bias = None if bias is None else torch.cat([torch.zeros(qk), bias])
+    _, _, v = box.qkv(rows.x, rows.weight, weight, ones, ones, rows.eps, *probes.HEADS, rows.residual, bias)
     return Call(rows, v[:, 0].float(), v.dtype)
-
-
-def _run(
-    box: BlackBox, x: Tensor, norm_weight: Tensor, weight: Tensor, q: Tensor, k: Tensor, eps: float,
-    residual: Tensor | None = None, bias: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    if residual is None and box.takes("residual"):
-        residual = torch.zeros_like(x)
-    if bias is None and box.takes("bias"):
-        bias = torch.zeros(len(weight))
-    heads = (probes.NUM_Q_HEADS, probes.NUM_KV_HEADS)
-    return box.qkv(x, norm_weight, weight, q, k, eps, *heads, residual=residual, bias=bias)
 
 
 def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
@@ -137,20 +120,19 @@ def _head_calls(box: BlackBox, norm: Rule, rng: torch.Generator) -> list[Call]:
     calls = []
     for eps in (probes.EPS_SMALL, probes.EPS_LARGE, probes.EPS_SMALL):
         rng.set_state(state)
-        given, stored, weights = _stored_heads(box, norm, rng, eps)
-        calls.append(Call(given.rows(*weights, eps), stored.float(), stored.dtype))
+        calls.append(_call_heads(box, norm, rng, eps)[1])
     check_repeats(calls[0], calls.pop())
     return calls
 
 
-def _stored_heads(
+def _call_heads(
     box: BlackBox, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False,
     tokens: int = probes.ROWS, width: int = probes.WIDTH,
-) -> tuple[HeadRows, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The heads' known input, what the callable stores of it [tokens * (Hq + Hkv), READ], and the q and k weights.
+) -> tuple[HeadRows, Call]:  # fmt: skip
+    """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows.
 
-    More tokens than ROWS begin again. Of a larger width the channels between those of the input are zero, which makes
-    rstd a power of two larger, and the norm's weight as much smaller.
+    More tokens than ROWS begin again, in what is stored alone. Of a larger width the channels between those of the
+    input are zero, which makes rstd a power of two larger, and the norm's weight as much smaller.
     """
     given = head_rows(rng)
     q_weight, k_weight = (probes.norm_weight(probes.HEAD_DIM, rng) for _ in range(2))
@@ -160,9 +142,9 @@ def _stored_heads(
     bias = given.packed_bias() if biased else None
     x = given.x[torch.arange(tokens) % probes.ROWS]
     x, weight = _spread(x, step), _spread(weight, step)
-    q, k, _ = _run(box, x, identity, weight, q_weight, k_weight, eps, bias=bias)
+    q, k, _ = box.qkv(x, identity, weight, q_weight, k_weight, eps, *probes.HEADS, bias=bias)
     stored = torch.cat([q, k], dim=1).gather(2, given.places.expand(len(q), -1, -1))
-    return given, stored.flatten(0, 1), (q_weight, k_weight)
+    return given, Call(given.rows(q_weight, k_weight, eps), stored.flatten(0, 1).float(), stored.dtype)
 
 
 def _spread(value: Tensor, step: int) -> Tensor:
@@ -196,24 +178,18 @@ def _differing_at(box: BlackBox, norm: Rule, head: Rule, tokens: int, width: int
     places = {name: getattr(readout, name) * step + step - 1 for name in ("channel", "other")}
     rows = other_rows(norm, tokens, width, residual=box.takes("residual"))
     v = _call_v(box, dataclasses.replace(rows, readout=dataclasses.replace(readout, **places)))
-    given, stored, weights = _stored_heads(box, norm, rng, probes.EPS_SMALL, tokens=tokens, width=width)
-    heads, known = len(given.places), given.rows(*weights, probes.EPS_SMALL)
-    chosen = torch.arange(tokens * heads) % len(known.x)
-    firm = settled(head, known)[chosen]
+    _, qk = _call_heads(box, norm, rng, probes.EPS_SMALL, tokens=tokens, width=width)
+    chosen = torch.arange(len(qk.stored)) % len(qk.rows.x)
+    firm = settled(head, qk.rows)[chosen]
     chosen = chosen[firm]
-    known = dataclasses.replace(known, x=known.x[chosen], weight=known.weight[chosen])
-    return max(differing(norm, v), differing(head, Call(known, stored[firm].float(), stored.dtype)))
+    known = dataclasses.replace(qk.rows, x=qk.rows.x[chosen], weight=qk.rows.weight[chosen])
+    return max(differing(norm, v), differing(head, Call(known, qk.stored[firm], qk.dtype)))
 
 
 def _shared_words(rule: Rule) -> dict[str, str]:
     """What one word of a plan says of both norms."""
-    eps = rule.eps if rule.eps in EPS_BF16 else KEEP
-    return {
-        "statistics": rule.statistics,
-        "variance": rule.variance,
-        "weight_offset": rule.weight_offset,
-        "variance + eps": eps,
-    }
+    words = {name: getattr(rule, name) for name in ("statistics", "variance", "weight_offset")}
+    return words | {"variance + eps": rule.eps if rule.eps in EPS_BF16 else KEEP}
 
 
 def _fit(norm: Rule, head: Rule) -> bool:
@@ -232,12 +208,12 @@ def _bias(box: BlackBox, norm: Rule, head: Rule, rng: torch.Generator) -> str:
     """`before` or `after` the rounding of proj, `before or after` if that is one, empty if neither explains all."""
     rows = probes.norm_rows(probes.WIDTH, rng)
     v = _call_v(box, dataclasses.replace(rows, readout=probes.general_readout(rng, bias=True)))
-    given, stored, weights = _stored_heads(box, norm, rng, probes.EPS_SMALL, biased=True)
+    given, qk = _call_heads(box, norm, rng, probes.EPS_SMALL, biased=True)
     words = []
     for word in ("before", "after"):
         proj = given.proj if word == "before" else round_to(given.proj, head.x)
-        heads = Call(given.rows(*weights, probes.EPS_SMALL, proj + given.bias[None]), stored)
-        if min(v.share(norm.replace(bias=word)), heads.share(head)) >= 1 - UNEXPLAINED:
+        biased = dataclasses.replace(qk.rows, x=(proj + given.bias).flatten(0, 1))
+        if min(v.share(norm.replace(bias=word)), Call(biased, qk.stored).share(head)) >= 1 - UNEXPLAINED:
             words.append(word)
     return " or ".join(words)
 
@@ -246,18 +222,16 @@ def _control(box: BlackBox, words: dict[str, str], rng: torch.Generator) -> tupl
     """Share of q, k and v on Gaussian inputs that leave the plan's envelope, and where they gather."""
     rows = (probes.NUM_Q_HEADS + 2 * probes.NUM_KV_HEADS) * probes.HEAD_DIM
     plan = CastPlan(**{name: word.split(" or ")[0] for name, word in words.items() if name in vars(CastPlan())})
-    problem = Problem(
-        x=probes.gaussian([probes.ROWS, probes.WIDTH], rng).bfloat16(),
-        norm_weight=(probes.gaussian([probes.WIDTH], rng).abs() + 0.5).bfloat16(),
-        qkv_weight=(probes.gaussian([rows, probes.WIDTH], rng) / 16).bfloat16(),
-        num_q_heads=probes.NUM_Q_HEADS,
-        num_kv_heads=probes.NUM_KV_HEADS,
-        q_norm_weight=(probes.gaussian([probes.HEAD_DIM], rng).abs() + 0.5).bfloat16(),
-        k_norm_weight=(probes.gaussian([probes.HEAD_DIM], rng).abs() + 0.5).bfloat16(),
-        weight_offset=words["weight_offset"] != "none",
-    )
-    weights = (problem.norm_weight, problem.qkv_weight, problem.q_norm_weight, problem.k_norm_weight)
-    outputs = _run(box, problem.x, *weights, problem.eps)
+
+    def norm_weight(size: int) -> Tensor:
+        return (probes.gaussian([size], rng).abs() + 0.5).bfloat16()
+
+    x, norm = probes.gaussian([probes.ROWS, probes.WIDTH], rng).bfloat16(), norm_weight(probes.WIDTH)
+    weight = (probes.gaussian([rows, probes.WIDTH], rng) / 16).bfloat16()
+    q_norm, k_norm = norm_weight(probes.HEAD_DIM), norm_weight(probes.HEAD_DIM)
+    offset = words["weight_offset"] != "none"
+    problem = Problem(x, norm, weight, *probes.HEADS, q_norm, k_norm, weight_offset=offset)
+    outputs = box.qkv(x, norm, weight, q_norm, k_norm, problem.eps, *probes.HEADS)
     allowed = envelope(plan, problem)
     wrong = torch.cat([outside(o, allowed[n]).flatten(1) for n, o in zip("qkv", outputs, strict=True)], dim=1)
     return wrong.double().mean().item(), concentrated(wrong)

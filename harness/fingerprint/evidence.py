@@ -161,7 +161,7 @@ def refine(
     rules: Sequence[Rule], width: int, calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None
 ) -> tuple[list[list[Rule]], str]:
     """What is left of the rules after calls on searched rows, in groups between which no search found a difference; and
-    what makes their eps doubtful, or an empty text."""
+    what makes their eps doubtful, or what was said of the first two groups: an empty text where there is neither."""
     left, misses = list(rules), 0
     for seed in range(SEARCHES):
         if len(left) == 1 or misses == MISSES:
@@ -180,7 +180,20 @@ def refine(
         doubt = _doubtful_roots(left, width, call, readout)
     if doubt:
         left += [rule for rule in rules if rule not in left and any(rule.replace(eps=r.eps) == r for r in left)]
-    return classes(left, calls), doubt
+    groups = classes(left, calls)
+    return groups, doubt or _deciding_probe(groups, calls)
+
+
+def _deciding_probe(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
+    """What the deciding probe said of the first two groups."""
+    if len(groups) < 2:
+        return ""
+    differ, first, second = count_votes(groups[0][0], groups[1][0], calls)
+    return (
+        ". The probe that would decide, rows on which they store different bits, was given: of the "
+        f"{differ:g} roots or products that tell the first two apart, {first:.3g} are stored as by the first, "
+        f"{second:.3g} as by the second"
+    )
 
 
 def _doubtful_roots(rules: Sequence[Rule], width: int, call: Callable[[Rows], Call], readout: Readout | None) -> str:

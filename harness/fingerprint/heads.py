@@ -7,15 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.probes import (
-    HEAD_DIM,
-    NUM_KV_HEADS,
-    NUM_Q_HEADS,
-    READ,
-    ROWS,
-    WIDTH,
-    integers,
-)
+from castpoint.harness.fingerprint.probes import HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, READ, ROWS, WIDTH, integers
 from castpoint.harness.fingerprint.rules import Rows
 
 
@@ -30,12 +22,11 @@ class HeadRows:
     proj: Tensor  # [ROWS, Hq + Hkv, READ], fp32
     bias: Tensor  # [Hq + Hkv, READ], fp32: proj + bias has 10 bits too
 
-    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float, proj: Tensor | None = None) -> Rows:
+    def rows(self, q_norm_weight: Tensor, k_norm_weight: Tensor, eps: float) -> Rows:
         """The heads as rows of a norm, [ROWS * (Hq + Hkv), READ]; their x is proj."""
-        proj = self.proj if proj is None else proj
         weight = torch.cat([q_norm_weight.expand(NUM_Q_HEADS, -1), k_norm_weight.expand(NUM_KV_HEADS, -1)])
         weight = weight.gather(1, self.places).expand(ROWS, -1, -1)
-        return Rows(proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
+        return Rows(self.proj.flatten(0, 1), weight.flatten(0, 1), eps, HEAD_DIM)
 
     def packed_bias(self) -> Tensor:
         """The bias of all rows of the weight, V's zero."""

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import (
@@ -24,7 +22,6 @@ from castpoint.harness.fingerprint.answer import (
     Answer,
     answer_of,
     at_other_shapes,
-    deciding_probe,
     differing,
     none_of_these,
     plans_of,
@@ -66,9 +63,8 @@ def summary(answer: Answer) -> str:
     lines += [f"{answer.status}{': ' if answer.reason else ''}{answer.reason}"]
     explains = (answer.share_equal or 0.0) >= 0.5  # words that explain less than half say nothing
     for words in answer.candidates or ([answer.nearest] if answer.nearest and explains else []):
-        lines.append(
-            ("nearest: " if answer.nearest else "") + ", ".join(f"{name}={word}" for name, word in words.items())
-        )
+        nearest = "nearest: " if answer.nearest else ""
+        lines.append(nearest + ", ".join(f"{name}={word}" for name, word in words.items()))
     if answer.plans:
         words = answer.candidates[0]
         part = "" if "proj" in words else "the head norm of " if "head_rstd" in words else "the norm of "
@@ -87,8 +83,7 @@ def _norm(box: BlackBox) -> Answer:
 
     def call(rows: Rows, count: int = 4) -> Call:
         shape = [len(rows.x) // count, count, rows.width] if heads else list(rows.x.shape)
-        residual = torch.zeros_like(rows.x) if fused_add and rows.residual is None else rows.residual
-        residual = None if residual is None else residual.reshape(shape)
+        residual = None if rows.residual is None else rows.residual.reshape(shape)
         stored = box.norm(rows.x.reshape(shape), rows.weight, rows.eps, residual)
         return Call(rows, stored.reshape(rows.x.shape).float(), stored.dtype)
 
@@ -104,7 +99,7 @@ def _norm(box: BlackBox) -> Answer:
     if 1 - ranking.share > UNEXPLAINED or ranking.gathered:
         return none_of_these(nearest, ranking.share, ranking.runner_up, ranking.gathered or _by_eps(ranking.best, main))
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    groups, doubt = refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
+    groups, said = refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
     for count in (len(rows.x), 4):  # the same number of rows, and another
         control = call(Rows(probes.gaussian([count, rows.width], rng), rows.weight, probes.EPS_SMALL, rows.width))
         share = control.share(groups[0][0])
@@ -113,7 +108,7 @@ def _norm(box: BlackBox) -> Answer:
             return none_of_these(nearest, share, ranking.runner_up, why)
     share = max(mean_shares([group[0] for group in groups], main).values())
     words = [[named(rule) for rule in group] for group in groups]
-    answer = answer_of(words, share, ranking.runner_up, doubt or deciding_probe(groups, calls))
+    answer = answer_of(words, share, ranking.runner_up, said)
     if answer.status != "identified":
         return answer
 

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.rules import (
-    Readout,
-    Rows,
-    Rule,
-    mean_of_squares,
-    predict,
-    predict_with,
-    scalar,
-    scaled,
-    two_step,
-)
+from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, mean_of_squares, predict, scalar, scaled, two_step
 from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.spec import round_to
 
@@ -62,10 +53,8 @@ def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count
         return Rows(x * places * scale, norm_weight(width, rng), EPS_SMALL, width, rest * places * scale)
     numbers = torch.arange(64, 256).float()
     error = (round_to(numbers.square(), "bf16-rne") - numbers.square()) / numbers.square()
-    kinds = [numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]]
-    chosen = [
-        kind[torch.randint(0, len(kind), [width], generator=rng)] for i in range(count) for kind in [kinds[i % 3]]
-    ]
+    kinds = itertools.cycle([numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]])
+    chosen = [kind[torch.randint(0, len(kind), [width], generator=rng)] for kind in itertools.islice(kinds, count)]
     signs = torch.randint(0, 2, [count, width], generator=rng) * 2 - 1
     scale = 2.0 ** torch.randint(-10, 0, [count, 1], generator=rng)
     return Rows(torch.stack(chosen) * signs * scale, norm_weight(width, rng), EPS_SMALL, width)
@@ -224,7 +213,7 @@ def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout
         if (factor != factor[0]).any():
             continue
         pairs = dataclasses.replace(pairs)  # what it remembers is of another row's rstd
-        stored = [predict_with(rule, pairs, factor[:1]) for rule in rules]
+        stored = [predict(rule, pairs, factor[:1]) for rule in rules]
         telling = torch.cat([other != stored[0] for other in stored]).any(0).nonzero()[:, 0]
         placed: list[int] = []
         for pair in telling[torch.randperm(len(telling), generator=rng)].tolist():
@@ -270,6 +259,7 @@ def _most_telling(counts: list[Tensor]) -> Tensor:
 # ---------------------------------------------------------------- the whole chain
 
 HEAD_DIM, NUM_Q_HEADS, NUM_KV_HEADS = 128, 2, 1
+HEADS = (NUM_Q_HEADS, NUM_KV_HEADS)
 WIDTH = 256  # of the residual stream
 READ = 16  # channels of a head that are not zero: 10-bit numbers, whose squares' sum has 24 bits
 

@@ -36,18 +36,11 @@ def identify_target(target: str, kind: str, device: str, time_limit_s: float) ->
     except (json.JSONDecodeError, IndexError, TypeError):
         code = child.returncode
         reason = f"the callable ended its process ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
-    finally:
-        _kill_group(child)
+    finally:  # it, and whatever it started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
-
-
-def _kill_group(child: subprocess.Popen[str]) -> None:
-    """Ends the child and whatever it started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
 
 
 def _answer(target: str, kind: str, device: str) -> Answer:

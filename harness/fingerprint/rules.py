@@ -100,13 +100,10 @@ class Rows:
 
     def first(self, count: int) -> Rows:
         """The first rows."""
-
-        def make() -> Rows:
-            weight = self.weight if self.weight.ndim == 1 else self.weight[:count]
-            residual = None if self.residual is None else self.residual[:count]
-            return dataclasses.replace(self, x=self.x[:count], weight=weight, residual=residual)
-
-        return self.remembered(("first", count), make)
+        weight = self.weight if self.weight.ndim == 1 else self.weight[:count]
+        residual = None if self.residual is None else self.residual[:count]
+        first = functools.partial(dataclasses.replace, self, x=self.x[:count], weight=weight, residual=residual)
+        return self.remembered(("first", count), first)
 
     @functools.cached_property
     def nonzero(self) -> Tensor:
@@ -181,13 +178,10 @@ def applied_weight(rule: Rule, rows: Rows) -> Tensor:
     return rows.weight if rule.weight_offset == "none" else round_to(1 + rows.weight, rule.weight_offset)
 
 
-def predict(rule: Rule, rows: Rows) -> Tensor:
-    """What an implementation of the rule returns: [R, D] fp32, or [R, N] with a readout."""
-    return predict_with(rule, rows, factor_of(rule, rows))
-
-
-def predict_with(rule: Rule, rows: Rows, factor: Tensor) -> Tensor:
-    """predict, where the rows' factors [R, 1] are known."""
+def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
+    """What an implementation of the rule returns: [R, D] fp32, or [R, N] with a readout. factor [R, 1]: of the rows,
+    where it is known."""
+    factor = factor_of(rule, rows) if factor is None else factor
     x, weight = source(rule, rows), applied_weight(rule, rows)
 
     def product() -> Tensor:
@@ -203,12 +197,9 @@ def predict_with(rule: Rule, rows: Rows, factor: Tensor) -> Tensor:
         return round_to(product(), rule.out)
     before = (*_root_key(rule), rule.order, rule.normed) if rule.scale == "prologue" else (rule.x,)
     value = rows.remembered(("read", rule.scale, *before, rule.weight_offset, rule.hidden, rule.matmul), read)
-    return _stored(rule, value if rule.scale == "prologue" else scaled(rule, value, factor), rows.readout)
-
-
-def _stored(rule: Rule, value: Tensor, readout: Readout) -> Tensor:
-    if readout.bias is not None:
-        value = (round_to(value, rule.out) if rule.bias == "after" else value) + readout.bias
+    value = value if rule.scale == "prologue" else scaled(rule, value, factor)
+    if rows.readout.bias is not None:
+        value = (round_to(value, rule.out) if rule.bias == "after" else value) + rows.readout.bias
     return round_to(value, rule.out)
 
 
@@ -244,14 +235,12 @@ def norm_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tu
     outs: storages that the dtype of the result allows. xs: of the sum under the norm, where there is one. roots: those
     in question where rstd is rounded.
     """
-    rules = []
-    for x, statistics, variance, rstd, normed, offset, out in itertools.product(
-        xs, STORAGE, STORAGE, STORAGE, STORAGE, OFFSETS, outs
-    ):
-        for eps in ("float32",) if variance == KEEP else ("float32", *EPS_BF16):
-            for root in ROOTS[:1] if rstd == KEEP else roots:
-                rules.append(Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, offset, out=out))
-    return rules
+    return [
+        Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, offset, out=out)
+        for x, statistics, variance, rstd, normed, offset, out in itertools.product(xs, *[STORAGE] * 4, OFFSETS, outs)
+        for eps in (("float32",) if variance == KEEP else ("float32", *EPS_BF16))
+        for root in (ROOTS[:1] if rstd == KEEP else roots)
+    ]
 
 
 def projected_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,)) -> list[Rule]:

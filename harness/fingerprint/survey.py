@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.fingerprint.rules import OFFSETS
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
 from castpoint.kernels.head_norm import head_norm
-from castpoint.kernels.plan import KEEP, OPTIONAL, RNE, STORAGE, CastPlan
+from castpoint.kernels.plan import KEEP, OPTIONAL, STORAGE, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.problem import Problem
@@ -49,13 +49,17 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
         return Status.NOT_INSTALLED, {"reason": str(error)}
     except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
         return Status.ERROR, {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
-    columns = {
-        name: value
-        for name, value in answer.as_dict().items()
-        if name not in ("status", "candidates", "nearest", "plans", "shapes", "kind")
-    }
-    candidates = answer.candidates or ([answer.nearest] if answer.nearest else [])
-    return answer.status, {**columns, "plan": json.dumps(candidates)}
+    return answer.status, {**_columns(answer), "plan": _found(answer)}
+
+
+def _columns(answer: Answer) -> dict[str, Any]:
+    """What rows say of an answer besides its status and what it found."""
+    names = ("share_equal", "runner_up_share_equal", "reason", "seconds")
+    return {name: getattr(answer, name) for name in names}
+
+
+def _found(answer: Answer) -> str:
+    return json.dumps(answer.candidates or ([answer.nearest] if answer.nearest else []))
 
 
 # ---------------------------------------------------------------- plans whose answer is known
@@ -63,13 +67,9 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
 
 def norm_plans() -> list[CastPlan]:
     """Every plan of a single norm, 729: five boundaries kept, rounded or truncated, and the weight offset."""
-    plans = []
-    for statistics, variance, rstd, normed, out in itertools.product(STORAGE, repeat=5):
-        for offset in ("none", KEEP, RNE):
-            matmul = "fp32" if out == KEEP else "bf16"
-            choices = {"statistics": statistics, "variance": variance, "rstd": rstd, "normed": normed, "hidden": out}
-            plans.append(CastPlan(**choices, matmul=matmul, weight_offset=offset))
-    return plans
+    names = ("statistics", "variance", "rstd", "normed", "hidden", "weight_offset")
+    drawn = [dict(zip(names, words, strict=True)) for words in itertools.product(*[STORAGE] * 5, OFFSETS)]
+    return [CastPlan(**choices, matmul="fp32" if choices["hidden"] == KEEP else "bf16") for choices in drawn]
 
 
 def spec_norm(plan: CastPlan) -> Norm:
@@ -165,7 +165,7 @@ def drawn_chains(count: int) -> list[CastPlan]:
     while len(plans) < count:
         names = ("statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed", "out")
         words = {name: draw(STORAGE) for name in names}
-        words |= {"scale": draw(("prologue", "epilogue", "folded")), "weight_offset": draw(("none", KEEP, RNE))}
+        words |= {"scale": draw(("prologue", "epilogue", "folded")), "weight_offset": draw(OFFSETS)}
         words["matmul"] = "bf16" if words["hidden"] != KEEP else draw(("tf32", "tf32x3", "fp32"))
         if words["scale"] != "prologue":
             words["normed"] = KEEP
@@ -177,14 +177,9 @@ def drawn_chains(count: int) -> list[CastPlan]:
 
 def survey_known(records: Records) -> None:
     """One row a known subject: what was planted, what was answered."""
-    subjects = list(known_subjects())
-    for source, kind, plan, fn in track(subjects, "known plans"):
+    for source, kind, plan, fn in track(list(known_subjects()), "known plans"):
         key = {"source": source, "kind": kind, "planted": json.dumps(expected(plan, kind))}
         if records.has(FingerprintRow, **key):
             continue
         answer = identify(fn, kind)
-        found = answer.candidates or ([answer.nearest] if answer.nearest else [])
-        columns = dataclasses.asdict(answer) | {"answered": json.dumps(found)}
-        for name in ("candidates", "nearest", "plans", "shapes", "kind"):
-            del columns[name]
-        records.add(FingerprintRow(**key, **columns))
+        records.add(FingerprintRow(**key, **_columns(answer), status=answer.status, answered=_found(answer)))
