@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from castpoint.harness.model.attach import check_architecture, decoder_layers
 from castpoint.harness.problems import drawn
-from castpoint.harness.problems.drawn import CALIBRATED_MODEL
+from castpoint.harness.problems.drawn import CALIBRATED_MODEL, layer_statistics
 from castpoint.harness.problems.files import HUB_ID, refuse_pickle, shortest
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.problems.positions import THETA
@@ -186,7 +186,7 @@ def calibrated_model(config: Qwen3Config) -> nn.Module:
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, drawn.residual_std(0), generator=rng)
         model.model.norm.weight.fill_(1.0)
-        for layer, row in zip(decoder_layers(model), drawn.layer_statistics(), strict=True):
+        for layer, row in zip(decoder_layers(model), layer_statistics(), strict=True):
             for name, weight in layer.named_parameters():
                 weight.copy_(_drawn(name.split(".")[-2], weight.shape, row, rng))
         for layer, block in enumerate(decoder_layers(model)):
