@@ -33,6 +33,7 @@ class Chain:
     rstd: Tensor  # [T, 1]
     normed: Tensor | None  # [T, D]; None where rstd is applied after the matmul
     hidden: Tensor  # [T, D]
+    product: Tensor  # [T, H * Dh], hidden @ W^T as the operands' precision has it, before rstd where that is deferred
     proj: Tensor  # [T, H, Dh]
     head_rstd: Tensor | None  # [T, Hq + Hkv, 1]
     head_normed: Tensor | None  # [T, Hq + Hkv, Dh]
@@ -83,10 +84,13 @@ def check_offset(plan: CastPlan, problem: Problem) -> None:
         )
 
 
-def spec(plan: CastPlan, problem: Problem) -> Chain:
-    """The plan's exact definition on that problem. Raises ValueError if the two do not fit together."""
+def spec(plan: CastPlan, problem: Problem, product: Tensor | None = None) -> Chain:
+    """The plan's exact definition on that problem. product: Chain.product, if it is at hand.
+
+    Raises ValueError if plan and problem do not fit together.
+    """
     check_offset(plan, problem)
-    return _chain(plan, problem, store, lambda weight: applied_weight(weight, plan))
+    return _chain(plan, problem, store, lambda weight: applied_weight(weight, plan), product)
 
 
 def truth(problem: Problem) -> Chain:
@@ -122,28 +126,24 @@ def _mean_of_squares(value: Tensor, plan: CastPlan, store: Callable[[Tensor, str
 
 
 def _chain(
-    plan: CastPlan, problem: Problem, store: Callable[[Tensor, str], Tensor], applied: Callable[[Tensor], Tensor]
-) -> Chain:
+    plan: CastPlan, problem: Problem, store: Callable[[Tensor, str], Tensor], applied: Callable[[Tensor], Tensor],
+    product: Tensor | None = None,
+) -> Chain:  # fmt: skip
     w_in = applied(problem.norm_weight)
-    weight = problem.qkv_weight.to(torch.float64)
     x = problem.x.to(torch.float64)
     if problem.residual is not None:
         x = store(x + problem.residual.to(torch.float64), plan.x)
 
     variance = store(_mean_of_squares(x, plan, store), plan.variance)
     rstd = store((variance + problem.eps).rsqrt(), plan.rstd)
-    normed = None
-    if plan.scale == "prologue":
-        normed = store(x * rstd, plan.normed)
-        hidden = store(normed * w_in, plan.hidden)
-    elif plan.scale == "epilogue":
-        hidden = store(x * w_in, plan.hidden)
-    else:
-        hidden, weight = x, store(weight * w_in, RNE)
+    normed = store(x * rstd, plan.normed) if plan.scale == "prologue" else None
+    hidden = x if plan.scale == "folded" else store((x if normed is None else normed) * w_in, plan.hidden)
+    if product is None:
+        weight = problem.qkv_weight.to(torch.float64)
+        weight = store(weight * w_in, RNE) if plan.scale == "folded" else weight
+        product = matmul_operand(hidden, plan) @ weight.T
 
-    proj = matmul_operand(hidden, plan) @ weight.T
-    if plan.scale != "prologue":
-        proj = proj * rstd
+    proj = product if plan.scale == "prologue" else product * rstd
     if problem.bias is not None:
         proj = proj + problem.bias.to(torch.float64)
     proj = store(proj, plan.proj).reshape(problem.tokens, problem.num_heads, problem.head_dim)
@@ -161,4 +161,4 @@ def _chain(
         cos, sin = (store(value.to(torch.float64), plan.cos_sin) for value in problem.cos_sin())
         q, k = (rotated(store(value, plan.unrotated), cos, sin, plan, store) for value in (q, k))
     q, k, v = (store(value, plan.out) for value in (q, k, v))
-    return Chain(x, variance, rstd, normed, hidden, proj, head_rstd, head_normed, q, k, v)
+    return Chain(x, variance, rstd, normed, hidden, product, proj, head_rstd, head_normed, q, k, v)

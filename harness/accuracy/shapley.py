@@ -33,7 +33,7 @@ from castpoint.harness.runs.schema import FP32, MEASURES, PLAYERS
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.problem import Problem
-from castpoint.variants.spec import Chain, applied_weight, check_offset, matmul_operand, rotated, spec, store, truth
+from castpoint.variants.spec import Chain, check_offset, spec, truth
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,6 @@ class Errors:
             )
         self.problem = problem
         self.exact = truth(problem)
-        self.weight = problem.qkv_weight.to(torch.float64)
         self.measured: dict[Part, dict[str, float]] = {}
         self.product = functools.lru_cache(maxsize=2)(self._product)
 
@@ -168,53 +167,15 @@ class Errors:
         return self.measured[part]
 
     def queries_and_keys(self, part: Part) -> tuple[Tensor, Tensor]:
-        """q [T, Hq, Dh] and k [T, Hkv, Dh] of spec(part, problem), bit for bit; what precedes proj is reused.
-
-        The matmul is the spec's own, v's rows included: without them a BLAS may sum in another order.
-        """
-        p = self.problem
+        """q [T, Hq, Dh] and k [T, Hkv, Dh] of spec(part, problem); its matmul is used again where it is the same."""
         behind = dict.fromkeys(("proj", "head_rstd", "head_normed", *ROPE_BOUNDARIES, "out"), KEEP)
         if part.scale != "prologue":
             behind |= dict.fromkeys(("statistics", "variance", "rstd"), KEEP)
-        proj = self.product(dataclasses.replace(part, **behind))
-        if part.scale != "prologue":
-            proj = proj * _rstd(self._x(part), part, p.eps, part.rstd)
-        if p.bias is not None:
-            proj = proj + p.bias.to(torch.float64)
-        q, k, _ = p.split_heads(proj)
-        qk = store(torch.cat([q, k], dim=1), part.proj)
-        if p.has_head_norm:
-            qk = store(qk * _rstd(qk, part, p.eps, part.head_rstd), part.head_normed)
-        q, k = qk.split([p.num_q_heads, p.num_kv_heads], dim=1)
-        if p.has_head_norm:
-            q, k = q * applied_weight(p.q_norm_weight, part), k * applied_weight(p.k_norm_weight, part)
-        if p.positions is not None:
-            cos, sin = (store(value.to(torch.float64), part.cos_sin) for value in p.cos_sin())
-            q, k = (rotated(store(value, part.unrotated), cos, sin, part) for value in (q, k))
-        return store(q, part.out), store(k, part.out)
+        chain = spec(part, self.problem, self.product(dataclasses.replace(part, **behind)))
+        return chain.q, chain.k
 
     def _product(self, part: Part) -> Tensor:
-        """hidden @ W^T [T, H * Dh], before rstd where that is deferred; the part's roundings behind it play no role."""
-        hidden, weight = self._x(part), self.weight
-        w_in = applied_weight(self.problem.norm_weight, part)
-        if part.scale == "folded":
-            weight = store(weight * w_in, RNE)
-        else:
-            if part.scale == "prologue":
-                hidden = store(hidden * _rstd(hidden, part, self.problem.eps, part.rstd), part.normed)
-            hidden = store(hidden * w_in, part.hidden)
-        return matmul_operand(hidden, part) @ weight.T
-
-    def _x(self, part: Part) -> Tensor:
-        x, residual = self.problem.x.to(torch.float64), self.problem.residual
-        return x if residual is None else store(x + residual.to(torch.float64), part.x)
-
-
-def _rstd(value: Tensor, part: Part, eps: float, storage: str) -> Tensor:
-    squares = value * value
-    if part.statistics != KEEP:
-        squares = store(squares, part.statistics)
-    return store((store(squares.mean(-1, keepdim=True), part.variance) + eps).rsqrt(), storage)
+        return spec(part, self.problem).product
 
 
 def budget(plan: CastPlan, problem: Problem, errors: Errors | None = None) -> dict[str, Budget]:
