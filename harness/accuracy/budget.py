@@ -54,10 +54,10 @@ def ways_to_rotate(names: Iterable[str]) -> list[str]:
 def _divide(records: Records, problem: Problem, names: Iterable[str]) -> None:
     errors = functools.cache(lambda: Errors(problem))  # where any is asked for
     for name in names:
-        _add_rows(records, problem, name, Backend.SPEC, lambda names, p: budget_rows(names, p, errors()))
+        _add_rows(records, problem, name, Backend.SPEC, lambda name, p: budget_rows(name, p, errors()))
 
 
-Rows = Callable[[list[str], Problem], Iterator[BudgetRow]]  # of named plans on one problem
+Rows = Callable[[str, Problem], Iterator[BudgetRow]]  # of a named plan on one problem
 
 
 def _add_rows(records: Records, problem: Problem, name: str, backend: Backend, rows_of: Rows) -> None:
@@ -67,39 +67,33 @@ def _add_rows(records: Records, problem: Problem, name: str, backend: Backend, r
     if records.has(BudgetRow, **last):
         return
     try:
-        rows = list(rows_of([name], problem))
+        rows = list(rows_of(name, problem))
     except Exception as error:  # no compiler, an error that is not finite: a row, and on
         rows = [BudgetRow(**last, status=Status.FAILED, reason=reason_of(error))]
     for row in rows:
         records.add(row)
 
 
-def budget_rows(names: Iterable[str], problem: Problem, errors: Errors | None = None) -> Iterator[BudgetRow]:
-    """Rows of named plans on one problem: one for each measure and player, and one for fp32 arithmetic.
-
-    A plan's `shapley` of one measure sum to its `total`, its `share` to 1. errors: Errors(problem), if they are at
-    hand. Raises what budget raises.
-    """
-    errors = errors or Errors(problem)
-    for name in names:
-        key = _key(problem, name, Backend.SPEC)
-        for measure, b in budget(plan_named(name), problem, errors).items():
-            for player, value in b.all_parts().items():
-                parts = {"shapley": value, "share": b.share(value), "total": b.total}
-                yield BudgetRow(**key, measure=measure, player=player, **parts)
+def budget_rows(name: str, problem: Problem, errors: Errors | None = None) -> Iterator[BudgetRow]:
+    """Rows of a named plan on one problem: for each measure one a player and one for fp32 arithmetic, whose `shapley`
+    sum to `total` and `share` to 1. errors: Errors(problem), if they are at hand. Raises what budget raises."""
+    key = _key(problem, name, Backend.SPEC)
+    for measure, b in budget(plan_named(name), problem, errors).items():
+        for player, value in b.all_parts().items():
+            parts = {"shapley": value, "share": b.share(value), "total": b.total}
+            yield BudgetRow(**key, measure=measure, player=player, **parts)
 
 
-def order_rows(names: Iterable[str], problem: Problem, backend: Backend = Backend.TRITON) -> Iterator[BudgetRow]:
-    """Rows of what that backend adds to the specs of named plans on one problem.
+def order_rows(name: str, problem: Problem, backend: Backend = Backend.TRITON) -> Iterator[BudgetRow]:
+    """Rows of what that backend adds to the spec of a named plan on one problem.
 
     They have no `shapley` and no `share`: this is no part of the plan's error. `total` is that error on the same
     tokens, and `kernel_vs_spec_share` relative to it. Raises what variants.backends.run raises.
     """
-    for name in names:
-        for measure, (added, total) in order_of_sums(plan_named(name), problem, backend).items():
-            key = {**_key(problem, name, backend), "measure": measure, "player": ORDER_OF_SUMS}
-            share = added / total if total else 0.0
-            yield BudgetRow(**key, total=total, kernel_vs_spec=added, kernel_vs_spec_share=share)
+    for measure, (added, total) in order_of_sums(plan_named(name), problem, backend).items():
+        key = {**_key(problem, name, backend), "measure": measure, "player": ORDER_OF_SUMS}
+        share = added / total if total else 0.0
+        yield BudgetRow(**key, total=total, kernel_vs_spec=added, kernel_vs_spec_share=share)
 
 
 def _key(problem: Problem, plan: str, backend: Backend) -> dict[str, Any]:

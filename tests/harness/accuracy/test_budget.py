@@ -259,7 +259,7 @@ def test_a_rounding_that_makes_up_for_another_keeps_its_sign_in_the_rows(monkeyp
     plan = CastPlan(hidden=KEEP, matmul="fp32", variance=RTZ, out=RTZ)
     problem = small(head_norm=False, residual=False, bias=False, tokens=33, hidden_size=200)
     monkeypatch.setattr("castpoint.harness.accuracy.budget.plan_named", lambda name: plan)
-    rows = pd.DataFrame(budget_rows(["compensating"], problem))
+    rows = pd.DataFrame(budget_rows("compensating", problem))
     for _, measured in rows.groupby("measure"):
         shares = measured.set_index("player")["share"]
         assert shares["variance"] < -0.01 and shares["out"] > 1.01
@@ -311,4 +311,4 @@ def test_what_cannot_be_divided_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="overflow fp32"):
         budget(plan_named("hf"), problem.replace(qkv_weight=torch.full_like(problem.qkv_weight, 3e38)))
     with pytest.raises(KeyError, match="did you mean 'hf'"):
-        list(budget_rows(["hff"], problem))
+        list(budget_rows("hff", problem))

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.usefixtures("alone")
 @cache
 def frame() -> pd.DataFrame:
     names = ["hf", "one-rounding", "bf16-operand", "fp32", "rstd-rounded"]
-    rows = [*budget_rows(names, small()), *order_rows(["hf", "fp32"], small())]
-    rows += budget_rows(["gemma"], small(weight_offset=True))
+    rows = [row for name in names for row in budget_rows(name, small())]
+    rows += [row for name in ("hf", "fp32") for row in order_rows(name, small())]
+    rows += budget_rows("gemma", small(weight_offset=True))
     return pd.DataFrame(rows, columns=list(TABLES["budget"])).assign(status="ok")
 
 
