@@ -79,12 +79,6 @@ def outside(actual: Tensor, envelope: Interval) -> Tensor:
     return ~(inside | (actual.isnan() & (low.isnan() | high.isnan())))
 
 
-def pinned_share(envelope: Interval) -> float:
-    """Share of elements whose bits the plan fixes whatever the order of summation."""
-    low, high = envelope
-    return (low == high).double().mean().item() if low.numel() else 1.0
-
-
 def _stored(ends: Interval, storage: str) -> Interval:
     return store(ends[0], storage), store(ends[1], storage)
 

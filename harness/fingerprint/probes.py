@@ -76,12 +76,6 @@ def first_rows(width: int, *, residual: bool, read: bool = False) -> tuple[Rows,
     return rows, rng
 
 
-def forget() -> None:
-    """Drops every search and prediction that is remembered: for who changes what they are made of."""
-    _first_rows.cache_clear()
-    telling_rows.cache_clear()
-
-
 def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
     """Gaussian bf16 values in fp32."""
     return round_to(torch.randn(list(shape), generator=rng), "bf16-rne")

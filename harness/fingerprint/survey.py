@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.fingerprint.answer import Answer, words_of
+from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.rules import OFFSETS
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
 from castpoint.kernels.head_norm import head_norm
-from castpoint.kernels.plan import KEEP, OPTIONAL, STORAGE, CastPlan
+from castpoint.kernels.plan import KEEP, STORAGE, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.problem import Problem
@@ -84,12 +86,15 @@ def spec_norm(plan: CastPlan) -> Norm:
     return fn
 
 
-def triton_head_norm(plan: CastPlan) -> Norm:
-    """The same norm by the Triton kernel, as kind `head_norm`: its head_rstd, head_normed and out are the plan's
-    rstd, normed and hidden."""
+def as_head(plan: CastPlan) -> CastPlan:
+    """The plan whose head norm is that plan's first: its head_rstd, head_normed and out are rstd, normed and hidden."""
     same = {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
-    head = CastPlan(head_rstd=plan.rstd, head_normed=plan.normed, out=plan.hidden, **same)
-    return lambda x, weight, eps: head_norm(x, weight, eps, plan=head)
+    return CastPlan(head_rstd=plan.rstd, head_normed=plan.normed, out=plan.hidden, **same)
+
+
+def triton_head_norm(plan: CastPlan) -> Norm:
+    """The same norm by the Triton kernel, as kind `head_norm`."""
+    return functools.partial(head_norm, plan=as_head(plan))
 
 
 def chain(plan: CastPlan, backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,21 +128,8 @@ def with_noise(fn: Norm) -> Norm:
 
 
 def expected(plan: CastPlan, kind: str) -> dict[str, str]:
-    """The words that a fingerprint of this plan must answer."""
-    if kind == "qkv":
-        return {name: word for name, word in plan.choices().items() if name not in OPTIONAL}  # no residual is given
-    names = {"rmsnorm": ("rstd", "normed", "hidden"), "head_norm": ("head_rstd", "head_normed", "out")}[kind]
-    words = dict(zip(names, (plan.rstd, plan.normed, plan.hidden), strict=True))
-    return words | {name: getattr(plan, name) for name in ("statistics", "variance", "weight_offset")}
-
-
-def right(answer: Answer, plan: CastPlan, kind: str, source: str) -> bool:
-    """Whether the answer is that plan and no other, and its fp32 arithmetic that of the source: spec or kernel."""
-    if answer.status != "identified":
-        return False
-    words = answer.candidates[0]
-    fp32 = {"eps": "float32" if source == "triton" else "float64", "root": "rsqrt", "order": "(x*rstd)*w"}
-    return expected(plan, kind).items() <= words.items() and all(v in words[k].split(" or ") for k, v in fp32.items())
+    """The words that a fingerprint of this plan must answer: of a single norm by as_head's names if it is a head's."""
+    return words_of(as_head(plan) if kind == "head_norm" else plan, kind)
 
 
 def known_subjects() -> Iterator[tuple[str, str, CastPlan, Callable[..., Any]]]:

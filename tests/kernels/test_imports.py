@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import KERNELS, ROOT, assert_inside
+from support import KERNELS, ROOT, assert_inside, pinned_share
 
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.envelope import envelope, pinned_share
+from castpoint.variants.envelope import envelope
 
 
 def imported(folder: str, root: Path = ROOT) -> set[str]:

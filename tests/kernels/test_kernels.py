@@ -22,7 +22,7 @@ from nets import (
     nearest_by_table,
     random_case,
 )
-from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, random_problem
+from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, pinned_share, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
 from castpoint.kernels.head_norm import head_norm
@@ -31,7 +31,7 @@ from castpoint.kernels.plan import CHOICES, STORAGE
 from castpoint.variants.backends import run, run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import plan_eager, plan_weight
-from castpoint.variants.envelope import envelope, pinned_share
+from castpoint.variants.envelope import envelope
 
 
 def geometry(tokens: int, hidden_size: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:

@@ -198,3 +198,9 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
         big[:, ::2] = value
         return big[:, ::2]
     return value
+
+
+def pinned_share(envelope: Interval) -> float:
+    """Share of elements whose bits the plan fixes whatever the order of summation."""
+    low, high = envelope
+    return (low == high).double().mean().item() if low.numel() else 1.0

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from support import pinned_share
 
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.variants.catalogue import PLANS
-from castpoint.variants.envelope import dot_interval, envelope, outside, pinned_share
+from castpoint.variants.envelope import dot_interval, envelope, outside
 from castpoint.variants.spec import spec
 
 FRACTION_BITS = 25  # of the aligned addends on Hopper; each is cut toward zero (MMA-Sim, arXiv 2511.10909)

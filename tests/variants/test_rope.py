@@ -19,7 +19,7 @@ from nets import (
     exact_case,
     random_case,
 )
-from support import KERNELS, assert_bit_equal, random_problem
+from support import KERNELS, assert_bit_equal, pinned_share, random_problem
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
@@ -32,7 +32,7 @@ from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, plan_eager, plan_weight
-from castpoint.variants.envelope import envelope, outside, pinned_share
+from castpoint.variants.envelope import envelope, outside
 from castpoint.variants.spec import spec, truth
 
 GEOMETRIES = {

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from support import without_onednn
+from support import pinned_share, without_onednn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNor
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, eager_norm
-from castpoint.variants.envelope import envelope, outside, pinned_share
+from castpoint.variants.envelope import envelope, outside
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, truth
 
