@@ -8,11 +8,12 @@ import pandas as pd
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A Markdown table; numbers to three significant digits, shares in percent."""
+    """A Markdown table; numbers to three significant digits, shares in percent. Words lose the bars that would end a
+    cell."""
 
     def text(column: str, value: Any) -> str:
         if isinstance(value, str):
-            return value
+            return value.replace(" | ", " + ").replace("|", "/")
         if pd.isna(value):
             return "–"
         if any(word in column for word in ("equal", "rounded", "share", "flips")):

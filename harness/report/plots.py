@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
-from castpoint.harness.report import model
+from castpoint.harness.report import gpu, model
 from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
+from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
@@ -28,7 +29,8 @@ BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans,
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for, the newest error budget and models into folder/plots; returns the PNGs."""
+    """Draws every plot the run has data for, the newest error budget, GPU times and models into folder/plots; returns
+    the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
         "plans": error_per_plan,
@@ -43,26 +45,30 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         budget = latest(folder, "budget")
         if budget is not None:
             figures["budget"] = (budget_bars(budget[1]), budget[0])
+        if timed := gpu.newest(folder):
+            figures["gpu_speedup"] = (speedups(timed), timed.run_id)
         for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
         drawn = []
         for name, (figure, of_run) in figures.items():
             if figure is not None:
-                label = _label(runs[of_run], tokens=name != "time") + note(folder, of_run)
+                label = _label(runs[of_run], name) + note(folder, of_run)
                 drawn.append(save(figure, folder / "plots" / f"{name}.png", label))
         return drawn
 
 
-def _label(run: dict, tokens: bool) -> str:
-    """Model, weights, number of tokens (where an axis does not say it), machine."""
+def _label(run: dict, name: str) -> str:
+    """Model, weights, number of tokens (where no axis says it), machine, of the plot of that name."""
     s, e = run["settings"], run["environment"]
+    where = f"{e['gpu']['name'] if 'gpu' in e else e['processor']}; torch {e['versions']['torch']}"
+    if name == "gpu_speedup":
+        return f"cold weights, CUDA graphs; {where}, triton {e['versions']['triton']}"
     drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
     weights = s.get("weights") or s.get("checkpoint") or drawn
-    where = e["gpu"]["name"] if "gpu" in e else e["processor"]
     more = " and 32 that eager wrote" if s.get("command") == "model" else ""
-    count = f"{s['tokens']} tokens{more}; " if tokens else ""
-    return f"{s['model']}, {weights}; {count}{where}; torch {e['versions']['torch']}"
+    count = "" if name == "time" else f"{s['tokens']} tokens{more}; "
+    return f"{s['model']}, {weights}; {count}{where}"
 
 
 def error_per_plan(frames: Frames) -> Figure | None:

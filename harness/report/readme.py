@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from castpoint.harness.report import gpu, gpu_rows
+from castpoint.harness.report import gpu
 from castpoint.harness.report.findings import anchor, findings
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
@@ -60,7 +60,7 @@ def gpus(results: Path) -> str:
     """One sentence on every folder of results that holds times of a GPU."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        run = gpu_rows.newest(folder)
+        run = gpu.newest(folder)
         if run is not None:
             found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
     return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
