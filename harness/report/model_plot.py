@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from castpoint.harness.report.model import against, arms_of, eager_measured, failed, parted, plans_of, truth_name
-from castpoint.harness.report.style import GREY, colour
+from castpoint.harness.report.style import GREY, colour, label_ends
 from castpoint.harness.runs.frames import Frames
 from castpoint.harness.runs.schema import BINS
 
@@ -63,7 +63,8 @@ def layers(frames: Frames) -> Figure:
     for arm in (arm for arm in drawn if arm not in beside):
         left.plot(errors[arm].index, errors[arm], **style(frames, arm))
         left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
-    _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})
+    ends = {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside}
+    label_ends(right, together.index[-1], ends, lambda arm: style(frames, arm)["color"])
     return figure
 
 
@@ -142,20 +143,3 @@ def parting(frames: Frames) -> Figure:
         title += f"\neager parts from its own in {count:.0f}, read in one pass: counts like that say nothing of a plan"
     axes.set_title(title, loc="left", fontsize=11)
     return figure
-
-
-def _labels(axes: Axes, frames: Frames, ends: dict[str, float]) -> None:
-    """Arms' names at the right end of their lines, spread so that none covers another; equal ends share a line."""
-    low, high = axes.get_ylim()
-    groups: dict[float, list[str]] = {}
-    for arm, end in ends.items():
-        groups.setdefault(round(end, 4), []).append(arm)
-    places, previous = {}, -1.0
-    for end in sorted(groups):
-        previous = max((end - low) / (high - low), previous + 0.05)
-        places[end] = previous
-    over = max(0.0, previous - 0.98)
-    for end, place in places.items():
-        shade = style(frames, groups[end][-1])["color"]
-        axes.text(1.02, place - over, " = ".join(groups[end]), transform=axes.transAxes, fontsize=8, va="center",
-                  color=shade)  # fmt: skip

@@ -90,19 +90,11 @@ def amplification_table(frames: Frames) -> pd.DataFrame:
         "K correctly rounded, before": rows["weights"].map(before["share_equal"]),
         "K correctly rounded, after": rows["weights"].map(after["share_equal"]),
     }
-    table = pd.DataFrame(measures).T
-    table.columns = list(rows["weights"])
+    shares = [name for name in measures if "flips" in name or "rounded" in name]  # of rows: markdown knows columns
+    cells = {name: values.map("{:.4g}".format) for name, values in measures.items()}
+    cells |= {name: (100 * measures[name]).map("{:.3g} %".format) for name in shares}
+    table = pd.DataFrame(cells).T.set_axis(list(rows["weights"]), axis=1)
     return table.reset_index(names="measure, plan hf")
-
-
-def amplification_markdown(table: pd.DataFrame) -> str:
-    """The transposed table: shares are rows here, so percent goes by row."""
-    lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " --: |" * (len(table.columns) - 1)]
-    for row in table.itertuples(index=False):
-        percent = any(word in row[0] for word in ("flips", "rounded"))
-        cells = [f"{100 * v:.3g} %" if percent else f"{v:.4g}" for v in row[1:]]
-        lines.append("| " + " | ".join([row[0], *cells]) + " |")
-    return "\n".join(lines)
 
 
 def speed_table(frames: Frames) -> pd.DataFrame:
@@ -117,11 +109,12 @@ def speed_table(frames: Frames) -> pd.DataFrame:
 def tables(folder: Path, run_id: str) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
     frames = load(folder, run_id)
+    amplified = amplification_table(frames)
     return {
         "plans": markdown(plan_table(frames)),
         "noise": markdown(noise_floor_table(frames)),
         "kernels": markdown(kernel_table(frames)),
-        "amplification": amplification_markdown(amplification_table(frames)),
+        "amplification": markdown(amplified, right=amplified.columns[1:]),
         "speed": markdown(speed_table(frames)),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
 from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.model_plot import model_plots
-from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
+from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -145,16 +144,15 @@ def error_per_layer(frames: Frames) -> Figure | None:
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     panels = ((axes[0], "k_max_abs_after", "max |error| of K"), (axes[1], "k_rel_rms_after", "relative rms error of K"))
     for panel, column, label in panels:
-        ends = []
+        ends = {}
         for plan in plans:
             rows = amplified[amplified["plan"] == plan].sort_values("layer")
             panel.plot(rows["layer"], rows[column], color=colour(plan), marker="o", markersize=3, linewidth=1.3)
-            ends.append(rows[column].iloc[-1])
+            ends[plan] = rows[column].iloc[-1]
         panel.set_yscale("log")
         _plain_ticks(panel.yaxis)
         panel.set_ylabel(label)
-        shades = [colour(plan) for plan in plans]
-        _margin_labels(panel, np.full(len(plans), amplified["layer"].max()), np.array(ends), plans, shades)
+        label_ends(panel, amplified["layer"].max(), ends, colour)
     title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
     axes[0].set_title(title, loc="left", fontsize=11)
     return figure
@@ -233,35 +231,12 @@ def time_against_tokens(frames: Frames) -> Figure | None:
     axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
     axes.minorticks_off()
     _plain_ticks(axes.yaxis)
-    bundles = _bundles(ends)
-    middles = np.array([np.mean([ends[name] for name in bundle]) for bundle in bundles])
-    shades = ["black" if len(bundle) > 1 or bundle[0] in BASELINES else colour(bundle[0]) for bundle in bundles]
-    labels = [_bundle_label(bundle, ends) for bundle in bundles]
-    _margin_labels(axes, np.full(len(bundles), max(tokens)), middles, labels, shades)
+    label_ends(axes, max(tokens), ends, lambda name: "black" if name in BASELINES else colour(name), within=0.04)
     axes.set_xlabel("tokens")
     axes.set_ylabel("time of one layer's call, median [ms]")
     timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
     axes.set_title(f"{timed} over tokens; eager dashed, torch.compile dotted", loc="left")
     return figure
-
-
-def _bundles(ends: dict[str, float]) -> list[list[str]]:
-    """Lines that end within 4 % of a neighbour, together: no label could point at one of them. Fastest first."""
-    bundles: list[list[str]] = []
-    for name in sorted(ends, key=ends.__getitem__):
-        if bundles and ends[name] < 1.04 * ends[bundles[-1][-1]]:
-            bundles[-1].append(name)
-        else:
-            bundles.append([name])
-    return bundles
-
-
-def _bundle_label(bundle: list[str], ends: dict[str, float]) -> str:
-    if len(bundle) == 1:
-        return bundle[0]
-    apart = ends[bundle[-1]] / ends[bundle[0]] - 1
-    names = textwrap.fill(", ".join(bundle), 34, break_on_hyphens=False)
-    return f"{len(bundle)} lines end within {apart:.0%}:\n{names}"
 
 
 def _figure(width: float, height: float, right: float = 0.97) -> tuple[Figure, Axes]:
@@ -275,25 +250,3 @@ def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-"))
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _margin_labels(axes: Axes, x: np.ndarray, y: np.ndarray, labels: list[str], shades: list[str]) -> None:
-    """Labels in the right margin, spread so that none covers another, each tied to its point by a thin line."""
-    axes.figure.canvas.draw()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    points = to_axes.transform(np.column_stack([x, y]))
-    line = 13 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # of text, as a part of the axes
-    order = np.argsort(points[:, 1])
-    places = points[order, 1].copy()
-    half = np.array([line * (labels[at].count("\n") + 1) / 2 for at in order])
-    for _ in range(300):  # push neighbours apart until every gap fits their lines of text, within the axes
-        for i in range(len(places) - 1):
-            overlap = half[i] + half[i + 1] - (places[i + 1] - places[i])
-            if overlap > 1e-6:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
-        places = places.clip(half - 0.03, 1 - half)
-    for place, at in zip(places, order, strict=True):
-        axes.plot([points[at, 0], 1.02], [points[at, 1], place], transform=axes.transAxes, color=shades[at],
-                  linewidth=0.5, alpha=0.6, clip_on=False)  # fmt: skip
-        axes.text(1.025, place, labels[at], transform=axes.transAxes, color=shades[at], fontsize=9, va="center")

@@ -18,26 +18,13 @@ from castpoint.harness.runs.schema import Check
 
 def case_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a case: measured beside claimed."""
-
-    def number(value: float) -> str:
-        return "–" if pd.isna(value) else f"{value:.3g}"
-
-    cells = zip(frame["measured"], frame["measured_low"], frame["measured_high"], frame["unit"], strict=True)
-    measured = [f"{number(m)} ({number(low)} to {number(high)}) {unit}" for m, low, high, unit in cells]
-    return pd.DataFrame(
-        {
-            "case": frame["source"],
-            "boundary": frame["where"],
-            "before": frame["before"],
-            "after": frame["after"],
-            "quantity": frame["measure"],
-            "measured (range over draws)": measured,
-            "claimed": frame["claimed_text"],
-            "verdict": frame["verdict"],
-            "share of elements that differ": frame["share_differ"],
-            "why": frame["why"],
-        }
-    )
+    numbers = frame[["measured", "measured_low", "measured_high"]].map(lambda v: "–" if pd.isna(v) else f"{v:.3g}")
+    middle, low, high = (numbers[column] for column in numbers)
+    table = frame.assign(measured=middle + " (" + low + " to " + high + ") " + frame["unit"])
+    names = {"source": "case", "where": "boundary", "before": "before", "after": "after", "measure": "quantity"}
+    names |= {"measured": "measured (range over draws)", "claimed_text": "claimed", "verdict": "verdict"}
+    names |= {"share_differ": "share of elements that differ", "why": "why"}
+    return table[list(names)].rename(columns=names)
 
 
 def counted(words: pd.Series) -> str:
@@ -55,22 +42,12 @@ def _cases(frame: pd.DataFrame) -> str:
 
 def audit_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a kernel and target."""
-    keywords = frame["keywords"].where(frame["keywords"] == "", " " + frame["keywords"])
-    return pd.DataFrame(
-        {
-            "target": frame["target"],
-            "kernel": frame["kernel"] + keywords,
-            "plan": frame["plan"],
-            "declared": frame["declared"],
-            "found in machine code, elements a thread": frame["machine"],
-            "fused": frame["fused"],
-            "matrix instructions": frame["matrix"],
-            "registers": frame["registers"],
-            "spills, bytes": frame["spills"],
-            "SMEM, bytes": frame["shared"],
-            "status": frame["status"] + frame["reason"].where(frame["reason"] == "", ": " + frame["reason"]),
-        }
-    )
+    kernel = frame["kernel"] + frame["keywords"].where(frame["keywords"] == "", " " + frame["keywords"])
+    status = frame["status"] + frame["reason"].where(frame["reason"] == "", ": " + frame["reason"])
+    columns = "target kernel plan declared machine fused matrix registers spills shared status".split()
+    names = {"machine": "found in machine code, elements a thread", "matrix": "matrix instructions"}
+    names |= {"spills": "spills, bytes", "shared": "SMEM, bytes"}
+    return frame.assign(kernel=kernel, status=status)[columns].rename(columns=names)
 
 
 def _audit(frame: pd.DataFrame) -> str:
