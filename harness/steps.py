@@ -153,12 +153,13 @@ def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:
 def finish_study(records: Records, table: str) -> bool:
     """Ends the run and prints its section of a report; whether any row is red."""
     from castpoint.harness.report.failures import bad_rows, section
+    from castpoint.harness.report.markdown import paragraphs
     from castpoint.harness.report.studies import SECTIONS
     from castpoint.harness.runs.frames import load
 
     records.finish()
     frame = load(records.folder, records.run_id)[table]
-    print("\n\n".join([SECTIONS[table](frame), *section(bad_rows(frame, table))]))
+    print(paragraphs(SECTIONS[table](frame), section(bad_rows(frame, table))))
     return bool(red_rows(records, table))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
@@ -32,16 +32,6 @@ def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
     return _root(_parts(frame, measure))
 
 
-def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
-    """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
-    rows = frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == Status.OK)]
-    if not len(rows):
-        return None
-    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
-    where = f"{WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens"
-    return worst["kernel_vs_spec_share"], worst["plan"], where
-
-
 def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One row a plan: its rms error (K's relative to its head) and the part of its square that each rounding makes."""
     shares = mean_shares(frame, measure)
@@ -52,23 +42,30 @@ def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def section(frame: pd.DataFrame) -> str:
     """Of report.md: the parts of K's and the logits' squared errors, and RoPE's."""
-    parts = ["## Error budget"]
     rows = _parts(frame, MEASURES[0])
+    words, tables = "", []
     if len(rows):
         layers = sorted(rows["layer"].unique())
         where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
-        parts.append(
+        words = (
             "Which rounding makes how much of a plan's squared error: Shapley shares "
             f"({where}, {rows['tokens'].iloc[0]} tokens). A share below 0: that rounding cancels more of the others' "
-            "error than it adds, or is noise."
+            f"error than it adds, or is noise.{_kernels(frame)}"
         )
-        kernel = kernel_share(frame)
-        if kernel is not None:
-            share, plan, at = kernel
-            parts[-1] += f" Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {at})."
-        parts += [markdown(share_table(frame, measure)) for measure in MEASURES]
-    parts += [rope_table(frame), "![error budget](plots/budget.png)"]
-    return "\n\n".join(filter(None, parts))
+        tables = [markdown(share_table(frame, measure)) for measure in MEASURES]
+    return paragraphs("## Error budget", words, *tables, rope_table(frame), "![error budget](plots/budget.png)")
+
+
+def _kernels(frame: pd.DataFrame) -> str:
+    """A sentence on the largest kernel_vs_spec_share; empty where no kernel was measured."""
+    rows = frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == Status.OK)]
+    if not len(rows):
+        return ""
+    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
+    return (
+        f" Order of sums comes on top: at most {worst['kernel_vs_spec_share']:.1g} of a plan's squared error "
+        f"(`{worst['plan']}`, {WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens)."
+    )
 
 
 def _percent(share: float) -> str:
@@ -105,8 +102,6 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
 def rope_table(frame: pd.DataFrame) -> str:
     """rope_shares of both measures as a Markdown table; empty where none was measured."""
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
-    if not len(k):
-        return ""
     table = k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: ")
     for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
         table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
@@ -114,4 +109,4 @@ def rope_table(frame: pd.DataFrame) -> str:
     words = (
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
     )
-    return f"{words}\n\n{markdown(table.rename_axis('plan').reset_index())}"
+    return under(words, table.rename_axis("plan").reset_index())

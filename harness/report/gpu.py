@@ -17,7 +17,7 @@ import pandas as pd
 
 from castpoint.harness.problems import grid
 from castpoint.harness.report.failures import BAD
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Check, Kind
@@ -64,12 +64,12 @@ def section(folder: Path) -> str:
     run = newest(folder)
     if run is None:
         return ""
-    table = speed_table(run)
-    parts = [f"## {HEADING}\n\n{conditions(run, len(table))}", HOW_TO_READ, markdown(table), untried(run)]
-    if (folder / "plots" / "gpu_speedup.png").exists():
-        parts.append("![speed-up over the best separate chain](plots/gpu_speedup.png)")
-    checks = markdown(check_table(run.checks)) if len(run.checks) else "Not measured in this run."
-    return "\n\n".join(filter(None, [*parts, "### Checks", HOW_CHECKED, checks]))
+    table, said = speed_table(run), f"### Checks\n\n{HOW_CHECKED}"
+    drawn = (folder / "plots" / "gpu_speedup.png").exists()
+    plot = "![speed-up over the best separate chain](plots/gpu_speedup.png)" if drawn else ""
+    checks = under(said, check_table(run.checks)) or f"{said}\n\nNot measured in this run."
+    words = f"{conditions(run, len(table))}\n\n{HOW_TO_READ}"
+    return paragraphs(f"## {HEADING}", words, markdown(table), untried(run), plot, checks)
 
 
 # ---------------------------------------------------------------- judging

@@ -30,3 +30,13 @@ def markdown(frame: pd.DataFrame, right: Collection[str] = ()) -> str:
     rows = [[text(column, value) for column, value in row.items()] for _, row in frame.iterrows()]
     rule = ["--:" if frame[name].dtype.kind in "fi" or name in right else "---" for name in frame.columns]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), rule, *rows])
+
+
+def under(words: str, frame: pd.DataFrame) -> str:
+    """Words and a table; empty where it has no rows."""
+    return f"{words}\n\n{markdown(frame)}" if len(frame) else ""
+
+
+def paragraphs(*parts: str) -> str:
+    """All that are not empty, one under the other."""
+    return "\n\n".join(filter(None, parts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -11,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from castpoint.harness.report.model import against, arms_of, eager_measured, failed, parted, plans_of, truth_name
+from castpoint.harness.report.model import against, arms_of, eager_measured, layer_errors, parted, plans_of, truth_name
 from castpoint.harness.report.style import GREY, colour, label_ends
 from castpoint.harness.runs.frames import Frames
 from castpoint.harness.runs.schema import BINS
@@ -39,8 +38,7 @@ def layers(frames: Frames) -> Figure:
     """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=[2, 3])
     figure.subplots_adjust(left=0.07, right=0.76, bottom=0.15, top=0.9, wspace=0.22)
-    rows = against(frames["model_layers"], truth_name(frames))
-    errors = rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
+    errors = layer_errors(frames)
     drawn = [arm for arm in arms_of(frames) if arm in errors.index]
     beside = [arm for arm in drawn if 0.3 < (errors[arm] / errors["eager"]).median() < 3]
     together = errors.loc[beside].unstack("arm")
@@ -52,7 +50,7 @@ def layers(frames: Frames) -> Figure:
     left.set_yscale("log")
     left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
     left.set_title("Error behind every layer", loc="left")
-    lost = [arm for arm in failed(frames) if arm not in drawn]
+    lost = [arm for arm in arms_of(frames) if arm not in drawn]
     if lost:
         said = f"failed: {', '.join(lost)}"
         right.text(0.02, 0.98, said, transform=right.transAxes, fontsize=8, color=GREY, va="top")

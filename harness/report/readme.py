@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from castpoint.harness.report import gpu
 from castpoint.harness.report.findings import anchor, findings
+from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
 from castpoint.harness.runs.errors import UserError
@@ -25,28 +28,23 @@ SHOWN = tuple(  # from Hugging Face's order to the fewest roundings, then what e
 def headline(frames: Frames) -> str:
     """The table of plans: who rounds where, K's error in units of one rounding, its bits equal to PyTorch's."""
     error = over_layers(frames["errors"], "truth", "rel_rms") / ROUNDING
-    equal = over_layers(frames["errors"], "eager", "share_equal")
-    lines = [
-        "| plan | rounds to bf16 at | who does it | K's error | K equal to PyTorch's |",
-        "| --- | --- | --- | --: | --: |",
-    ]
-    for name in SHOWN:
-        if name in error:
-            rounds = " ".join(PLANS[name].plan.roundings())
-            same = f"{100 * equal[name]:.4g} %" if name in equal else "–"
-            lines.append(f"| {name} | {rounds} | {PLANS[name].about} | {error[name]:.2f} | {same} |")
-    return "\n".join(lines)
+    plans = {name: PLANS[name] for name in SHOWN if name in error}
+    columns = {
+        "rounds to bf16 at": [" ".join(named.plan.roundings()) for named in plans.values()],
+        "who does it": [named.about for named in plans.values()],
+        "K's error": error.map("{:.2f}".format),
+        "K equal to PyTorch's": over_layers(frames["errors"], "eager", "share_equal"),
+    }
+    table = pd.DataFrame(columns, index=pd.Index(list(plans), name="plan"))
+    return markdown(table.reset_index(), right=["K's error"])
 
 
 def conditions(folder: Path, run_id: str) -> str:
     """What the table's numbers are, and where they come from."""
     run = load_runs(folder)[run_id]
     s, e = run["settings"], run["environment"]
-    weights = (
-        f"real weights ({s['checkpoint']})"
-        if s["checkpoint"]
-        else "weights drawn to published statistics, **not the checkpoint**"
-    )
+    drawn = "weights drawn to published statistics, **not the checkpoint**"
+    weights = f"real weights ({s['checkpoint']})" if s["checkpoint"] else drawn
     native = "with" if e.get("native_bf16") else "without"
     machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
     return (
@@ -60,8 +58,7 @@ def gpus(results: Path) -> str:
     """One sentence on every folder of results that holds times of a GPU."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        run = gpu.newest(folder)
-        if run is not None:
+        if run := gpu.newest(folder):
             found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
     return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
 

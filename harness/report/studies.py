@@ -108,12 +108,10 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
 def study_sections(folder: Path, beside: str = "") -> list[str]:
     """Sections of report.md, for the studies that the folder has. beside: the commit of the bench that they stand beside;
     a study of another says of which."""
-    runs = load_runs(folder)
-    sections = []
+    runs, sections = load_runs(folder), []
     for table, write in SECTIONS.items():
-        found = latest(folder, table)
-        if found is not None:
+        if found := latest(folder, table):
             commit = runs[found[0]]["environment"].get("commit")
             sections.append(write(found[1]) + (f"\n\nCommit {commit}." if beside and commit != beside else ""))
-    models = [model.section(study) for study in model.studies(folder)]
-    return sections + models + list(filter(None, [gpu.section(folder)]))
+    sections += [*map(model.section, model.studies(folder)), gpu.section(folder)]
+    return list(filter(None, sections))

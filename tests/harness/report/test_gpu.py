@@ -187,7 +187,7 @@ def test_an_arm_that_was_not_tried_is_said(by_hand: Path, tmp_path: Path) -> Non
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(by_hand: Path) -> None:
     """Names of chains and reasons hold bars, which would end a cell."""
     lost = what_failed(failures(by_hand, newest(by_hand).run_id))
-    tables = re.findall(r"(?:^\|.*\n?)+", "\n\n".join([section(by_hand), *lost]), re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n?)+", f"{section(by_hand)}\n\n{lost}", re.MULTILINE)
     assert len(tables) == 2 and "F.rms_norm + cuBLAS" in tables[0] and "9 elements + differ" in tables[1]
     for table in tables:
         assert len({line.count("|") for line in table.strip().split("\n")}) == 1, table
