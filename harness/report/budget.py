@@ -27,9 +27,9 @@ def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     return shares.loc[order, [player for player in (*PLAYERS, FP32) if player in shares.columns]]
 
 
-def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
+def root_totals(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.Series:
     """Plan -> rms error, over layers."""
-    return _root(_parts(frame, measure))
+    return _parts(frame, measure, rotated).groupby("plan")["total"].mean() ** 0.5
 
 
 def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -77,10 +77,6 @@ def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataF
     return rows[rows["rotated_from"].notna() == rotated]
 
 
-def _root(rows: pd.DataFrame) -> pd.Series:
-    return rows.groupby("plan")["total"].mean() ** 0.5
-
-
 # ---------------------------------------------------------------- RoPE
 
 
@@ -91,21 +87,20 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
     Plans in falling order of the error behind; empty where no rotated problem was measured. A rotation keeps the
     size of a head, so that K's two errors compare; logits are those of rotated q and k.
     """
-    behind = _parts(frame, measure, rotated=True)
-    before = _parts(frame, measure)
-    before = before[before["layer"].isin(behind["layer"])]
-    table = pd.DataFrame({"before": _root(before), "behind": _root(behind)}).dropna()
-    shares = behind.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
-    return table.join(shares.reindex(columns=list(ROPE_BOUNDARIES))).sort_values("behind", ascending=False)
+    rows = _parts(frame, measure, rotated=True)
+    same = frame[frame["layer"].isin(rows["layer"])]
+    errors = {"before": root_totals(same, measure), "behind": root_totals(same, measure, rotated=True)}
+    shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    table = pd.DataFrame(errors).dropna().join(shares.reindex(columns=list(ROPE_BOUNDARIES)))
+    return table.sort_values("behind", ascending=False)
 
 
 def rope_table(frame: pd.DataFrame) -> str:
     """rope_shares of both measures as a Markdown table; empty where none was measured."""
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
-    table = k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: ")
-    for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
-        table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
-        table.insert(2 * place + 1, f"{name} behind", rows["behind"].map("{:.3g}".format))
+    errors = {f"{name} {at}": rows[at].map("{:.3g}".format)
+              for name, rows in (("K", k), ("logits", logits)) for at in ("before", "behind")}  # fmt: skip
+    table = pd.DataFrame(errors, k.index).join(k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: "))
     words = (
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
     )

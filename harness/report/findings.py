@@ -52,7 +52,7 @@ def _noise(errors: pd.DataFrame) -> Iterator[Finding]:
 
 def _amplified(draws: pd.DataFrame) -> Iterator[Finding]:
     controls = _controls(draws)
-    if len(controls) < 3:
+    if not controls:
         return
     own, ones, _ = controls
     ratios = own["logit_rms_error"] / ones["logit_rms_error"]
@@ -68,7 +68,7 @@ def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
     least and greatest. A column each for the drawn weights, weights of 1, and another weight in every channel; empty where
     one of them was not measured."""
     controls = _controls(draws)
-    if len(controls) < 3:
+    if not controls:
         return pd.DataFrame()
     ones = controls[1]
     measures = {
@@ -84,10 +84,11 @@ def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
 
 
 def _controls(draws: pd.DataFrame) -> list[pd.DataFrame]:
-    """The drawn K-norm weights, weights of 1, and one other weight in every channel, each by seed, where measured."""
+    """By seed: the drawn K-norm weights, 1, and another weight in every channel; none where one was not measured."""
     draws = draws[draws["status"] == "ok"]
     uniform = draws["uniform_k_norm"]
-    return [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1) if rows.any()]
+    found = [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1)]
+    return found if all(map(len, found)) else []
 
 
 def _spread(values: pd.Series) -> str:

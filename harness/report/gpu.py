@@ -1,9 +1,7 @@
 """The report's section on a run of `make gpu`: one table, one plot (gpu_plots), the checks.
 
-Of a point (a model, a number of tokens, a regime of weights) one row each counts: the fastest separate chain, P1; the
-fastest of torch.compile, P2; the fastest bare matmul, P4; the fastest tile of our own loop, the same matmul; and our
-fastest plan of each group. The groups are different numerical functions (`exact` applies rstd before the matmul, as
-models do; `deferred` and `folded` after it), so that the plan is named wherever its time is.
+Of a point (a model, a number of tokens, a regime of weights) one row of each kind counts, the fastest; HOW_TO_READ says
+which kinds there are. Our plans are different numerical functions, so that the plan is named wherever its time is.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from castpoint.variants.catalogue import PLANS
 
 EXACT, DEFERRED, FOLDED = GROUPS = ("exact", "deferred", "folded")
 P1, P2, P4, LOOP = "P1", "P2", "P4", "own loop"
-WIN, LOSS, NOISE = "win", "loss", "noise"
+WIN, LOSS, NOISE = VERDICTS = ("win", "loss", "noise")
 POINT = ["model", "tokens", "regime"]
 HEADING = "On a GPU"
 
@@ -52,10 +50,9 @@ def newest(folder: Path) -> Run | None:
     if found is None:
         return None
     run_id, speed = found
-    speed = speed.assign(what=[what_of(kind, arm) for kind, arm in zip(speed["kind"], speed["arm"], strict=True)])
-    frames = load(folder, run_id)
-    facts, points, checks = load_runs(folder)[run_id], frames["gpu_points"], frames["gpu_checks"]
-    return Run(run_id, facts, speed, points, checks, best_rows(speed))
+    facts, frames = load_runs(folder)[run_id], load(folder, run_id)
+    speed = speed.assign(what=[*map(what_of, speed["kind"], speed["arm"])])
+    return Run(run_id, facts, speed, frames["gpu_points"], frames["gpu_checks"], best_rows(speed))
 
 
 def section(folder: Path) -> str:
@@ -121,7 +118,7 @@ def verdict(row: pd.Series) -> str:
 def judged(run: Run, model: str, what: str) -> pd.DataFrame:
     """Best rows of that kind over tokens, weights from memory, whose speed-up counts."""
     rows = run.best[(run.best["model"] == model) & (run.best["what"] == what) & (run.best["regime"] == grid.COLD)]
-    return rows[rows["cold"] & rows["verdict"].isin([WIN, LOSS, NOISE])].sort_values("tokens")
+    return rows[rows["cold"] & rows["verdict"].isin(VERDICTS)].sort_values("tokens")
 
 
 # ---------------------------------------------------------------- times
@@ -163,22 +160,19 @@ def speed_table(run: Run) -> pd.DataFrame:
 
 
 def cell(row: pd.Series) -> str:
-    """A best row in a few words."""
+    """A best row in a few words: its time, over P1, over P4, of the roofline, and what it is."""
     what, arm = row["what"], row["arm"].removeprefix(row["what"]).strip()
-    us = f"{row['p50_us']:,.0f} µs" if row["p50_us"] >= 1000 else f"{row['p50_us']:.3g} µs"
-    if what in (P1, P4):
-        return f"{us}: {arm}"
-    p4 = "" if pd.isna(row["p4_p50_us"]) else f", {times(row['p50_us'] / row['p4_p50_us'])} of P4"
-    if what == LOOP:
-        return f"{us}{p4}; {arm}"
-    said = row["verdict"]
-    if said in (WIN, LOSS, NOISE):
+    said = [f"{row['p50_us']:,.0f} µs" if row["p50_us"] >= 1000 else f"{row['p50_us']:.3g} µs"]
+    if what in (P2, *GROUPS):
         low, middle, high = (times(row[f"speedup_p1_{name}"]) for name in ("p10", "p50", "p90"))
-        said = f"{middle} × ({low}–{high}) **{said}**"
-    if what == P2:
-        return f"{us}, {said}"
-    launch = row["kernel"] + ("" if row["prepass"] in ("", "none") else f" after {row['prepass']}")
-    return f"{us}, {said}{p4}, roofline {row['roofline_share']:.0%}; {row['arm']}, {launch}"
+        counts = row["verdict"] in VERDICTS
+        said.append(f"{middle} × ({low}–{high}) **{row['verdict']}**" if counts else row["verdict"])
+    if what in (LOOP, *GROUPS) and pd.notna(row["p4_p50_us"]):
+        said.append(f"{times(row['p50_us'] / row['p4_p50_us'])} of P4")
+    if what in GROUPS:
+        said.append(f"roofline {row['roofline_share']:.0%}")
+        arm += f", {row['kernel']}" + (f" after {row['prepass']}" if row["prepass"] not in ("", "none") else "")
+    return f"{', '.join(said)}; {arm}"
 
 
 def times(value: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from matplotlib.patches import Patch
 
 from castpoint.harness.problems import grid
 from castpoint.harness.report.gpu import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, judged
-from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RED
+from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RED, panels
 from castpoint.harness.runs.schema import Kind
 
 # Colour, line and marker of what is compared, from wide to narrow, so that lines on top of one another stay in sight.
@@ -34,11 +33,10 @@ def speedups(run: Run) -> Figure | None:
     if not any(map(len, ours.values())):
         return None
     lines = -(-len(found) // COLUMNS)
-    figure, panels = plt.subplots(lines, COLUMNS, figsize=(12, 2.9 * lines + 1), sharex=True, sharey=True)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.18, top=0.9, hspace=0.2, wspace=0.08)
     title = "Speed-up over the best separate chain (P1), cold weights; above the line we are faster"
-    figure.suptitle(title, x=0.005, y=0.985, ha="left")
-    for axes, model in zip(panels.flat, found, strict=False):
+    figure, grids = panels((lines, COLUMNS), (12, 2.9 * lines + 1), (0.06, 0.985, 1.2, 0.7), title, sharex=True,
+                           sharey=True, hspace=0.2, wspace=0.08)  # fmt: skip
+    for axes, model in zip(grids.flat, found, strict=False):
         axes.set_title(model, loc="left", fontsize=10)
         axes.axhline(1, color="black", linewidth=1)
         for what, rows in found[model].items():
@@ -48,17 +46,17 @@ def speedups(run: Run) -> Figure | None:
                           color=GREY, alpha=0.35, linewidth=0)  # fmt: skip
         if not len(noise):
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    first = panels.flat[0]
+    first = grids.flat[0]
     first.set_xscale("log", base=2)
     first.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
     first.set_yscale("log")
     first.set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
     first.minorticks_off()
-    values = [y for axes in panels.flat for line in axes.lines for y in line.get_ydata()]
+    values = [y for axes in grids.flat for line in axes.lines for y in line.get_ydata()]
     first.set(xlim=(0.8, 5200), ylim=(min(values) / 1.06, max(values) * 1.06))  # ticks that are set widen the limits
-    for axes in panels[:, 0]:
+    for axes in grids[:, 0]:
         axes.set_ylabel("P1's time / this time")
-    for axes in panels[-1]:
+    for axes in grids[-1]:
         axes.set_xlabel("tokens")
     handles = [Line2D([], [], label="P2, torch.compile" if w == P2 else f"ours, {w}", **s) for w, s in STYLES.items()]
     handles += [

@@ -9,7 +9,6 @@ import matplotlib.axis
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
@@ -19,7 +18,7 @@ from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
 from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.model_plot import model_plots
-from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, save
+from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -41,8 +40,7 @@ def draw(folder: Path, run_id: str) -> list[Path]:
     (folder / "plots").mkdir(exist_ok=True)
     with plt.rc_context(RC):
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
-        budget = latest(folder, "budget")
-        if budget is not None:
+        if budget := latest(folder, "budget"):
             figures["budget"] = (budget_bars(budget[1]), budget[0])
         if timed := gpu.newest(folder):
             figures["gpu_speedup"] = (speedups(timed), timed.run_id)
@@ -81,8 +79,9 @@ def error_per_plan(frames: Frames) -> Figure | None:
     rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
     low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), sharey=True, width_ratios=[3, 2])
-    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.85 / height, top=1 - 1.15 / height, wspace=0.08)
+    title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
+    figure, (left, right) = panels((1, 2), (10, height), (0.17, 0.97, 0.85, 1.15), title, wspace=0.08, sharey=True,
+                                   width_ratios=[3, 2])  # fmt: skip
     for place, plan in enumerate(truth.index):
         left.plot([low[plan], high[plan]], [place, place], color=colour(plan), linewidth=1.5, alpha=0.5)
         left.scatter(truth[plan], place, color=colour(plan), s=40, zorder=3)
@@ -108,9 +107,6 @@ def error_per_plan(frames: Frames) -> Figure | None:
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     right.set_xlabel(f"K elements that differ from eager bf16{floor}")
     right.set_title("distance to the PyTorch bf16 path", loc="left", pad=14)
-    top = 1 - 0.1 / height
-    title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
-    figure.suptitle(title, x=0.01, y=top, ha="left", va="top")
     _kinds(figure, list(truth.index), 1 - 0.42 / height)
     return figure
 
@@ -133,8 +129,10 @@ def error_per_layer(frames: Frames) -> Figure | None:
     if not len(amplified):
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
-    figure, axes = plt.subplots(3, 1, figsize=(9, 7.6), sharex=True, height_ratios=[3, 3, 2])
-    figure.subplots_adjust(left=0.11, right=0.85, bottom=0.09, top=0.93, hspace=0.28)
+    title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
+    figure, axes = panels(
+        (3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, hspace=0.28, sharex=True, height_ratios=[3, 3, 2]
+    )
     weights = amplified.groupby("layer")["k_norm_max"].first()
     axes[2].bar(weights.index, weights, color=GREY, width=0.7)
     for layer in weights.nlargest(3).index:
@@ -142,8 +140,8 @@ def error_per_layer(frames: Frames) -> Figure | None:
     axes[2].set_ylabel("largest K-norm\nweight")
     axes[2].set_xlabel("layer")
     axes[2].xaxis.get_major_locator().set_params(integer=True)
-    panels = ((axes[0], "k_max_abs_after", "max |error| of K"), (axes[1], "k_rel_rms_after", "relative rms error of K"))
-    for panel, column, label in panels:
+    shown = {"k_max_abs_after": "max |error| of K", "k_rel_rms_after": "relative rms error of K"}
+    for panel, (column, label) in zip(axes, shown.items(), strict=False):
         ends = {}
         for plan in plans:
             rows = amplified[amplified["plan"] == plan].sort_values("layer")
@@ -153,8 +151,6 @@ def error_per_layer(frames: Frames) -> Figure | None:
         _plain_ticks(panel.yaxis)
         panel.set_ylabel(label)
         label_ends(panel, amplified["layer"].max(), ends, colour)
-    title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
-    axes[0].set_title(title, loc="left", fontsize=11)
     return figure
 
 
@@ -163,7 +159,9 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     channels = frames["channels"]
     if not len(channels):
         return None
-    figure, axes = _figure(6.6, 6)
+    layer = int(channels["layer"].iloc[0])
+    title = f"Gain of every K channel through the K norm\n(layer {layer}, plan hf)"
+    figure, axes = panels((1, 1), (6.6, 6), (0.11, 0.97, 0.78, 0.78), title)
     x, y = channels["gain_predicted"].to_numpy(), channels["gain_measured"].to_numpy()
     ends = np.array([min(x.min(), y.min()) * 0.8, max(x.max(), y.max()) * 1.25])
     axes.plot(ends, ends, color=GREY, linewidth=1)
@@ -175,8 +173,6 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     axes.set(xscale="log", yscale="log", aspect="equal")
     axes.set_xlabel("predicted gain |w| / rms(k) of a K channel")
     axes.set_ylabel("measured gain: K error after the norm / before")
-    layer = int(channels["layer"].iloc[0])
-    axes.set_title(f"Gain of every K channel through the K norm\n(layer {layer}, plan hf)", loc="left")
     return figure
 
 
@@ -189,9 +185,9 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     columns = min(5, len(plans))
     lines = -(-len(plans) // columns)
     width, height = max(7.5, 2.3 * columns + 0.4), 1.8 * lines + 1.5  # inches: 0.85 above the panels, 0.8 below
-    figure, grid = plt.subplots(lines, columns, figsize=(width, height), sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(left=0.8 / width, right=0.99, bottom=0.8 / height, top=1 - 0.85 / height, hspace=0.38,
-                           wspace=0.1)  # fmt: skip
+    title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
+    figure, grid = panels((lines, columns), (width, height), (0.8 / width, 0.99, 0.8, 0.85), title, hspace=0.38,
+                          wspace=0.1, sharex=True, sharey=True, squeeze=False)  # fmt: skip
     for axes, plan in zip(grid.flat, plans, strict=False):
         rows = ulps[ulps["plan"] == plan].sort_values("ulp_from")
         axes.bar(rows["ulp_from"], rows["share"] * 100, width=0.25, align="edge", color=colour(plan))
@@ -206,8 +202,6 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     for axes in grid[-1]:
         axes.set_xlabel("|error| [bf16 ulp]")
         axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
-    title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
-    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=11)
     return figure
 
 
@@ -218,7 +212,9 @@ def time_against_tokens(frames: Frames) -> Figure | None:
     if not len(speed):
         return None
     backend = best_backend(speed)
-    figure, axes = _figure(9.5, 5.6, right=0.68)
+    timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
+    title = f"{timed} over tokens; eager dashed, torch.compile dotted"
+    figure, axes = panels((1, 1), (9.5, 5.6), (0.11, 0.68, 0.73, 0.5), title)
     ends = {}
     for (plan, ran), rows in speed[speed["backend"].isin([backend, *BASELINES])].groupby(["plan", "backend"]):
         rows = rows.sort_values("tokens")
@@ -234,15 +230,7 @@ def time_against_tokens(frames: Frames) -> Figure | None:
     label_ends(axes, max(tokens), ends, lambda name: "black" if name in BASELINES else colour(name), within=0.04)
     axes.set_xlabel("tokens")
     axes.set_ylabel("time of one layer's call, median [ms]")
-    timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
-    axes.set_title(f"{timed} over tokens; eager dashed, torch.compile dotted", loc="left")
     return figure
-
-
-def _figure(width: float, height: float, right: float = 0.97) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(width, height))
-    figure.subplots_adjust(left=0.11, right=right, bottom=0.13, top=0.87)
-    return figure, axes
 
 
 def _plain_ticks(axis: matplotlib.axis.Axis) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -52,6 +53,19 @@ def colour(plan: str) -> str:
     shades = KINDS[kind(plan)]
     alike = [name for name in PLANS if kind(name) == kind(plan)]
     return shades[alike.index(plan) % len(shades)]
+
+
+def panels(
+    shape: tuple[int, int], size: tuple[float, float], edges: Sequence[float], title: str, **options: Any
+) -> Any:
+    """A figure with a title at its top left, and its axes. shape: lines and columns. size: width and height, inches.
+    edges: where axes begin and end, parts of the width; margins below and above, inches. options: of plt.subplots."""
+    (left, right, below, above), height = edges, size[1]
+    grid = {"left": left, "right": right, "bottom": below / height, "top": 1 - above / height}
+    grid |= {gap: options.pop(gap) for gap in ("wspace", "hspace") if gap in options}
+    figure, axes = plt.subplots(*shape, figsize=size, gridspec_kw=grid, **options)
+    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top")
+    return figure, axes
 
 
 def save(figure: Figure, path: Path, label: str) -> Path:
