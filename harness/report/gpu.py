@@ -98,13 +98,11 @@ def best_rows(speed: pd.DataFrame) -> pd.DataFrame:
 def verdict(row: pd.Series) -> str:
     """win, loss or noise; else why the speed-up cannot be judged, beginning with `not judged`.
 
-    noise: the median lies within p10 to p90 of two graphs of the same call, or between them and 1.
-
-    At least 80 % of rounds lie within p10 to p90 of an arm, so 60 % of their ratios within the interval that the
-    borders make: a median ratio outside it does not belong to these times (1e-5: six digits are recorded).
+    noise: the median lies within p10 to p90 of two graphs of the same call, or between them and 1. A median ratio that
+    both arms' p10 and p90 do not allow does not belong to these times (1e-5: six digits are recorded).
     """
     speedup = row["speedup_p1_p50"]
-    if row["p1"] != row["p1_arm"] or pd.isna(speedup):
+    if row["p1"] != row["p1_arm"]:
         return "not judged: no P1" if pd.isna(row["p1_arm"]) else "not judged: not over the best P1"
     if not row["p1_p10_us"] / row["p90_us"] < speedup * (1 + 1e-5) < row["p1_p90_us"] / row["p10_us"] * (1 + 2e-5):
         return "not judged: the speed-up contradicts the times"
@@ -240,9 +238,7 @@ HOW_CHECKED = (
 def check_table(checks: pd.DataFrame) -> pd.DataFrame:
     """Each check of each plan by what it found; configs that found the same together, of more than two the first."""
     found = checks["status"].where(checks["status"] == "ok", checks["status"] + ": " + checks["reason"])
-    equal = checks["share_equal"].map("{:.4%} of bits equal, at most ".format) + checks["max_ulp"].map(
-        "{:.4g} ulp".format
-    )
+    equal = [f"{row.share_equal:.4%} of bits equal, at most {row.max_ulp:.4g} ulp" for row in checks.itertuples()]
     found = found.where((found != "ok") | checks["check"].isin([Check.EXACT, Check.ENVELOPE]), equal)
     more = checks["rope"].map({True: ", RoPE", False: ""}) + checks["tokens"].map({1: ", 1 token"}).fillna("")
     groups = checks.assign(configs=checks["config"] + more, found=found).groupby(["check", "plan", "found"], sort=False)

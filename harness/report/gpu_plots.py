@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {
     FOLDED: {"color": GREEN, "linestyle": ":", "linewidth": 1.4, "marker": "^", "markersize": 3.5},
     P2: {"color": RED, "linestyle": "", "marker": "x", "markersize": 5},
 }
+TOKENS = (1, 8, 64, 512, 4096)  # ticks
 RATIOS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5)  # ticks of speed-ups
 COLUMNS = 4  # panels side by side
 
@@ -47,10 +48,9 @@ def speedups(run: Run) -> Figure | None:
         if not len(noise):
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
     first = grids.flat[0]
-    first.set_xscale("log", base=2)
-    first.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
-    first.set_yscale("log")
-    first.set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
+    first.set(xscale="log", yscale="log")
+    for axis, ticks in ((first.xaxis, TOKENS), (first.yaxis, RATIOS)):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     first.minorticks_off()
     values = [y for axes in grids.flat for line in axes.lines for y in line.get_ydata()]
     first.set(xlim=(0.8, 5200), ylim=(min(values) / 1.06, max(values) * 1.06))  # ticks that are set widen the limits

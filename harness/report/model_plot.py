@@ -35,10 +35,11 @@ def style(frames: Frames, arm: str) -> dict[str, object]:
 
 def layers(frames: Frames) -> Figure:
     """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
-    title = "Error behind every layer (left), and as a multiple of eager's (right)"
-    figure, (left, right) = panels((1, 2), (12, 5.2), (0.07, 0.76, 0.78, 0.5), title, width_ratios=[2, 3], wspace=0.22)
     errors = layer_errors(frames)
     drawn = [arm for arm in arms_of(frames) if arm in errors.index]
+    lost = ", ".join(arm for arm in arms_of(frames) if arm not in drawn)
+    title = f"Error behind every layer (left), and as a multiple of eager's (right){lost and f'; failed: {lost}'}"
+    figure, (left, right) = panels((1, 2), (12, 5.2), (0.07, 0.76, 0.78, 0.5), title, width_ratios=[2, 3], wspace=0.22)
     beside = [arm for arm in drawn if 0.3 < (errors[arm] / errors["eager"]).median() < 3]
     together = errors.loc[beside].unstack("arm")
     left.fill_between(together.index, together.min(axis=1), together.max(axis=1), color="black", linewidth=1)
@@ -46,12 +47,7 @@ def layers(frames: Frames) -> Figure:
                   (0, -6), textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
     for arm in beside:
         right.plot(errors[arm].index, errors[arm] / errors["eager"], **style(frames, arm))
-    left.set_yscale("log")
-    left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
-    lost = [arm for arm in arms_of(frames) if arm not in drawn]
-    if lost:
-        said = f"failed: {', '.join(lost)}"
-        right.text(0.02, 0.98, said, transform=right.transAxes, fontsize=8, color=GREY, va="top")
+    left.set(yscale="log", ylabel=f"hidden state: relative rms error to {truth_name(frames)}")
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -77,8 +73,8 @@ def tokens(frames: Frames) -> Figure:
             axes.plot([quarter, most], [place, place], color=shade, linewidth=5, alpha=0.5, solid_capstyle="butt")
             axes.scatter(middle, place, color=shade, s=50, zorder=3)
         _say(axes, place, f"{middle:.2g}" if top else "no change", shade)
-    axes.set_xscale("log")
-    axes.set_xlabel("|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)")
+    words = "|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)"
+    axes.set(xscale="log", xlabel=words)
     return figure
 
 
@@ -99,8 +95,7 @@ def _rows(arms: list[str], measured: Iterable[str], title: str) -> tuple[Figure,
     not measured are said to have failed; the rows of the others."""
     places = {arm: place for place, arm in enumerate(reversed(arms))}
     figure, axes = panels((1, 1), (9.5, 0.36 * len(arms) + 1.6), (0.2, 0.87, 0.9, 0.7), title)
-    axes.set_yticks(range(len(arms)), places)
-    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.set(yticks=range(len(arms)), yticklabels=places, ylim=(-0.6, len(arms) - 0.4))
     for arm in set(arms) - set(measured):
         _say(axes, places.pop(arm), "failed")
     return figure, axes, places
@@ -128,6 +123,6 @@ def parting(frames: Frames) -> Figure:
         axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
         axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
         _say(axes, place, f"{int((~stays).sum())} of {len(at)} part", shade)
-    axes.set_xlim(-0.5, length + 0.8)
-    axes.set_xlabel(f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})")
+    words = f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})"
+    axes.set(xlim=(-0.5, length + 0.8), xlabel=words)
     return figure

@@ -88,38 +88,31 @@ def error_per_plan(frames: Frames) -> Figure | None:
         right.scatter(eager[plan] * 100, place, color=colour(plan), s=40, zorder=3, clip_on=False)
         right.annotate(f"{eager[plan] * 100:.2g} %", (eager[plan] * 100, place), (7, 0), textcoords="offset points",
                        va="center", fontsize=8, color=GREY)  # fmt: skip
-    left.set_yticks(range(len(truth)), truth.index)
-    left.set_ylim(-0.6, len(truth) - 0.4)
     left.axvline(1, color=GREY, linestyle="--", linewidth=1)
     left.text(1, 1, " one rounding, at the store", fontsize=8, color=GREY, va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
-    left.set_xlim(left=0)
-    for axes in (left, right):
-        axes.tick_params(axis="y", length=0)
-    left.set_xlabel(
-        "K's error against float64 in units of one rounding to bf16,\n"
-        "relative rms (dot: all layers; bar: smallest to largest layer)"
-    )
-    left.set_title("distance to the truth", loc="left", pad=14)
+    unit = "in units of one rounding to bf16,\nrelative rms (dot: all layers; bar: smallest to largest layer)"
+    left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None),
+             xlabel=f"K's error against float64 {unit}")  # fmt: skip
     noise = noise_floor(errors)
     floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
-    right.set_xlim(0, 100)
+    right.set(xlim=(0, 100), xlabel=f"K elements that differ from eager bf16{floor}")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    right.set_xlabel(f"K elements that differ from eager bf16{floor}")
-    right.set_title("distance to the PyTorch bf16 path", loc="left", pad=14)
+    for axes, words in ((left, "the truth"), (right, "the PyTorch bf16 path")):
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"distance to {words}", loc="left", pad=14)
     _kinds(figure, list(truth.index), 1 - 0.42 / height)
     return figure
 
 
 def _kinds(figure: Figure, plans: list[str], top: float) -> None:
     """A legend of the colours in one line: every kind with the shades of these plans."""
-    present = [name for name in KINDS if any(kind(plan) == name for plan in plans)]
-    handles = [
-        tuple(Line2D([], [], color=colour(plan), marker="o", linestyle="") for plan in plans if kind(plan) == name)
-        for name in present
-    ]
-    figure.legend(handles, present, handler_map={tuple: HandlerTuple(None, pad=-0.3)}, loc="upper left",
-                  bbox_to_anchor=(0.0, top), ncol=len(handles), fontsize=9, frameon=False, handletextpad=0.6,
+    dots: dict[str, tuple[Line2D, ...]] = dict.fromkeys(KINDS, ())
+    for plan in plans:
+        dots[kind(plan)] += (Line2D([], [], color=colour(plan), marker="o", linestyle=""),)
+    present = {name: shades for name, shades in dots.items() if shades}
+    figure.legend(present.values(), present, handler_map={tuple: HandlerTuple(None, pad=-0.3)}, loc="upper left",
+                  bbox_to_anchor=(0.0, top), ncol=len(present), fontsize=9, frameon=False, handletextpad=0.6,
                   columnspacing=1.8)  # fmt: skip
 
 
@@ -130,15 +123,13 @@ def error_per_layer(frames: Frames) -> Figure | None:
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
     title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
-    figure, axes = panels(
-        (3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, hspace=0.28, sharex=True, height_ratios=[3, 3, 2]
-    )
+    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, hspace=0.28, sharex=True,
+                          height_ratios=[3, 3, 2])  # fmt: skip
     weights = amplified.groupby("layer")["k_norm_max"].first()
     axes[2].bar(weights.index, weights, color=GREY, width=0.7)
     for layer in weights.nlargest(3).index:
         axes[2].text(layer, weights[layer], f"{weights[layer]:g}", ha="center", va="bottom", fontsize=8)
-    axes[2].set_ylabel("largest K-norm\nweight")
-    axes[2].set_xlabel("layer")
+    axes[2].set(xlabel="layer", ylabel="largest K-norm\nweight")
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     shown = {"k_max_abs_after": "max |error| of K", "k_rel_rms_after": "relative rms error of K"}
     for panel, (column, label) in zip(axes, shown.items(), strict=False):
@@ -147,9 +138,8 @@ def error_per_layer(frames: Frames) -> Figure | None:
             rows = amplified[amplified["plan"] == plan].sort_values("layer")
             panel.plot(rows["layer"], rows[column], color=colour(plan), marker="o", markersize=3, linewidth=1.3)
             ends[plan] = rows[column].iloc[-1]
-        panel.set_yscale("log")
+        panel.set(yscale="log", ylabel=label)
         _plain_ticks(panel.yaxis)
-        panel.set_ylabel(label)
         label_ends(panel, amplified["layer"].max(), ends, colour)
     return figure
 
@@ -170,9 +160,8 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     for row in channels.nlargest(1, "gain_predicted").itertuples():
         axes.annotate(f"channel {row.channel}\nweight {row.k_norm_weight:g}", (row.gain_predicted, row.gain_measured),
                       textcoords="offset points", xytext=(-8, 2), ha="right", fontsize=8)  # fmt: skip
-    axes.set(xscale="log", yscale="log", aspect="equal")
-    axes.set_xlabel("predicted gain |w| / rms(k) of a K channel")
-    axes.set_ylabel("measured gain: K error after the norm / before")
+    axes.set(xscale="log", yscale="log", aspect="equal", xlabel="predicted gain |w| / rms(k) of a K channel",
+             ylabel="measured gain: K error after the norm / before")  # fmt: skip
     return figure
 
 
@@ -222,14 +211,12 @@ def time_against_tokens(frames: Frames) -> Figure | None:
         ms = rows["p50_us"] / 1e3
         axes.plot(rows["tokens"], ms, color=shade, linestyle=style, marker="o", markersize=3, linewidth=1.2)
         ends[ran if ran in BASELINES else plan] = ms.iloc[-1]
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of one layer's call, median [ms]")
     tokens = sorted(speed["tokens"].unique())
     axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
     axes.minorticks_off()
     _plain_ticks(axes.yaxis)
     label_ends(axes, max(tokens), ends, lambda name: "black" if name in BASELINES else colour(name), within=0.04)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("time of one layer's call, median [ms]")
     return figure
 
 

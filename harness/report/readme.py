@@ -12,7 +12,6 @@ from castpoint.harness.report.findings import anchor, findings
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
-from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import Frames, load, over_layers
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -72,9 +71,6 @@ def readme_block(folder: Path, run_id: str) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Replaces the README's generated block by that of the newest run. Raises UserError if it has no markers."""
-    text = readme.read_text()
-    if not BLOCK.search(text):
-        raise UserError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+    """Replaces the README's generated block by that of the newest run."""
     block = readme_block(folder, newest_run(folder))
-    readme.write_text(BLOCK.sub(lambda _: block, text))
+    readme.write_text(BLOCK.sub(lambda _: block, readme.read_text()))

@@ -104,7 +104,6 @@ def label_ends(axes: Axes, x: float, ends: dict[str, float], shade: Callable[[st
 
 
 def _label(bundle: list[str], ends: dict[str, float], within: float) -> str:
-    if len(bundle) == 1 or not within:
-        return textwrap.fill(" = ".join(bundle), 34, break_on_hyphens=False)
-    names = textwrap.fill(", ".join(bundle), 34, break_on_hyphens=False)
-    return f"{len(bundle)} lines end within {ends[bundle[-1]] / ends[bundle[0]] - 1:.0%}:\n{names}"
+    names = textwrap.fill((", " if within else " = ").join(bundle), 34, break_on_hyphens=False)
+    apart = ends[bundle[-1]] / ends[bundle[0]] - 1
+    return f"{len(bundle)} lines end within {apart:.0%}:\n{names}" if within and len(bundle) > 1 else names
