@@ -168,8 +168,8 @@ def print_parts(records: Records, parts: tuple[str, ...]) -> None:
     from castpoint.harness.report.page import tables
     from castpoint.harness.runs.frames import load
 
-    found = tables(records.folder, records.run_id)
-    found["budget"] = budget.section(load(records.folder, records.run_id)["budget"])
+    frames = load(records.folder, records.run_id)
+    found = tables(frames) | {"budget": budget.section(frames["budget"])}
     shown = {"errors": ("plans", "kernels"), "amplification": ("amplification",), "budget": ("budget",)}
     for part in parts:
         print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")

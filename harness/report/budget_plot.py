@@ -76,12 +76,11 @@ def _bars(axes: Axes, shares: pd.DataFrame) -> None:
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch and text else None
             axes.text(start + abs(share) / 2, place, text, ha="center", va="center", fontsize=7, bbox=box)
     low, high = shares.clip(upper=0).sum(axis=1).min(), shares.clip(lower=0).sum(axis=1).max()
-    axes.set_xlim(low, max(1, high))
+    axes.set(xlim=(low, max(1, high)), xlabel="share of the plan's squared error")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of the plan's squared error")
 
 
 def _totals(axes: Axes, totals: pd.Series, heading: str) -> None:

@@ -13,10 +13,7 @@ from castpoint.harness.runs.frames import latest, load
 BAD = ("failed", "red")
 OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
-NAMES = (
-    *("model", "source", "implementation", "kernel", "arm", "plan", "config", "backend", "how", "target", "kind"),
-    *("check", "measure"),
-)
+NAMES = "model source implementation kernel arm plan config backend how target kind check measure".split()
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:

@@ -94,11 +94,9 @@ def _spread(values: pd.Series) -> str:
 
 def _compiled(folder: Path) -> Iterator[Finding]:
     """What the compiler changes: implementations whose answer depends on how they are run."""
-    found = latest(folder, "implementations")
-    if found is None:
+    if not (found := latest(folder, "implementations")):
         return
-    frame = found[1]
-    rows = frame[(frame["kind"] == "rmsnorm") & frame["how"].isin(["eager", "torch.compile"])]
+    rows = found[1].query("kind == 'rmsnorm' and how in ['eager', 'torch.compile']")
     plans = rows.pivot(index="implementation", columns="how", values="plan").dropna()
     moved = plans[plans["eager"] != plans["torch.compile"]] if len(plans.columns) == 2 else plans[:0]
     if len(moved):

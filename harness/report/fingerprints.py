@@ -64,8 +64,7 @@ def outcome(row: tuple) -> str:
         return row.status
     if all(planted.items() <= words.items() for words in answered):
         return THAT if row.status == "identified" else OPEN
-    among = any(all(word in words[name].split(" or ") for name, word in planted.items()) for words in answered)
-    if not among:
+    if not any(all(word in words[name].split(" or ") for name, word in planted.items()) for words in answered):
         return ANOTHER
     return SAME_BITS if row.status == "identified" else "undecided"
 

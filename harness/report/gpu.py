@@ -16,7 +16,7 @@ import pandas as pd
 from castpoint.harness.problems import grid
 from castpoint.harness.report.failures import BAD
 from castpoint.harness.report.markdown import markdown, paragraphs, under
-from castpoint.harness.runs.frames import latest, load
+from castpoint.harness.runs.frames import Frames, latest, load
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Check, Kind
 from castpoint.variants.catalogue import PLANS
@@ -30,13 +30,13 @@ HEADING = "On a GPU"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `make gpu`: its entry of environment.json, and its rows. best: see best_rows."""
+    """One run of `make gpu`: its entry of environment.json, its records, those of times and the best of each kind (see
+    best_rows)."""
 
     run_id: str
     facts: dict[str, Any]
+    frames: Frames
     speed: pd.DataFrame
-    points: pd.DataFrame
-    checks: pd.DataFrame
     best: pd.DataFrame
 
     @property
@@ -50,9 +50,8 @@ def newest(folder: Path) -> Run | None:
     if found is None:
         return None
     run_id, speed = found
-    facts, frames = load_runs(folder)[run_id], load(folder, run_id)
     speed = speed.assign(what=[*map(what_of, speed["kind"], speed["arm"])])
-    return Run(run_id, facts, speed, frames["gpu_points"], frames["gpu_checks"], best_rows(speed))
+    return Run(run_id, load_runs(folder)[run_id], load(folder, run_id), speed, best_rows(speed))
 
 
 def section(folder: Path) -> str:
@@ -64,9 +63,9 @@ def section(folder: Path) -> str:
     table, said = speed_table(run), f"### Checks\n\n{HOW_CHECKED}"
     drawn = (folder / "plots" / "gpu_speedup.png").exists()
     plot = "![speed-up over the best separate chain](plots/gpu_speedup.png)" if drawn else ""
-    checks = under(said, check_table(run.checks)) or f"{said}\n\nNot measured in this run."
-    words = f"{conditions(run, len(table))}\n\n{HOW_TO_READ}"
-    return paragraphs(f"## {HEADING}", words, markdown(table), untried(run), plot, checks)
+    checks = under(said, check_table(run.frames["gpu_checks"])) or f"{said}\n\nNot measured in this run."
+    words = f"## {HEADING}\n\n{conditions(run, len(table))}\n\n{HOW_TO_READ}"
+    return paragraphs(words, markdown(table), untried(run), plot, checks)
 
 
 # ---------------------------------------------------------------- judging
@@ -115,8 +114,8 @@ def verdict(row: pd.Series) -> str:
 
 def judged(run: Run, model: str, what: str) -> pd.DataFrame:
     """Best rows of that kind over tokens, weights from memory, whose speed-up counts."""
-    rows = run.best[(run.best["model"] == model) & (run.best["what"] == what) & (run.best["regime"] == grid.COLD)]
-    return rows[rows["cold"] & rows["verdict"].isin(VERDICTS)].sort_values("tokens")
+    rows = run.best.query("model == @model and what == @what and regime == 'cold' and cold")
+    return rows[rows["verdict"].isin(VERDICTS)].sort_values("tokens")
 
 
 # ---------------------------------------------------------------- times
@@ -141,15 +140,17 @@ ORDER = {word: place for place, word in enumerate((grid.COLD, grid.ROPE, grid.HO
 def speed_table(run: Run) -> pd.DataFrame:
     """One row a point that was tried: of each kind the best row; else why it has no time, or a dash."""
     cells = {key: cell(row) for key, row in run.best.iterrows()}
-    failed = pd.concat([run.speed, run.points.assign(what="point")])[lambda rows: rows["status"] != "ok"]
-    for _, row in failed.iterrows():
+    rows = pd.concat([run.speed, run.frames["gpu_points"].assign(what="point")])
+    for _, row in rows[rows["status"] != "ok"].iterrows():
         said = textwrap.shorten(f"{row['status']}: {row['reason']}", 80, placeholder=" …")
         cells.setdefault((*row[POINT], row["what"]), said)
     warm = set(run.speed[~run.speed["cold"]][POINT].itertuples(index=False, name=None))
-    tried = pd.concat([run.speed[POINT], run.points[POINT]]).drop_duplicates()
-    tried = tried.sort_values(["regime", "model", "tokens"], key=lambda c: c if c.name == "tokens" else c.map(ORDER))
+    order = {
+        "by": ["regime", "model", "tokens"],
+        "key": lambda column: column if column.name == "tokens" else column.map(ORDER),
+    }
     lines = []
-    for point in tried.itertuples(index=False, name=None):
+    for point in rows[POINT].drop_duplicates().sort_values(**order).itertuples(index=False, name=None):
         model, tokens, regime = point
         weights = f"{regime} (not cold)" if regime != grid.HOT and point in warm else regime
         found = {head: cells.get((*point, what), cells.get((*point, "point"), "–")) for what, head in COLUMNS.items()}
@@ -163,8 +164,8 @@ def cell(row: pd.Series) -> str:
     said = [f"{row['p50_us']:,.0f} µs" if row["p50_us"] >= 1000 else f"{row['p50_us']:.3g} µs"]
     if what in (P2, *GROUPS):
         low, middle, high = (times(row[f"speedup_p1_{name}"]) for name in ("p10", "p50", "p90"))
-        counts = row["verdict"] in VERDICTS
-        said.append(f"{middle} × ({low}–{high}) **{row['verdict']}**" if counts else row["verdict"])
+        judgement = row["verdict"]
+        said.append(f"{middle} × ({low}–{high}) **{judgement}**" if judgement in VERDICTS else judgement)
     if what in (LOOP, *GROUPS) and pd.notna(row["p4_p50_us"]):
         said.append(f"{times(row['p50_us'] / row['p4_p50_us'])} of P4")
     if what in GROUPS:

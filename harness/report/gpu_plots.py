@@ -59,10 +59,8 @@ def speedups(run: Run) -> Figure | None:
     for axes in grids[-1]:
         axes.set_xlabel("tokens")
     handles = [Line2D([], [], label="P2, torch.compile" if w == P2 else f"ours, {w}", **s) for w, s in STYLES.items()]
-    handles += [
-        Patch(color=GREY, alpha=0.35, label="noise (A/A)"),
-        Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", label="hollow: not fused"),
-    ]
+    hollow = {"linestyle": "", "marker": "o", "markerfacecolor": "white", "label": "hollow: not fused"}
+    handles += [Patch(color=GREY, alpha=0.35, label="noise (A/A)"), Line2D([], [], color=GREY, **hollow)]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.03), ncol=len(handles), frameon=False)
     return figure
 

@@ -34,11 +34,9 @@ class Study:
 
 def studies(folder: Path) -> list[Study]:
     """The newest finished study of every model; real weights before drawn ones."""
-    found: dict[str, Study] = {}
-    for run_id, run in load_runs(folder).items():
-        if "finished" in run and run.get("command") == "model":
-            found[run["settings"]["model"]] = study_of(folder, run_id)
-    return sorted(found.values(), key=lambda study: study.drawn)
+    runs = {run_id: run for run_id, run in load_runs(folder).items() if run.get("command") == "model"}
+    newest = {run["settings"]["model"]: run_id for run_id, run in runs.items() if "finished" in run}
+    return sorted((study_of(folder, run_id) for run_id in newest.values()), key=lambda study: study.drawn)
 
 
 def study_of(folder: Path, run_id: str) -> Study:
@@ -60,7 +58,7 @@ def read_texts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def against(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Rows of measured arms against that reference."""
-    return read_texts(frame)[lambda rows: (rows["reference"] == reference) & (rows["status"] == "ok")]
+    return read_texts(frame).query("reference == @reference and status == 'ok'")
 
 
 def arms_of(frames: Frames) -> list[str]:
@@ -84,8 +82,7 @@ def perplexity(frames: Frames) -> pd.Series:
 
 
 def _of_passages(frames: Frames) -> pd.DataFrame:
-    rows = frames["model_tokens"]
-    return rows[(rows["text"] == "passages") & (rows["reference"] == "eager") & (rows["status"] == "ok")]
+    return frames["model_tokens"].query("text == 'passages' and reference == 'eager' and status == 'ok'")
 
 
 def parted(frames: Frames) -> pd.DataFrame:
@@ -118,8 +115,8 @@ def arm_table(frames: Frames) -> pd.DataFrame:
 
 def layer_table(frames: Frames) -> pd.DataFrame:
     """One row a layer, eager against the truth: the K norm's largest weight, and what goes with it."""
-    rows = against(frames["model_layers"], truth_name(frames))
-    means = rows[rows["arm"] == "eager"].groupby("layer").mean(numeric_only=True).reset_index()
+    rows = against(frames["model_layers"], truth_name(frames)).query("arm == 'eager'")
+    means = rows.groupby("layer").mean(numeric_only=True).reset_index()
     names = {
         "layer": "layer",
         "k_norm_max": "largest K-norm weight",
@@ -135,8 +132,7 @@ def layer_table(frames: Frames) -> pd.DataFrame:
 
 def eager_measured(frames: Frames) -> bool:
     """Whether eager, against which every arm is measured, has a figure at all."""
-    rows = frames["model_tokens"]
-    return bool(((rows["arm"] == "eager") & (rows["status"] == "ok")).any())
+    return len(frames["model_tokens"].query("arm == 'eager' and status == 'ok'")) > 0
 
 
 def paired_table(frames: Frames) -> pd.DataFrame:
@@ -185,7 +181,7 @@ def conditions(study: Study) -> str:
 def section(study: Study) -> str:
     """Of report.md, on one model."""
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
-    lost = frames["model_tokens"][lambda rows: rows["status"] != "ok"].groupby(["arm", "status", "reason"], sort=False)
+    lost = frames["model_tokens"].query("status != 'ok'").groupby(["arm", "status", "reason"], sort=False)
     layers = layer_table(frames)
     return paragraphs(
         f"## In a whole model: {model}",

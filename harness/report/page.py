@@ -12,7 +12,7 @@ from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_tab
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, load, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -39,12 +39,9 @@ def plan_table(frames: Frames) -> pd.DataFrame:
         "K bias": over_layers(errors, "truth", "signed_mean"),
     }
     if best_backend(speed) != "inductor":
-        rows = speed[(speed["tokens"] == speed["tokens"].max()) & (speed["backend"] == best_backend(speed))]
-        rows = rows.set_index("plan")
-        columns |= {
-            f"time at {speed['tokens'].max():.0f} tokens, µs": rows["p50_us"],
-            "against eager": rows["speedup_vs_eager"],
-        }
+        tokens = speed["tokens"].max()
+        rows = speed[(speed["tokens"] == tokens) & (speed["backend"] == best_backend(speed))].set_index("plan")
+        columns |= {f"time at {tokens:.0f} tokens, µs": rows["p50_us"], "against eager": rows["speedup_vs_eager"]}
     names = [name for name in PLANS if name in set(errors["plan"])]
     return pd.DataFrame(columns, index=pd.Index(names, name="plan")).reset_index()
 
@@ -53,9 +50,10 @@ def noise_floor_table(frames: Frames) -> pd.DataFrame:
     """Eager against itself."""
     errors = own(frames["errors"])
     itself = errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
-    floor = errors[(errors["reference"] == "eager") & itself]
-    table = floor[["plan", "backend", "output", "share_equal", "max_ulp", "max_abs", "rel_rms"]]
-    return table.rename(columns={"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs"})
+    names = {"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs", "rel_rms": "rel_rms"}
+    return errors[(errors["reference"] == "eager") & itself][["plan", "backend", "output", *names]].rename(
+        columns=names
+    )
 
 
 def kernel_table(frames: Frames) -> pd.DataFrame:
@@ -70,10 +68,11 @@ def kernel_table(frames: Frames) -> pd.DataFrame:
 def amplification_table(frames: Frames) -> pd.DataFrame:
     """What grows with the K-norm weights and what does not: plan hf, first layer, own weights and controls."""
     amplified, errors = frames["amplification"], frames["errors"]
-    rows = amplified[(amplified["plan"] == "hf") & (amplified["layer"] == amplified["layer"].min())]
-    rows_of = errors[(errors["plan"] == "hf") & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
-    rows_of = rows_of[rows_of["layer"] == amplified["layer"].min()].set_index("weights")
-    before, after = (rows_of[rows_of["output"] == output] for output in ("k_proj", "k"))
+    rows = first_layer(amplified).query("plan == 'hf'")
+    same = errors[errors["layer"].isin(rows["layer"])].query(
+        "plan == 'hf' and reference == 'truth' and backend == 'spec'"
+    )
+    before, after = (same[same["output"] == output].set_index("weights") for output in ("k_proj", "k"))
     measures = {
         "largest K-norm weight": rows["k_norm_max"],
         "gain of a channel, largest (measured)": rows["gain_measured_max"],
@@ -104,9 +103,8 @@ def speed_table(frames: Frames) -> pd.DataFrame:
     return frames["speed"][list(names)].rename(columns=names).sort_values(["tokens", "p50, µs"], kind="stable")
 
 
-def tables(folder: Path, run_id: str) -> dict[str, str]:
+def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
-    frames = load(folder, run_id)
     amplified = amplification_table(frames)
     return {
         "plans": markdown(plan_table(frames)),
@@ -149,19 +147,17 @@ def limits(run: dict[str, Any], speed: pd.DataFrame) -> str:
     )
 
 
-CPU_TIMES = (
-    "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
-    "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
-    "not cast plans on a GPU."
-)
-
-
 def write_report(folder: Path, run_id: str) -> Path:
     """Writes report.md into the results folder and returns its path."""
-    frames, run, t = load(folder, run_id), load_runs(folder)[run_id], tables(folder, run_id)
-    speed, draws = frames["speed"], frames["draws"]
+    frames, run = load(folder, run_id), load_runs(folder)[run_id]
+    t, speed, draws = tables(frames), frames["speed"], frames["draws"]
     over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
-    cpu = f"{CPU_TIMES} " if len(speed) and best_backend(speed) == "inductor" else ""
+    cpu = (
+        "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
+        "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
+        "not cast plans on a GPU. "
+    )
+    cpu = cpu if len(speed) and best_backend(speed) == "inductor" else ""
     said = "\n".join(finding.line() for finding in findings(folder, frames))
     sections = [
         f"## Findings\n\n{said}" if said else "",

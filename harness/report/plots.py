@@ -47,12 +47,11 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
-        drawn = []
-        for name, (figure, of_run) in figures.items():
-            if figure is not None:
-                label = _label(runs[of_run], name) + note(folder, of_run)
-                drawn.append(save(figure, folder / "plots" / f"{name}.png", label))
-        return drawn
+        return [
+            save(figure, folder / "plots" / f"{name}.png", _label(runs[of_run], name) + note(folder, of_run))
+            for name, (figure, of_run) in figures.items()
+            if figure is not None
+        ]
 
 
 def _label(run: dict, name: str) -> str:
@@ -75,8 +74,7 @@ def error_per_plan(frames: Frames) -> Figure | None:
     if not len(truth):
         return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
-    rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
+    rows = own(errors).query("output == 'k' and reference == 'truth' and backend == 'spec'")
     low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
     title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
@@ -189,8 +187,7 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     for axes in grid[:, 0]:
         axes.set_ylabel("share of K [%]")
     for axes in grid[-1]:
-        axes.set_xlabel("|error| [bf16 ulp]")
-        axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
+        axes.set(xlabel="|error| [bf16 ulp]", xticks=[0, 1, 2, 3, 4.125], xticklabels=["0", "1", "2", "3", ">4"])
     return figure
 
 

@@ -40,8 +40,7 @@ def headline(frames: Frames) -> str:
 
 def conditions(folder: Path, run_id: str) -> str:
     """What the table's numbers are, and where they come from."""
-    run = load_runs(folder)[run_id]
-    s, e = run["settings"], run["environment"]
+    s, e = (load_runs(folder)[run_id][part] for part in ("settings", "environment"))
     drawn = "weights drawn to published statistics, **not the checkpoint**"
     weights = f"real weights ({s['checkpoint']})" if s["checkpoint"] else drawn
     native = "with" if e.get("native_bf16") else "without"
@@ -55,10 +54,9 @@ def conditions(folder: Path, run_id: str) -> str:
 
 def gpus(results: Path) -> str:
     """One sentence on every folder of results that holds times of a GPU."""
-    found = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        if run := gpu.newest(folder):
-            found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
+    runs = {folder: gpu.newest(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
+    where = f"report.md#{anchor(gpu.HEADING)}"
+    found = [f"[{run.gpu}]({folder.as_posix()}/{where})" for folder, run in runs.items() if run]
     return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
 
 

@@ -63,10 +63,10 @@ def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a target and plan."""
     kernels = frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str)
     exact = frame["share_equal"].where(frame["check"] == Check.EXACT)
-    groups = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact).groupby(
-        ["target", "plan"], sort=False
+    rows = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact)
+    found = rows.groupby(["target", "plan"], sort=False).agg(
+        kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min")
     )
-    found = groups.agg(kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min"))
     return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
 
 
@@ -80,12 +80,10 @@ def _executed(frame: pd.DataFrame) -> str:
 
 def configs_section(frame: pd.DataFrame) -> str:
     """Of report.md: one row a binary, a column a target."""
-    cells = frame["registers"].map("{:.0f}".format) + " / " + frame["spills"].map("{:.0f}".format)
-    cells += " / " + (frame["shared"] / 1024).map("{:.1f}".format)
-    cells = cells.where(frame["status"] == "ok", frame["status"])
-    table = frame.assign(cell=cells).pivot_table(
-        index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
-    )
+    found = [f"{row.registers:.0f} / {row.spills:.0f} / {row.shared / 1024:.1f}" for row in frame.itertuples()]
+    cells = frame["status"].where(frame["status"] != "ok", found)
+    binary = ["kernel", "plan", "keywords"]
+    table = frame.assign(cell=cells).pivot_table("cell", binary, "target", aggfunc="first", sort=False)
     return (
         "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
         "compiled ahead of time: registers a thread / bytes spilled a thread / KiB of "

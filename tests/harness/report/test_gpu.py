@@ -253,7 +253,7 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
     records.add(GpuCheckRow(**key, config="one fp32 chain", check="eager", status="failed", reason="unknown"))
     records.add(GpuCheckRow(**key, config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0))
     records.finish()
-    found = [" | ".join(row) for row in check_table(newest(tmp_path).checks).itertuples(index=False)]
+    found = [" | ".join(row) for row in check_table(newest(tmp_path).frames["gpu_checks"]).itertuples(index=False)]
     assert found == [
         "exact | hf | default and 2 others | ok",
         "envelope | hf | default and 2 others | ok",
