@@ -73,8 +73,7 @@ def _percent(share: float) -> str:
 
 
 def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
-    rows = frame[(frame["measure"] == measure) & frame["shapley"].notna()]
-    return rows[rows["rotated_from"].notna() == rotated]
+    return frame[(frame["measure"] == measure) & frame["shapley"].notna() & (frame["rotated_from"].notna() == rotated)]
 
 
 # ---------------------------------------------------------------- RoPE

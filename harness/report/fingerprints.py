@@ -41,13 +41,12 @@ def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 def implementation_groups(frame: pd.DataFrame) -> pd.DataFrame:
     """One row an answer: which implementations gave it."""
-    rows = implementation_rows(frame).replace({"rounds to bf16": {"": "–"}})
+    ways = {"torch.compile, emulate_precision_casts": "compiled, casts emulated", "torch.compile": "compiled"}
+    rows = implementation_rows(frame).replace({"rounds to bf16": {"": "–"}, "how": ways})
     rows["implementation"] += rows["kind"].map({"head_norm": " (head norm)"}).fillna("")
-    casts = {"torch.compile, emulate_precision_casts": "compiled, casts emulated", "torch.compile": "compiled"}
-    rows["how"] = rows["how"].replace(casts)
     answer = ["rounds to bf16", "answer"]
-    ways = rows.groupby([*answer, "implementation"], sort=False)["how"].agg("; ".join).reset_index()
-    names = ways.groupby([*answer, "how"], sort=False)["implementation"].agg(", ".join).reset_index()
+    hows = rows.groupby([*answer, "implementation"], sort=False)["how"].agg("; ".join).reset_index()
+    names = hows.groupby([*answer, "how"], sort=False)["implementation"].agg(", ".join).reset_index()
     names["implementations"] = names["implementation"] + " (" + names["how"] + ")"
     return names.groupby(answer, sort=False)["implementations"].agg(" · ".join).reset_index()
 

@@ -30,8 +30,7 @@ HEADING = "On a GPU"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `make gpu`: its entry of environment.json, its records, those of times and the best of each kind (see
-    best_rows)."""
+    """One run of `make gpu`: its entry of environment.json, its records. speed: of times; best: see best_rows."""
 
     run_id: str
     facts: dict[str, Any]
@@ -46,8 +45,7 @@ class Run:
 
 def newest(folder: Path) -> Run | None:
     """The newest finished run with times of a GPU, or None."""
-    found = latest(folder, "gpu_speed")
-    if found is None:
+    if not (found := latest(folder, "gpu_speed")):
         return None
     run_id, speed = found
     speed = speed.assign(what=[*map(what_of, speed["kind"], speed["arm"])])
@@ -57,8 +55,7 @@ def newest(folder: Path) -> Run | None:
 def section(folder: Path) -> str:
     """Of report.md, on the newest finished GPU run of the folder, with the plot where it was drawn before; empty where
     there is none."""
-    run = newest(folder)
-    if run is None:
+    if not (run := newest(folder)):
         return ""
     table, said = speed_table(run), f"### Checks\n\n{HOW_CHECKED}"
     drawn = (folder / "plots" / "gpu_speedup.png").exists()

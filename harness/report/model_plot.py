@@ -96,7 +96,7 @@ def _rows(arms: list[str], measured: Iterable[str], title: str) -> tuple[Figure,
     places = {arm: place for place, arm in enumerate(reversed(arms))}
     figure, axes = panels((1, 1), (9.5, 0.36 * len(arms) + 1.6), (0.2, 0.87, 0.9, 0.7), title)
     axes.set(yticks=range(len(arms)), yticklabels=places, ylim=(-0.6, len(arms) - 0.4))
-    for arm in set(arms) - set(measured):
+    for arm in sorted(set(arms) - set(measured)):
         _say(axes, places.pop(arm), "failed")
     return figure, axes, places
 

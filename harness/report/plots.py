@@ -147,8 +147,7 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     channels = frames["channels"]
     if not len(channels):
         return None
-    layer = int(channels["layer"].iloc[0])
-    title = f"Gain of every K channel through the K norm\n(layer {layer}, plan hf)"
+    title = f"Gain of every K channel through the K norm\n(layer {channels['layer'].iloc[0]:.0f}, plan hf)"
     figure, axes = panels((1, 1), (6.6, 6), (0.11, 0.97, 0.78, 0.78), title)
     x, y = channels["gain_predicted"].to_numpy(), channels["gain_measured"].to_numpy()
     ends = np.array([min(x.min(), y.min()) * 0.8, max(x.max(), y.max()) * 1.25])
@@ -193,8 +192,7 @@ def ulp_histogram(frames: Frames) -> Figure | None:
 
 def time_against_tokens(frames: Frames) -> Figure | None:
     """Time of a call over the number of tokens, one line a plan, eager and torch.compile among them."""
-    speed = frames["speed"]
-    speed = speed[speed["status"] == "ok"]
+    speed = frames["speed"].query("status == 'ok'")
     if not len(speed):
         return None
     backend = best_backend(speed)

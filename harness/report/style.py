@@ -105,5 +105,6 @@ def label_ends(axes: Axes, x: float, ends: dict[str, float], shade: Callable[[st
 
 def _label(bundle: list[str], ends: dict[str, float], within: float) -> str:
     names = textwrap.fill((", " if within else " = ").join(bundle), 34, break_on_hyphens=False)
-    apart = ends[bundle[-1]] / ends[bundle[0]] - 1
-    return f"{len(bundle)} lines end within {apart:.0%}:\n{names}" if within and len(bundle) > 1 else names
+    if not within or len(bundle) == 1:
+        return names
+    return f"{len(bundle)} lines end within {ends[bundle[-1]] / ends[bundle[0]] - 1:.0%}:\n{names}"
