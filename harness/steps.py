@@ -153,12 +153,13 @@ def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:
 def finish_study(records: Records, table: str) -> bool:
     """Ends the run and prints its section of a report; whether any row is red."""
     from castpoint.harness.report.failures import bad_rows, section
+    from castpoint.harness.report.markdown import paragraphs
     from castpoint.harness.report.studies import SECTIONS
     from castpoint.harness.runs.frames import load
 
     records.finish()
     frame = load(records.folder, records.run_id)[table]
-    print("\n\n".join([SECTIONS[table](frame), *section(bad_rows(frame, table))]))
+    print(paragraphs(SECTIONS[table](frame), section(bad_rows(frame, table))))
     return bool(red_rows(records, table))
 
 
@@ -167,8 +168,8 @@ def print_parts(records: Records, parts: tuple[str, ...]) -> None:
     from castpoint.harness.report.page import tables
     from castpoint.harness.runs.frames import load
 
-    found = tables(records.folder, records.run_id)
-    found["budget"] = budget.section(load(records.folder, records.run_id)["budget"])
+    frames = load(records.folder, records.run_id)
+    found = tables(frames) | {"budget": budget.section(frames["budget"])}
     shown = {"errors": ("plans", "kernels"), "amplification": ("amplification",), "budget": ("budget",)}
     for part in parts:
         print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")

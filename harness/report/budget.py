@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
@@ -27,19 +27,9 @@ def mean_shares(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
     return shares.loc[order, [player for player in (*PLAYERS, FP32) if player in shares.columns]]
 
 
-def root_totals(frame: pd.DataFrame, measure: str) -> pd.Series:
+def root_totals(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.Series:
     """Plan -> rms error, over layers."""
-    return _root(_parts(frame, measure))
-
-
-def kernel_share(frame: pd.DataFrame) -> tuple[float, str, str] | None:
-    """The largest kernel_vs_spec_share, its plan, and where it was measured; None where no kernel was."""
-    rows = frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == Status.OK)]
-    if not len(rows):
-        return None
-    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
-    where = f"{WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens"
-    return worst["kernel_vs_spec_share"], worst["plan"], where
+    return _parts(frame, measure, rotated).groupby("plan")["total"].mean() ** 0.5
 
 
 def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -52,23 +42,30 @@ def share_table(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def section(frame: pd.DataFrame) -> str:
     """Of report.md: the parts of K's and the logits' squared errors, and RoPE's."""
-    parts = ["## Error budget"]
     rows = _parts(frame, MEASURES[0])
+    words, tables = "", []
     if len(rows):
         layers = sorted(rows["layer"].unique())
         where = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
-        parts.append(
+        words = (
             "Which rounding makes how much of a plan's squared error: Shapley shares "
             f"({where}, {rows['tokens'].iloc[0]} tokens). A share below 0: that rounding cancels more of the others' "
-            "error than it adds, or is noise."
+            f"error than it adds, or is noise.{_kernels(frame)}"
         )
-        kernel = kernel_share(frame)
-        if kernel is not None:
-            share, plan, at = kernel
-            parts[-1] += f" Order of sums comes on top: at most {share:.1g} of a plan's squared error (`{plan}`, {at})."
-        parts += [markdown(share_table(frame, measure)) for measure in MEASURES]
-    parts += [rope_table(frame), "![error budget](plots/budget.png)"]
-    return "\n\n".join(filter(None, parts))
+        tables = [markdown(share_table(frame, measure)) for measure in MEASURES]
+    return paragraphs("## Error budget", words, *tables, rope_table(frame), "![error budget](plots/budget.png)")
+
+
+def _kernels(frame: pd.DataFrame) -> str:
+    """A sentence on the largest kernel_vs_spec_share; empty where no kernel was measured."""
+    rows = frame[(frame["player"] == ORDER_OF_SUMS) & (frame["status"] == Status.OK)]
+    if not len(rows):
+        return ""
+    worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
+    return (
+        f" Order of sums comes on top: at most {worst['kernel_vs_spec_share']:.1g} of a plan's squared error "
+        f"(`{worst['plan']}`, {WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens)."
+    )
 
 
 def _percent(share: float) -> str:
@@ -76,12 +73,7 @@ def _percent(share: float) -> str:
 
 
 def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataFrame:
-    rows = frame[(frame["measure"] == measure) & frame["shapley"].notna()]
-    return rows[rows["rotated_from"].notna() == rotated]
-
-
-def _root(rows: pd.DataFrame) -> pd.Series:
-    return rows.groupby("plan")["total"].mean() ** 0.5
+    return frame[(frame["measure"] == measure) & frame["shapley"].notna() & (frame["rotated_from"].notna() == rotated)]
 
 
 # ---------------------------------------------------------------- RoPE
@@ -94,24 +86,21 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
     Plans in falling order of the error behind; empty where no rotated problem was measured. A rotation keeps the
     size of a head, so that K's two errors compare; logits are those of rotated q and k.
     """
-    behind = _parts(frame, measure, rotated=True)
-    before = _parts(frame, measure)
-    before = before[before["layer"].isin(behind["layer"])]
-    table = pd.DataFrame({"before": _root(before), "behind": _root(behind)}).dropna()
-    shares = behind.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
-    return table.join(shares.reindex(columns=list(ROPE_BOUNDARIES))).sort_values("behind", ascending=False)
+    rows = _parts(frame, measure, rotated=True)
+    same = frame[frame["layer"].isin(rows["layer"])]
+    errors = {"before": root_totals(same, measure), "behind": root_totals(same, measure, rotated=True)}
+    shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
+    table = pd.DataFrame(errors).dropna().join(shares.reindex(columns=list(ROPE_BOUNDARIES)))
+    return table.sort_values("behind", ascending=False)
 
 
 def rope_table(frame: pd.DataFrame) -> str:
     """rope_shares of both measures as a Markdown table; empty where none was measured."""
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
-    if not len(k):
-        return ""
-    table = k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: ")
-    for place, (name, rows) in enumerate((("K", k), ("logits", logits))):
-        table.insert(2 * place, f"{name} before", rows["before"].map("{:.3g}".format))
-        table.insert(2 * place + 1, f"{name} behind", rows["behind"].map("{:.3g}".format))
+    errors = {f"{name} {at}": rows[at].map("{:.3g}".format)
+              for name, rows in (("K", k), ("logits", logits)) for at in ("before", "behind")}  # fmt: skip
+    table = pd.DataFrame(errors, k.index).join(k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: "))
     words = (
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
     )
-    return f"{words}\n\n{markdown(table.rename_axis('plan').reset_index())}"
+    return under(words, table.rename_axis("plan").reset_index())

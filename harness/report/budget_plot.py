@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from castpoint.harness.report.budget import LABELS, OUT, mean_shares, root_totals
-from castpoint.harness.report.style import GREY
+from castpoint.harness.report.style import GREY, panels
 from castpoint.harness.report.style import colour as colour_of
 from castpoint.harness.runs.schema import FP32, MEASURES
 
@@ -40,29 +39,27 @@ def budget_bars(frame: pd.DataFrame) -> Figure | None:
 
     One bar a plan, in falling order of K's error; parts below zero to the left of zero.
     """
-    panels = {measure: mean_shares(frame, measure) for measure in MEASURES}
-    plans = list(panels[MEASURES[0]].index)[::-1]
+    shares = {measure: mean_shares(frame, measure) for measure in MEASURES}
+    plans = list(shares[MEASURES[0]].index)[::-1]
     if not plans:
         return None
     height = 0.36 * len(plans) + 2.1  # inches: the bars, 0.85 above and 1.25 below
-    figure, axes = plt.subplots(1, 2, figsize=(13, height), sharey=True)
-    figure.subplots_adjust(left=0.115, right=0.955, bottom=1.25 / height, top=1 - 0.85 / height, wspace=0.16)
+    title = "Which rounding makes a plan's error: Shapley shares of the squared error against float64"
+    figure, axes = panels((1, 2), (13, height), (0.115, 0.955, 1.25, 0.85), title, sharey=True, wspace=0.16)
     for panel, (measure, name) in zip(axes, zip(MEASURES, ("K", "attention logits"), strict=True), strict=True):
-        _bars(panel, panels[measure].reindex(plans))
+        _bars(panel, shares[measure].reindex(plans))
         _totals(panel, root_totals(frame, measure).reindex(plans), "relative rms" if measure == MEASURES[0] else "rms")
         panel.set_title(name, loc="left", fontsize=11)
     axes[0].set_yticks(range(len(plans)), plans)
     for tick, plan in zip(axes[0].get_yticklabels(), plans, strict=True):
         tick.set_color(colour_of(plan))
-    largest = pd.concat(panels).abs().max()
+    largest = pd.concat(shares).abs().max()
     drawn = [player for player in largest.index if largest[player] > VISIBLE]
-    looks = {player: {"facecolor": STYLES[player][0], "hatch": STYLES[player][1]} for player in drawn}
     names = LABELS | OUT
-    handles = [Patch(**look, edgecolor="white", label=names.get(player, player)) for player, look in looks.items()]
+    looks = {names.get(player, player): STYLES[player] for player in drawn}
+    handles = [Patch(facecolor=shade, hatch=h, edgecolor="white", label=name) for name, (shade, h) in looks.items()]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.535, 0.45 / height), ncol=len(handles),
                   fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.2)  # fmt: skip
-    title = "Which rounding makes a plan's error: Shapley shares of the squared error against float64"
-    figure.suptitle(title, x=0.005, y=1 - 0.15 / height, ha="left", va="top", fontsize=12)
     return figure
 
 
@@ -77,15 +74,13 @@ def _bars(axes: Axes, shares: pd.DataFrame) -> None:
             texts = (f"{LABELS.get(player, player)} {share:.0%}", f"{share:.0%}", "")
             text = next(t for t in texts if len(t) <= 70 * abs(share))  # so many characters fill a bar
             box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch and text else None
-            axes.text(start + share / 2 if share > 0 else start - share / 2, place, text, ha="center", va="center",
-                      fontsize=7, bbox=box)  # fmt: skip
+            axes.text(start + abs(share) / 2, place, text, ha="center", va="center", fontsize=7, bbox=box)
     low, high = shares.clip(upper=0).sum(axis=1).min(), shares.clip(lower=0).sum(axis=1).max()
-    axes.set_xlim(low, max(1, high))
+    axes.set(xlim=(low, max(1, high)), xlabel="share of the plan's squared error")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of the plan's squared error")
 
 
 def _totals(axes: Axes, totals: pd.Series, heading: str) -> None:

@@ -7,16 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from castpoint.harness.report import model
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import under
 from castpoint.harness.runs.frames import latest, load
 
 BAD = ("failed", "red")
 OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
-NAMES = (
-    *("model", "source", "implementation", "kernel", "arm", "plan", "config", "backend", "how", "target", "kind"),
-    *("check", "measure"),
-)
+NAMES = "model source implementation kernel arm plan config backend how target kind check measure".split()
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:
@@ -39,11 +36,9 @@ def failures(folder: Path, run_id: str) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def section(rows: pd.DataFrame) -> list[str]:
-    """Of report.md; none where nothing failed."""
-    if not len(rows):
-        return []
-    return [f"## What failed\n\nRows without a figure, or with one that a check refuses.\n\n{markdown(rows)}"]
+def section(rows: pd.DataFrame) -> str:
+    """Of report.md; empty where nothing failed."""
+    return under("## What failed\n\nRows without a figure, or with one that a check refuses.", rows)
 
 
 def note(folder: Path, run_id: str) -> str:

@@ -41,53 +41,49 @@ NOISE, AMPLIFIED, IMPLEMENTATIONS = "Noise floor", "What the K-norm weights ampl
 
 def _noise(errors: pd.DataFrame) -> Iterator[Finding]:
     noise, equal = noise_floor(errors), over_layers(first_layer(errors), "eager", "share_equal").get("one-rounding")
-    if noise is None or equal is None:
-        return
-    yield Finding(
-        f"**One rounding a norm instead of two** changes {1 - equal:.0%} of K's elements; eager run one token at a time "
-        f"changes {noise:.3%} of its own (first layer).",
-        NOISE,
-    )
+    if noise is not None and equal is not None:
+        yield Finding(
+            f"**One rounding a norm instead of two** changes {1 - equal:.0%} of K's elements; eager run one token at a time "
+            f"changes {noise:.3%} of its own (first layer).",
+            NOISE,
+        )
 
 
 def _amplified(draws: pd.DataFrame) -> Iterator[Finding]:
-    controls = _controls(draws)
-    if len(controls) < 3:
-        return
-    own, ones, _ = controls
-    ratios = own["logit_rms_error"] / ones["logit_rms_error"]
-    yield Finding(
-        f"**A K-norm weight of {own['k_norm_max'].iloc[0]:g}** multiplies the logits' rms error by {_spread(ratios)}, against "
-        f"weights of one in the same layer (`{own['plan'].iloc[0]}`; median and range over draws).",
-        AMPLIFIED,
-    )
+    if controls := _controls(draws):
+        own, ones, _ = controls
+        ratios = own["logit_rms_error"] / ones["logit_rms_error"]
+        yield Finding(
+            f"**A K-norm weight of {own['k_norm_max'].iloc[0]:g}** multiplies the logits' rms error by {_spread(ratios)}, "
+            f"against weights of one in the same layer (`{own['plan'].iloc[0]}`; median and range over draws).",
+            AMPLIFIED,
+        )
 
 
 def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
     """From the draws of the first layer: measures over those of K-norm weights of 1 and of the same seed, their median,
     least and greatest. A column each for the drawn weights, weights of 1, and another weight in every channel; empty where
     one of them was not measured."""
-    controls = _controls(draws)
-    if len(controls) < 3:
-        return pd.DataFrame()
-    ones = controls[1]
     measures = {
         "K max abs error, after: multiple": "k_max_abs_after",
         "logit rms error: multiple": "logit_rms_error",
         "softmax total variation, mean: multiple": "softmax_tv_mean",
     }
-    heads = [f"{rows['weights'].iloc[0]}: {rows['k_norm_max'].iloc[0]:g}" for rows in controls]
-    lines = {name: [_spread(rows[column] / ones[column]) for rows in controls] for name, column in measures.items()}
-    lines["most attended key flips, %"] = [_spread(100 * rows["top_key_flips"]) for rows in controls]
-    table = pd.DataFrame.from_dict(lines, orient="index", columns=heads)
-    return table.rename_axis("measure; largest K-norm weight:").reset_index()
+    controls = _controls(draws)
+    table = {"measure; largest K-norm weight:": [*measures, "most attended key flips, %"] if controls else []}
+    for rows in controls:
+        cells = [_spread(rows[column] / controls[1][column]) for column in measures.values()]
+        head = f"{rows['weights'].iloc[0]}: {rows['k_norm_max'].iloc[0]:g}"
+        table[head] = [*cells, _spread(100 * rows["top_key_flips"])]
+    return pd.DataFrame(table)
 
 
 def _controls(draws: pd.DataFrame) -> list[pd.DataFrame]:
-    """The drawn K-norm weights, weights of 1, and one other weight in every channel, each by seed, where measured."""
+    """By seed: the drawn K-norm weights, 1, and another weight in every channel; none where one was not measured."""
     draws = draws[draws["status"] == "ok"]
     uniform = draws["uniform_k_norm"]
-    return [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1) if rows.any()]
+    found = [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1)]
+    return found if all(map(len, found)) else []
 
 
 def _spread(values: pd.Series) -> str:
@@ -98,11 +94,9 @@ def _spread(values: pd.Series) -> str:
 
 def _compiled(folder: Path) -> Iterator[Finding]:
     """What the compiler changes: implementations whose answer depends on how they are run."""
-    found = latest(folder, "implementations")
-    if found is None:
+    if not (found := latest(folder, "implementations")):
         return
-    frame = found[1]
-    rows = frame[(frame["kind"] == "rmsnorm") & frame["how"].isin(["eager", "torch.compile"])]
+    rows = found[1].query("kind == 'rmsnorm' and how in ['eager', 'torch.compile']")
     plans = rows.pivot(index="implementation", columns="how", values="plan").dropna()
     moved = plans[plans["eager"] != plans["torch.compile"]] if len(plans.columns) == 2 else plans[:0]
     if len(moved):

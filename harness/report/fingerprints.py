@@ -31,38 +31,24 @@ def answer_words(plan: str) -> str:
 
 def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """One row an implementation."""
-    rounds = zip(frame["status"], map(answer_words, frame["plan"]), strict=True)
-    return pd.DataFrame(
-        {
-            "implementation": frame["implementation"],
-            "kind": frame["kind"],
-            "how": frame["how"],
-            "answer": frame["status"],
-            "rounds to bf16": [f"nearest: {words}" if status == "none" else words for status, words in rounds],
-            "share explained": frame["share_equal"],
-            "best rejected plan's share": frame["runner_up_share_equal"],
-            "versions": frame["versions"],
-        }
-    )
+    words = frame["plan"].map(answer_words)
+    names = {"implementation": "implementation", "kind": "kind", "how": "how", "status": "answer"}
+    names |= {"plan": "rounds to bf16", "share_equal": "share explained"}
+    names |= {"runner_up_share_equal": "best rejected plan's share", "versions": "versions"}
+    rows = frame.assign(plan=words.where(frame["status"] != "none", "nearest: " + words))
+    return rows[list(names)].rename(columns=names)
 
 
 def implementation_groups(frame: pd.DataFrame) -> pd.DataFrame:
     """One row an answer: which implementations gave it."""
-    rows = implementation_rows(frame)
-    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for row in rows.itertuples(index=False):
-        name = row.implementation + (" (head norm)" if row.kind == "head_norm" else "")
-        how = row.how.replace("torch.compile, emulate_precision_casts", "compiled, casts emulated")
-        how = how.replace("torch.compile", "compiled")
-        groups.setdefault((row[4], row.answer), {}).setdefault(name, []).append(how)
-    lines = []
-    for (rounds, answer), members in groups.items():
-        by_how: dict[str, list[str]] = {}
-        for name, ways in members.items():
-            by_how.setdefault("; ".join(ways), []).append(name)
-        text = " · ".join(f"{', '.join(names)} ({ways})" for ways, names in by_how.items())
-        lines.append({"rounds to bf16": rounds or "–", "answer": answer, "implementations": text})
-    return pd.DataFrame(lines)
+    ways = {"torch.compile, emulate_precision_casts": "compiled, casts emulated", "torch.compile": "compiled"}
+    rows = implementation_rows(frame).replace({"rounds to bf16": {"": "–"}, "how": ways})
+    rows["implementation"] += rows["kind"].map({"head_norm": " (head norm)"}).fillna("")
+    answer = ["rounds to bf16", "answer"]
+    hows = rows.groupby([*answer, "implementation"], sort=False)["how"].agg("; ".join).reset_index()
+    names = hows.groupby([*answer, "how"], sort=False)["implementation"].agg(", ".join).reset_index()
+    names["implementations"] = names["implementation"] + " (" + names["how"] + ")"
+    return names.groupby(answer, sort=False)["implementations"].agg(" · ".join).reset_index()
 
 
 THAT, SAME_BITS, OPEN, ANOTHER = "that plan", "with one of the same bits", "that plan, fp32 steps open", "another plan"
@@ -77,8 +63,7 @@ def outcome(row: tuple) -> str:
         return row.status
     if all(planted.items() <= words.items() for words in answered):
         return THAT if row.status == "identified" else OPEN
-    among = any(all(word in words[name].split(" or ") for name, word in planted.items()) for words in answered)
-    if not among:
+    if not any(all(word in words[name].split(" or ") for name, word in planted.items()) for words in answered):
         return ANOTHER
     return SAME_BITS if row.status == "identified" else "undecided"
 
@@ -86,28 +71,27 @@ def outcome(row: tuple) -> str:
 def confusion_summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a kind of subject: how many were answered with the planted plan, left open, or answered with another."""
     found = pd.Series([outcome(row) for row in frame.itertuples(index=False)], index=frame.index)
-    subject = frame["kind"] + ", by its " + frame["source"]
-    table = pd.DataFrame({"subject": subject, "plans": 1})
-    for name in (THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"):
-        table[name] = (found == name).astype(int)
-    table = table.groupby("subject", sort=False).sum()
-    table["median seconds"] = frame.groupby(subject, sort=False)["seconds"].median()
+    subject = (frame["kind"] + ", by its " + frame["source"]).rename("subject")
+    outcomes = [THAT, SAME_BITS, OPEN, "undecided", ANOTHER, "none", "error"]
+    table = pd.crosstab(subject, found).reindex(index=subject.unique(), columns=outcomes, fill_value=0)
+    table.insert(0, "plans", table.sum(axis=1))
+    table["median seconds"] = frame.groupby(subject)["seconds"].median()
     return table.reset_index()
 
 
 def confusion_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Boundary and planted word against the word answered, over all subjects that got an answer."""
-    counts: dict[tuple[str, str], dict[str, int]] = {}
+    pairs = []
     for row in frame.itertuples(index=False):
         answered = json.loads(row.answered) if row.status in ("identified", "undecided") else []
         for name, word in json.loads(row.planted).items():
             words = sorted({a[name] for a in answered if name in a})
-            found = " or ".join(words) if words else row.status
-            cell = counts.setdefault((name, word), {})
-            cell[found] = cell.get(found, 0) + 1
-    table = pd.DataFrame(counts).T.fillna(0).astype(int)
-    table.insert(0, "planted", [f"{name} = {word}" for name, word in table.index])
-    return table.reset_index(drop=True)
+            pairs.append((f"{name} = {word}", " or ".join(words) or row.status))
+    order = list(dict.fromkeys(planted for planted, _ in pairs))
+    pairs.sort(key=lambda pair: order.index(pair[0]))
+    planted, found = (pd.Series(words) for words in zip(*pairs, strict=True))
+    table = pd.crosstab(planted, found).loc[order, found.unique()]
+    return table.rename_axis(index="planted", columns=None).reset_index()
 
 
 def implementations_section(frame: pd.DataFrame) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from castpoint.harness.problems import grid
-from castpoint.harness.report.gpu_rows import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, cold, judged, run_of
-from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RC, RED, save
+from castpoint.harness.report.gpu import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, judged
+from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RED, panels
 from castpoint.harness.runs.schema import Kind
 
 # Colour, line and marker of what is compared, from wide to narrow, so that lines on top of one another stay in sight.
@@ -24,81 +22,56 @@ STYLES: dict[str, dict[str, Any]] = {
     FOLDED: {"color": GREEN, "linestyle": ":", "linewidth": 1.4, "marker": "^", "markersize": 3.5},
     P2: {"color": RED, "linestyle": "", "marker": "x", "markersize": 5},
 }
+TOKENS = (1, 8, 64, 512, 4096)  # ticks
 RATIOS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5)  # ticks of speed-ups
 COLUMNS = 4  # panels side by side
 
 
-def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws what the run has data for into folder/plots, as PNG; returns the files."""
-    run = run_of(folder, run_id)
-    with plt.rc_context(RC):
-        figure = speedups(run)
-        if figure is None:
-            return []
-        e = run.facts["environment"]
-        versions = ", ".join(f"{name} {e['versions'][name]}" for name in ("torch", "triton") if e["versions"].get(name))
-        label = f"{run.gpu}; {versions}; commit {e['commit']}, run {run.run_id}; cold weights, CUDA graphs"
-        (folder / "plots").mkdir(exist_ok=True)
-        return [save(figure, folder / "plots" / "gpu_speedup.png", label)]
-
-
 def speedups(run: Run) -> Figure | None:
-    """Speed-up over the best separate chain over tokens, one panel a model; None where none counts."""
-    counted = pd.concat([judged(cold(run, model, group)) for model in grid.MODELS for group in GROUPS])
-    if not len(counted):
+    """Speed-up over the best separate chain over tokens, one panel a model of the grid; None where none counts."""
+    found = {model: {what: judged(run, model, what) for what in STYLES} for model in grid.MODELS}
+    ours = {model: pd.concat([of[what] for what in GROUPS]) for model, of in found.items()}
+    if not any(map(len, ours.values())):
         return None
-    figure, panels = _panels("Speed-up over the best separate chain (P1), cold weights; above the line we are faster")
-    for axes, model in zip(panels, grid.MODELS, strict=True):
+    lines = -(-len(found) // COLUMNS)
+    title = "Speed-up over the best separate chain (P1), cold weights; above the line we are faster"
+    figure, grids = panels((lines, COLUMNS), (12, 2.9 * lines + 1), (0.06, 0.985, 1.2, 0.7), title, sharex=True,
+                           sharey=True, hspace=0.2, wspace=0.08)  # fmt: skip
+    for axes, model in zip(grids.flat, found, strict=False):
+        axes.set_title(model, loc="left", fontsize=10)
         axes.axhline(1, color="black", linewidth=1)
-        for what, style in STYLES.items():
-            rows = judged(cold(run, model, what))
-            _line(axes, rows, style)
-            if what != P2:
-                low, high = rows["speedup_p1_p10"], rows["speedup_p1_p90"]
-                axes.fill_between(rows["tokens"], low, high, color=style["color"], alpha=0.2, linewidth=0)
-        noise = counted[counted["model"] == model].drop_duplicates("tokens").sort_values("tokens")
+        for what, rows in found[model].items():
+            _line(axes, rows, STYLES[what])
+        noise = ours[model].drop_duplicates("tokens").sort_values("tokens")
         axes.fill_between(noise["tokens"], noise["noise_p10"].clip(upper=1), noise["noise_p90"].clip(lower=1),
                           color=GREY, alpha=0.35, linewidth=0)  # fmt: skip
         if not len(noise):
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    panels[0].set_yscale("log")
-    panels[0].set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS])
-    panels[0].minorticks_off()
-    values = [y for axes in panels for line in axes.lines for y in line.get_ydata()]
-    panels[0].set_ylim(min(values) / 1.06, max(values) * 1.06)  # ticks that are set widen the limits
-    for axes in panels[::COLUMNS]:
+    first = grids.flat[0]
+    first.set(xscale="log", yscale="log")
+    for axis, ticks in ((first.xaxis, TOKENS), (first.yaxis, RATIOS)):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    first.minorticks_off()
+    values = [y for axes in grids.flat for line in axes.lines for y in line.get_ydata()]
+    first.set(xlim=(0.8, 5200), ylim=(min(values) / 1.06, max(values) * 1.06))  # ticks that are set widen the limits
+    for axes in grids[:, 0]:
         axes.set_ylabel("P1's time / this time")
+    for axes in grids[-1]:
+        axes.set_xlabel("tokens")
     handles = [Line2D([], [], label="P2, torch.compile" if w == P2 else f"ours, {w}", **s) for w, s in STYLES.items()]
-    handles += [
-        Patch(color=GREY, alpha=0.35, label="noise (A/A)"),
-        Line2D([], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", label="hollow: not fused"),
-    ]
+    hollow = {"linestyle": "", "marker": "o", "markerfacecolor": "white", "label": "hollow: not fused"}
+    handles += [Patch(color=GREY, alpha=0.35, label="noise (A/A)"), Line2D([], [], color=GREY, **hollow)]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.03), ncol=len(handles), frameon=False)
     return figure
 
 
-def _panels(title: str) -> tuple[Figure, list[Axes]]:
-    """A panel a model of the grid, axes shared; tokens to the base of two."""
-    lines = -(-len(grid.MODELS) // COLUMNS)
-    figure, panels = plt.subplots(lines, COLUMNS, figsize=(12, 2.9 * lines + 1), sharex=True, sharey=True)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.18, top=0.9, hspace=0.2, wspace=0.08)
-    figure.suptitle(title, x=0.005, y=0.985, ha="left")
-    flat = list(panels.flat)
-    for axes, model in zip(flat, grid.MODELS, strict=False):
-        axes.set_title(model, loc="left", fontsize=10)
-    flat[0].set_xscale("log", base=2)
-    flat[0].set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4096"])
-    flat[0].set_xlim(0.8, 5200)
-    for axes in flat[-COLUMNS:]:
-        axes.set_xlabel("tokens")
-    return figure, flat
-
-
 def _line(axes: Axes, rows: pd.DataFrame, style: dict[str, Any]) -> None:
-    """A line of medians; markers are hollow where norm, cuBLAS and head norm ran instead of a fused kernel."""
+    """A line of medians, of our own with p10 to p90; markers are hollow where norm, cuBLAS and head norm ran instead of
+    a fused kernel."""
     axes.plot(rows["tokens"], rows["speedup_p1_p50"], **style | {"marker": ""})
     whole = ((rows["kind"] != Kind.OWN) | (rows["kernel"] != "separate")).to_numpy(bool)
-    for chosen, face in ((whole, style["color"]), (~whole, "white")):
-        if chosen.any():
-            dots = style | {"linestyle": "", "markerfacecolor": face}
-            axes.plot(rows["tokens"][chosen], rows["speedup_p1_p50"][chosen], **dots)
+    for chosen, face in ((rows[whole], style["color"]), (rows[~whole], "white")):
+        axes.plot(chosen["tokens"], chosen["speedup_p1_p50"], **style | {"linestyle": "", "markerfacecolor": face})
+    if style["linestyle"]:
+        low, high = rows["speedup_p1_p10"], rows["speedup_p1_p90"]
+        axes.fill_between(rows["tokens"], low, high, color=style["color"], alpha=0.2, linewidth=0)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pandas as pd
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A Markdown table; numbers to three significant digits, shares in percent."""
+def markdown(frame: pd.DataFrame, right: Collection[str] = ()) -> str:
+    """A Markdown table; numbers to three significant digits, shares in percent. Words lose the bars that would end a
+    cell. right: columns of words that are set like numbers."""
 
     def text(column: str, value: Any) -> str:
         if isinstance(value, str):
-            return value
+            return value.replace(" | ", " + ").replace("|", "/")
         if pd.isna(value):
             return "–"
         if any(word in column for word in ("equal", "rounded", "share", "flips")):
@@ -26,5 +28,15 @@ def markdown(frame: pd.DataFrame) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     rows = [[text(column, value) for column, value in row.items()] for _, row in frame.iterrows()]
-    right = ["--:" if frame[column].dtype.kind in "fi" else "---" for column in frame.columns]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), right, *rows])
+    rule = ["--:" if frame[name].dtype.kind in "fi" or name in right else "---" for name in frame.columns]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), rule, *rows])
+
+
+def under(words: str, frame: pd.DataFrame) -> str:
+    """Words and a table; empty where it has no rows."""
+    return f"{words}\n\n{markdown(frame)}" if len(frame) else ""
+
+
+def paragraphs(*parts: str) -> str:
+    """All that are not empty, one under the other."""
+    return "\n\n".join(filter(None, parts))

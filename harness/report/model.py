@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.paired import difference, given_depth, told_apart
 from castpoint.harness.runs.frames import Frames, load
 from castpoint.harness.runs.records import load_runs
@@ -34,11 +34,9 @@ class Study:
 
 def studies(folder: Path) -> list[Study]:
     """The newest finished study of every model; real weights before drawn ones."""
-    found: dict[str, Study] = {}
-    for run_id, run in load_runs(folder).items():
-        if "finished" in run and run.get("command") == "model":
-            found[run["settings"]["model"]] = study_of(folder, run_id)
-    return sorted(found.values(), key=lambda study: study.drawn)
+    runs = {run_id: run for run_id, run in load_runs(folder).items() if run.get("command") == "model"}
+    newest = {run["settings"]["model"]: run_id for run_id, run in runs.items() if "finished" in run}
+    return sorted((study_of(folder, run_id) for run_id in newest.values()), key=lambda study: study.drawn)
 
 
 def study_of(folder: Path, run_id: str) -> Study:
@@ -60,7 +58,7 @@ def read_texts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def against(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Rows of measured arms against that reference."""
-    return read_texts(frame)[lambda rows: (rows["reference"] == reference) & (rows["status"] == "ok")]
+    return read_texts(frame).query("reference == @reference and status == 'ok'")
 
 
 def arms_of(frames: Frames) -> list[str]:
@@ -72,11 +70,10 @@ def plans_of(frames: Frames) -> list[str]:
     return [arm for arm in arms_of(frames) if arm in PLANS]
 
 
-def last_layer(frames: Frames, reference: str) -> pd.Series:
-    """Arm -> relative rms error of the hidden state behind the last layer, rms over texts."""
-    rows = against(frames["model_layers"], reference)
-    rows = rows[rows["layer"] == rows["layer"].max()]
-    return rows.groupby("arm")["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
+def layer_errors(frames: Frames) -> pd.Series:
+    """Arm and layer -> relative rms error of the hidden state behind it against the truth, rms over texts."""
+    rows = against(frames["model_layers"], truth_name(frames))
+    return rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
 
 
 def perplexity(frames: Frames) -> pd.Series:
@@ -85,8 +82,7 @@ def perplexity(frames: Frames) -> pd.Series:
 
 
 def _of_passages(frames: Frames) -> pd.DataFrame:
-    rows = frames["model_tokens"]
-    return rows[(rows["text"] == "passages") & (rows["reference"] == "eager") & (rows["status"] == "ok")]
+    return frames["model_tokens"].query("text == 'passages' and reference == 'eager' and status == 'ok'")
 
 
 def parted(frames: Frames) -> pd.DataFrame:
@@ -99,39 +95,28 @@ def parted(frames: Frames) -> pd.DataFrame:
 
 def arm_table(frames: Frames) -> pd.DataFrame:
     """One row an arm: distance to the truth, distance to eager, what it says."""
-    truth = truth_name(frames)
-    to_truth = against(frames["model_tokens"], truth).groupby("arm").mean(numeric_only=True)
-    to_eager = against(frames["model_tokens"], "eager").groupby("arm").mean(numeric_only=True)
-    largest = against(frames["model_tokens"], "eager").groupby("arm")["dlogp_max"].max()
-    partings = parted(frames)
-    names = pd.Series(arms_of(frames))
-    table = pd.DataFrame({"arm": names})
-    table[f"last hidden state, relative rms to {truth}"] = names.map(last_layer(frames, truth))
-    table[f"KL to {truth}, nats"] = names.map(to_truth["kl_mean"])
-    table["KL to eager, nats"] = names.map(to_eager["kl_mean"])
-    table["top-1 equal to eager"] = names.map(to_eager["top1"])
-    table["top-5 share of eager's"] = names.map(to_eager["top5"])
-    for column in ("p50", "p99"):
-        table[f"Δ log p, {column} of a text"] = names.map(to_eager[f"dlogp_{column}"])
-    table["Δ log p, max"] = names.map(largest)
-    table["greedy: parted"] = names.map(partings["parted"].astype(str) + " of " + partings["of"].astype(str))
-    table["perplexity"] = names.map(perplexity(frames).map("{:.3f}".format))
-    lost = failed(frames)
-    if lost:
-        table["status"] = [f"failed in {lost[arm]} texts" if arm in lost else "ok" for arm in names]
-    return table
-
-
-def failed(frames: Frames) -> dict[str, int]:
-    """Arm -> in how many texts it failed, of those that did."""
-    rows = frames["model_tokens"]
-    return rows[rows["status"] != "ok"].groupby("arm", sort=False).size().to_dict()
+    truth, partings = truth_name(frames), parted(frames)
+    to_truth, to_eager = (against(frames["model_tokens"], reference).groupby("arm") for reference in (truth, "eager"))
+    means = to_eager.mean(numeric_only=True)
+    columns = {
+        f"last hidden state, relative rms to {truth}": layer_errors(frames).groupby("arm").last(),
+        f"KL to {truth}, nats": to_truth["kl_mean"].mean(),
+        "KL to eager, nats": means["kl_mean"],
+        "top-1 equal to eager": means["top1"],
+        "top-5 share of eager's": means["top5"],
+        "Δ log p, p50 of a text": means["dlogp_p50"],
+        "Δ log p, p99 of a text": means["dlogp_p99"],
+        "Δ log p, max": to_eager["dlogp_max"].max(),
+        "greedy: parted": partings["parted"].astype(str) + " of " + partings["of"].astype(str),
+        "perplexity": perplexity(frames).map("{:.3f}".format),
+    }
+    return pd.DataFrame(columns, index=pd.Index(arms_of(frames), name="arm")).reset_index()
 
 
 def layer_table(frames: Frames) -> pd.DataFrame:
     """One row a layer, eager against the truth: the K norm's largest weight, and what goes with it."""
-    rows = against(frames["model_layers"], truth_name(frames))
-    means = rows[rows["arm"] == "eager"].groupby("layer").mean(numeric_only=True).reset_index()
+    rows = against(frames["model_layers"], truth_name(frames)).query("arm == 'eager'")
+    means = rows.groupby("layer").mean(numeric_only=True).reset_index()
     names = {
         "layer": "layer",
         "k_norm_max": "largest K-norm weight",
@@ -147,8 +132,7 @@ def layer_table(frames: Frames) -> pd.DataFrame:
 
 def eager_measured(frames: Frames) -> bool:
     """Whether eager, against which every arm is measured, has a figure at all."""
-    rows = frames["model_tokens"]
-    return bool(((rows["arm"] == "eager") & (rows["status"] == "ok")).any())
+    return len(frames["model_tokens"].query("arm == 'eager' and status == 'ok'")) > 0
 
 
 def paired_table(frames: Frames) -> pd.DataFrame:
@@ -186,8 +170,8 @@ def depth_table(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def conditions(study: Study) -> str:
-    settings, tokens = study.run["settings"], study.frames["model_tokens"]
-    count = len(read_texts(tokens)[["text", "prompt"]].drop_duplicates())
+    settings = study.run["settings"]
+    count = len(read_texts(study.frames["model_tokens"])[["text", "prompt"]].drop_duplicates())
     return (
         f"{settings['weights']}; {count} texts of up to {settings['tokens']} tokens and the continuation that eager wrote; commit "
         f"{study.run['environment']['commit']}, run {study.run_id}"
@@ -197,23 +181,25 @@ def conditions(study: Study) -> str:
 def section(study: Study) -> str:
     """Of report.md, on one model."""
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
-    layers, pairs = layer_table(frames), paired_table(frames)
-    correlated = depth_table(layers)
-    words = "Text by text against eager, mean ± standard error; told apart at 5 % for all plans together, by a sign-flip test."
-    paired = f"\n\n{words}\n\n{markdown(pairs)}" if len(pairs) else ""
-    words = "Rank correlation over layers with the largest K-norm weight, depth held fixed."
-    depth = f"\n\n{words}\n\n{markdown(correlated)}" if len(correlated) else ""
-    lost = frames["model_tokens"][lambda rows: rows["status"] != "ok"]
-    counted = lost.groupby(["arm", "status", "reason"], sort=False).size()
-    reasons = "".join(f"\n\n`{arm}` {said} in {n} texts: {why}" for (arm, said, why), n in counted.items())
-    return (
-        f"## In a whole model: {model}\n\n{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
+    lost = frames["model_tokens"].query("status != 'ok'").groupby(["arm", "status", "reason"], sort=False)
+    layers = layer_table(frames)
+    return paragraphs(
+        f"## In a whole model: {model}",
+        f"{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
         f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "
         "continuation parts at the first token that the arm would not have chosen. Δ log p is the absolute change of a token's "
         "log probability against eager, nats; quantiles are of one text, and all figures means over texts. Perplexity is that of "
-        "the passages. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark."
-        f"{reasons}\n\n{markdown(arm_table(frames))}{paired}\n\n"
-        f"![error of each layer](plots/model-{model}-layers.png)\n\n![change of log p](plots/model-{model}-tokens.png)\n\n"
-        f"![where greedy text parts](plots/model-{model}-parting.png)\n\nEager against {truth}, layer by layer; attention logits "
-        f"without positions, hidden states before the final norm.\n\n{markdown(layers)}{depth}"
+        "the passages. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark.",
+        *(f"`{arm}` {said} in {count} texts: {why}" for (arm, said, why), count in lost.size().items()),
+        markdown(arm_table(frames)),
+        under(
+            "Text by text against eager, mean ± standard error; told apart at 5 % for all plans together, by a sign-flip test.",
+            paired_table(frames),
+        ),
+        f"![error of each layer](plots/model-{model}-layers.png)",
+        f"![change of log p](plots/model-{model}-tokens.png)",
+        f"![where greedy text parts](plots/model-{model}-parting.png)",
+        f"Eager against {truth}, layer by layer; attention logits without positions, hidden states before the final norm.",
+        markdown(layers),
+        under("Rank correlation over layers with the largest K-norm weight, depth held fixed.", depth_table(layers)),
     )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from castpoint.harness.report.model import against, arms_of, eager_measured, failed, parted, plans_of, truth_name
-from castpoint.harness.report.style import GREY, colour
+from castpoint.harness.report.model import against, arms_of, eager_measured, layer_errors, parted, plans_of, truth_name
+from castpoint.harness.report.style import GREY, colour, label_ends, panels
 from castpoint.harness.runs.frames import Frames
 from castpoint.harness.runs.schema import BINS
 
@@ -37,11 +35,11 @@ def style(frames: Frames, arm: str) -> dict[str, object]:
 
 def layers(frames: Frames) -> Figure:
     """Relative error of the hidden state behind every layer against the truth, and the same over eager's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=[2, 3])
-    figure.subplots_adjust(left=0.07, right=0.76, bottom=0.15, top=0.9, wspace=0.22)
-    rows = against(frames["model_layers"], truth_name(frames))
-    errors = rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
+    errors = layer_errors(frames)
     drawn = [arm for arm in arms_of(frames) if arm in errors.index]
+    lost = ", ".join(arm for arm in arms_of(frames) if arm not in drawn)
+    title = f"Error behind every layer (left), and as a multiple of eager's (right){lost and f'; failed: {lost}'}"
+    figure, (left, right) = panels((1, 2), (12, 5.2), (0.07, 0.76, 0.78, 0.5), title, width_ratios=[2, 3], wspace=0.22)
     beside = [arm for arm in drawn if 0.3 < (errors[arm] / errors["eager"]).median() < 3]
     together = errors.loc[beside].unstack("arm")
     left.fill_between(together.index, together.min(axis=1), together.max(axis=1), color="black", linewidth=1)
@@ -49,34 +47,25 @@ def layers(frames: Frames) -> Figure:
                   (0, -6), textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
     for arm in beside:
         right.plot(errors[arm].index, errors[arm] / errors["eager"], **style(frames, arm))
-    left.set_yscale("log")
-    left.set_ylabel(f"hidden state: relative rms error to {truth_name(frames)}")
-    left.set_title("Error behind every layer", loc="left")
-    lost = [arm for arm in failed(frames) if arm not in drawn]
-    if lost:
-        said = f"failed: {', '.join(lost)}"
-        right.text(0.02, 0.98, said, transform=right.transAxes, fontsize=8, color=GREY, va="top")
-    right.set_title("… as a multiple of eager's error", loc="left")
+    left.set(yscale="log", ylabel=f"hidden state: relative rms error to {truth_name(frames)}")
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for arm in (arm for arm in drawn if arm not in beside):
         left.plot(errors[arm].index, errors[arm], **style(frames, arm))
         left.text(errors[arm].index[-1], errors[arm].iloc[-1], arm, fontsize=8, color=GREY, ha="right", va="bottom")
-    _labels(right, frames, {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside})
+    ends = {arm: (errors[arm] / errors["eager"]).iloc[-1] for arm in beside}
+    label_ends(right, together.index[-1], ends, lambda arm: style(frames, arm)["color"])
     return figure
 
 
 def tokens(frames: Frames) -> Figure:
     """Distribution of the change of a token's log probability against eager, all texts together, a row an arm."""
-    rows = against(frames["model_dlogp"], "eager")
-    counts = rows.groupby(["arm", "above"])["tokens"].sum()
-    arms = [arm for arm in arms_of(frames) if arm != "eager"][::-1]
-    figure, axes = _rows(arms)
-    for place, arm in enumerate(arms):
-        if arm not in counts.index:
-            _say(axes, place, "failed")
-            continue
+    counts = against(frames["model_dlogp"], "eager").groupby(["arm", "above"])["tokens"].sum()
+    arms = [arm for arm in arms_of(frames) if arm != "eager"]
+    title = "How far a token's log probability is from eager's"
+    figure, axes, places = _rows(arms, counts.index.levels[0], title)
+    for arm, place in places.items():
         shade = style(frames, arm)["color"]
         low, quarter, middle, most, top = quantiles(counts[arm], (0.1, 0.25, 0.5, 0.75, 0.99))
         if top:
@@ -84,9 +73,8 @@ def tokens(frames: Frames) -> Figure:
             axes.plot([quarter, most], [place, place], color=shade, linewidth=5, alpha=0.5, solid_capstyle="butt")
             axes.scatter(middle, place, color=shade, s=50, zorder=3)
         _say(axes, place, f"{middle:.2g}" if top else "no change", shade)
-    axes.set_xscale("log")
-    axes.set_xlabel("|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)")
-    axes.set_title("How far a token's log probability is from eager's", loc="left")
+    words = "|Δ log p|, nats (dot and number: median; bar: middle half of tokens; line: 10 % to 99 %)"
+    axes.set(xscale="log", xlabel=words)
     return figure
 
 
@@ -102,14 +90,15 @@ def quantiles(counts: pd.Series, shares: Sequence[float]) -> list[float]:
     return found
 
 
-def _rows(arms: list[str]) -> tuple[Figure, Axes]:
-    """A row an arm, named on the left, with a margin for a figure on the right."""
-    height = 0.36 * len(arms) + 1.6  # inches: 0.7 above and 0.9 below
-    figure, axes = plt.subplots(figsize=(9.5, height))
-    figure.subplots_adjust(left=0.2, right=0.87, bottom=0.9 / height, top=1 - 0.7 / height)
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set_ylim(-0.6, len(arms) - 0.4)
-    return figure, axes
+def _rows(arms: list[str], measured: Iterable[str], title: str) -> tuple[Figure, Axes, dict[str, int]]:
+    """A row an arm, named on the left, the first on top, with a margin for a figure on the right, where those that were
+    not measured are said to have failed; the rows of the others."""
+    places = {arm: place for place, arm in enumerate(reversed(arms))}
+    figure, axes = panels((1, 1), (9.5, 0.36 * len(arms) + 1.6), (0.2, 0.87, 0.9, 0.7), title)
+    axes.set(yticks=range(len(arms)), yticklabels=places, ylim=(-0.6, len(arms) - 0.4))
+    for arm in sorted(set(arms) - set(measured)):
+        _say(axes, places.pop(arm), "failed")
+    return figure, axes, places
 
 
 def _say(axes: Axes, place: int, words: str, shade: object = GREY) -> None:
@@ -120,42 +109,20 @@ def _say(axes: Axes, place: int, words: str, shade: object = GREY) -> None:
 def parting(frames: Frames) -> Figure:
     """One dot a continuation: tokens until the arm would choose another than eager."""
     rows = against(frames["model_tokens"], "eager")
-    arms = arms_of(frames)[::-1]
-    length = rows["parts_at"].max()
-    figure, axes = _rows(arms)
-    for place, arm in enumerate(arms):
-        at = rows[rows["arm"] == arm].sort_values("prompt")["parts_at"].to_numpy()
-        if not len(at):
-            _say(axes, place, "failed")
-            continue
-        spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
-        shade = style(frames, arm)["color"]
-        stays = at == length
-        axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
-        axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
-        _say(axes, place, f"{int((~stays).sum())} of {len(at)} part", shade)
-    axes.set_xlim(-0.5, length + 0.8)
-    axes.set_xlabel(f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})")
+    length, by_arm = rows["parts_at"].max(), rows.sort_values("prompt").groupby("arm")["parts_at"]
     title = "Where greedy text parts from eager's"
     count = parted(frames)["parted"].get("eager", 0)
     if count:  # eager chose the text token by token and reads it here in one pass: near ties fall otherwise
         title += f"\neager parts from its own in {count:.0f}, read in one pass: counts like that say nothing of a plan"
-    axes.set_title(title, loc="left", fontsize=11)
+    figure, axes, places = _rows(arms_of(frames), by_arm.groups, title)
+    for arm, place in places.items():
+        shade = style(frames, arm)["color"]
+        at = by_arm.get_group(arm).to_numpy()
+        spread = np.linspace(-0.28, 0.28, len(at)) if len(at) > 1 else np.zeros(1)
+        stays = at == length
+        axes.scatter(at[~stays], place + spread[~stays], color=shade, s=26)
+        axes.scatter(at[stays], place + spread[stays], facecolors="none", edgecolors=shade, s=26)
+        _say(axes, place, f"{int((~stays).sum())} of {len(at)} part", shade)
+    words = f"tokens before the arm chooses another than eager (hollow: none in {length:.0f})"
+    axes.set(xlim=(-0.5, length + 0.8), xlabel=words)
     return figure
-
-
-def _labels(axes: Axes, frames: Frames, ends: dict[str, float]) -> None:
-    """Arms' names at the right end of their lines, spread so that none covers another; equal ends share a line."""
-    low, high = axes.get_ylim()
-    groups: dict[float, list[str]] = {}
-    for arm, end in ends.items():
-        groups.setdefault(round(end, 4), []).append(arm)
-    places, previous = {}, -1.0
-    for end in sorted(groups):
-        previous = max((end - low) / (high - low), previous + 0.05)
-        places[end] = previous
-    over = max(0.0, previous - 0.98)
-    for end, place in places.items():
-        shade = style(frames, groups[end][-1])["color"]
-        axes.text(1.02, place - over, " = ".join(groups[end]), transform=axes.transAxes, fontsize=8, va="center",
-                  color=shade)  # fmt: skip

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from castpoint.harness.report import failures
 from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_table, findings
-from castpoint.harness.report.markdown import markdown
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, load, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -30,50 +31,48 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     """One row a plan: where it rounds, what that costs against the truth and eager, and its time on a GPU. Times of a CPU
     rank two matmuls, so they stand with what they are worth, under Times."""
     errors, speed = frames["errors"], frames["speed"]
-    names = [name for name in PLANS if name in set(errors["plan"])]
-    table = pd.DataFrame({"plan": names, "rounds": [" ".join(PLANS[name].plan.roundings()) for name in names]})
-    table["K error, relative rms"] = table["plan"].map(over_layers(errors, "truth", "rel_rms"))
-    table["K correctly rounded"] = table["plan"].map(over_layers(errors, "truth", "share_equal"))
-    table["K equal to eager"] = table["plan"].map(over_layers(errors, "eager", "share_equal"))
-    table["K bias"] = table["plan"].map(over_layers(errors, "truth", "signed_mean"))
+    columns = {
+        "rounds": pd.Series({name: " ".join(named.plan.roundings()) for name, named in PLANS.items()}),
+        "K error, relative rms": over_layers(errors, "truth", "rel_rms"),
+        "K correctly rounded": over_layers(errors, "truth", "share_equal"),
+        "K equal to eager": over_layers(errors, "eager", "share_equal"),
+        "K bias": over_layers(errors, "truth", "signed_mean"),
+    }
     if best_backend(speed) != "inductor":
-        tokens = int(speed["tokens"].max())
+        tokens = speed["tokens"].max()
         rows = speed[(speed["tokens"] == tokens) & (speed["backend"] == best_backend(speed))].set_index("plan")
-        table[f"time at {tokens} tokens, µs"] = table["plan"].map(rows["p50_us"])
-        table["against eager"] = table["plan"].map(rows["speedup_vs_eager"])
-    return table
+        columns |= {f"time at {tokens:.0f} tokens, µs": rows["p50_us"], "against eager": rows["speedup_vs_eager"]}
+    names = [name for name in PLANS if name in set(errors["plan"])]
+    return pd.DataFrame(columns, index=pd.Index(names, name="plan")).reset_index()
 
 
 def noise_floor_table(frames: Frames) -> pd.DataFrame:
     """Eager against itself."""
     errors = own(frames["errors"])
     itself = errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
-    floor = errors[(errors["reference"] == "eager") & itself]
-    table = floor[["plan", "backend", "output", "share_equal", "max_ulp", "max_abs", "rel_rms"]]
-    return table.rename(columns={"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs"})
-
-
-def _worst(statuses: pd.Series) -> str:
-    return next((status for status in statuses if status != "ok"), "ok")
+    names = {"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs", "rel_rms": "rel_rms"}
+    return errors[(errors["reference"] == "eager") & itself][["plan", "backend", "output", *names]].rename(
+        columns=names
+    )
 
 
 def kernel_table(frames: Frames) -> pd.DataFrame:
     """Each plan's kernels against its spec, worst of q, k and v, and whether the envelope explains every element."""
     errors = own(frames["errors"])
     rows = errors[(errors["reference"] == "spec") | (errors["status"] == "failed")]
-    worst = rows.groupby(["plan", "backend"], sort=False).agg(
-        **{"equal to spec": ("share_equal", "min"), "rel_rms": ("rel_rms", "max"), "status": ("status", _worst)}
-    )
-    return worst.reset_index()
+    worst = {"share_equal": "min", "rel_rms": "max", "status": lambda said: next((s for s in said if s != "ok"), "ok")}
+    table = rows.groupby(["plan", "backend"], sort=False).agg(worst)
+    return table.rename(columns={"share_equal": "equal to spec"}).reset_index()
 
 
 def amplification_table(frames: Frames) -> pd.DataFrame:
     """What grows with the K-norm weights and what does not: plan hf, first layer, own weights and controls."""
     amplified, errors = frames["amplification"], frames["errors"]
-    rows = amplified[(amplified["plan"] == "hf") & (amplified["layer"] == amplified["layer"].min())]
-    rows_of = errors[(errors["plan"] == "hf") & (errors["reference"] == "truth") & (errors["backend"] == "spec")]
-    rows_of = rows_of[rows_of["layer"] == amplified["layer"].min()].set_index("weights")
-    before, after = (rows_of[rows_of["output"] == output] for output in ("k_proj", "k"))
+    rows = first_layer(amplified).query("plan == 'hf'")
+    same = errors[errors["layer"].isin(rows["layer"])].query(
+        "plan == 'hf' and reference == 'truth' and backend == 'spec'"
+    )
+    before, after = (same[same["output"] == output].set_index("weights") for output in ("k_proj", "k"))
     measures = {
         "largest K-norm weight": rows["k_norm_max"],
         "gain of a channel, largest (measured)": rows["gain_measured_max"],
@@ -90,63 +89,51 @@ def amplification_table(frames: Frames) -> pd.DataFrame:
         "K correctly rounded, before": rows["weights"].map(before["share_equal"]),
         "K correctly rounded, after": rows["weights"].map(after["share_equal"]),
     }
-    table = pd.DataFrame(measures).T
-    table.columns = list(rows["weights"])
+    shares = [name for name in measures if "flips" in name or "rounded" in name]  # of rows: markdown knows columns
+    cells = {name: values.map("{:.4g}".format) for name, values in measures.items()}
+    cells |= {name: (100 * measures[name]).map("{:.3g} %".format) for name in shares}
+    table = pd.DataFrame(cells).T.set_axis(list(rows["weights"]), axis=1)
     return table.reset_index(names="measure, plan hf")
 
 
-def amplification_markdown(table: pd.DataFrame) -> str:
-    """The transposed table: shares are rows here, so percent goes by row."""
-    lines = ["| " + " | ".join(table.columns) + " |", "| --- |" + " --: |" * (len(table.columns) - 1)]
-    for row in table.itertuples(index=False):
-        percent = any(word in row[0] for word in ("flips", "rounded"))
-        cells = [f"{100 * v:.3g} %" if percent else f"{v:.4g}" for v in row[1:]]
-        lines.append("| " + " | ".join([row[0], *cells]) + " |")
-    return "\n".join(lines)
-
-
 def speed_table(frames: Frames) -> pd.DataFrame:
-    speed = frames["speed"]
-    table = speed[["tokens", "plan", "backend", "p10_us", "p50_us", "p90_us", "roofline_share", "speedup_vs_eager"]]
-    table = table.assign(**{"against compile": speed["speedup_vs_compile"], "status": speed["status"]})
-    names = {"p10_us": "p10, µs", "p50_us": "p50, µs", "p90_us": "p90, µs", "roofline_share": "share of roofline"}
-    table = table.rename(columns=names | {"speedup_vs_eager": "against eager"})
-    return table.sort_values(["tokens", "p50, µs"], kind="stable")
+    names = {"tokens": "tokens", "plan": "plan", "backend": "backend", "p10_us": "p10, µs", "p50_us": "p50, µs"}
+    names |= {"p90_us": "p90, µs", "roofline_share": "share of roofline", "speedup_vs_eager": "against eager"}
+    names |= {"speedup_vs_compile": "against compile", "status": "status"}
+    return frames["speed"][list(names)].rename(columns=names).sort_values(["tokens", "p50, µs"], kind="stable")
 
 
-def tables(folder: Path, run_id: str) -> dict[str, str]:
+def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
-    frames = load(folder, run_id)
+    amplified = amplification_table(frames)
     return {
         "plans": markdown(plan_table(frames)),
         "noise": markdown(noise_floor_table(frames)),
         "kernels": markdown(kernel_table(frames)),
-        "amplification": amplification_markdown(amplification_table(frames)),
+        "amplification": markdown(amplified, right=amplified.columns[1:]),
         "speed": markdown(speed_table(frames)),
     }
 
 
-def conditions(folder: Path, run_id: str) -> str:
+def conditions(run_id: str, run: dict[str, Any]) -> str:
     """One sentence on what was measured, where, and by which versions."""
-    run = load_runs(folder)[run_id]
     s, e = run["settings"], run["environment"]
     weights = f"real weights ({s['checkpoint']})" if s["checkpoint"] else "drawn weights"
     if not s["checkpoint"] and s["model"] == "qwen3-0.6b":
-        weights = (
-            "drawn weights calibrated to published statistics, **not the checkpoint** (K-norm maxima are Qwen3-0.6B's own "
-            "in layers 0, 1, 2, 4 and 5, inferred elsewhere)"
+        weights += (
+            " calibrated to published statistics, **not the checkpoint** (K-norm maxima are Qwen3-0.6B's own in layers 0, 1, 2, 4 "
+            "and 5, inferred elsewhere)"
         )
-    machine = e["gpu"]["name"] if "gpu" in e else f"CPU: {e['processor']}, {e['threads']} threads"
-    native = "" if "gpu" in e or e["native_bf16"] else ", which has no bf16 instructions"
+    native = "" if e.get("native_bf16") else ", which has no bf16 instructions"
+    machine = e["gpu"]["name"] if "gpu" in e else f"CPU: {e['processor']}, {e['threads']} threads{native}"
     return (
-        f"{s['model']}, {len(s['layers'])} layers, {s['tokens']} tokens, {weights}. {machine}{native}; torch "
-        f"{e['versions']['torch']}, Triton {e['versions']['triton']}, commit {e['commit']}, run {run_id}."
+        f"{s['model']}, {len(s['layers'])} layers, {s['tokens']} tokens, {weights}. {machine}; torch {e['versions']['torch']}, "
+        f"Triton {e['versions']['triton']}, commit {e['commit']}, run {run_id}."
     )
 
 
-def limits(folder: Path, run_id: str, speed: pd.DataFrame) -> str:
+def limits(run: dict[str, Any], speed: pd.DataFrame) -> str:
     """What the times were measured beside; empty where there are none."""
-    run = load_runs(folder)[run_id]
     ceilings = run.get("ceilings")
     if not ceilings or not len(speed):
         return ""
@@ -160,45 +147,40 @@ def limits(folder: Path, run_id: str, speed: pd.DataFrame) -> str:
     )
 
 
-CPU_TIMES = (
-    "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
-    "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
-    "not cast plans on a GPU."
-)
-
-
 def write_report(folder: Path, run_id: str) -> Path:
     """Writes report.md into the results folder and returns its path."""
-    frames = load(folder, run_id)
-    t = tables(folder, run_id)
-    speed, draws = frames["speed"], frames["draws"]
-    said = [finding.line() for finding in findings(folder, frames)]
-    ranges, spreads = "", draw_table(draws)
-    if len(spreads):
-        over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
-        ranges = f"\n\n{over}\n\n{markdown(spreads)}"
-    cpu = f"{CPU_TIMES} " if len(speed) and best_backend(speed) == "inductor" else ""
+    frames, run = load(folder, run_id), load_runs(folder)[run_id]
+    t, speed, draws = tables(frames), frames["speed"], frames["draws"]
+    over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
+    cpu = (
+        "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
+        "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
+        "not cast plans on a GPU. "
+    )
+    cpu = cpu if len(speed) and best_backend(speed) == "inductor" else ""
+    said = "\n".join(finding.line() for finding in findings(folder, frames))
     sections = [
-        *(["## Findings\n\n" + "\n".join(said)] if said else []),
+        f"## Findings\n\n{said}" if said else "",
+        failures.section(failures.failures(folder, run_id)),
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
         "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
-        f"## {AMPLIFIED}\n\nFirst layer, and the same layer with every K-norm weight set to one "
-        "number. Attention is causal, without position encoding.\n\n"
-        f"{t['amplification']}{ranges}\n\n"
-        "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
+        paragraphs(
+            f"## {AMPLIFIED}\n\nFirst layer, and the same layer with every K-norm weight set to one "
+            f"number. Attention is causal, without position encoding.\n\n{t['amplification']}",
+            under(over, draw_table(draws)),
+            "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
+        ),
         f"## {NOISE}\n\nEager against itself, first layer.\n\n{t['noise']}",
         "## Kernels against their specs\n\nFirst layer; the worst of q, k and v. `ok`: every element lies in the plan's "
         "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
         f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
-        f"## Times\n\n{cpu}{limits(folder, run_id, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
-        *study_sections(folder, load_runs(folder)[run_id]["environment"].get("commit", "")),
+        f"## Times\n\n{cpu}{limits(run, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
+        *study_sections(folder, run["environment"].get("commit", "")),
     ]
-    sections[1:1] = failures.section(failures.failures(folder, run_id))
-    headings = [section.splitlines()[0].removeprefix("## ") for section in sections]
+    headings = [section.splitlines()[0].removeprefix("## ") for section in sections if section]
     contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in headings)
     path = folder / "report.md"
-    whole = [f"# Results\n\n{conditions(folder, run_id)}", contents, *sections]
-    path.write_text("\n\n".join(section.rstrip() for section in whole) + "\n")
+    path.write_text(paragraphs(f"# Results\n\n{conditions(run_id, run)}", contents, *map(str.rstrip, sections)) + "\n")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,16 +9,16 @@ import matplotlib.axis
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
-from castpoint.harness.report import model
+from castpoint.harness.report import gpu, model
 from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
+from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.model_plot import model_plots
-from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, save
+from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -28,7 +27,8 @@ BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans,
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for, the newest error budget and models into folder/plots; returns the PNGs."""
+    """Draws every plot the run has data for, the newest error budget, GPU times and models into folder/plots; returns
+    the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
         "plans": error_per_plan,
@@ -40,29 +40,31 @@ def draw(folder: Path, run_id: str) -> list[Path]:
     (folder / "plots").mkdir(exist_ok=True)
     with plt.rc_context(RC):
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
-        budget = latest(folder, "budget")
-        if budget is not None:
+        if budget := latest(folder, "budget"):
             figures["budget"] = (budget_bars(budget[1]), budget[0])
+        if timed := gpu.newest(folder):
+            figures["gpu_speedup"] = (speedups(timed), timed.run_id)
         for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():
                 figures[f"model-{study.model}-{name}"] = (plot, study.run_id)
-        drawn = []
-        for name, (figure, of_run) in figures.items():
-            if figure is not None:
-                label = _label(runs[of_run], tokens=name != "time") + note(folder, of_run)
-                drawn.append(save(figure, folder / "plots" / f"{name}.png", label))
-        return drawn
+        return [
+            save(figure, folder / "plots" / f"{name}.png", _label(runs[of_run], name) + note(folder, of_run))
+            for name, (figure, of_run) in figures.items()
+            if figure is not None
+        ]
 
 
-def _label(run: dict, tokens: bool) -> str:
-    """Model, weights, number of tokens (where an axis does not say it), machine."""
+def _label(run: dict, name: str) -> str:
+    """Model, weights, number of tokens (where no axis says it), machine, of the plot of that name."""
     s, e = run["settings"], run["environment"]
+    where = f"{e['gpu']['name'] if 'gpu' in e else e['processor']}; torch {e['versions']['torch']}"
+    if name == "gpu_speedup":
+        return f"cold weights, CUDA graphs; {where}, triton {e['versions']['triton']}"
     drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
     weights = s.get("weights") or s.get("checkpoint") or drawn
-    where = e["gpu"]["name"] if "gpu" in e else e["processor"]
     more = " and 32 that eager wrote" if s.get("command") == "model" else ""
-    count = f"{s['tokens']} tokens{more}; " if tokens else ""
-    return f"{s['model']}, {weights}; {count}{where}; torch {e['versions']['torch']}"
+    count = "" if name == "time" else f"{s['tokens']} tokens{more}; "
+    return f"{s['model']}, {weights}; {count}{where}"
 
 
 def error_per_plan(frames: Frames) -> Figure | None:
@@ -72,53 +74,43 @@ def error_per_plan(frames: Frames) -> Figure | None:
     if not len(truth):
         return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
-    rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == "truth") & (rows["backend"] == "spec")]
+    rows = own(errors).query("output == 'k' and reference == 'truth' and backend == 'spec'")
     low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), sharey=True, width_ratios=[3, 2])
-    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.85 / height, top=1 - 1.15 / height, wspace=0.08)
+    title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
+    figure, (left, right) = panels((1, 2), (10, height), (0.17, 0.97, 0.85, 1.15), title, wspace=0.08, sharey=True,
+                                   width_ratios=[3, 2])  # fmt: skip
     for place, plan in enumerate(truth.index):
         left.plot([low[plan], high[plan]], [place, place], color=colour(plan), linewidth=1.5, alpha=0.5)
         left.scatter(truth[plan], place, color=colour(plan), s=40, zorder=3)
         right.scatter(eager[plan] * 100, place, color=colour(plan), s=40, zorder=3, clip_on=False)
         right.annotate(f"{eager[plan] * 100:.2g} %", (eager[plan] * 100, place), (7, 0), textcoords="offset points",
                        va="center", fontsize=8, color=GREY)  # fmt: skip
-    left.set_yticks(range(len(truth)), truth.index)
-    left.set_ylim(-0.6, len(truth) - 0.4)
     left.axvline(1, color=GREY, linestyle="--", linewidth=1)
     left.text(1, 1, " one rounding, at the store", fontsize=8, color=GREY, va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
-    left.set_xlim(left=0)
-    for axes in (left, right):
-        axes.tick_params(axis="y", length=0)
-    left.set_xlabel(
-        "K's error against float64 in units of one rounding to bf16,\n"
-        "relative rms (dot: all layers; bar: smallest to largest layer)"
-    )
-    left.set_title("distance to the truth", loc="left", pad=14)
+    unit = "in units of one rounding to bf16,\nrelative rms (dot: all layers; bar: smallest to largest layer)"
+    left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None),
+             xlabel=f"K's error against float64 {unit}")  # fmt: skip
     noise = noise_floor(errors)
     floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
-    right.set_xlim(0, 100)
+    right.set(xlim=(0, 100), xlabel=f"K elements that differ from eager bf16{floor}")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    right.set_xlabel(f"K elements that differ from eager bf16{floor}")
-    right.set_title("distance to the PyTorch bf16 path", loc="left", pad=14)
-    top = 1 - 0.1 / height
-    title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
-    figure.suptitle(title, x=0.01, y=top, ha="left", va="top")
+    for axes, words in ((left, "the truth"), (right, "the PyTorch bf16 path")):
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"distance to {words}", loc="left", pad=14)
     _kinds(figure, list(truth.index), 1 - 0.42 / height)
     return figure
 
 
 def _kinds(figure: Figure, plans: list[str], top: float) -> None:
     """A legend of the colours in one line: every kind with the shades of these plans."""
-    present = [name for name in KINDS if any(kind(plan) == name for plan in plans)]
-    handles = [
-        tuple(Line2D([], [], color=colour(plan), marker="o", linestyle="") for plan in plans if kind(plan) == name)
-        for name in present
-    ]
-    figure.legend(handles, present, handler_map={tuple: HandlerTuple(None, pad=-0.3)}, loc="upper left",
-                  bbox_to_anchor=(0.0, top), ncol=len(handles), fontsize=9, frameon=False, handletextpad=0.6,
+    dots: dict[str, tuple[Line2D, ...]] = dict.fromkeys(KINDS, ())
+    for plan in plans:
+        dots[kind(plan)] += (Line2D([], [], color=colour(plan), marker="o", linestyle=""),)
+    present = {name: shades for name, shades in dots.items() if shades}
+    figure.legend(present.values(), present, handler_map={tuple: HandlerTuple(None, pad=-0.3)}, loc="upper left",
+                  bbox_to_anchor=(0.0, top), ncol=len(present), fontsize=9, frameon=False, handletextpad=0.6,
                   columnspacing=1.8)  # fmt: skip
 
 
@@ -128,29 +120,25 @@ def error_per_layer(frames: Frames) -> Figure | None:
     if not len(amplified):
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
-    figure, axes = plt.subplots(3, 1, figsize=(9, 7.6), sharex=True, height_ratios=[3, 3, 2])
-    figure.subplots_adjust(left=0.11, right=0.85, bottom=0.09, top=0.93, hspace=0.28)
+    title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
+    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, hspace=0.28, sharex=True,
+                          height_ratios=[3, 3, 2])  # fmt: skip
     weights = amplified.groupby("layer")["k_norm_max"].first()
     axes[2].bar(weights.index, weights, color=GREY, width=0.7)
     for layer in weights.nlargest(3).index:
         axes[2].text(layer, weights[layer], f"{weights[layer]:g}", ha="center", va="bottom", fontsize=8)
-    axes[2].set_ylabel("largest K-norm\nweight")
-    axes[2].set_xlabel("layer")
+    axes[2].set(xlabel="layer", ylabel="largest K-norm\nweight")
     axes[2].xaxis.get_major_locator().set_params(integer=True)
-    panels = ((axes[0], "k_max_abs_after", "max |error| of K"), (axes[1], "k_rel_rms_after", "relative rms error of K"))
-    for panel, column, label in panels:
-        ends = []
+    shown = {"k_max_abs_after": "max |error| of K", "k_rel_rms_after": "relative rms error of K"}
+    for panel, (column, label) in zip(axes, shown.items(), strict=False):
+        ends = {}
         for plan in plans:
             rows = amplified[amplified["plan"] == plan].sort_values("layer")
             panel.plot(rows["layer"], rows[column], color=colour(plan), marker="o", markersize=3, linewidth=1.3)
-            ends.append(rows[column].iloc[-1])
-        panel.set_yscale("log")
+            ends[plan] = rows[column].iloc[-1]
+        panel.set(yscale="log", ylabel=label)
         _plain_ticks(panel.yaxis)
-        panel.set_ylabel(label)
-        shades = [colour(plan) for plan in plans]
-        _margin_labels(panel, np.full(len(plans), amplified["layer"].max()), np.array(ends), plans, shades)
-    title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
-    axes[0].set_title(title, loc="left", fontsize=11)
+        label_ends(panel, amplified["layer"].max(), ends, colour)
     return figure
 
 
@@ -159,7 +147,8 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     channels = frames["channels"]
     if not len(channels):
         return None
-    figure, axes = _figure(6.6, 6)
+    title = f"Gain of every K channel through the K norm\n(layer {channels['layer'].iloc[0]:.0f}, plan hf)"
+    figure, axes = panels((1, 1), (6.6, 6), (0.11, 0.97, 0.78, 0.78), title)
     x, y = channels["gain_predicted"].to_numpy(), channels["gain_measured"].to_numpy()
     ends = np.array([min(x.min(), y.min()) * 0.8, max(x.max(), y.max()) * 1.25])
     axes.plot(ends, ends, color=GREY, linewidth=1)
@@ -168,11 +157,8 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     for row in channels.nlargest(1, "gain_predicted").itertuples():
         axes.annotate(f"channel {row.channel}\nweight {row.k_norm_weight:g}", (row.gain_predicted, row.gain_measured),
                       textcoords="offset points", xytext=(-8, 2), ha="right", fontsize=8)  # fmt: skip
-    axes.set(xscale="log", yscale="log", aspect="equal")
-    axes.set_xlabel("predicted gain |w| / rms(k) of a K channel")
-    axes.set_ylabel("measured gain: K error after the norm / before")
-    layer = int(channels["layer"].iloc[0])
-    axes.set_title(f"Gain of every K channel through the K norm\n(layer {layer}, plan hf)", loc="left")
+    axes.set(xscale="log", yscale="log", aspect="equal", xlabel="predicted gain |w| / rms(k) of a K channel",
+             ylabel="measured gain: K error after the norm / before")  # fmt: skip
     return figure
 
 
@@ -185,9 +171,9 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     columns = min(5, len(plans))
     lines = -(-len(plans) // columns)
     width, height = max(7.5, 2.3 * columns + 0.4), 1.8 * lines + 1.5  # inches: 0.85 above the panels, 0.8 below
-    figure, grid = plt.subplots(lines, columns, figsize=(width, height), sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(left=0.8 / width, right=0.99, bottom=0.8 / height, top=1 - 0.85 / height, hspace=0.38,
-                           wspace=0.1)  # fmt: skip
+    title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
+    figure, grid = panels((lines, columns), (width, height), (0.8 / width, 0.99, 0.8, 0.85), title, hspace=0.38,
+                          wspace=0.1, sharex=True, sharey=True, squeeze=False)  # fmt: skip
     for axes, plan in zip(grid.flat, plans, strict=False):
         rows = ulps[ulps["plan"] == plan].sort_values("ulp_from")
         axes.bar(rows["ulp_from"], rows["share"] * 100, width=0.25, align="edge", color=colour(plan))
@@ -200,21 +186,19 @@ def ulp_histogram(frames: Frames) -> Figure | None:
     for axes in grid[:, 0]:
         axes.set_ylabel("share of K [%]")
     for axes in grid[-1]:
-        axes.set_xlabel("|error| [bf16 ulp]")
-        axes.set_xticks([0, 1, 2, 3, 4.125], ["0", "1", "2", "3", ">4"])
-    title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
-    figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=11)
+        axes.set(xlabel="|error| [bf16 ulp]", xticks=[0, 1, 2, 3, 4.125], xticklabels=["0", "1", "2", "3", ">4"])
     return figure
 
 
 def time_against_tokens(frames: Frames) -> Figure | None:
     """Time of a call over the number of tokens, one line a plan, eager and torch.compile among them."""
-    speed = frames["speed"]
-    speed = speed[speed["status"] == "ok"]
+    speed = frames["speed"].query("status == 'ok'")
     if not len(speed):
         return None
     backend = best_backend(speed)
-    figure, axes = _figure(9.5, 5.6, right=0.68)
+    timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
+    title = f"{timed} over tokens; eager dashed, torch.compile dotted"
+    figure, axes = panels((1, 1), (9.5, 5.6), (0.11, 0.68, 0.73, 0.5), title)
     ends = {}
     for (plan, ran), rows in speed[speed["backend"].isin([backend, *BASELINES])].groupby(["plan", "backend"]):
         rows = rows.sort_values("tokens")
@@ -222,46 +206,13 @@ def time_against_tokens(frames: Frames) -> Figure | None:
         ms = rows["p50_us"] / 1e3
         axes.plot(rows["tokens"], ms, color=shade, linestyle=style, marker="o", markersize=3, linewidth=1.2)
         ends[ran if ran in BASELINES else plan] = ms.iloc[-1]
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of one layer's call, median [ms]")
     tokens = sorted(speed["tokens"].unique())
     axes.set_xticks(tokens, [f"{t:g}" for t in tokens])
     axes.minorticks_off()
     _plain_ticks(axes.yaxis)
-    bundles = _bundles(ends)
-    middles = np.array([np.mean([ends[name] for name in bundle]) for bundle in bundles])
-    shades = ["black" if len(bundle) > 1 or bundle[0] in BASELINES else colour(bundle[0]) for bundle in bundles]
-    labels = [_bundle_label(bundle, ends) for bundle in bundles]
-    _margin_labels(axes, np.full(len(bundles), max(tokens)), middles, labels, shades)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("time of one layer's call, median [ms]")
-    timed = "CPU time through Inductor" if backend == "inductor" else "Triton's time"
-    axes.set_title(f"{timed} over tokens; eager dashed, torch.compile dotted", loc="left")
+    label_ends(axes, max(tokens), ends, lambda name: "black" if name in BASELINES else colour(name), within=0.04)
     return figure
-
-
-def _bundles(ends: dict[str, float]) -> list[list[str]]:
-    """Lines that end within 4 % of a neighbour, together: no label could point at one of them. Fastest first."""
-    bundles: list[list[str]] = []
-    for name in sorted(ends, key=ends.__getitem__):
-        if bundles and ends[name] < 1.04 * ends[bundles[-1][-1]]:
-            bundles[-1].append(name)
-        else:
-            bundles.append([name])
-    return bundles
-
-
-def _bundle_label(bundle: list[str], ends: dict[str, float]) -> str:
-    if len(bundle) == 1:
-        return bundle[0]
-    apart = ends[bundle[-1]] / ends[bundle[0]] - 1
-    names = textwrap.fill(", ".join(bundle), 34, break_on_hyphens=False)
-    return f"{len(bundle)} lines end within {apart:.0%}:\n{names}"
-
-
-def _figure(width: float, height: float, right: float = 0.97) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(width, height))
-    figure.subplots_adjust(left=0.11, right=right, bottom=0.13, top=0.87)
-    return figure, axes
 
 
 def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
@@ -269,25 +220,3 @@ def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-"))
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _margin_labels(axes: Axes, x: np.ndarray, y: np.ndarray, labels: list[str], shades: list[str]) -> None:
-    """Labels in the right margin, spread so that none covers another, each tied to its point by a thin line."""
-    axes.figure.canvas.draw()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    points = to_axes.transform(np.column_stack([x, y]))
-    line = 13 / (axes.get_window_extent().height * 72 / axes.figure.dpi)  # of text, as a part of the axes
-    order = np.argsort(points[:, 1])
-    places = points[order, 1].copy()
-    half = np.array([line * (labels[at].count("\n") + 1) / 2 for at in order])
-    for _ in range(300):  # push neighbours apart until every gap fits their lines of text, within the axes
-        for i in range(len(places) - 1):
-            overlap = half[i] + half[i + 1] - (places[i + 1] - places[i])
-            if overlap > 1e-6:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
-        places = places.clip(half - 0.03, 1 - half)
-    for place, at in zip(places, order, strict=True):
-        axes.plot([points[at, 0], 1.02], [points[at, 1], place], transform=axes.transAxes, color=shades[at],
-                  linewidth=0.5, alpha=0.6, clip_on=False)  # fmt: skip
-        axes.text(1.025, place, labels[at], transform=axes.transAxes, color=shades[at], fontsize=9, va="center")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from castpoint.harness.problems.geometry import GEOMETRIES
-from castpoint.harness.report import gpu_plots, gpu_rows
 from castpoint.harness.report.page import newest_run, write_report
 from castpoint.harness.report.plots import draw
 from castpoint.harness.report.readme import BLOCK, update_readme
@@ -30,11 +29,9 @@ OF_README = PUBLISHED / "cpu"  # whose newest run the README's block shows
 
 def write(folder: Path) -> str:
     """Plots and report.md of a folder's newest finished run of `bench` or `gpu`; says where they are."""
-    run_id, gpu_run = newest_run(folder), gpu_rows.newest(folder)
+    run_id = newest_run(folder)
     with writing(folder):
         draw(folder, run_id)
-        if gpu_run:
-            gpu_plots.draw(folder, gpu_run.run_id)
         return f"wrote {write_report(folder, run_id)} and {folder / 'plots'}"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from castpoint.harness.report import gpu, gpu_rows
+import pandas as pd
+
+from castpoint.harness.report import gpu
 from castpoint.harness.report.findings import anchor, findings
+from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
-from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import Frames, load, over_layers
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -25,28 +27,22 @@ SHOWN = tuple(  # from Hugging Face's order to the fewest roundings, then what e
 def headline(frames: Frames) -> str:
     """The table of plans: who rounds where, K's error in units of one rounding, its bits equal to PyTorch's."""
     error = over_layers(frames["errors"], "truth", "rel_rms") / ROUNDING
-    equal = over_layers(frames["errors"], "eager", "share_equal")
-    lines = [
-        "| plan | rounds to bf16 at | who does it | K's error | K equal to PyTorch's |",
-        "| --- | --- | --- | --: | --: |",
-    ]
-    for name in SHOWN:
-        if name in error:
-            rounds = " ".join(PLANS[name].plan.roundings())
-            same = f"{100 * equal[name]:.4g} %" if name in equal else "–"
-            lines.append(f"| {name} | {rounds} | {PLANS[name].about} | {error[name]:.2f} | {same} |")
-    return "\n".join(lines)
+    plans = {name: PLANS[name] for name in SHOWN if name in error}
+    columns = {
+        "rounds to bf16 at": [" ".join(named.plan.roundings()) for named in plans.values()],
+        "who does it": [named.about for named in plans.values()],
+        "K's error": error.map("{:.2f}".format),
+        "K equal to PyTorch's": over_layers(frames["errors"], "eager", "share_equal"),
+    }
+    table = pd.DataFrame(columns, index=pd.Index(list(plans), name="plan"))
+    return markdown(table.reset_index(), right=["K's error"])
 
 
 def conditions(folder: Path, run_id: str) -> str:
     """What the table's numbers are, and where they come from."""
-    run = load_runs(folder)[run_id]
-    s, e = run["settings"], run["environment"]
-    weights = (
-        f"real weights ({s['checkpoint']})"
-        if s["checkpoint"]
-        else "weights drawn to published statistics, **not the checkpoint**"
-    )
+    s, e = (load_runs(folder)[run_id][part] for part in ("settings", "environment"))
+    drawn = "weights drawn to published statistics, **not the checkpoint**"
+    weights = f"real weights ({s['checkpoint']})" if s["checkpoint"] else drawn
     native = "with" if e.get("native_bf16") else "without"
     machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
     return (
@@ -58,11 +54,9 @@ def conditions(folder: Path, run_id: str) -> str:
 
 def gpus(results: Path) -> str:
     """One sentence on every folder of results that holds times of a GPU."""
-    found = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        run = gpu_rows.newest(folder)
-        if run is not None:
-            found.append(f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})")
+    runs = {folder: gpu.newest(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
+    where = f"report.md#{anchor(gpu.HEADING)}"
+    found = [f"[{run.gpu}]({folder.as_posix()}/{where})" for folder, run in runs.items() if run]
     return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
 
 
@@ -75,9 +69,6 @@ def readme_block(folder: Path, run_id: str) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Replaces the README's generated block by that of the newest run. Raises UserError if it has no markers."""
-    text = readme.read_text()
-    if not BLOCK.search(text):
-        raise UserError(f"{readme} has no generated block: it needs the lines `{BEGIN}` and `{END}`")
+    """Replaces the README's generated block by that of the newest run."""
     block = readme_block(folder, newest_run(folder))
-    readme.write_text(BLOCK.sub(lambda _: block, text))
+    readme.write_text(BLOCK.sub(lambda _: block, readme.read_text()))

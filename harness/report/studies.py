@@ -18,26 +18,13 @@ from castpoint.harness.runs.schema import Check
 
 def case_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a case: measured beside claimed."""
-
-    def number(value: float) -> str:
-        return "–" if pd.isna(value) else f"{value:.3g}"
-
-    cells = zip(frame["measured"], frame["measured_low"], frame["measured_high"], frame["unit"], strict=True)
-    measured = [f"{number(m)} ({number(low)} to {number(high)}) {unit}" for m, low, high, unit in cells]
-    return pd.DataFrame(
-        {
-            "case": frame["source"],
-            "boundary": frame["where"],
-            "before": frame["before"],
-            "after": frame["after"],
-            "quantity": frame["measure"],
-            "measured (range over draws)": measured,
-            "claimed": frame["claimed_text"],
-            "verdict": frame["verdict"],
-            "share of elements that differ": frame["share_differ"],
-            "why": frame["why"],
-        }
-    )
+    numbers = frame[["measured", "measured_low", "measured_high"]].map(lambda v: "–" if pd.isna(v) else f"{v:.3g}")
+    middle, low, high = (numbers[column] for column in numbers)
+    table = frame.assign(measured=middle + " (" + low + " to " + high + ") " + frame["unit"])
+    names = {"source": "case", "where": "boundary", "before": "before", "after": "after", "measure": "quantity"}
+    names |= {"measured": "measured (range over draws)", "claimed_text": "claimed", "verdict": "verdict"}
+    names |= {"share_differ": "share of elements that differ", "why": "why"}
+    return table[list(names)].rename(columns=names)
 
 
 def counted(words: pd.Series) -> str:
@@ -55,22 +42,12 @@ def _cases(frame: pd.DataFrame) -> str:
 
 def audit_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a kernel and target."""
-    keywords = frame["keywords"].where(frame["keywords"] == "", " " + frame["keywords"])
-    return pd.DataFrame(
-        {
-            "target": frame["target"],
-            "kernel": frame["kernel"] + keywords,
-            "plan": frame["plan"],
-            "declared": frame["declared"],
-            "found in machine code, elements a thread": frame["machine"],
-            "fused": frame["fused"],
-            "matrix instructions": frame["matrix"],
-            "registers": frame["registers"],
-            "spills, bytes": frame["spills"],
-            "SMEM, bytes": frame["shared"],
-            "status": frame["status"] + frame["reason"].where(frame["reason"] == "", ": " + frame["reason"]),
-        }
-    )
+    kernel = frame["kernel"] + frame["keywords"].where(frame["keywords"] == "", " " + frame["keywords"])
+    status = frame["status"] + frame["reason"].where(frame["reason"] == "", ": " + frame["reason"])
+    columns = "target kernel plan declared machine fused matrix registers spills shared status".split()
+    names = {"machine": "found in machine code, elements a thread", "matrix": "matrix instructions"}
+    names |= {"spills": "spills, bytes", "shared": "SMEM, bytes"}
+    return frame.assign(kernel=kernel, status=status)[columns].rename(columns=names)
 
 
 def _audit(frame: pd.DataFrame) -> str:
@@ -86,10 +63,10 @@ def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a target and plan."""
     kernels = frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str)
     exact = frame["share_equal"].where(frame["check"] == Check.EXACT)
-    groups = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact).groupby(
-        ["target", "plan"], sort=False
+    rows = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact)
+    found = rows.groupby(["target", "plan"], sort=False).agg(
+        kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min")
     )
-    found = groups.agg(kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min"))
     return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
 
 
@@ -103,12 +80,10 @@ def _executed(frame: pd.DataFrame) -> str:
 
 def configs_section(frame: pd.DataFrame) -> str:
     """Of report.md: one row a binary, a column a target."""
-    cells = frame["registers"].map("{:.0f}".format) + " / " + frame["spills"].map("{:.0f}".format)
-    cells += " / " + (frame["shared"] / 1024).map("{:.1f}".format)
-    cells = cells.where(frame["status"] == "ok", frame["status"])
-    table = frame.assign(cell=cells).pivot_table(
-        index=["kernel", "plan", "keywords"], columns="target", values="cell", aggfunc="first", sort=False
-    )
+    found = [f"{row.registers:.0f} / {row.spills:.0f} / {row.shared / 1024:.1f}" for row in frame.itertuples()]
+    cells = frame["status"].where(frame["status"] != "ok", found)
+    binary = ["kernel", "plan", "keywords"]
+    table = frame.assign(cell=cells).pivot_table("cell", binary, "target", aggfunc="first", sort=False)
     return (
         "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
         "compiled ahead of time: registers a thread / bytes spilled a thread / KiB of "
@@ -131,12 +106,10 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
 def study_sections(folder: Path, beside: str = "") -> list[str]:
     """Sections of report.md, for the studies that the folder has. beside: the commit of the bench that they stand beside;
     a study of another says of which."""
-    runs = load_runs(folder)
-    sections = []
+    runs, sections = load_runs(folder), []
     for table, write in SECTIONS.items():
-        found = latest(folder, table)
-        if found is not None:
+        if found := latest(folder, table):
             commit = runs[found[0]]["environment"].get("commit")
             sections.append(write(found[1]) + (f"\n\nCommit {commit}." if beside and commit != beside else ""))
-    models = [model.section(study) for study in model.studies(folder)]
-    return sections + models + list(filter(None, [gpu.section(folder)]))
+    sections += [*map(model.section, model.studies(folder)), gpu.section(folder)]
+    return list(filter(None, sections))

@@ -11,9 +11,25 @@ import pytest
 from invented_gpu import AT, CHAIN, FUSED, LARGE, OWN_CHAIN, SMALL, add, invent_by_hand, opened
 
 from castpoint.harness.problems import grid
-from castpoint.harness.report import gpu_plots, gpu_rows
-from castpoint.harness.report.gpu import check_table, section, speed_table, without_time
-from castpoint.harness.report.gpu_rows import EXACT, FOLDED, GROUPS, LOOP, LOSS, NOISE, P1, P4, WIN, newest
+from castpoint.harness.report import gpu
+from castpoint.harness.report.failures import failures
+from castpoint.harness.report.failures import section as what_failed
+from castpoint.harness.report.gpu import (
+    EXACT,
+    FOLDED,
+    GROUPS,
+    LOOP,
+    LOSS,
+    NOISE,
+    P1,
+    P4,
+    WIN,
+    check_table,
+    newest,
+    section,
+    speed_table,
+)
+from castpoint.harness.report.plots import draw
 from castpoint.harness.report.readme import gpus
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuCheckRow
@@ -31,10 +47,10 @@ def test_without_a_gpu_run_there_is_no_section(tmp_path: Path) -> None:
     assert section(tmp_path / "none") == section(tmp_path) == ""
     bench = Records(tmp_path, {"model": SMALL}, {"device": "cpu"})
     bench.finish()
-    assert section(tmp_path) == "" and gpu_plots.draw(tmp_path, bench.run_id) == []
+    assert section(tmp_path) == "" and draw(tmp_path, bench.run_id) == []
     for table in ("gpu_speed", "gpu_checks"):
         (tmp_path / f"{table}.csv").unlink()  # a folder of an older version
-    assert gpu_plots.draw(tmp_path, bench.run_id) == [] and section(tmp_path) == ""
+    assert draw(tmp_path, bench.run_id) == [] and section(tmp_path) == ""
     invent_by_hand(tmp_path)  # a run that never finished
     assert section(tmp_path) == ""
 
@@ -65,9 +81,9 @@ def check_by_hand(folder: Path) -> None:
         "4 µs, 1.50 × (1.49–1.51) **win**, 1.000 of P4, roofline 50%; hf, split-k"  # 1.485 and 1.515
     )
     assert first["deferred"].startswith("3.75 µs, 1.60 × (1.58–1.62) **win**, 0.938 of P4")
-    assert first["P2: torch.compile"] == "7.5 µs, 0.80 × (0.79–0.81) **loss**"
-    assert first["P1: best separate chain"] == "6 µs: F.rms_norm + cuBLAS + head_norm kernel"
-    assert first["P4: bare matmul"] == "4 µs: cuBLAS"
+    assert first["P2: torch.compile"] == "7.5 µs, 0.80 × (0.79–0.81) **loss**; torch.compile"
+    assert first["P1: best separate chain"] == "6 µs; F.rms_norm | cuBLAS | head_norm kernel"
+    assert first["P4: bare matmul"] == "4 µs; cuBLAS"
     assert "**noise**" in table.loc[SMALL, "16"]["exact"]
     assert "0.75 × (0.74–0.76) **loss**" in table.loc[SMALL, "4096"]["deferred"]
 
@@ -77,20 +93,20 @@ def test_tables_say_what_was_invented(by_hand: Path) -> None:
 
 
 def test_losses_left_out_are_noticed(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = gpu_rows.best_rows
-    monkeypatch.setattr(gpu_rows, "best_rows", lambda rows: honest(rows[rows["verdict"] != LOSS]))
+    honest = gpu.best_rows
+    monkeypatch.setattr(gpu, "best_rows", lambda rows: honest(rows)[lambda best: best["verdict"] != LOSS])
     with pytest.raises((AssertionError, KeyError)):
         check_by_hand(by_hand)
 
 
 def test_noise_ignored_is_noticed(by_hand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = gpu_rows.verdict
+    honest = gpu.verdict
 
-    def careless(row: pd.Series, p1: object, best_us: float | None) -> str:
-        found = honest(row, p1, best_us)
+    def careless(row: pd.Series) -> str:
+        found = honest(row)
         return found if found != NOISE else WIN if row["speedup_p1_p50"] > 1 else LOSS
 
-    monkeypatch.setattr(gpu_rows, "verdict", careless)
+    monkeypatch.setattr(gpu, "verdict", careless)
     with pytest.raises(AssertionError):
         check_by_hand(by_hand)
 
@@ -130,35 +146,49 @@ def test_a_speed_up_counts_only_over_the_best_valid_p1(by_hand: Path, tmp_path: 
     best = newest(by_hand).best
     assert best.loc[*AT["256"], EXACT]["verdict"] == "not judged: no P1"
     red = best.loc[LARGE, 1, grid.COLD, EXACT]
-    assert red["verdict"] == "not judged: its P1 has no valid time"
+    assert red["verdict"] == "not judged: not over the best P1"
     records = opened(tmp_path / "slower")
     add(records, AT["1"], CHAIN, 10.0, 10.0)
     add(records, AT["1"], OWN_CHAIN, 9.0, 10.0)
     add(records, AT["1"], "hf", 9.5, 10.0)  # a win over the slower of two
     records.finish()
     best = newest(tmp_path / "slower").best
-    assert best.loc[*AT["1"], EXACT]["verdict"] == "not judged: another P1 was faster"
+    assert best.loc[*AT["1"], EXACT]["verdict"] == "not judged: not over the best P1"
     assert best.loc[*AT["1"], P1]["arm"] == OWN_CHAIN
 
 
 def test_what_has_no_time_is_shown_with_its_reason(by_hand: Path) -> None:
     table = shown(by_hand)
-    assert table.loc[SMALL, "1"][FOLDED] == "red: not timed: 3 of 9 elements + differ"
+    assert table.loc[SMALL, "1"][FOLDED] == "red: not timed: 3 of 9 elements | differ"
     assert table.loc[SMALL, "256"]["P1: best separate chain"] == "failed: RuntimeError: no kernel"
     assert table.loc[SMALL, "256"][EXACT] == "9 µs, not judged: no P1, roofline 50%; hf, split-k"
     assert table.loc[SMALL, "256"]["deferred"] == "–"
     assert set(table.loc[LARGE, "4096"].drop("weights")) == {"failed: out of memory: 2 GiB"}
-    lost = without_time(newest(by_hand)).set_index("arm")
-    assert lost.loc["folded", "reason"] == "not timed: 3 of 9 elements + differ"
-    assert lost.loc["the whole point", "at"] == "qwen3-32b 4096 cold"
-    chains = {name.replace(" | ", " + ") for name in (CHAIN, OWN_CHAIN)}
-    assert set(lost.index) == {"one-rounding", "folded", "the whole point", *chains}
+    lost = failures(by_hand, newest(by_hand).run_id)
+    assert sorted(lost["table"]) == ["gpu_points"] + ["gpu_speed"] * 5
+    assert ("qwen3-32b", "out of memory: 2 GiB") in set(lost[["what", "reason"]].itertuples(index=False, name=None))
+    for arm, reason in (("folded", "not timed: 3 of 9 elements | differ"), ("one-rounding", "wrong"),
+                        (CHAIN, "RuntimeError: no kernel"), (OWN_CHAIN, "RuntimeError: no kernel"),
+                        (CHAIN, "6.00 TB/s of cold memory: H200 has 4.8")):  # fmt: skip
+        assert len(lost[lost["what"].str.contains(arm, regex=False) & (lost["reason"] == reason)]) == 1
+
+
+def test_an_arm_that_was_not_tried_is_said(by_hand: Path, tmp_path: Path) -> None:
+    records = opened(tmp_path)
+    add(records, AT["1"], CHAIN, 10.0, 10.0)
+    for point in (AT["1"], AT["16"]):
+        add(records, point, "P2 peer", None, status="not installed", reason="no package")
+    records.finish()
+    assert "Without a time: P2 peer (not installed at 2 points: no package)." in section(tmp_path)
+    assert shown(tmp_path).loc[SMALL, "1"]["P2: torch.compile"] == "not installed: no package"
+    assert not len(failures(tmp_path, records.run_id)) and "Without a time" not in section(by_hand)
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(by_hand: Path) -> None:
     """Names of chains and reasons hold bars, which would end a cell."""
-    tables = re.findall(r"(?:^\|.*\n?)+", section(by_hand), re.MULTILINE)
-    assert len(tables) == 2
+    lost = what_failed(failures(by_hand, newest(by_hand).run_id))
+    tables = re.findall(r"(?:^\|.*\n?)+", f"{section(by_hand)}\n\n{lost}", re.MULTILINE)
+    assert len(tables) == 2 and "F.rms_norm + cuBLAS" in tables[0] and "9 elements + differ" in tables[1]
     for table in tables:
         assert len({line.count("|") for line in table.strip().split("\n")}) == 1, table
 
@@ -171,7 +201,7 @@ def test_hot_rows_and_weights_that_were_not_cold_stand_apart(by_hand: Path, tmp_
         add(records, AT["1"], arm, us, 10.0, cold=False)
     records.finish()
     assert list(shown(tmp_path / "warm")["weights"]) == ["cold (not cold)"]
-    assert gpu_plots.draw(tmp_path / "warm", records.run_id) == []
+    assert draw(tmp_path / "warm", records.run_id) == []
 
 
 def test_conditions_are_those_of_the_run(by_hand: Path) -> None:
@@ -198,7 +228,10 @@ def test_limits_that_failed_and_throttling_are_said(tmp_path: Path) -> None:
     text = section(tmp_path)
     assert "copy not measured (no memory), reading not measured (no stream), bf16 matmul 700 TFLOP/s" in text
     assert "an empty kernel in a graph not measured (no graph)" in text
-    assert "1 rows by power cap (1 of 2 rows do not say)" in text and "**1 rows are faster than this roofline**" in text
+    assert (
+        "slowed down: 1 rows by power cap, 1 rows do not say." in text
+        and "**1 rows are faster than this roofline**" in text
+    )
 
 
 # ---------------------------------------------------------------- checks
@@ -220,20 +253,22 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
     records.add(GpuCheckRow(**key, config="one fp32 chain", check="eager", status="failed", reason="unknown"))
     records.add(GpuCheckRow(**key, config="default", check="interpreter", share_equal=0.99987, max_ulp=1.0))
     records.finish()
-    found = [" | ".join(row) for row in check_table(newest(tmp_path).checks).itertuples(index=False)]
+    found = [" | ".join(row) for row in check_table(newest(tmp_path).frames["gpu_checks"]).itertuples(index=False)]
     assert found == [
         "exact | hf | default and 2 others | ok",
         "envelope | hf | default and 2 others | ok",
         "exact | deferred | default | ok",
         "envelope | deferred | default | ok",
-        "exact | deferred | c + d | red: 3 of 9",
-        "envelope | deferred | c + d | failed: 3 of 9",
+        "exact | deferred | c | d | red: 3 of 9",
+        "envelope | deferred | c | d | failed: 3 of 9",
         "eager | hf | default | 75.0000% of bits equal, at most 8 ulp",
         "eager | hf | fp32 partials | 99.9000% of bits equal, at most 1 ulp",
         "eager | hf | one fp32 chain | failed: unknown",
         "interpreter | hf | default | 99.9870% of bits equal, at most 1 ulp",
     ]
     assert "| exact | deferred | c + d | red: 3 of 9 |" in section(tmp_path)
+    lost = failures(tmp_path, records.run_id)
+    assert list(lost["what"]) == ["deferred, c | d, exact", "deferred, c | d, envelope", "hf, one fp32 chain, eager"]
 
 
 def test_words_are_kept_as_words(by_hand: Path) -> None:
@@ -259,7 +294,7 @@ def test_our_own_loop_is_neither_p4_nor_a_plan(tmp_path: Path) -> None:
     failed = {"status": "failed", "reason": "out of resource"}
     add(records, AT["1"], "own loop 64 x 64, 4 warps, 4 stages", None, **failed)
     records.finish()
-    run, table = newest(tmp_path), shown(tmp_path)
-    assert run.at(*AT["4096"], P4)["arm"] == "P4 cuBLAS" and run.at(*AT["4096"], EXACT)["against_p4"] == 3
+    best, table = newest(tmp_path).best, shown(tmp_path)
+    assert best.loc[*AT["4096"], P4]["arm"] == "P4 cuBLAS" and "3.00 of P4" in table.loc[SMALL, "4096"][EXACT]
     assert table.loc[SMALL, "4096"][LOOP] == "1 µs, 0.03 of P4; 128 x 64, 8 warps, 3 stages"
     assert table.loc[SMALL, "1"][LOOP] == "failed: out of resource"

@@ -10,9 +10,10 @@ from invented_gpu import CHAIN, FUSED, SEPARATE, SMALL, add, opened
 
 from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
-from castpoint.harness.report import gpu_plots, gpu_rows
-from castpoint.harness.report.gpu import section
-from castpoint.harness.report.gpu_rows import EXACT, newest
+from castpoint.harness.report.gpu import EXACT, newest, section, what_of
+from castpoint.harness.report.gpu_plots import speedups
+from castpoint.harness.report.plots import draw
+from castpoint.harness.runs.schema import Kind
 from castpoint.variants.catalogue import PLANS
 
 
@@ -36,7 +37,7 @@ def invent_whole(folder: Path) -> str:
             wide = PLANS[name].plan.matmul
             us *= {"bf16": 1, "tf32": 2, "tf32x3": 4, "fp32": 9}[wide]
             us *= 1.1 if name == "folded" and point.tokens > 64 else 1
-            late = point.tokens >= 1024 and gpu_rows.group_of(name) == EXACT
+            late = point.tokens >= 1024 and what_of(Kind.OWN, name) == EXACT
             add(records, key, name, us, p1, roofline_share=floor / us, config=SEPARATE if late else FUSED)
     records.finish()
     return records.run_id
@@ -44,16 +45,16 @@ def invent_whole(folder: Path) -> str:
 
 def test_the_plot_is_drawn_and_the_same_every_time(tmp_path: Path) -> None:
     run_id = invent_whole(tmp_path)
-    (plot,) = gpu_plots.draw(tmp_path, run_id)
+    (plot,) = draw(tmp_path, run_id)
     assert plot.name == "gpu_speedup.png" and "(plots/gpu_speedup.png)" in section(tmp_path)
     first = plot.read_bytes()
-    gpu_plots.draw(tmp_path, run_id)
+    draw(tmp_path, run_id)
     assert plot.read_bytes() == first
 
 
 def test_the_plot_of_a_grid_with_holes(by_hand: Path) -> None:
     """The red P1's speed-ups are not drawn."""
-    figure = gpu_plots.speedups(newest(by_hand))
+    figure = speedups(newest(by_hand))
     panels = dict(zip(grid.MODELS, figure.axes, strict=True))
     empty = {model for model, axes in panels.items() if any(t.get_text() == "not measured" for t in axes.texts)}
     assert empty == set(grid.MODELS) - {SMALL}

@@ -24,7 +24,7 @@ from castpoint.harness.report.model import (
     arm_table,
     conditions,
     depth_table,
-    last_layer,
+    layer_errors,
     layer_table,
     paired_table,
     parted,
@@ -119,7 +119,7 @@ def known() -> Study:
 
 def test_what_is_taken_over_texts(known: Study) -> None:
     frames = known.frames
-    assert last_layer(frames, "float64")["eager"] == pytest.approx(math.sqrt((3**2 + 7**2) / 2))
+    assert layer_errors(frames)["eager"].iloc[-1] == pytest.approx(math.sqrt((3**2 + 7**2) / 2))
     assert perplexity(frames)["float32"] == pytest.approx(math.exp(0.7))
     table = parted(frames)
     assert table.loc["hf"].tolist() == [1, 2, 5] and table.loc["eager", "parted"] == 0

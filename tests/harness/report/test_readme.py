@@ -20,6 +20,7 @@ import castpoint.harness.__main__ as cli
 from castpoint.harness import report
 from castpoint.harness.report.findings import anchor
 from castpoint.harness.report.page import newest_run
+from castpoint.harness.report.publish import publish
 from castpoint.harness.report.readme import BLOCK, SHOWN, readme_block, update_readme
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import TABLES, load_runs
@@ -89,10 +90,11 @@ def test_a_typed_number_in_the_readme_is_noticed(tmp_path: Path) -> None:
     assert "| 2.36 |" in (tmp_path / "README.md").read_text()
 
 
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+def test_a_readme_without_markers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("# nothing\n")
-    with pytest.raises(UserError, match="no generated block"):
-        update_readme(tmp_path / "README.md", ROOT / "results" / "cpu")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="whose README.md has the generated block"):
+        publish(None)
 
 
 def test_committed_records_are_whole() -> None:

@@ -24,6 +24,7 @@ from castpoint.harness.report.fingerprints import (
     confusion_table,
     implementation_groups,
 )
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import SECTIONS, counted, study_sections
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import TABLES, Records, load_runs
@@ -199,6 +200,14 @@ def test_draws_without_a_control_are_no_finding(tmp_path: Path) -> None:
     whole = draw_table(draws.assign(status="ok"))
     assert list(whole.columns)[1:] == ["w: 9", "w, k_norm=1: 1", "w, k_norm=64: 64"]
     assert list(whole.iloc[3])[1:] == ["10"] * 3 and findings(tmp_path, frames | {"draws": draws.assign(status="ok")})
+
+
+def test_cells_of_a_table() -> None:
+    frame = pd.DataFrame({"what": ["a | b", "c|d"], "share": [0.5, None], "words": ["1 %", "2 %"]})
+    lines = ["| what | share | words |", "| --- | --: | --: |", "| a + b | 50 % | 1 % |", "| c/d | – | 2 % |"]
+    assert markdown(frame, right=["words"]).splitlines() == lines
+    assert under("Words.", frame[:0]) == "" and under("Words.", frame).startswith("Words.\n\n| what |")
+    assert paragraphs("a", "", "b") == "a\n\nb"
 
 
 def test_words_are_counted_most_frequent_first() -> None:
