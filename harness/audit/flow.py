@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from castpoint.harness.audit.graph import Node, reached
+from castpoint.harness.audit.graph import Node, origins, reached
 from castpoint.harness.audit.roundings import BF16, TF32, Rounding, rounded_bits, rounding_operations
 from castpoint.harness.audit.ttir import pointer_name, ttir_graph, types_of, width
 
@@ -24,6 +24,7 @@ READERS = re.compile(
 NOT_FOLLOWED = re.compile(
     r"tt\.(extern_elementwise|elementwise_inline_asm|call|atomic_\w+|scan|dot_scaled|gather)|scf\.while|cf\.\w+"
 )
+ON_BITS = ("and", "or", "iadd", "shr", "shl", "select", "arith.trunci", "arith.extui", "arith.xori")
 LOADS = ("tt.load", "tt.descriptor_load")
 ROWS = {"x_ptr", "residual_ptr"}  # behind which the rows are of which a kernel before stored rstd
 Paths = tuple[tuple[Node, tuple[Rounding, ...]], ...]
@@ -134,7 +135,8 @@ class Flow:
         if is_op(value, "tt.bitcast") and mask in (BF16, TF32):
             kind = f"{'tf32' if mask == TF32 else 'bf16'}-{mode}"
             return value.args, Rounding(kind, value.args[0], node, places)
-        floats = {each.args[0] for each in cone_of_bits(node.args[0])}
+        computed = origins(bits_of, ON_BITS) if isinstance(bits_of := node.args[0], Node) else set()
+        floats = {each.args[0] for each in computed if each.op == "tt.bitcast" and types_of(each)[0][0] in "fb"}
         rounding = Rounding("unknown arithmetic on bits", min(floats, key=id), node, places) if floats else None
         return list(floats), rounding
 
@@ -252,17 +254,6 @@ def renamed(roles: frozenset[str], **names: str) -> str:
         if f"head_{old}" in roles:
             return f"head_{new}"
     return ""
-
-
-def cone_of_bits(node: Node | int) -> set[Node]:
-    """The bit casts of floats from which integers were computed."""
-    if not isinstance(node, Node):
-        return set()
-    if node.op == "tt.bitcast":
-        return {node} if types_of(node)[0][0] in "fb" else set()
-    if node.op not in ("and", "or", "iadd", "shr", "shl", "select", "arith.trunci", "arith.extui", "arith.xori"):
-        return set()
-    return set().union(*(cone_of_bits(arg) for arg in node.args))
 
 
 def is_zero(node: Node | int) -> bool:

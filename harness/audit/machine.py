@@ -22,6 +22,7 @@ CUTS = (*MERGES, "and", "shl", "shr", "bytes")  # what makes a value of others' 
 LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
 ROOTED = ("arith.divf", "tt.precise_divf")
 EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
+ASSEMBLY = "tt.elementwise_inline_asm"
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,19 @@ def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
     all_ = [node for node in nodes if is_fused(node)]
     extra = [node for node in all_ if node.place not in asked]
     return extra, len(all_) - len(extra)
+
+
+def beside_assembly(inside: set[Place], sites: list[Site], found: list[Rounding]) -> tuple[list[Site], list[Rounding]]:
+    """The sites and roundings but for those inside inline assembly, at these places, and of what it computes: which
+    instructions assembly has is its own business, and TTIR knows the type of its result alone."""
+    blind = [site for site in sites if any(source.op == ASSEMBLY for source in site.sources)]
+    places = inside.union(*(site.places for site in blind))
+
+    def is_judged(rounding: Rounding) -> bool:
+        values = origins(rounding.value) if isinstance(rounding.value, Node) else set()
+        return not rounding.places & places and not any(value.place in inside for value in values)
+
+    return [site for site in sites if site not in blind], [each for each in found if is_judged(each)]
 
 
 def fusion_faults(extra: list[Node]) -> list[str]:

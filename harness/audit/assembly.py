@@ -1,15 +1,109 @@
-"""AMD assembly as a graph, in the words of audit.registers.
+"""PTX and AMD assembly as graphs, in the words of audit.registers.
 
-The execution mask is not modelled: what some lanes write counts as written, except across a branch.
+AMD's execution mask is not modelled: what some lanes write counts as written, except across a branch.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from pathlib import PurePath
 
 from castpoint.harness.audit.graph import NOWHERE, Node, place_of
 from castpoint.harness.audit.registers import JUMP, Builder, Instruction, graph_of, word_of
+
+
+def machine_graph(asm: dict[str, str]) -> list[Node]:
+    """The values of a compiled kernel's PTX or AMD assembly."""
+    return ptx_graph(asm["ptx"]) if "ptx" in asm else amdgcn_graph(asm["amdgcn"])
+
+
+# ---------------------------------------------------------------- PTX
+
+
+def ptx_graph(text: str) -> list[Node]:
+    """Every value of the PTX. Halves of 64 bits are `pack`ed and taken `part`s of; prmt is `bytes`."""
+    files = {number: PurePath(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
+    lines, place, inline = [], NOWHERE, False
+    for line in text.split("\n\t.section", 1)[0].splitlines():
+        inline = "begin inline asm" in line or inline and "end inline asm" not in line
+        line = line.split("//")[0].strip()
+        if inline and line.startswith(".loc"):  # LLVM counts the lines of the assembly as if they were the source's
+            continue
+        if loc := re.match(r"\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?", line):
+            spots = [loc.groups()[:3], *([loc.groups()[3:]] if loc[4] else [])]
+            place = place_of([f"{files.get(file, '')}:{row}:{column}" for file, row, column in spots])
+        elif label := re.fullmatch(r"(?!\$L__(?:tmp|func))([$\w]+):", line):
+            lines.append(label[1])
+        elif ";" in line and not line.startswith((".", "{ .", "{.")):
+            for statement in filter(None, (each.strip() for each in line.split(";"))):
+                guard, op, rest = re.match(r"(@!?[%\w]+\s+)?([\w.:]+)\s*(.*)", statement.lstrip("{} ")).groups("")
+                operands = [each.strip() for each in re.split(r",\s*(?![^{]*\})", rest)] if rest else []
+                lines.append(Instruction(op, operands, statement, place, bool(guard)))
+    return graph_of(lines, _lower_ptx)
+
+
+def _ptx_operand(builder: Builder, operand: str) -> Node | int:
+    if number := re.fullmatch(r"0f([0-9A-Fa-f]{8})|(-?\d+)|(0x[0-9a-fA-F]+)U?", operand):
+        float_, decimal, hexadecimal = number.groups()
+        return int(float_, 16) if float_ else int(hexadecimal or decimal, 0) & 0xFFFFFFFF
+    return builder.read(operand)
+
+
+def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
+    op, operands = instruction.op, instruction.operands
+    if not operands or JUMP.match(op):
+        return
+    lists = [re.findall(r"[%\w$]+", each) if each[0] in "{[" else [each] for each in operands]
+    target = re.findall(r"[%\w]+", operands[0]) if operands[0][0] != "[" else []
+    values = [[_ptx_operand(builder, each) for each in names] for names in lists[1:]]
+    flat = [value for each in values for value in each]
+    if op.startswith("mov.b") and (operands[0][0] == "{" or operands[1][0] == "{"):
+        _move_ptx(builder, op, target, flat)
+        return
+    word = word_of(op)
+    if op.startswith(("mov.", "cvt.u32.u16", "cvt.u64.u32")):
+        result = flat[0]
+    elif op.startswith("cvt.u16.u32"):
+        result = builder.add("and", flat[0], 0xFFFF)
+    elif op.startswith("abs.f32"):
+        result = builder.add("and", flat[0], 0x7FFFFFFF)
+    elif word == "select_ptx":
+        result = builder.add("select", flat[2], flat[0], flat[1])
+    elif word == "prmt" and isinstance(flat[2], int):
+        result = builder.add("bytes", flat[0], flat[1], sum((flat[2] >> 4 * i & 7) << 8 * i for i in range(4)))
+    elif op.endswith("f32x2"):
+        lanes = [[_part(builder, value, lane) for value in flat] for lane in (0, 1)]
+        result = builder.add("pack", *(builder.add(word, *lane) for lane in lanes))
+    elif op.startswith("wgmma.mma_async"):  # its first operand is read too
+        result = builder.add(op, *(builder.read(each) for each in target), *flat)
+    else:
+        result = builder.add(word, *(flat if target else flat + [builder.read(each) for each in lists[0]]))
+    builder.write_all(target, result)
+
+
+def _part(builder: Builder, value: Node | int, lane: int) -> Node | int:
+    if isinstance(value, int):
+        return value
+    return value.args[lane] if value.op == "pack" else builder.add("part", value, lane)
+
+
+def _move_ptx(builder: Builder, op: str, target: list[str], values: list[Node | int]) -> None:
+    """mov between one register and its halves."""
+    wide = op == "mov.b64"
+    if len(target) == 1:
+        low, high = (*values, 0)[:2]
+        shifted = values if wide else [low, builder.add("shl", high, 16)]
+        builder.write(target[0], builder.add("pack" if wide else "or", *shifted))
+    elif wide:
+        for lane, register in enumerate(target):
+            builder.write(register, _part(builder, values[0], lane))
+    else:
+        builder.write(target[0], builder.add("and", values[0], 0xFFFF))
+        builder.write(target[1], builder.add("shr", values[0], 16))
+
+
+# ---------------------------------------------------------------- AMD
 
 
 def amdgcn_graph(text: str) -> list[Node]:
@@ -52,6 +146,12 @@ def _amd_value(builder: Builder, operand: str, half: int = 0) -> Node | int:
 _NO_RESULT = re.compile(
     r"(buffer|global|flat|scratch)_(store|atomic)|ds_write|ds_add|s_(waitcnt|nop|barrier|sleep|setprio|cmp|bitcmp|set)"
 )
+_TWO_IN_ONE = {  # operations that one instruction does, the second on the result of the first
+    "v_add3_u32": ("iadd", "iadd"),
+    "v_and_or_b32": ("and", "or"),
+    "v_or3_b32": ("or", "or"),
+    "v_lshl_or_b32": ("shl", "or"),
+}
 
 
 def _lower_amd(builder: Builder, instruction: Instruction) -> None:
@@ -88,16 +188,14 @@ def _lower_amd(builder: Builder, instruction: Instruction) -> None:
 
 
 def _amd_result(builder: Builder, op: str, word: str, values: list[Node | int]) -> Node:
-    """Fused integer operations as two, operands in PTX's order."""
+    """Two operations in one as two, operands in PTX's order."""
     if word in ("shr_reversed", "shl_reversed"):
         return builder.add(word[:3], values[1], values[0])
     if word == "select_amd":
         return builder.add("select", values[2], values[1], values[0])
-    if word == "iadd3":
-        return builder.add("iadd", builder.add("iadd", *values[:2]), values[2])
-    if op in ("v_and_or_b32", "v_or3_b32", "v_lshl_or_b32"):
-        first = {"v_and_or_b32": "and", "v_or3_b32": "or", "v_lshl_or_b32": "shl"}[op]
-        return builder.add("or", builder.add(first, *values[:2]), values[2])
+    if op in _TWO_IN_ONE:
+        first, second = _TWO_IN_ONE[op]
+        return builder.add(second, builder.add(first, *values[:2]), values[2])
     if op == "v_perm_b32":  # its bytes 0 to 3 are the second operand's
         return builder.add("bytes", values[1], values[0], values[2])
     return builder.add(word, *values)
@@ -115,10 +213,9 @@ def _selected(builder: Builder, text: str, index: int, value: Node | int) -> Nod
 
 def _lower_packed(builder: Builder, op: str, word: str, target: list[str], sources: list[str], text: str) -> None:
     """Two operations, on the halves that op_sel and op_sel_hi name; v_pk_mov takes one of each source, by op_sel."""
-    results = []
-    for lane, pattern in enumerate((r"op_sel:\[([\d,]+)\]", r"op_sel_hi:\[([\d,]+)\]")):
-        one_each = op == "v_pk_mov_b32"
-        found = re.search(r"op_sel:\[([\d,]+)\]" if one_each else pattern, text)
+    results, one_each = [], op == "v_pk_mov_b32"
+    for lane in (0, 1):
+        found = re.search(rf"op_sel{'_hi' if lane and not one_each else ''}:\[([\d,]+)\]", text)
         halves = [int(each) for each in found[1].split(",")] if found else [0 if one_each else lane] * len(sources)
         values = [_amd_value(builder, each, half) for each, half in zip(sources, halves, strict=False)]
         moved = one_each or op in ("v_mov_b64", "s_mov_b64")
