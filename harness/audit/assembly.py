@@ -10,7 +10,7 @@ import struct
 from pathlib import PurePath
 
 from castpoint.harness.audit.graph import NOWHERE, Node, place_of
-from castpoint.harness.audit.registers import JUMP, Builder, Instruction, graph_of, word_of
+from castpoint.harness.audit.registers import Builder, Instruction, graph_of, word_of
 
 
 def machine_graph(asm: dict[str, str]) -> list[Node]:
@@ -44,20 +44,16 @@ def ptx_graph(text: str) -> list[Node]:
 
 
 def _ptx_operand(builder: Builder, operand: str) -> Node | int:
-    if number := re.fullmatch(r"0f([0-9A-Fa-f]{8})|(-?\d+)|(0x[0-9a-fA-F]+)U?", operand):
-        float_, decimal, hexadecimal = number.groups()
-        return int(float_, 16) if float_ else int(hexadecimal or decimal, 0) & 0xFFFFFFFF
+    if number := re.fullmatch(r"0f([0-9A-Fa-f]{8})|(-?\d+|0x[0-9a-fA-F]+)U?", operand):
+        return int(number[1], 16) if number[1] else int(number[2], 0) & 0xFFFFFFFF
     return builder.read(operand)
 
 
 def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
     op, operands = instruction.op, instruction.operands
-    if not operands or JUMP.match(op):
-        return
     lists = [re.findall(r"[%\w$]+", each) if each[0] in "{[" else [each] for each in operands]
     target = re.findall(r"[%\w]+", operands[0]) if operands[0][0] != "[" else []
-    values = [[_ptx_operand(builder, each) for each in names] for names in lists[1:]]
-    flat = [value for each in values for value in each]
+    flat = [_ptx_operand(builder, each) for names in lists[1:] for each in names]
     if op.startswith("mov.b") and (operands[0][0] == "{" or operands[1][0] == "{"):
         _move_ptx(builder, op, target, flat)
         return
@@ -68,8 +64,6 @@ def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
         result = builder.add("and", flat[0], 0xFFFF)
     elif op.startswith("abs.f32"):
         result = builder.add("and", flat[0], 0x7FFFFFFF)
-    elif word == "select_ptx":
-        result = builder.add("select", flat[2], flat[0], flat[1])
     elif word == "prmt" and isinstance(flat[2], int):
         result = builder.add("bytes", flat[0], flat[1], sum((flat[2] >> 4 * i & 7) << 8 * i for i in range(4)))
     elif op.endswith("f32x2"):
@@ -78,14 +72,12 @@ def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
     elif op.startswith("wgmma.mma_async"):  # its first operand is read too
         result = builder.add(op, *(builder.read(each) for each in target), *flat)
     else:
-        result = builder.add(word, *(flat if target else flat + [builder.read(each) for each in lists[0]]))
+        result = builder.operation(op, flat if target else flat + [builder.read(each) for each in lists[0]])
     builder.write_all(target, result)
 
 
 def _part(builder: Builder, value: Node | int, lane: int) -> Node | int:
-    if isinstance(value, int):
-        return value
-    return value.args[lane] if value.op == "pack" else builder.add("part", value, lane)
+    return value if isinstance(value, int) else builder.add("part", value, lane)
 
 
 def _move_ptx(builder: Builder, op: str, target: list[str], values: list[Node | int]) -> None:
@@ -146,18 +138,12 @@ def _amd_value(builder: Builder, operand: str, half: int = 0) -> Node | int:
 _NO_RESULT = re.compile(
     r"(buffer|global|flat|scratch)_(store|atomic)|ds_write|ds_add|s_(waitcnt|nop|barrier|sleep|setprio|cmp|bitcmp|set)"
 )
-_TWO_IN_ONE = {  # operations that one instruction does, the second on the result of the first
-    "v_add3_u32": ("iadd", "iadd"),
-    "v_and_or_b32": ("and", "or"),
-    "v_or3_b32": ("or", "or"),
-    "v_lshl_or_b32": ("shl", "or"),
-}
+# Operations that one instruction does, the second on the result of the first.
+_TWO_IN_ONE = {"v_add3_u32": "iadd iadd", "v_and_or_b32": "and or", "v_or3_b32": "or or", "v_lshl_or_b32": "shl or"}
 
 
 def _lower_amd(builder: Builder, instruction: Instruction) -> None:
     op, operands, text = instruction.op, instruction.operands, instruction.text
-    if not operands or JUMP.match(op):
-        return
     word = word_of(op)
     target = [] if _NO_RESULT.match(op) else _amd_registers(operands[0])
     sources = operands[1:] if target else operands
@@ -182,23 +168,12 @@ def _lower_amd(builder: Builder, instruction: Instruction) -> None:
         result = values[0]
     elif op in ("v_bfrev_b32", "s_brev_b32") and isinstance(values[0], int):
         result = int(f"{values[0]:032b}"[::-1], 2)
+    elif op in _TWO_IN_ONE:
+        first, second = _TWO_IN_ONE[op].split()
+        result = builder.add(second, builder.add(first, *values[:2]), values[2])
     else:
-        result = _amd_result(builder, op, word, values)
+        result = builder.operation(op, values)
     builder.write_all(target, result)
-
-
-def _amd_result(builder: Builder, op: str, word: str, values: list[Node | int]) -> Node:
-    """Two operations in one as two, operands in PTX's order."""
-    if word in ("shr_reversed", "shl_reversed"):
-        return builder.add(word[:3], values[1], values[0])
-    if word == "select_amd":
-        return builder.add("select", values[2], values[1], values[0])
-    if op in _TWO_IN_ONE:
-        first, second = _TWO_IN_ONE[op]
-        return builder.add(second, builder.add(first, *values[:2]), values[2])
-    if op == "v_perm_b32":  # its bytes 0 to 3 are the second operand's
-        return builder.add("bytes", values[1], values[0], values[2])
-    return builder.add(word, *values)
 
 
 def _selected(builder: Builder, text: str, index: int, value: Node | int) -> Node | int:

@@ -6,6 +6,7 @@ A value is named by what it was computed from, never by what the kernel calls it
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -70,6 +71,10 @@ class Flow:
         self._roles: dict[Node, str] = {}
         self._paths: dict[Node, Paths] = {}
         self.edges = list(self._edges())
+        self.rounded: dict[Rounding, list[Edge]] = defaultdict(list)  # the edges on which each rounding is
+        for edge in self.edges:
+            for rounding in edge.roundings:
+                self.rounded[rounding].append(edge)
 
     def paths(self, node: Node) -> Paths:
         """The values that node holds, by way of every branch, each with the roundings on that way."""
@@ -135,8 +140,8 @@ class Flow:
         if is_op(value, "tt.bitcast") and mask in (BF16, TF32):
             kind = f"{'tf32' if mask == TF32 else 'bf16'}-{mode}"
             return value.args, Rounding(kind, value.args[0], node, places)
-        computed = origins(bits_of, ON_BITS) if isinstance(bits_of := node.args[0], Node) else set()
-        floats = {each.args[0] for each in computed if each.op == "tt.bitcast" and types_of(each)[0][0] in "fb"}
+        casts = [each for each in origins(node.args[0], ON_BITS) if each.op == "tt.bitcast"]
+        floats = {each.args[0] for each in casts if types_of(each)[0][0] in "fb"}
         rounding = Rounding("unknown arithmetic on bits", min(floats, key=id), node, places) if floats else None
         return list(floats), rounding
 
@@ -221,9 +226,8 @@ class Flow:
 
     def _pointers(self, node: Node | int) -> set[str]:
         """Names of the pointers from which a value was loaded, however long ago."""
-        starts = [node] if isinstance(node, Node) else []
         come_from = reached(
-            starts, lambda each: self.stored.get(pointer_name(each), []) if each.op in LOADS else each.args
+            [node], lambda each: self.stored.get(pointer_name(each), []) if each.op in LOADS else each.args
         )
         names = {pointer_name(each) for each in come_from if each.op in LOADS} - self.stored.keys()
         rstd = {name for name in names if self.given.get(name) == "rstd"}

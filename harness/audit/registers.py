@@ -62,7 +62,8 @@ class Builder:
         self.before = {name: [other for other, block in blocks.items() if name in block.next] for name in blocks}
         for self.here, block in blocks.items():
             for self.instruction in block.instructions:
-                lower(self, self.instruction)
+                if self.instruction.operands and not JUMP.match(self.instruction.op):
+                    lower(self, self.instruction)
         self._fill_phis()
 
     def read(self, register: str) -> Node | int:
@@ -85,6 +86,11 @@ class Builder:
         node = Node(op, list(args), self.instruction.text, self.instruction.place)
         self.nodes.append(node)
         return node
+
+    def operation(self, op: str, values: list[Node | int]) -> Node:
+        """What the instruction of that name makes of these operands, as its word has them."""
+        order = _ORDERS.get(op.split(".")[0], range(len(values)))
+        return self.add(word_of(op), *(values[index] for index in order))
 
     def _value_at(self, block: str, register: str) -> Node | int:
         """Its value so far in that block: what comes into it, where nothing was written."""
@@ -136,13 +142,11 @@ _WORDS = {
     r"and\.b|[vs]_and_b": "and",
     r"or\.b|[vs]_or_b": "or",
     r"add\.[su]|v_add_u32|v_add_nc_u32|s_add_[iu]32": "iadd",
-    r"shr\.[bu]|s_lshr_b32": "shr",
-    r"shl\.b|s_lshl_b32": "shl",
-    r"v_lshrrev_b32": "shr_reversed",
-    r"v_lshlrev_b32": "shl_reversed",
+    r"shr\.[bu]|s_lshr_b32|v_lshrrev_b32": "shr",
+    r"shl\.b|s_lshl_b32|v_lshlrev_b32": "shl",
     r"bfe\.u32|v_bfe_u32": "bfe",
-    r"selp\.": "select_ptx",
-    r"v_cndmask_b32": "select_amd",
+    r"selp\.|v_cndmask_b32": "select",
+    r"v_perm_b32": "bytes",
     r"setp\.|v_cmp_": "cmp",
     r"prmt\.b32": "prmt",
     r"v_bfi_b32": "bfi",
@@ -156,6 +160,10 @@ _WORDS = {
     r"sqrt\.|v_sqrt": "fsqrt",
     r"rsqrt\.|v_rsq": "frsqrt",
 }
+# The order in which a word has an instruction's operands, where that is another: a condition first, what is shifted
+# first, and for `bytes` what bytes 0 to 3 are.
+_ORDERS = {"selp": (2, 0, 1), "v_cndmask_b32": (2, 1, 0), "v_perm_b32": (1, 0, 2)}
+_ORDERS |= dict.fromkeys(("v_lshrrev_b32", "v_lshlrev_b32"), (1, 0))
 
 
 @cache

@@ -76,14 +76,14 @@ def claims_of(table: Iterable[str]) -> dict[str, Claim]:
     for cells in rows:
         row = dict(zip(header, cells, strict=True))
         key, case = row.pop("key"), int(row.pop("case"))
-        claimed, low, high, step = (float(row.pop(name) or "nan") for name in NUMBERS)
+        numbers = (row.pop(name) for name in ("claimed", "claimed_low", "claimed_high", "step"))
+        claimed, low, high, step = (float(number or "nan") for number in numbers)
         if not math.isnan(step):
             low, high = claimed - step / 2, claimed + step / 2
         claims[key] = Claim(key, case, claimed, low, high, **row)
     return claims
 
 
-NUMBERS = ("claimed", "claimed_low", "claimed_high", "step")
 CLAIMS = claims_of((Path(__file__).parent / "data/claims.csv").read_text().splitlines())
 
 

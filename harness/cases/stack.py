@@ -67,7 +67,7 @@ def stack_inputs(layers: int, *, published: bool = False, massive: bool = False)
             x = residual_stream(16, 256, 8, rng)
             steps = [x.double()[1:].square().mean().sqrt().item()] * layers
         norms = [near_one(rng, 256) for _ in steps]
-        projections = [normal(rng, 256, 256, scale=step / 16) for step in steps]
+        projections = [normal(rng, 256, 256, scale=step / 16) for step in steps]  # by the root of D
         return [{"x": x, "norms": norms, "projections": projections}]
 
     return draw
@@ -83,7 +83,7 @@ def growth(errors: Tensor) -> float:
 
 
 def far_apart(before: Tensor, after: Tensor) -> Tensor:
-    """Share of the last stream's elements."""
+    """Share of the last stream's elements that differ by more than 0.01."""
     return ((after[-1] - before[-1]).abs() > 0.01).double().mean()
 
 
