@@ -6,10 +6,11 @@ A value is named by what it was computed from, never by what the kernel calls it
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from castpoint.harness.audit.graph import Node, reached
+from castpoint.harness.audit.graph import Node, origins, reached
 from castpoint.harness.audit.roundings import BF16, TF32, Rounding, rounded_bits, rounding_operations
 from castpoint.harness.audit.ttir import pointer_name, ttir_graph, types_of, width
 
@@ -24,6 +25,7 @@ READERS = re.compile(
 NOT_FOLLOWED = re.compile(
     r"tt\.(extern_elementwise|elementwise_inline_asm|call|atomic_\w+|scan|dot_scaled|gather)|scf\.while|cf\.\w+"
 )
+ON_BITS = ("and", "or", "iadd", "shr", "shl", "select", "arith.trunci", "arith.extui", "arith.xori")
 LOADS = ("tt.load", "tt.descriptor_load")
 ROWS = {"x_ptr", "residual_ptr"}  # behind which the rows are of which a kernel before stored rstd
 Paths = tuple[tuple[Node, tuple[Rounding, ...]], ...]
@@ -69,6 +71,10 @@ class Flow:
         self._roles: dict[Node, str] = {}
         self._paths: dict[Node, Paths] = {}
         self.edges = list(self._edges())
+        self.rounded: dict[Rounding, list[Edge]] = defaultdict(list)  # the edges on which each rounding is
+        for edge in self.edges:
+            for rounding in edge.roundings:
+                self.rounded[rounding].append(edge)
 
     def paths(self, node: Node) -> Paths:
         """The values that node holds, by way of every branch, each with the roundings on that way."""
@@ -134,7 +140,8 @@ class Flow:
         if is_op(value, "tt.bitcast") and mask in (BF16, TF32):
             kind = f"{'tf32' if mask == TF32 else 'bf16'}-{mode}"
             return value.args, Rounding(kind, value.args[0], node, places)
-        floats = {each.args[0] for each in cone_of_bits(node.args[0])}
+        casts = [each for each in origins(node.args[0], ON_BITS) if each.op == "tt.bitcast"]
+        floats = {each.args[0] for each in casts if types_of(each)[0][0] in "fb"}
         rounding = Rounding("unknown arithmetic on bits", min(floats, key=id), node, places) if floats else None
         return list(floats), rounding
 
@@ -219,9 +226,8 @@ class Flow:
 
     def _pointers(self, node: Node | int) -> set[str]:
         """Names of the pointers from which a value was loaded, however long ago."""
-        starts = [node] if isinstance(node, Node) else []
         come_from = reached(
-            starts, lambda each: self.stored.get(pointer_name(each), []) if each.op in LOADS else each.args
+            [node], lambda each: self.stored.get(pointer_name(each), []) if each.op in LOADS else each.args
         )
         names = {pointer_name(each) for each in come_from if each.op in LOADS} - self.stored.keys()
         rstd = {name for name in names if self.given.get(name) == "rstd"}
@@ -252,17 +258,6 @@ def renamed(roles: frozenset[str], **names: str) -> str:
         if f"head_{old}" in roles:
             return f"head_{new}"
     return ""
-
-
-def cone_of_bits(node: Node | int) -> set[Node]:
-    """The bit casts of floats from which integers were computed."""
-    if not isinstance(node, Node):
-        return set()
-    if node.op == "tt.bitcast":
-        return {node} if types_of(node)[0][0] in "fb" else set()
-    if node.op not in ("and", "or", "iadd", "shr", "shl", "select", "arith.trunci", "arith.extui", "arith.xori"):
-        return set()
-    return set().union(*(cone_of_bits(arg) for arg in node.args))
 
 
 def is_zero(node: Node | int) -> bool:

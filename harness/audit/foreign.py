@@ -11,17 +11,14 @@ import triton
 from triton.compiler import ASTSource
 
 from castpoint.harness.audit.flow import Flow
-from castpoint.harness.audit.graph import Node, origins
-from castpoint.harness.audit.kernels import COLUMNS, Row, check_target, examine, machine_graph, reason
-from castpoint.harness.audit.machine import compare_machine, fused, fusion_faults, sites_of
-from castpoint.harness.audit.roundings import Rounding, machine_roundings
+from castpoint.harness.audit.kernels import Row, check_target, examine, reason
+from castpoint.harness.audit.machine import ASSEMBLY
 from castpoint.harness.compiled.compile import check_compilable, compile_source
 from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.runs.errors import UserError
 
 TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
 OPTIONS = ("num_warps", "num_stages")
-ASSEMBLY = "tt.elementwise_inline_asm"
 INSTRUCTIONS = re.compile(rf'{re.escape(ASSEMBLY)} "[^"]*" \{{.*? pure = \w+\}} ')  # before its operands
 NOT_JUDGED = "inline assembly is not followed: what it computes or rounds is not held to TTIR"
 
@@ -49,40 +46,15 @@ def audit_foreign(
     check_target(target)
     constants = list(constants)
     source, options = foreign_source(imported(module_function), signature, constants)
-    names = {"target": target, "kernel": module_function, "plan": "", "keywords": " ".join([signature, *constants])}
-    row = dict.fromkeys(COLUMNS) | names
+    row = {"target": target, "kernel": module_function, "plan": "", "keywords": " ".join([signature, *constants])}
     try:
         compiled = compile_source(module_function, target, source, {**options, "enable_fp_fusion": fp_fusion})
     except Exception as error:  # a compiler fails in its own ways
         return row | {"status": "failed", "reason": reason(error)}
     flow = Flow(INSTRUCTIONS.sub(f"{ASSEMBLY} ", compiled.asm["ttir"]))
     found, faults = examine(compiled, flow, {}, fp_fusion)
-    assembly = any(node.op == ASSEMBLY for node in flow.nodes)
-    if assembly:
-        faults = faults_beside_assembly(compiled.asm, flow, fp_fusion)
-    said = [*faults, NOT_JUDGED] if assembly else faults
-    return row | found | {"status": "red" if faults else "reported", "reason": "; ".join(said), "declared": ""}
-
-
-def faults_beside_assembly(asm: dict[str, str], flow: Flow, fp_fusion: bool) -> list[str]:
-    """The faults that examine finds, but for roundings and multiply-adds inside inline assembly, and roundings of what
-    it computes: which instructions assembly has is its own business, and TTIR knows the type of its result alone."""
-    nodes = machine_graph(asm)
-    inside = {node.place for node in flow.nodes if node.op == ASSEMBLY}
-    blind, sites = set(inside), []
-    for site in sites_of(flow, {}):
-        if any(source.op == ASSEMBLY for source in site.sources):
-            blind |= site.places
-        else:
-            sites.append(site)
-
-    def is_judged(rounding: Rounding) -> bool:
-        values = origins(rounding.value) if isinstance(rounding.value, Node) else set()
-        return not rounding.places & blind and not any(value.place in inside for value in values)
-
-    _, faults = compare_machine(sites, nodes, [each for each in machine_roundings(nodes) if is_judged(each)])
-    extra = [node for node in fused(flow, nodes)[0] if node.place not in inside]
-    return faults if fp_fusion else faults + fusion_faults(extra)
+    said = [*faults, NOT_JUDGED] if any(node.op == ASSEMBLY for node in flow.nodes) else faults
+    return row | {"status": "red" if faults else "reported", "reason": "; ".join(said)} | found
 
 
 def imported(module_function: str) -> triton.JITFunction:

@@ -46,9 +46,9 @@ def spot(place: Place) -> str:
     return f"at {place[0].rpartition(':')[0]}" if place[0] else "its place lost"
 
 
-def reached(starts: Iterable[Node], step: Callable[[Node], Iterable[Node | int]]) -> set[Node]:
-    """These nodes, and every one to which step leads from one of them."""
-    todo = list(starts)
+def reached(starts: Iterable[Node | int], step: Callable[[Node], Iterable[Node | int]]) -> set[Node]:
+    """These nodes, and every one to which step leads from one of them; constants are none."""
+    todo = [each for each in starts if isinstance(each, Node)]
     found = set(todo)
     while todo:
         new = {each for each in step(todo.pop()) if isinstance(each, Node)} - found
@@ -57,7 +57,7 @@ def reached(starts: Iterable[Node], step: Callable[[Node], Iterable[Node | int]]
     return found
 
 
-def origins(node: Node, passed: tuple[str, ...] = MERGES) -> set[Node]:
+def origins(node: Node | int, passed: tuple[str, ...] = MERGES) -> set[Node]:
     """The values that node is merged of or a part of, or made of by these operations: itself where it is not."""
     found = reached([node], lambda each: each.args if each.op in passed else ())
     return {each for each in found if each.op not in passed}

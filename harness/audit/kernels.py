@@ -19,7 +19,7 @@ of the kernel that stores it proves it, and no rounding may follow. Workspace, w
 within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
 programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
 
-Texts become graphs in ttir, ptx and amd (of graph's nodes); roundings finds the roundings in one, flow names the values
+Texts become graphs in ttir and assembly (of graph's nodes); roundings finds the roundings in one, flow names the values
 of TTIR. plan then holds TTIR to the plan, machine the machine code to TTIR. Here both become rows, in foreign those of
 kernels without a plan.
 """
@@ -29,12 +29,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from castpoint.harness.audit.amd import amdgcn_graph
+from castpoint.harness.audit.assembly import machine_graph
 from castpoint.harness.audit.flow import Flow
-from castpoint.harness.audit.graph import NOWHERE, Node
-from castpoint.harness.audit.machine import compare_machine, fused, fusion_faults, sites_of
+from castpoint.harness.audit.graph import NOWHERE
+from castpoint.harness.audit.machine import ASSEMBLY, beside_assembly, compare_machine, fused, fusion_faults, sites_of
 from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_of, resource_faults
-from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
 from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, binaries, check_compilable
@@ -43,11 +42,7 @@ from castpoint.kernels.norm_qkv import norm_qkv_kernel
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
 
-Row = dict[str, Any]
-COLUMNS = (
-    *("target", "kernel", "plan", "keywords", "status", "reason", "declared", "ttir", "machine", "roundings", "matmul"),
-    *("not_followed", "fused", "expanded", "matrix", "registers", "spills", "shared"),
-)
+Row = dict[str, Any]  # of runs.schema.AuditRow's fields
 
 
 def examine(
@@ -55,16 +50,21 @@ def examine(
 ) -> tuple[Row, list[str]]:
     """(columns that need no plan, faults of the machine code against TTIR, one sentence each).
 
-    names: boundaries of roundings, where a plan gives them. fp_fusion: multiply-adds may be fused.
+    names: boundaries of roundings, where a plan gives them. fp_fusion: multiply-adds may be fused. What inline assembly
+    computes or rounds is counted, but no fault.
     Raises UserError where the kernel was compiled without a line table.
     """
     if all(node.place == NOWHERE for node in flow.nodes):
         raise UserError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
     nodes = machine_graph(compiled.asm)
-    sites = sites_of(flow, names)
-    counts, faults = compare_machine(sites, nodes, machine_roundings(nodes))
+    sites, found = sites_of(flow, names), machine_roundings(nodes)
+    counts, faults = compare_machine(sites, nodes, found)
     extra, asked = fused(flow, nodes)
-    faults += [] if fp_fusion else fusion_faults(extra)
+    inside = {node.place for node in flow.nodes if node.op == ASSEMBLY}
+    if inside:
+        sites_beside, found = beside_assembly(inside, sites, found)
+        _, faults = compare_machine(sites_beside, nodes, found)
+    faults += [] if fp_fusion else fusion_faults([node for node in extra if node.place not in inside])
     row = {
         "ttir": listed(f"{site.boundary or 'unclassified'} {site.kind}" for site in sites),
         "machine": listed(f"{name or 'unclassified'} {count}" for name, count in counts.items()),
@@ -79,11 +79,6 @@ def examine(
         "shared": compiled.shared,
     }
     return row, faults
-
-
-def machine_graph(asm: dict[str, str]) -> list[Node]:
-    """The values of a compiled kernel's PTX or AMD assembly."""
-    return ptx_graph(asm["ptx"]) if "ptx" in asm else amdgcn_graph(asm["amdgcn"])
 
 
 def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any]) -> Row:
@@ -102,10 +97,10 @@ def audit_compiled(compiled: Compiled, plan: CastPlan, keywords: dict[str, Any])
 
 
 def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any]) -> Row:
-    """One of compiled.compile.binaries(), compiled for one target and audited: COLUMNS, text or numbers.
+    """One of compiled.compile.binaries(), compiled for one target and audited: text or numbers.
 
     target, kernel, plan   as given; keywords as text
-    status        `ok`, `red` (reason says what is wrong), or `failed` (it does not compile; what follows is None)
+    status        `ok`, `red` (reason says what is wrong), or `failed` (it does not compile; nothing follows)
     declared      roundings of the plan that the kernel has to make, `boundary kind`
     ttir          roundings found in TTIR, the same words; a boundary comes twice where branches have one each
     machine       elements a thread rounds at each boundary in PTX or AMD assembly, all copies of loops included
@@ -124,7 +119,7 @@ def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any
     plan = plan_named(plan_name)
     check_compilable(norm_qkv_kernel)
     words = " ".join(f"{name}={value}" for name, value in keywords.items())
-    row = {**dict.fromkeys(COLUMNS), "target": target, "kernel": kernel, "plan": plan_name, "keywords": words}
+    row = {"target": target, "kernel": kernel, "plan": plan_name, "keywords": words}
     try:
         compiled = COMPILERS[kernel](plan, target, **keywords)
     except Exception as error:  # a compiler fails in its own ways, and the other cases go on

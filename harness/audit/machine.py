@@ -22,6 +22,7 @@ CUTS = (*MERGES, "and", "shl", "shr", "bytes")  # what makes a value of others' 
 LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
 ROOTED = ("arith.divf", "tt.precise_divf")
 EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
+ASSEMBLY = "tt.elementwise_inline_asm"
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,18 @@ class Site:
 def sites_of(flow: Flow, names: dict[Rounding, str]) -> list[Site]:
     """Every rounding of TTIR, with its boundary by names (else the role of what is rounded)."""
     edges_of: dict[Node, list[Edge]] = defaultdict(list)
-    uses: dict[Rounding, list[tuple[Edge, int]]] = defaultdict(list)
     for edge in flow.edges:
         if not (edge.sink.op == "tt.dot" and edge.operand == 2):  # a sum that goes on is no reader of it
             edges_of[edge.source].append(edge)
-        for index, rounding in enumerate(edge.roundings):
-            uses[rounding].append((edge, index))
     sites = []
-    for rounding, used in uses.items():
-        edge = used[0][0]
-        sources, sinks = (tuple(dict.fromkeys(n)) for n in zip(*((e.source, e.sink) for e, _ in used), strict=True))
-        always = all(each.roundings for source in sources for each in edges_of[source])
-        always &= all(index == 0 for _, index in used)
-        redundant = all(index and each.roundings[index - 1].kind.startswith("bf16") for each, index in used)
-        boundary = names.get(rounding, edge.role)
+    for rounding, edges in flow.rounded.items():
+        sources, sinks = (tuple(dict.fromkeys(getattr(e, end) for e in edges)) for end in ("source", "sink"))
+        before = [edge.roundings[: edge.roundings.index(rounding)] for edge in edges]
+        always = all(each.roundings for source in sources for each in edges_of[source]) and not any(before)
+        redundant = all(those and those[-1].kind.startswith("bf16") for those in before)
+        boundary, role = names.get(rounding, edges[0].role), edges[0].role
         spared = "without NaN" if rounding.node.op == "tt.fp_to_fp" else ""
-        about = (boundary, rounding.kind, rounding.places, sources, sinks, edge.role)
+        about = (boundary, rounding.kind, rounding.places, sources, sinks, role)
         sites.append(Site(*about, always, redundant, spared))
     return sites
 
@@ -103,7 +100,7 @@ def moved(alike: list[Site], nodes: list[Node], rounded: list[Rounding]) -> bool
     results, read = {rounding.node for rounding in rounded}, set()
     for node in nodes:
         if node.op in words and node.place in places:
-            found = [origins(arg, CUTS) if isinstance(arg, Node) else set() for arg in node.args]
+            found = [origins(arg, CUTS) for arg in node.args]
             if not all(each and each <= results for each in found):
                 return False
             read |= set().union(*found)
@@ -174,6 +171,16 @@ def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
     all_ = [node for node in nodes if is_fused(node)]
     extra = [node for node in all_ if node.place not in asked]
     return extra, len(all_) - len(extra)
+
+
+def beside_assembly(inside: set[Place], sites: list[Site], found: list[Rounding]) -> tuple[list[Site], list[Rounding]]:
+    """The sites and roundings but for those inside inline assembly, at these places, and of what it computes: which
+    instructions assembly has is its own business, and TTIR knows the type of its result alone."""
+    blind = [site for site in sites if any(source.op == ASSEMBLY for source in site.sources)]
+    places = inside.union(*(site.places for site in blind))
+    elsewhere = [each for each in found if not each.places & places]
+    judged = [each for each in elsewhere if not any(value.place in inside for value in origins(each.value))]
+    return [site for site in sites if site not in blind], judged
 
 
 def fusion_faults(extra: list[Node]) -> list[str]:

@@ -77,16 +77,16 @@ def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
     if edge.source.op in LOADS and edge.role != "cos_sin":  # rounded by who stored it
         return []
 
-    def kept_as(name: str) -> list[tuple[str, str]]:
-        return [(name, getattr(plan, name))] if getattr(plan, name) != KEEP else []
+    def kept_as(*names: str) -> list[tuple[str, str]]:
+        return [(name, getattr(plan, name)) for name in names if getattr(plan, name) != KEEP]
 
     if edge.role == "proj":
         if edge.sink_role in ("proj", "sums_ptr"):  # sums, rstd and the bias; shares of a sum
             return []
         if edge.sink_role == "products":  # q and k without a head norm
-            return kept_as("proj") + kept_as("unrotated")
+            return kept_as("proj", "unrotated")
         last = edge.sink_role == "v_ptr" or edge.sink.op == "tt.store" and part.head_norm == "none"
-        return kept_as("proj") + (kept_as("out") if last else [])
+        return kept_as("proj", "out") if last else kept_as("proj")
     if edge.role in ("hidden", "remainder"):
         cut = edge.sink_role == "proj" or edge.sink_role == "remainder" and edge.operand == 1
         tf32 = [(edge.role, "tf32-rtz")] if cut and plan.matmul.startswith("tf32") else []
@@ -156,7 +156,8 @@ def compare_stores(flow: Flow, plan: CastPlan, part: Part) -> list[str]:
     stores = [(name, e.role) for e in flow.edges if e.sink.op.endswith("store") for name in e.sink_role.split(" or ")]
     for name, role in stores:
         if role not in due.get(name, ()):
-            faults.append(f"TTIR: {titled(role)} is stored to {name}, due is {', '.join(due.get(name, ['nothing']))}")
+            wanted = ", ".join(sorted(due.get(name, ["nothing"])))
+            faults.append(f"TTIR: {titled(role)} is stored to {name}, due is {wanted}")
     faults += [f"TTIR: nothing is stored to {name}" for name in due if name not in {name for name, _ in stores}]
     return faults
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from castpoint.harness.audit.graph import Node, Place, link, reached
 
@@ -57,25 +58,21 @@ class Builder:
 
     def __init__(self, blocks: dict[str, _Block], lower: Callable[[Builder, Instruction], None]) -> None:
         self.blocks, self.nodes, self.effects = blocks, [], []
-        self.entries: dict[tuple[str, str], Node] = {}
-        self.before: dict[str, list[str]] = {name: [] for name in blocks}
-        for name, block in blocks.items():
-            for target in block.next:
-                if target in self.before:
-                    self.before[target].append(name)
+        self.phis: list[tuple[str, str, Node]] = []
+        self.before = {name: [other for other, block in blocks.items() if name in block.next] for name in blocks}
         for self.here, block in blocks.items():
-            self.registers = block.registers
             for self.instruction in block.instructions:
-                lower(self, self.instruction)
+                if self.instruction.operands and not JUMP.match(self.instruction.op):
+                    lower(self, self.instruction)
         self._fill_phis()
 
     def read(self, register: str) -> Node | int:
-        return self.registers[register] if register in self.registers else self._entry(self.here, register)
+        return self._value_at(self.here, register)
 
     def write(self, register: str, value: Node | int) -> None:
         if self.instruction.guarded:
             value = self.add("phi", self.read(register), value)
-        self.registers[register] = value
+        self.blocks[self.here].registers[register] = value
 
     def write_all(self, registers: list[str], value: Node | int) -> None:
         """One register takes the value, more of them its parts (a mask of lanes whole); none makes it an effect."""
@@ -90,20 +87,22 @@ class Builder:
         self.nodes.append(node)
         return node
 
-    def _entry(self, block: str, register: str) -> Node:
-        if (block, register) not in self.entries:
-            self.entries[block, register] = Node("phi", text=register)
-        return self.entries[block, register]
+    def operation(self, op: str, values: list[Node | int]) -> Node:
+        """What the instruction of that name makes of these operands, as its word has them."""
+        order = _ORDERS.get(op.split(".")[0], range(len(values)))
+        return self.add(word_of(op), *(values[index] for index in order))
+
+    def _value_at(self, block: str, register: str) -> Node | int:
+        """Its value so far in that block: what comes into it, where nothing was written."""
+        registers = self.blocks[block].registers
+        if register not in registers:
+            registers[register] = phi = Node("phi", text=register)
+            self.phis.append((block, register, phi))
+        return registers[register]
 
     def _fill_phis(self) -> None:
-        done: set[tuple[str, str]] = set()
-        while todo := self.entries.keys() - done:
-            for block, register in todo:
-                phi = self.entries[block, register]
-                for name in self.before[block]:
-                    ends = self.blocks[name].registers
-                    phi.args.append(ends[register] if register in ends else self._entry(name, register))
-            done |= todo
+        for block, register, phi in self.phis:  # others join them meanwhile
+            phi.args += [self._value_at(before, register) for before in self.before[block]]
         same: dict[Node, Node | int] = {}  # a phi of one value besides itself is that value, half a pack what went in
 
         def real(value: Node | int) -> Node | int:
@@ -112,67 +111,61 @@ class Builder:
             return value
 
         halves = {node for node in self.nodes if node.op == "part" and len(node.args) == 2}
-        changed = True
-        while changed:
-            changed = False
-            for phi in self.entries.values():
-                if phi not in same:
-                    values = {id(v) if isinstance(v, Node) else v: v for v in map(real, phi.args) if v is not phi}
-                    if len(values) == 1:
-                        same[phi] = next(iter(values.values()))
-                        changed = True
+        phis, known = [phi for _, _, phi in self.phis], -1
+        while known < len(same):
+            known = len(same)
+            for phi in phis:
+                values = {real(arg) for arg in phi.args} - {phi}
+                if phi not in same and len(values) == 1:
+                    same[phi] = values.pop()
             for node in halves - same.keys():
                 whole = real(node.args[0])
                 if isinstance(whole, Node) and whole.op == "pack":
                     same[node] = whole.args[node.args[1]]
-                    changed = True
-        self.nodes += [phi for phi in self.entries.values() if phi not in same]
+        self.nodes += [phi for phi in phis if phi not in same]
         for node in self.nodes:
             node.args = [real(arg) for arg in node.args]
 
-    def live(self) -> list[Node]:
-        """The nodes that reach an effect: tuples of registers are read whole, with what was in them by chance."""
-        found = reached(self.effects, lambda each: each.args)
-        return [node for node in self.nodes if node in found]
-
 
 def graph_of(lines: list[Instruction | str], lower: Callable[[Builder, Instruction], None]) -> list[Node]:
-    """The values of instructions and labels that reach an effect; lower(builder, instruction) reads and writes."""
-    return link(Builder(_blocks(lines), lower).live())
+    """The values of instructions and labels that reach an effect, since tuples of registers are read whole, with what
+    was in them by chance. lower(builder, instruction) reads and writes."""
+    builder = Builder(_blocks(lines), lower)
+    live = reached(builder.effects, lambda each: each.args)
+    return link([node for node in builder.nodes if node in live])
 
 
 # ---------------------------------------------------------------- words
 
 # Operations by the words of the graph, for both machines; what is not here keeps its own name.
-_WORDS = [
-    (re.compile(pattern), word)
-    for pattern, word in (
-        (r"and\.b|[vs]_and_b", "and"),
-        (r"or\.b|[vs]_or_b", "or"),
-        (r"add\.[su]|v_add_u32|v_add_nc_u32|s_add_[iu]32", "iadd"),
-        (r"v_add3_u32", "iadd3"),
-        (r"shr\.[bu]|s_lshr_b32", "shr"),
-        (r"shl\.b|s_lshl_b32", "shl"),
-        (r"v_lshrrev_b32", "shr_reversed"),
-        (r"v_lshlrev_b32", "shl_reversed"),
-        (r"bfe\.u32|v_bfe_u32", "bfe"),
-        (r"selp\.", "select_ptx"),
-        (r"v_cndmask_b32", "select_amd"),
-        (r"setp\.|v_cmp_", "cmp"),
-        (r"prmt\.b32", "prmt"),
-        (r"v_bfi_b32", "bfi"),
-        (r"fma\.|mad\.\w*\.?f\d|v_(pk_)?(fma|mad|mac|fmac|fmaak|fmamk|fma_mix\w*)_(f\d|bf16)|v_dot2\w*", "fma"),
-        (r"cvt\.r\w+\.(\w+\.)*?(bf16|f16|tf32|e\dm\d)|v_cvt_(pk|sr|pkrtz|_)*(bf16|f16|bf8|fp8)", "cvt"),
-        (r"mul\..*(bf16|f16)|add\..*bf16|sub\..*bf16|v_(pk_)?(mul|add)_(bf16|f16)", "narrow_arithmetic"),
-        (r"mul\..*f32|v_(pk_)?mul_f32", "fmul"),
-        (r"add\..*f32|v_(pk_)?add_f32", "fadd"),
-        (r"sub\..*f32|v_sub_f32|v_subrev_f32", "fsub"),
-        (r"div\..*f32|v_div_fixup", "fdiv"),
-        (r"sqrt\.|v_sqrt", "fsqrt"),
-        (r"rsqrt\.|v_rsq", "frsqrt"),
-    )
-]
+_WORDS = {
+    r"and\.b|[vs]_and_b": "and",
+    r"or\.b|[vs]_or_b": "or",
+    r"add\.[su]|v_add_u32|v_add_nc_u32|s_add_[iu]32": "iadd",
+    r"shr\.[bu]|s_lshr_b32|v_lshrrev_b32": "shr",
+    r"shl\.b|s_lshl_b32|v_lshlrev_b32": "shl",
+    r"bfe\.u32|v_bfe_u32": "bfe",
+    r"selp\.|v_cndmask_b32": "select",
+    r"v_perm_b32": "bytes",
+    r"setp\.|v_cmp_": "cmp",
+    r"prmt\.b32": "prmt",
+    r"v_bfi_b32": "bfi",
+    r"fma\.|mad\.\w*\.?f\d|v_(pk_)?(fma|mad|mac|fmac|fmaak|fmamk|fma_mix\w*)_(f\d|bf16)|v_dot2\w*": "fma",
+    r"cvt\.r\w+\.(\w+\.)*?(bf16|f16|tf32|e\dm\d)|v_cvt_(pk|sr|pkrtz|_)*(bf16|f16|bf8|fp8)": "cvt",
+    r"mul\..*(bf16|f16)|add\..*bf16|sub\..*bf16|v_(pk_)?(mul|add)_(bf16|f16)": "narrow_arithmetic",
+    r"mul\..*f32|v_(pk_)?mul_f32": "fmul",
+    r"add\..*f32|v_(pk_)?add_f32": "fadd",
+    r"sub\..*f32|v_sub_f32|v_subrev_f32": "fsub",
+    r"div\..*f32|v_div_fixup": "fdiv",
+    r"sqrt\.|v_sqrt": "fsqrt",
+    r"rsqrt\.|v_rsq": "frsqrt",
+}
+# The order in which a word has an instruction's operands, where that is another: a condition first, what is shifted
+# first, and for `bytes` what bytes 0 to 3 are.
+_ORDERS = {"selp": (2, 0, 1), "v_cndmask_b32": (2, 1, 0), "v_perm_b32": (1, 0, 2)}
+_ORDERS |= dict.fromkeys(("v_lshrrev_b32", "v_lshlrev_b32"), (1, 0))
 
 
+@cache
 def word_of(op: str) -> str:
-    return next((word for pattern, word in _WORDS if pattern.match(op)), op)
+    return next((word for pattern, word in _WORDS.items() if re.match(pattern, op)), op)

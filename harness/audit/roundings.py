@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from castpoint.harness.audit.graph import NOWHERE, Node, Place, origins, reached
+from castpoint.harness.audit.graph import MERGES, NOWHERE, Node, Place, origins, reached
 from castpoint.harness.compiled.compile import MATRIX_INSTRUCTION
 
 QUIET, HALF_ULP, INFINITY, ABSOLUTE = 0x00400000, 0x7FFF, 0x7F800000, 0x7FFFFFFF
@@ -150,35 +150,30 @@ def cut(node: Node, user: Node) -> str | None:
 _ADDRESS = re.compile(r"v_(add_lshl|lshl_add|mul_lo|mul_hi|mad_\w*u)|mul\.(lo|wide)|mad\.(lo|wide)")
 
 
-def _cuts(node: Node, seen: set[Node]) -> set[str | None]:
+def _cuts(node: Node) -> set[str | None]:
     """To what the bits of node are cut, each way they go: through merges, and past a second test for NaN.
 
     Addresses are no way: where AMD's registers are reused, a merge has arms that are never taken together.
     """
-    found: set[str | None] = set()
-    for user in node.users:
-        passed = user.op in ("phi", "pack", "part", "select") or user.op == "or" and QUIET in user.args
-        if passed and user not in seen:
-            seen.add(user)
-            found |= _cuts(user, seen)
-        elif not passed and not _ADDRESS.match(user.op):
-            found.add(cut(node, user))
-    return found
+
+    def passes(user: Node) -> bool:
+        return user.op in (*MERGES, "select") or user.op == "or" and QUIET in user.args
+
+    ways = reached([node], lambda each: filter(passes, each.users))
+    ends = [(each, user) for each in ways for user in each.users if not passes(user) and not _ADDRESS.match(user.op)]
+    return {cut(each, user) for each, user in ends}
 
 
 def machine_roundings(nodes: list[Node]) -> list[Rounding]:
     """Every rounding in machine code, one an element. One of a value that is rounded already is left out."""
-    cores = {node: core for node in nodes if node.op == "select" and (core := rounded_bits(node))}
-    steps = {node: rounding_operations(node, core[1]) for node, core in cores.items()}
-    inner = set().union(*steps.values())
-    bare = {node: core for node in nodes if node.op == "iadd" and node not in inner and (core := rounded_bits(node))}
-    steps |= {node: rounding_operations(node, core[1]) for node, core in bare.items()}
-    cores |= bare
-    inner = set().union(*steps.values())
-    found = []
+    cores, inner, found = {}, set(), []
+    for op in ("select", "iadd"):  # the sums that no select ends
+        cores |= {n: core for n in nodes if n.op == op and n not in inner and (core := rounded_bits(n))}
+        steps = {node: rounding_operations(node, core[1]) for node, core in cores.items()}
+        inner = set().union(*steps.values())
     for node, (mode, value, half) in cores.items():
         if not _is_cut(value, cores, set()):
-            cuts = {"bf16"} if half else _cuts(node, {node})
+            cuts = {"bf16"} if half else _cuts(node)
             kind = f"{cuts.pop()}-{mode}" if len(cuts) == 1 and None not in cuts else f"{mode} with lower bits kept"
             found.append(Rounding(kind, value, node, frozenset(each.place for each in steps[node]) - {NOWHERE}))
     for node in nodes:

@@ -24,14 +24,14 @@ def ttir_graph(text: str) -> list[Node]:
     other regions (`scf.while`) are `region_arg`, of which nothing is known.
     """
     places, nodes = _ttir_places(text), []
-    scopes: list[dict[str, Node | int]] = [{}]
-    owners: list[list[Node]] = [[]]  # of each open region: the phis that its yield feeds, or its reduction
+    # Of each open region: the values by their names, and the phis that its yield feeds, or its reduction.
+    regions: list[tuple[dict[str, Node | int], list[Node]]] = [({}, [])]
 
     def value(name: str) -> Node | int:
-        return next((scope[name] for scope in reversed(scopes) if name in scope), Node("unknown", text=name))
+        return next((scope[name] for scope, _ in reversed(regions) if name in scope), Node("unknown", text=name))
 
     def define(name: str, node: Node) -> Node:
-        scopes[-1][name] = node
+        regions[-1][0][name] = node
         nodes.append(node)
         return node
 
@@ -41,41 +41,38 @@ def ttir_graph(text: str) -> list[Node]:
         if not line or line.startswith("#"):
             continue
         if line.startswith("}"):
-            scopes.pop()
-            owner = owners.pop()
+            _, owners = regions.pop()
             if line.endswith("{"):  # else, do
-                scopes.append({})
-                owners.append(owner)
+                regions.append(({}, owners))
             continue
         if line.startswith(("module", "tt.func", "^")):
             if not line.startswith("^"):
-                scopes.append({})
-                owners.append([])
+                regions.append(({}, []))
             for name, type_ in re.findall(r"(%\w+): ([^,{)]+)", line):
                 define(name, Node("region_arg" if line[0] == "^" else "arg", text=f"{name[1:]} {type_.strip()}"))
             continue
+        scope, owners = regions[-1]
         left, op, rest = _OPERATION.match(line).groups()
         names = _names(left or "")
         place = places.get(locs[-1], NOWHERE) if locs else NOWHERE
         args = [value(each) for each in re.findall(_NAME, re.split(r" : |iter_args|->", rest)[0])]
         if op == "scf.yield":
-            for phi, arg in zip(owners[-1], args, strict=False):
+            for phi, arg in zip(owners, args, strict=False):
                 phi.args.append(arg)
             continue
         if op == "arith.constant" and (number := _CONSTANT.match(rest.strip())):
-            scopes[-1][names[0]] = int(number[1]) & 0xFFFFFFFF
+            scope[names[0]] = int(number[1]) & 0xFFFFFFFF
             continue
         op = _BITS.get(op.removeprefix("arith."), op)
-        if owners[-1] and owners[-1][0].op in ("tt.reduce", "tt.scan"):
-            owners[-1][0].text += f" {op}"
+        if owners and owners[0].op in ("tt.reduce", "tt.scan"):
+            owners[0].text += f" {op}"
         merges = op in ("scf.for", "scf.if") and bool(names)
         results = [Node("phi" if merges else op, [] if merges else args, rest, place) for _ in names or [""]]
         for name, node in zip(names or [""], results, strict=True):
             define(name, node)
         if line.endswith("{"):
-            owners.append(results if merges or op in ("tt.reduce", "tt.scan") else [])
-            scopes.append({})
-            _open_loop(op, rest, results, value, define, scopes[-1])
+            regions.append(({}, results if merges or op in ("tt.reduce", "tt.scan") else []))
+            _open_loop(op, rest, results, value, define, regions[-1][0])
     return link(nodes)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 
-from castpoint.harness.audit.flow import LOADS, NOT_FOLLOWED, Edge, Flow
+from castpoint.harness.audit.flow import LOADS, NOT_FOLLOWED, Flow
 from castpoint.harness.audit.graph import Node, reached, spot
-from castpoint.harness.audit.roundings import Rounding
 from castpoint.harness.audit.ttir import pointer_name, types_of
 
 TITLES = {
@@ -30,12 +29,8 @@ def listed(words: Iterable[str]) -> str:
 
 def described(flow: Flow) -> list[str]:
     """What is rounded, how, and what reads it then; one phrase for each rounding of TTIR."""
-    readers_of: dict[Rounding, list[Edge]] = defaultdict(list)
-    for edge in flow.edges:
-        for rounding in edge.roundings:
-            readers_of[rounding].append(edge)
     phrases = []
-    for rounding, edges in readers_of.items():
+    for rounding, edges in flow.rounded.items():
         source = edges[0].source
         what = titled(edges[0].role) if edges[0].role else f"unclassified {source.op}"
         what += f" {pointer_name(source)}" if source.op in LOADS else ""

@@ -1,4 +1,4 @@
-"""A case of the field: its two sides, how its figure is measured, and the rule by which a claim fits.
+"""A case of the field: what a thread claims, its two sides, how its figure is measured, and when the claim fits.
 
 `before` is what a case's thread holds up as right, `after` what it complains of, whichever came first; differences are
 after - before. A side is a cast plan, or a Way where no plan expresses it (the order or the precision of a sum, a
@@ -9,16 +9,18 @@ likeliest first.
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.figures import changes
+from castpoint.harness.cases.figures import changes, exponent
 from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import PLANS
@@ -39,29 +41,50 @@ class Way:
 
 Side = CastPlan | Way
 Inputs = dict[str, object]
+Draw = Callable[[torch.Generator], list[Inputs]]  # the inputs of every set-up
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a thread says. low and high hold every number that would be printed as the claimed one.
+    """What a thread says: a row of data/claims.csv, columns as in runs.schema.CaseRow.
 
-    value NaN, low and high given: a direction, the effect lies between them. All NaN: nothing the lab can measure.
+    claimed_low and claimed_high hold every number that would be printed as the claimed one. claimed NaN, low and high
+    given: a direction, the effect lies between them. All NaN: nothing the lab can measure.
     """
 
-    text: str
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
+    key: str
+    case: int  # its number in the list of cases
+    claimed: float
+    claimed_low: float
+    claimed_high: float
+    claimed_text: str
+    source: str  # the public threads
+    where: str  # the boundary
+    measure: str  # what the figure is of, in words
+    unit: str
+    why: str
 
 
-def printed(text: str, value: float, step: float) -> Claim:
-    """A figure whose last printed digit counts `step`."""
-    return Claim(text, value, value - step / 2, value + step / 2)
+def claims_of(table: Iterable[str]) -> dict[str, Claim]:
+    """Claims by their keys, from the lines of a CSV table like data/claims.csv: columns are the fields of Claim, and
+    `step`, what the last printed digit of a figure counts (0: an exact one), in place of its interval.
+
+    Raises ValueError for a row that has not one cell for each column, TypeError for other columns.
+    """
+    header, *rows = csv.reader(table)
+    claims = {}
+    for cells in rows:
+        row = dict(zip(header, cells, strict=True))
+        key, case = row.pop("key"), int(row.pop("case"))
+        numbers = (row.pop(name) for name in ("claimed", "claimed_low", "claimed_high", "step"))
+        claimed, low, high, step = (float(number or "nan") for number in numbers)
+        if not math.isnan(step):
+            low, high = claimed - step / 2, claimed + step / 2
+        claims[key] = Claim(key, case, claimed, low, high, **row)
+    return claims
 
 
-def count(text: str, part: int, whole: int) -> Claim:
-    """A share counted once: exact. How far such a count strays is the measured range's business."""
-    return Claim(text, part / whole, part / whole, part / whole)
+CLAIMS = claims_of((Path(__file__).parent / "data/claims.csv").read_text().splitlines())
 
 
 @dataclass(frozen=True)
@@ -73,9 +96,9 @@ class Measured:
     exponent of the figure against calls or layers, fitted in logarithms. NaN: does not apply.
     """
 
-    value: float
-    low: float
-    high: float
+    measured: float = math.nan
+    measured_low: float = math.nan
+    measured_high: float = math.nan
     share_differ: float = math.nan
     max_ulp: float = math.nan
     signed_bias: float = math.nan
@@ -96,28 +119,22 @@ def run_side(side: Side, inputs: Inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: where it comes from, what moved, what is measured, what was claimed, why, and on which inputs."""
+    """How a claim is measured: what moved, what is taken of the two outputs, and on which inputs."""
 
-    number: int  # in the list of cases
-    source: str  # the public threads
-    where: str  # the boundary
+    claim: Claim
     before: Side
     after: Side
-    quantity: str  # of the figure, in words
-    unit: str
     pick: Callable[[Tensor, Tensor], Tensor | float]  # of the outputs before and after: one number, or one a draw
-    claim: Claim
-    why: str
-    draw: Callable[[torch.Generator], list[Inputs]]  # the inputs of every set-up
+    draw: Draw
     draws: int = 6
     outputs: bool = True  # False: what the sides return is no output in bf16, so it has no ulps and no share
     run: Callable[[Side, Inputs], Tensor] = run_side  # a side's output of the inputs
-    grow: Callable[[Tensor, Tensor], float] | None = None  # the exponent, if the case has calls or layers
+    grow: Callable[[Tensor, Tensor], Tensor] | None = None  # what grows, after each call or layer if there are some
 
     @one_thread()  # many small sums: two took 68 s beside another process, one takes 8
     def measure(self, seed: int = 0) -> Measured:
         """Draws, runs both sides and compares, on one thread. The same seed gives the same figures."""
-        rng = torch.Generator().manual_seed(7919 * seed + self.number)
+        rng = torch.Generator().manual_seed(7919 * seed + self.claim.case)
         figures = defaultdict(list)  # by set-up
         for _ in range(self.draws):
             for setup, inputs in enumerate(self.draw(rng)):
@@ -129,12 +146,12 @@ class Case:
         if any(not setup.isfinite().all() or setup.numel() == 0 for setup in pooled):
             raise ValueError("the figure is not a finite number on every draw: are both sides the same?")
         low, high = (extreme(f.quantile(q).item() for f in pooled) for extreme, q in ((min, 0.025), (max, 0.975)))
-        growth = self.grow(*first) if self.grow else math.nan
+        growth = exponent(self.grow(*first).abs()) if self.grow else math.nan
         changed = changes(*first) if self.outputs else {}
         return Measured(pooled[0].quantile(0.5).item(), low, high, **changed, growth=growth)
 
 
-def verdict(measured: float, low: float, high: float, claimed: float, claimed_low: float, claimed_high: float) -> str:
+def verdict(found: Measured, claim: Claim) -> str:
     """The rule. NaN stands for what a claim does not have.
 
     fits            the measured range meets the claimed one, and the figure lies in it or within a factor of 1.5
@@ -143,13 +160,14 @@ def verdict(measured: float, low: float, high: float, claimed: float, claimed_lo
     cannot be decided here   the claim has nothing the lab measures; or the ranges meet only because the measured one
                     is wide: the figure itself is more than a factor of 1.5 off, or a direction is had by a part of it
     """
-    if math.isnan(claimed_low):
+    claimed, low, high = claim.claimed, claim.claimed_low, claim.claimed_high
+    if math.isnan(low):
         return UNDECIDED
-    if high < claimed_low or low > claimed_high:
+    if found.measured_high < low or found.measured_low > high:
         return DIFFERS
     if math.isnan(claimed):
-        return DIRECTION if claimed_low < low and high < claimed_high else UNDECIDED
-    near = claimed_low <= measured <= claimed_high or (claimed and 1 / FACTOR <= measured / claimed <= FACTOR)
+        return DIRECTION if low < found.measured_low and found.measured_high < high else UNDECIDED
+    near = low <= found.measured <= high or (claimed and 1 / FACTOR <= found.measured / claimed <= FACTOR)
     return FITS if near else UNDECIDED
 
 

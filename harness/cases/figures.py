@@ -22,17 +22,9 @@ def largest(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).abs().max()
 
 
-def mean_abs(before: Tensor, after: Tensor) -> Tensor:
-    return (after - before).abs().mean()
-
-
 def relative(before: Tensor, after: Tensor) -> Tensor:
     """|after - before| / |before|, where before is not 0."""
     return ((after - before).abs() / before.abs())[before != 0]
-
-
-def largest_relative(before: Tensor, after: Tensor) -> Tensor:
-    return relative(before, after).max()
 
 
 def ulps(before: Tensor, after: Tensor) -> Tensor:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.case import Inputs
+from castpoint.harness.cases.case import Draw, Inputs
 from castpoint.harness.problems.drawn import heavy_tailed, layer_statistics
 
 
-def normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-    """Normal values of that deviation, bf16: drawn in the type they are stored in."""
-    return (torch.randn(*shape, generator=rng) * scale).bfloat16()
+def normal(rng: torch.Generator, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+    """Normal values of that deviation and mean, bf16: drawn in the type they are stored in."""
+    return (mean + torch.randn(*shape, generator=rng) * scale).bfloat16()
 
 
 def uniform(rng: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=rng).bfloat16()
 
 
-def near_one(rng: torch.Generator, size: int) -> Tensor:
-    return (1 + 0.1 * torch.randn(size, generator=rng)).bfloat16()
+def filled(value: float) -> Callable[..., Tensor]:
+    """Nothing is drawn: every element is that value."""
+    return lambda rng, *shape: torch.full(shape, value).bfloat16()
 
 
-def ones(rng: torch.Generator, size: int) -> Tensor:
-    return torch.ones(size, dtype=torch.bfloat16)
+ONES, near_one = filled(1.0), functools.partial(normal, scale=0.1, mean=1.0)
 
 
 def calibrated(layer: int) -> Callable[[torch.Generator, int], Tensor]:
@@ -35,9 +36,12 @@ def calibrated(layer: int) -> Callable[[torch.Generator, int], Tensor]:
     return lambda rng, size: heavy_tailed(size, mean, std, None, rng).bfloat16()
 
 
-def norm_inputs(
-    tokens: int, size: int, *weights: Callable[..., Tensor], **fixed: object
-) -> Callable[..., list[Inputs]]:
+def values(*names: str, shape: tuple[int, ...], draw: Callable[..., Tensor] = normal) -> Draw:
+    """A tensor of that shape for each name."""
+    return lambda rng: [{name: draw(rng, *shape) for name in names}]
+
+
+def norm_inputs(tokens: int, size: int, *weights: Callable[..., Tensor], **fixed: object) -> Draw:
     """x [tokens, size] ~ N(0, 1), one set-up for each way to draw the weight."""
 
     def draw(rng: torch.Generator) -> list[Inputs]:
@@ -47,21 +51,17 @@ def norm_inputs(
     return draw
 
 
-def sum_inputs(
-    tokens: int, size: int, *scales: tuple[float, float], weight: Callable[..., Tensor] = ones
-) -> Callable[..., list[Inputs]]:
+def sum_inputs(tokens: int, size: int, weight: Callable[..., Tensor], *scales: tuple[float, float]) -> Draw:
     """x and residual [tokens, size], normal, one set-up for each pair of deviations."""
 
     def draw(rng: torch.Generator) -> list[Inputs]:
-        return [
-            {"x": normal(rng, tokens, size, scale=a), "residual": normal(rng, tokens, size, scale=b), "weight": w}
-            for w in [weight(rng, size)]
-            for a, b in scales
-        ]
+        drawn = weight(rng, size)
+        pairs = ([normal(rng, tokens, size, scale=scale) for scale in pair] for pair in scales)
+        return [{"x": x, "residual": residual, "weight": drawn} for x, residual in pairs]
 
     return draw
 
 
-def values(n: int, *names: str) -> Callable[..., list[Inputs]]:
-    """n normal bf16 values for each name."""
-    return lambda rng: [{name: normal(rng, n) for name in names}]
+def in_turn(*draws: Draw) -> Draw:
+    """The set-ups of all of these."""
+    return lambda rng: [inputs for draw in draws for inputs in draw(rng)]

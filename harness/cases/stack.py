@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from castpoint.harness.cases.case import Case, Claim, Inputs, Side, Way, hidden
+from castpoint.harness.cases.case import CLAIMS, Case, Draw, Inputs, Side, Way, hidden
 from castpoint.harness.cases.figures import exponent
 from castpoint.harness.cases.inputs import near_one, normal
+from castpoint.harness.cases.norm import exact_norm
 from castpoint.harness.problems.drawn import residual_std, residual_stream
 from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
@@ -25,8 +25,7 @@ from castpoint.variants.spec import spec, store
 
 def exact_step(stream: Tensor, weight: Tensor, projection: Tensor, scale: float = 1.0) -> Tensor:
     """stream + scale * W norm(stream) in float64. [T, D], [D], [D, D]."""
-    normed = stream * (stream.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
-    return stream + scale * (normed @ projection.double().T)
+    return stream + scale * (exact_norm(stream, weight, eps=1e-6) @ projection.double().T)
 
 
 def plan_step(plan: CastPlan, stream: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
@@ -56,28 +55,36 @@ def stack_errors(side: Side, inputs: Inputs) -> Tensor:
     return stack(side, inputs) - stack(EXACT_STEP, inputs)
 
 
-def stack_inputs(
-    layers: int, *, published: bool = False, massive: bool = False, tokens: int = 16, size: int = 256
-) -> Callable[..., list[Inputs]]:
-    """Inputs of a stack. Deltas keep the size of the first stream; published: they let the stream grow as
-    Qwen3-0.6B's; massive: the stream of its layer 8, whose first token and four channels stand out."""
+def stack_inputs(layers: int, *, published: bool = False, massive: bool = False) -> Draw:
+    """Inputs of a stack, T = 16, D = 256. Deltas keep the size of the first stream; published: they let the stream
+    grow as Qwen3-0.6B's; massive: the stream of its layer 8, whose first token and four channels stand out."""
 
     def draw(rng: torch.Generator) -> list[Inputs]:
         sizes = [residual_std(layer) if published else 1.0 for layer in range(layers + 1)]
         steps = [math.sqrt(b * b - a * a) if published else 1.0 for a, b in zip(sizes, sizes[1:], strict=False)]
-        x = normal(rng, tokens, size, scale=sizes[0])
+        x = normal(rng, 16, 256, scale=sizes[0])
         if massive:
-            x = residual_stream(tokens, size, 8, rng)
+            x = residual_stream(16, 256, 8, rng)
             steps = [x.double()[1:].square().mean().sqrt().item()] * layers
-        norms = [near_one(rng, size) for _ in steps]
-        projections = [normal(rng, size, size, scale=step / math.sqrt(size)) for step in steps]
+        norms = [near_one(rng, 256) for _ in steps]
+        projections = [normal(rng, 256, 256, scale=step / 16) for step in steps]  # by the root of D
         return [{"x": x, "norms": norms, "projections": projections}]
 
     return draw
 
 
-def depth_exponent(errors: Tensor) -> float:
-    return exponent(errors.square().mean((1, 2)).sqrt())
+def rms(errors: Tensor) -> Tensor:
+    """Of each step's [T, D], [L]."""
+    return errors.square().mean((1, 2)).sqrt()
+
+
+def growth(errors: Tensor) -> float:
+    return exponent(rms(errors))
+
+
+def far_apart(before: Tensor, after: Tensor) -> Tensor:
+    """Share of the last stream's elements that differ by more than 0.01."""
+    return ((after[-1] - before[-1]).abs() > 0.01).double().mean()
 
 
 def apart(before: Tensor, after: Tensor) -> Tensor:
@@ -87,46 +94,19 @@ def apart(before: Tensor, after: Tensor) -> Tensor:
 
 EXACT_STEP = Way("every step in float64", exact_step)
 SCALED_STEP = Way("every norm 0.3 % too large, nothing rounded", functools.partial(exact_step, scale=1.003))
-RANKS_KEPT, RANKS_STORED = (
-    Way(f"8 ranks' parts {how}", functools.partial(parallel_step, storage=storage))
-    for how, storage in (("kept in fp32", KEEP), ("stored in bf16", RNE))
-)
-RSTD_ROUNDED = ONE_ROUNDING.replace(rstd=RNE, normed=RNE)
+RANKS_KEPT = Way("8 ranks' parts kept in fp32", functools.partial(parallel_step, storage=KEEP))
+RANKS_STORED = Way("8 ranks' parts stored in bf16", functools.partial(parallel_step, storage=RNE))
+RSTD = (ONE_ROUNDING, ONE_ROUNDING.replace(rstd=RNE, normed=RNE))
+VARIANCE = (HF, HF.replace(statistics=RNE, variance=RNE))
+DEEP, MASSIVE = stack_inputs(32), stack_inputs(58, massive=True)
+STREAMS = {"draws": 2, "run": stack, "grow": lambda a, b: rms(b - a)}
+ERRORS = {"draw": stack_inputs(36), "draws": 3, "outputs": False, "run": stack_errors}
 
-# fmt: off
 STACK: tuple[Case, ...] = (
-    Case(5, "TransformerEngine #1132, transformers #33133", "normed", HF, ONE_ROUNDING,
-        "elements of the stream that differ by more than 0.01 after 27 layers", "share",
-        lambda a, b: ((b[-1] - a[-1]).abs() > 0.01).double().mean(),
-        Claim("80 % of hidden values differ by more than 0.01"),
-        "a drawn stack whose stream grows as Qwen3-0.6B's; the share follows its size, so Llama 3 would decide",
-        stack_inputs(27, published=True), draws=2, run=stack, grow=lambda a, b: depth_exponent(b - a)),
-    Case(16, "TransformerEngine #1761", "all-reduce", RANKS_KEPT, RANKS_STORED,
-        "relative rms difference of the stream after 32 layers", "relative",
-        lambda a, b: (b[-1] - a[-1]).square().mean().sqrt() / a[-1].square().mean().sqrt(),
-        Claim("an average logit error of 15 % between TP degrees"),
-        "a drawn stack, whose layers hardly amplify; logits of a checkpoint at two TP degrees would decide",
-        stack_inputs(32), draws=2, run=stack, grow=lambda a, b: depth_exponent(b - a)),
-    Case(17, "amd/IRON #139", "rstd, normed", ONE_ROUNDING, RSTD_ROUNDED,
-        "exponent of the error's growth with depth, rstd in bf16", "exponent", lambda a, b: depth_exponent(b),
-        Claim("with rstd in bf16 the error grows linearly with depth", 1.0, 0.75, 1.25),
-        "rms error against float64 over 36 additions of a drawn stack; halfway to a square root counts as linear",
-        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(b)),
-    Case(17, "amd/IRON #139", "rstd, normed", ONE_ROUNDING, RSTD_ROUNDED,
-        "what rounding rstd adds to that exponent", "exponent",
-        lambda a, b: depth_exponent(b) - depth_exponent(a),
-        Claim("without it the error grows as the root of depth: half less", 0.5, 0.25, 0.75),
-        "the same stack with and without: rounding the stream itself, which grows as a root, is linear already",
-        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(a)),
-    Case(17, "amd/IRON #139", "rstd", EXACT_STEP, SCALED_STEP,
-        "exponent of the growth of a coherent error of rstd alone", "exponent", lambda a, b: depth_exponent(b),
-        Claim("an error of one direction in every norm adds up linearly", 1.0, 0.75, 1.25),
-        "the same stack: the error stays the same share of a stream whose drawn deltas do not line up",
-        stack_inputs(36), draws=3, outputs=False, run=stack_errors, grow=lambda a, b: depth_exponent(b)),
-    Case(20, "sglang #27540", "statistics, variance", HF, HF.replace(statistics=RNE, variance=RNE),
-        "1 - mean cosine of the streams after 58 layers", "1 - cosine", lambda a, b: apart(a, b)[-1],
-        Claim("cosine per layer falls from 0.913 to 0.513"),
-        "a drawn stack with massive activations; an error of rstd is a common factor: gemma-4 itself would decide",
-        stack_inputs(58, massive=True), draws=1, run=stack, grow=lambda a, b: exponent(apart(a, b))),
+    Case(CLAIMS["llama-stream"], HF, ONE_ROUNDING, far_apart, stack_inputs(27, published=True), **STREAMS),
+    Case(CLAIMS["tp-stream"], RANKS_KEPT, RANKS_STORED, lambda a, b: rms(b - a)[-1] / rms(a)[-1], DEEP, **STREAMS),
+    Case(CLAIMS["rstd-depth"], *RSTD, lambda a, b: growth(b), **ERRORS, grow=lambda a, b: rms(b)),
+    Case(CLAIMS["rstd-added"], *RSTD, lambda a, b: growth(b) - growth(a), **ERRORS, grow=lambda a, b: rms(a)),
+    Case(CLAIMS["rstd-coherent"], EXACT_STEP, SCALED_STEP, lambda a, b: growth(b), **ERRORS, grow=lambda a, b: rms(b)),
+    Case(CLAIMS["gemma-stream"], *VARIANCE, lambda a, b: apart(a, b)[-1], MASSIVE, draws=1, run=stack, grow=apart),
 )
-# fmt: on

@@ -6,13 +6,15 @@ What it turns red for: test_source.py, test_machine.py. Other people's kernels: 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from audit_support import in_process
 
-from castpoint.harness.audit.kernels import COLUMNS, audit_case
+from castpoint.harness.audit.kernels import audit_case
 from castpoint.harness.compiled.compile import TARGETS, binaries
+from castpoint.harness.runs.schema import AuditRow
 from castpoint.variants.catalogue import PLANS
 
 
@@ -42,7 +44,7 @@ def test_every_kernel_rounds_as_its_plan_declares(target: str, tmp_path: Path):
     assert [(row["kernel"], row["plan"], row["keywords"]) for row in rows] == wanted
     assert not [row["reason"] for row in rows if row["status"] != "ok"]
     for row in rows:
-        assert tuple(row) == COLUMNS and row["target"] == target
+        assert row.keys() == {field.name for field in fields(AuditRow)} and row["target"] == target
         plan = PLANS[row["plan"]].plan
         assert row["fused"] == 0 and row["not_followed"] == ""
         assert bool(row["matrix"]) == (row["kernel"] == "norm_qkv" and (plan.matmul != "fp32" or target == "gfx942"))

@@ -11,8 +11,8 @@ import pytest
 import triton
 from audit_support import ADDEND, AMD, NVIDIA, changed, in_process, other_addend, replace_one
 
+from castpoint.harness.audit.assembly import ptx_graph
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
-from castpoint.harness.audit.ptx import ptx_graph
 from castpoint.harness.audit.roundings import machine_roundings
 from castpoint.harness.compiled.compile import compile_head_norm, compile_norm_qkv, compile_rms_norm
 from castpoint.kernels.config import Config

@@ -3,25 +3,42 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from case_support import case
 
 import castpoint.harness.cases.run as cases
-from castpoint.harness.cases.case import Way, printed, verdict
+from castpoint.harness.cases.case import CLAIMS, Measured, Way, claims_of, verdict
+from castpoint.harness.cases.elementwise import ELEMENTWISE
 from castpoint.harness.cases.figures import share, share_by_row
-from castpoint.harness.cases.run import CASES, run_cases, verdict_of
+from castpoint.harness.cases.norm import NORM
+from castpoint.harness.cases.run import CASES, run_cases
+from castpoint.harness.cases.stack import STACK
 from castpoint.kernels.plan import KEEP, RTZ, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 
 NUMBERS = ("measured", "measured_low", "measured_high", "claimed", "claimed_low", "claimed_high")
 NAN, INF = math.nan, math.inf
+TABLE = (Path(cases.__file__).parent / "data/claims.csv").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     return list(run_cases())
+
+
+def judged(*numbers: float | str) -> str:
+    """The verdict of these NUMBERS; an empty cell counts as NaN."""
+    measured, low, high, *claimed = (NAN if number == "" else number for number in numbers)
+    claim = dataclasses.replace(CASES[0].claim, **dict(zip(NUMBERS[3:], claimed, strict=True)))
+    return verdict(Measured(measured, low, high), claim)
+
+
+def verdict_of(row: dict) -> str:
+    return judged(*(row[name] for name in NUMBERS))
 
 
 def by_hand(row: dict) -> str:
@@ -84,7 +101,7 @@ def test_measuring_leaves_the_threads_as_they_were(two_threads: None) -> None:
 def test_the_same_seed_gives_the_same_figures(rows: list[dict]) -> None:
     quantity = "elements that differ in one row of 4,096"
     row = next(row for row in rows if row["measure"] == quantity)
-    assert case(quantity).measure(0).value == row["measured"]
+    assert case(quantity).measure(0).measured == row["measured"]
 
 
 def test_sides_are_different_functions(rows: list[dict]) -> None:
@@ -94,7 +111,7 @@ def test_sides_are_different_functions(rows: list[dict]) -> None:
         if isinstance(before, CastPlan) and isinstance(after, CastPlan):
             assert before.choices() != after.choices()
         if row["share_differ"] != "":
-            assert row["share_differ"] > 0, f"{c.quantity}: the two sides return the same"
+            assert row["share_differ"] > 0, f"{c.claim.measure}: the two sides return the same"
 
 
 def test_a_case_that_raises_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +127,32 @@ def test_a_case_that_raises_is_a_row_and_the_others_go_on(monkeypatch: pytest.Mo
     assert (first["status"], first["reason"], first["verdict"]) == ("failed", "RuntimeError: no such sum", "")
     assert first["measured"] == "" and first["claimed"] == 0.003
     assert (second["status"], second["verdict"]) == ("ok", "fits")
+
+
+# ---------------------------------------------------------------- the table of claims
+
+
+def test_every_claim_is_measured_once_and_every_case_claimed() -> None:
+    keys = [line.split(",")[0] for line in TABLE[1:]]
+    assert sorted(keys) == sorted(c.claim.key for c in (*NORM, *ELEMENTWISE, *STACK))
+    assert len(set(keys)) == len(keys) and [c.claim.key for c in CASES] == keys
+    numbers = [c.claim.case for c in CASES]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("spoil", [lambda row: f"{row},", lambda row: row.replace(",", " ", 1)])
+def test_a_row_of_the_table_with_another_number_of_cells_is_refused(spoil: Callable[[str], str]) -> None:
+    claims_of(TABLE)
+    with pytest.raises(ValueError, match="argument 2 is"):
+        claims_of([*TABLE[:3], spoil(TABLE[3]), *TABLE[4:]])
+
+
+def test_a_claim_is_what_its_row_says() -> None:
+    claim = CLAIMS["row-of-128"]  # a share counted once is exact
+    assert (claim.case, claim.unit, claim.claimed) == (7, "share", 33 / 128)
+    assert claim.claimed == claim.claimed_low == claim.claimed_high
+    assert (CLAIMS["sum-order"].claimed_low, CLAIMS["sum-order"].claimed_high) == (1e-6, 1e-5)
+    assert math.isnan(CLAIMS["fp8-codes"].claimed) and math.isnan(CLAIMS["fp8-codes"].claimed_low)
 
 
 # ---------------------------------------------------------------- the rule
@@ -137,7 +180,7 @@ def test_a_case_that_raises_is_a_row_and_the_others_go_on(monkeypatch: pytest.Mo
     ],
 )
 def test_rule(numbers: tuple[float, ...], expected: str) -> None:
-    assert verdict(*numbers) == expected
+    assert judged(*numbers) == expected
 
 
 def test_three_times_a_figure_that_fits_does_not(rows: list[dict]) -> None:
@@ -151,30 +194,33 @@ def test_three_times_a_figure_that_fits_does_not(rows: list[dict]) -> None:
 
 
 def test_the_range_of_a_claim_holds_what_prints_as_it() -> None:
-    claim = printed("", 0.41, 0.01)
-    assert f"{claim.low + 1e-9:.2f}" == f"{claim.high - 1e-9:.2f}" == "0.41"
-    assert f"{claim.low - 1e-9:.2f}" == "0.40" and f"{claim.high + 1e-9:.2f}" == "0.42"
+    claim = CLAIMS["rope-truncated"]  # 41 %
+    low, high = claim.claimed_low, claim.claimed_high
+    assert f"{low + 1e-9:.2f}" == f"{high - 1e-9:.2f}" == "0.41"
+    assert f"{low - 1e-9:.2f}" == "0.40" and f"{high + 1e-9:.2f}" == "0.42"
     for c in CASES:
-        low, value, high = c.claim.low, c.claim.value, c.claim.high
-        assert math.isnan(value) or low <= value <= high, c.claim.text
-        assert math.isnan(low) == math.isnan(high), c.claim.text
+        low, value, high = c.claim.claimed_low, c.claim.claimed, c.claim.claimed_high
+        assert math.isnan(value) or low <= value <= high, c.claim.claimed_text
+        assert math.isnan(low) == math.isnan(high), c.claim.claimed_text
 
 
 def test_claimed_figures_are_those_of_their_text() -> None:
     """Some number of the text is the figure: as a share where it has a percent sign, or its complement, or negative."""
     checked = 0
     for c in CASES:
-        text = c.claim.text.replace(",", "")
+        text = c.claim.claimed_text.replace(",", "")
         found = [
             float(number) / (100 if percent else 1)
             for number, percent in re.findall(r"(\d+\.?\d*(?:e-\d+)?)( %)?", text)
         ]
-        if not found or not c.claim.value or math.isnan(c.claim.value):
+        if not found or not c.claim.claimed or math.isnan(c.claim.claimed):
             continue  # a law in words, or nothing beyond a limit
         checked += 1
         found += [1 - number for number in found] + [-number for number in found]
         found += [a / b for a, b in zip(found, found[1:], strict=False) if b]
-        assert any(c.claim.low <= number <= c.claim.high for number in found), f"{c.claim.text}: {c.claim.value}"
+        assert any(c.claim.claimed_low <= number <= c.claim.claimed_high for number in found), (
+            f"{c.claim.claimed_text}: {c.claim.claimed}"
+        )
     assert checked >= 20
 
 
@@ -189,26 +235,25 @@ def test_swapped_sides_flip_what_is_signed() -> None:
     ):
         c = case(quantity)
         right, wrong = c.measure(), dataclasses.replace(c, before=c.after, after=c.before).measure()
-        assert right.value * wrong.value < 0, quantity
+        assert right.measured * wrong.measured < 0, quantity
         if c.outputs:
             assert right.signed_bias < 0 < wrong.signed_bias, quantity
     c = case("mean change")
-    claim, swapped = c.claim, dataclasses.replace(c, before=c.after, after=c.before).measure()
-    numbers = (swapped.value, swapped.low, swapped.high, claim.value, claim.low, claim.high)
-    assert verdict(*numbers) == "does not fit"
+    swapped = dataclasses.replace(c, before=c.after, after=c.before).measure()
+    assert verdict(swapped, c.claim) == "does not fit"
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_same_side_twice_has_no_effect_and_does_not_fit(side: int) -> None:
     seen = 0
     for c in CASES:
-        if c.pick not in (share, share_by_row) or not c.claim.value > 0:
+        if c.pick not in (share, share_by_row) or not c.claim.claimed > 0:
             continue
         seen += 1
         same = (c.before, c.after)[side]
         m = dataclasses.replace(c, before=same, after=same, draws=1).measure()
-        assert m.value == m.high == m.share_differ == m.max_ulp == m.signed_bias == 0, c.quantity
-        assert verdict(m.value, m.low, m.high, c.claim.value, c.claim.low, c.claim.high) == "does not fit"
+        assert m.measured == m.measured_high == m.share_differ == m.max_ulp == m.signed_bias == 0, c.claim.measure
+        assert verdict(m, c.claim) == "does not fit"
     assert seen >= 8
 
 
@@ -222,7 +267,7 @@ def test_a_boundary_moved_elsewhere_does_not_fit(rows: list[dict]) -> None:
     """The rows whose claims hold are not held by any other plan that comes along."""
     c = case("elements that differ in one row of 4,096")
     truncated = dataclasses.replace(c, before=HF, after=HF.replace(hidden=RTZ)).measure()
-    assert truncated.value > 1.5 * c.claim.value
+    assert truncated.measured > 1.5 * c.claim.claimed
     c = case("mean change of the magnitude")
     kept = dataclasses.replace(c, before=ONE_ROUNDING.replace(x=KEEP)).measure()  # against no rounding
-    assert verdict(kept.value, kept.low, kept.high, c.claim.value, c.claim.low, c.claim.high) == "does not fit"
+    assert verdict(kept, c.claim) == "does not fit"

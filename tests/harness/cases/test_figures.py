@@ -7,12 +7,12 @@ import torch
 from case_support import case
 
 from castpoint.harness.accuracy.errors import error_stats
-from castpoint.harness.cases.case import Case, Claim, Way, described, hidden, verdict
+from castpoint.harness.cases.case import Case, Way, claims_of, described, hidden, verdict
+from castpoint.harness.cases.elementwise import accumulated, shrink, summed
 from castpoint.harness.cases.figures import changes, exponent, magnitude_bias, share, share_by_row, ulps
 from castpoint.harness.cases.inputs import near_one, normal
-from castpoint.harness.cases.residual import accumulated, shrink, summed
-from castpoint.harness.cases.stack import depth_exponent, exact_step, stack, stack_inputs
-from castpoint.harness.cases.sums import bf16_sum, fp32_sum
+from castpoint.harness.cases.norm import bf16_sum, fp32_sum
+from castpoint.harness.cases.stack import exact_step, growth, stack, stack_inputs
 from castpoint.kernels.plan import RNE, RTZ
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
@@ -50,7 +50,7 @@ def test_one_plus_w_by_hand() -> None:
     c = case("error of the scale 1 + w")
     wide, narrow = applied_weight(weight, c.before), applied_weight(weight, c.after)
     assert (narrow / wide - 1).abs().tolist() == pytest.approx([at_small, at_large], rel=1e-12)
-    assert case("error of the scale 1 + w").measure().value == pytest.approx(at_small, rel=1e-12)
+    assert case("error of the scale 1 + w").measure().measured == pytest.approx(at_small, rel=1e-12)
     assert at_large / at_small == pytest.approx(1.2, abs=0.05), "said to be 1.2 in the case's words"
 
 
@@ -60,7 +60,7 @@ def test_a_correctly_rounded_output_is_a_quarter_over_log_two_from_fp32() -> Non
     value = torch.rand(1 << 18, generator=rng, dtype=torch.float64).exp2()
     pick = case("mean distance to fp32 if nothing").pick
     assert pick(value, store(value, RNE)).item() == pytest.approx(1 / (4 * math.log(2)), rel=0.005)
-    assert case("mean distance to fp32 if nothing").measure().value == pytest.approx(0.3607, rel=0.02)
+    assert case("mean distance to fp32 if nothing").measure().measured == pytest.approx(0.3607, rel=0.02)
 
 
 def test_a_row_strays_far_beyond_its_number_of_elements() -> None:
@@ -98,8 +98,8 @@ def test_what_the_stack_makes_of_each_error_alone() -> None:
     along = ((scaled - exact)[-1] * added).sum() / added.square().sum()
     assert along.item() == pytest.approx(0.003, rel=0.15)
     rounded = stack(Way("stream in bf16", lambda *args: store(exact_step(*args), RNE)), inputs)
-    growth = {name: depth_exponent(s - exact) for name, s in (("scaled", scaled), ("rounded", rounded))}
-    assert 0.4 < growth["scaled"] < 0.65 and 0.85 < growth["rounded"] < 1.15
+    exponents = {name: growth(s - exact) for name, s in (("scaled", scaled), ("rounded", rounded))}
+    assert 0.4 < exponents["scaled"] < 0.65 and 0.85 < exponents["rounded"] < 1.15
     assert exponent(exact.square().mean((1, 2)).sqrt()) == pytest.approx(0.5, abs=0.05)
 
 
@@ -156,13 +156,17 @@ def test_sides_in_words() -> None:
 
 
 def test_a_new_case_needs_no_more_than_its_fields() -> None:
+    (claim,) = claims_of(
+        [
+            "key,case,source,where,measure,unit,claimed_text,claimed,step,claimed_low,claimed_high,why",
+            "new,99,nowhere #1,out,elements that differ,share,all of them,1,0,,,fp32 values are hardly bf16 values",
+        ]
+    ).values()
     made = Case(
-        *(99, "nowhere #1", "out"),
-        *(Way("as it is", lambda v: v.double()), Way("in bf16", lambda v: store(v.double(), RNE))),
-        *("elements that differ", "share", share),
-        claim=Claim("all of them", 1.0, 1.0, 1.0),
-        why="fp32 values are hardly ever bf16 values",
-        draw=lambda rng: [{"v": torch.randn(1000, generator=rng)}],
+        claim,
+        Way("as it is", lambda v: v.double()),
+        Way("in bf16", lambda v: store(v.double(), RNE)),
+        share,
+        lambda rng: [{"v": torch.randn(1000, generator=rng)}],
     )
-    m = made.measure()
-    assert verdict(m.value, m.low, m.high, 1.0, 1.0, 1.0) == "fits"
+    assert verdict(made.measure(), claim) == "fits"

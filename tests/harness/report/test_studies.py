@@ -167,7 +167,7 @@ def test_cases_and_budget_commands_fill_the_report(
 ) -> None:
     import castpoint.harness.cases.run as cases
 
-    monkeypatch.setattr(cases, "CASES", [case for case in cases.CASES if case.number == 9])
+    monkeypatch.setattr(cases, "CASES", [case for case in cases.CASES if case.claim.case == 9])
     cli.study("cases", tmp_path)
     assert "vllm #53203" in capsys.readouterr().out
     options = {"layers": "0", "tokens": 8, "plans": "hf,gemma", "device": "cpu", "results": tmp_path}
