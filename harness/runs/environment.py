@@ -57,7 +57,9 @@ def describe(device: str) -> dict[str, Any]:
             "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            "driver": (_said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown").split()[
+                0
+            ],
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
@@ -111,29 +113,21 @@ def commit() -> str:
     """
     if not (ROOT / ".git").exists():
         return version("castpoint") or "unknown"
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        code = ["kernels", "variants", "harness"]
-        clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, check=False).returncode == 0
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("" if clean else "+")
+    head = _said("git", "rev-parse", "--short=12", "HEAD")
+    clean = _said("git", "diff", "--quiet", "HEAD", "--", "kernels", "variants", "harness") is not None
+    return "unknown" if head is None else head + ("" if clean else "+")
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _said(*command: str) -> str | None:
+    """What a command prints, here in the checkout; None where it fails, hangs or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0]
+        return None
+    return done.stdout.strip()
 
 
 def _processor() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

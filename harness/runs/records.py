@@ -24,14 +24,10 @@ class Records:
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
         self.environment_path = folder / "environment.json"
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
-        except OSError as error:
-            raise UserError(
-                f"results folder {folder} cannot be written ({error.strerror}): choose another with --results"
-            ) from None
         self.runs = load_runs(folder)
         for table, columns in TABLES.items():
             check_table(folder / f"{table}.csv", columns)
