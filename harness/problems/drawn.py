@@ -61,9 +61,7 @@ def residual_std(layer: int) -> float:
     """Standard deviation of Qwen3-0.6B's residual stream at that layer's input: published, or geometric between."""
     with open(DATA / "qwen3-0.6b-residual-stream.csv", newline="") as file:
         known = {int(row["layer"]): float(row["std"]) for row in csv.DictReader(file)}
-    if layer in known:
-        return known[layer]
-    below = max(at for at in known if at < layer)
+    below = max(at for at in known if at <= layer)
     above = min((at for at in known if at > layer), default=None)
     growth = GROWTH if above is None else (known[above] / known[below]) ** (1 / (above - below))
     return known[below] * growth ** (layer - below)
@@ -125,7 +123,7 @@ def synthetic_problem(
     `random` takes the statistics of the layer of Qwen3-0.6B at the same depth, the projection scaled to keep the
     size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). uniform_k_norm:
     that number in place of every K-norm weight, a control for what the calibrated ones amplify.
-    Raises KeyError for an unknown model, ValueError for a layer that the model does not have.
+    Raises UserError for an unknown model, ValueError for a layer that the model does not have.
     """
     g = geometry_named(model)
     if not 0 <= layer < g.num_layers:
@@ -135,15 +133,13 @@ def synthetic_problem(
     rng = torch.Generator().manual_seed(seed * 1000 + layer)
     x = residual_stream(tokens, g.hidden_size, source, rng)
     rescale = math.sqrt(geometry_named(CALIBRATED_MODEL).hidden_size / g.hidden_size)
-    sizes = {"q": g.num_q_heads * g.head_dim, "k": g.num_kv_heads * g.head_dim, "v": g.num_kv_heads * g.head_dim}
     projections = [
         torch.randn(rows, g.hidden_size, generator=rng) * (row[f"{name}_proj_std"] * rescale)
-        for name, rows in sizes.items()
+        for name, rows in g.projections.items()
     ]
     offset = g.weight_offset if weight_offset is None else weight_offset
-    norms = {
-        "norm_weight": heavy_tailed(g.hidden_size, row["input_layernorm_mean"], row["input_layernorm_std"], None, rng)
-    }
+    drawn = (g.hidden_size, row["input_layernorm_mean"], row["input_layernorm_std"], None)
+    norms = {"norm_weight": heavy_tailed(*drawn, rng)}
     if g.head_norm:
         norms["q_norm_weight"] = heavy_tailed(g.head_dim, row["q_norm_mean"], row["q_norm_std"], None, rng)
         norms["k_norm_weight"] = heavy_tailed(g.head_dim, *k_norm_statistics(source), rng)
@@ -157,14 +153,14 @@ def synthetic_problem(
     return Problem(
         x=x,
         qkv_weight=torch.cat(projections).to(torch.bfloat16),
+        bias=_bias(g, rng) if g.bias else None,
+        weights=label,
         num_q_heads=g.num_q_heads,
         num_kv_heads=g.num_kv_heads,
-        bias=_bias(g, rng) if g.bias else None,
         eps=g.eps,
         weight_offset=offset,
         model=model,
         layer=layer,
-        weights=label,
         **{name: (weight - 1 if offset else weight).to(torch.bfloat16) for name, weight in norms.items()},
     )
 
@@ -172,8 +168,8 @@ def synthetic_problem(
 def _bias(g: Geometry, rng: torch.Generator) -> Tensor:
     """QKV bias: a few large entries in K, as in Qwen2.5 (up to 145 in layer 0 of Qwen2.5-Coder-0.5B)."""
     bias = torch.randn(g.rows, generator=rng)
-    k = slice(g.num_q_heads * g.head_dim, (g.num_q_heads + g.num_kv_heads) * g.head_dim)
-    bias[k] *= torch.randn(g.num_kv_heads * g.head_dim, generator=rng).abs().mul(2).exp()
+    q, k = g.projections["q"], g.projections["k"]
+    bias[q : q + k] *= torch.randn(k, generator=rng).abs().mul(2).exp()
     return bias.to(torch.bfloat16)
 
 

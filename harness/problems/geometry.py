@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from castpoint.harness.runs.errors import UserError
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -21,9 +23,15 @@ class Geometry:
     weight_offset: bool = False
 
     @property
+    def projections(self) -> dict[str, int]:
+        """Rows of q, k and v, in the order in which the fused QKV weight has them."""
+        heads = {"q": self.num_q_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        return {name: count * self.head_dim for name, count in heads.items()}
+
+    @property
     def rows(self) -> int:
         """Rows of the fused QKV weight."""
-        return (self.num_q_heads + 2 * self.num_kv_heads) * self.head_dim
+        return sum(self.projections.values())
 
 
 GEOMETRIES = {
@@ -42,12 +50,12 @@ GEOMETRIES = {
 
 
 def geometry_named(model: str) -> Geometry:
-    """The geometry of that model. Raises KeyError with the nearest name where there is none."""
+    """The geometry of that model. Raises UserError with the nearest name where there is none."""
     if model in GEOMETRIES:
         return GEOMETRIES[model]
     near = difflib.get_close_matches(model, GEOMETRIES, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise KeyError(f"unknown model {model!r}: {hint}models are {', '.join(GEOMETRIES)}")
+    raise UserError(f"unknown model {model!r}: {hint}models are {', '.join(GEOMETRIES)}")
 
 
 def name_of(geometry: Geometry) -> str | None:

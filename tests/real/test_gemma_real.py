@@ -11,7 +11,7 @@ from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.study import Says, parting, token_errors
 from castpoint.harness.model.yardsticks import in_precision
-from castpoint.harness.problems.checkpoint import Checkpoint
+from castpoint.harness.problems.checkpoint import open_checkpoint
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.envelope import envelope, outside
@@ -79,7 +79,7 @@ def test_the_largest_k_norm_weight_is_in_layer_11(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("layer", [0, 11])
 def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: int) -> None:
     """Read by two ways that share no code: transformers' and problems.checkpoint's."""
-    tensors = Checkpoint(str(gemma.GGUF)).layer(layer)
+    tensors = open_checkpoint(str(gemma.GGUF)).layer(layer)
     problem = layer_problem(decoder_layers(lm.model)[layer], lm.config, torch.zeros(1, 640, dtype=torch.bfloat16))
     assert set(tensors) == {"norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight"}
     for name, tensor in tensors.items():
