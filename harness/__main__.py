@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ except ImportError:
 
 from castpoint.harness import options, steps
 from castpoint.harness.options import DeviceName, ResultsFolder
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 
 app = typer.Typer(
     help="Where does a fused RMSNorm -> QKV -> K-norm kernel round to bf16, what does it cost, what does it buy?",
@@ -85,9 +86,9 @@ def bench(
     only: options.Only = "",
 ) -> None:
     """Errors, amplification, error budget and speed of every plan, then plots and report."""
-    parts = options.parse_parts(only)
-    chosen = {"model": model, "checkpoint": checkpoint, "layers": layers, "tokens": tokens, "plans": plans}
-    settings, records = options.select(**chosen, seed=seed, device=device, results=results, short=short, parts=parts)
+    given = locals()  # the options, by their names
+    parts = options.parse_parts(given.pop("only"))
+    settings, records = options.select("bench", **given, parts=parts)
     steps.measure(settings, records, parts)
     records.finish()
     if parts == options.PARTS:
@@ -119,7 +120,8 @@ def gpu(
 
     try:
         if tune:
-            records = options.records_of("tune", results, device, options.narrowed(quick=quick), quick=quick)
+            part_of = options.narrowed({}, quick=quick)
+            records = options.records_of("tune", results, part_of, device=device, quick=quick)
             steps.tune_kernels(records, quick)
             return
         settings, records = options.select("gpu", device=device, results=results, short=quick)
@@ -159,16 +161,19 @@ def model(
 ) -> None:
     """Does a language model notice? Every plan inside a real model, against float64 and against eager bf16."""
     device = options.device_named(device)
-    read = options.prompts_hash(prompts)
     names = options.parse_plans(plans)
-    options.check_backend(backend)
+    from castpoint.variants.backends import check_backend
+
+    with mistakes(ValueError):
+        check_backend(backend)
     if results is not None:
         options.refuse_published(results)
     from castpoint.harness.model.fetch import ready
     from castpoint.harness.model.language_model import load
-    from castpoint.harness.model.study import CONTINUATION, arms, sweep_model, texts
+    from castpoint.harness.model.study import CONTINUATION, arms, read_prompts, sweep_model, texts
     from castpoint.harness.report.model import section, study_of
 
+    read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts and read_prompts(prompts) else ""
     source = ready(source)
     if fetch_only:
         print(f"{source} is ready")
@@ -177,10 +182,9 @@ def model(
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
-    usual = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
-    given = asked | {"plans": plans, "prompts": prompts}
-    part_of = {name: str(value) for name, value in given.items() if value != usual.get(name)}
-    records = options.records_of("model", results, device, part_of, model=lm.name, weights=lm.weights, **asked)
+    whole = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
+    part_of = options.narrowed(whole, **asked | {"plans": plans, "prompts": prompts})
+    records = options.records_of("model", results, part_of, device=device, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
     records.finish()
     print(section(study_of(records.folder, records.run_id)))
@@ -230,11 +234,10 @@ def study(
     """
     if name not in steps.STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")
-    sweep, table = steps.STUDIES[name]
     device = options.device_named(device if name == "survey" else "cpu")
-    records = options.records_of(name, results, device)
-    sweep(records, device)
-    steps.finish_study(records, table)
+    records = options.records_of(name, results, device=device)
+    steps.study(name, records, device)
+    steps.finish_study(records, steps.STUDIES[name])
 
 
 @app.command(rich_help_panel=LAB)

@@ -25,7 +25,7 @@ from castpoint.harness.model.attach import attached, decoder_layers, fitted
 from castpoint.harness.model.language_model import LanguageModel, precision_for
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import BINS, ModelDlogpRow, ModelLayerRow, ModelTokensRow, Status
@@ -72,12 +72,11 @@ class Text:
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a UTF-8 text file, with blank lines between them. Raises UserError if it is none, or holds none."""
-    try:
+    if not path.is_file():
+        raise UserError(f"--prompts {path} does not exist: give a text file, with blank lines between prompts")
+    with mistakes(OSError, UnicodeDecodeError, about=f"{path} cannot be read, prompts are UTF-8 text"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: prompts are UTF-8 text, {error}") from error
-    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt: write some text, with blank lines between prompts")
     return prompts

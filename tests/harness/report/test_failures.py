@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bench.finish()
         for name in ("survey", "cases"):
             made = records(name)
-            steps.STUDIES[name][0](made, "cpu")
+            steps.study(name, made, "cpu")
             made.finish()
         made = records("execute")
         execute.execute_kernels(made, "sm_90")
