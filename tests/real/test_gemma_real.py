@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import reference_plan
 
 from castpoint.harness.model import fetch as gemma
-from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem, reference_plan
+from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.study import Says, parting, token_errors
