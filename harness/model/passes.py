@@ -17,12 +17,16 @@ from castpoint.harness.model.attach import decoder_layers
 @dataclass(frozen=True)
 class Pass:
     """Of every layer: hidden, the state behind it [S, D]; q and k, as they leave their norm [S, H, Dh], before rotary
-    embedding. logits [S, V]."""
+    embedding. logits [S, V], and log_p, what they say of the next token [S, V] float64."""
 
     hidden: list[Tensor]
     q: list[Tensor]
     k: list[Tensor]
     logits: Tensor
+
+    @functools.cached_property
+    def log_p(self) -> Tensor:
+        return self.logits.to(torch.float64).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -83,7 +83,9 @@ class Records:
         path = self.folder / f"{table}.csv"
         if not path.exists():
             path.write_text(",".join(TABLES[table]) + "\n")
-        _cut_partial_row(path)
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):  # of a killed run's last row half is there, and nothing is appended to it
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
         return {tuple(row[name] for name in KEYS[table]) for row in self.rows(table)}
 
 
@@ -117,10 +119,3 @@ def check_table(path: Path, columns: tuple[str, ...]) -> None:
         raise UserError(
             f"{path} was written with other columns ({len(header)}, not these {len(columns)}): choose another --results"
         )
-
-
-def _cut_partial_row(path: Path) -> None:
-    """Drops what a killed run left of its last row, so that nothing is appended to half a line."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -10,7 +10,7 @@ from castpoint.harness.model import fetch as gemma
 from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
-from castpoint.harness.model.study import Says, parting, token_errors
+from castpoint.harness.model.study import parting, token_errors
 from castpoint.harness.model.yardsticks import in_precision
 from castpoint.harness.problems.checkpoint import open_checkpoint
 from castpoint.variants.backends import run
@@ -89,7 +89,7 @@ def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: 
 
 def test_it_speaks_english(lm: LanguageModel, ids: list[int], own: Pass) -> None:
     """A wrong conversion (norms off by one, heads permuted) says nothing sensible: the famous passage is likely."""
-    log_p = Says.of(own.logits).log_p
+    log_p = own.log_p
     nll = -log_p[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
     assert nll < 2.0, nll
 
@@ -106,7 +106,7 @@ def test_the_gemma_plan_says_what_the_model_says(lm: LanguageModel, ids: list[in
 def test_one_plus_w_in_bf16_says_something_else(lm: LanguageModel, ids: list[int], own: Pass) -> None:
     made = made_by(lm, ids, "gemma-bf16-offset")
     assert not torch.equal(made.k[0], own.k[0]) and (made.logits != own.logits).double().mean() > 0.5
-    row, _ = token_errors(Says.of(made.logits), Says.of(own.logits), ids)
+    row, _ = token_errors(made, own, ids)
     assert 0 < row["kl_mean"] < 0.1  # it is a rounding, no other model
 
 
