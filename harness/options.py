@@ -14,8 +14,7 @@ import typer
 from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
 from castpoint.harness.runs.environment import ROOT, describe, machine_name
 from castpoint.harness.runs.errors import UserError, mistakes
-from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Records, Settings
 
 RUNS = Path("runs")  # where records go, one folder a machine; git ignores it
 PUBLISHED = ROOT / "results"

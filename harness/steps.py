@@ -8,9 +8,8 @@ from pathlib import Path
 
 from castpoint.harness import options
 from castpoint.harness.runs.errors import writing
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
-from castpoint.harness.runs.settings import Settings
 
 BUDGET_TOKENS = 64  # at most: the budget runs a spec for every subset of a plan's boundaries
 

@@ -18,11 +18,10 @@ from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
+from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, DrawRow, ErrorRow, Status, UlpRow
-from castpoint.harness.runs.settings import Settings
-from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named

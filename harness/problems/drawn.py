@@ -17,7 +17,7 @@ from torch import Tensor
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Settings
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 

@@ -1,4 +1,4 @@
-"""What machine and versions a run is measured on."""
+"""What machine and versions a run is measured on, and by how many threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,20 @@ def commit() -> str:
     head = _said("git", "rev-parse", "--short=12", "HEAD")
     clean = _said("git", "diff", "--quiet", "HEAD", "--", "kernels", "variants", "harness") is not None
     return "unknown" if head is None else head + ("" if clean else "+")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread inside, as many as before behind it: matrices of a few MB are slower on two as soon as
+    another process is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _said(*command: str) -> str | None:

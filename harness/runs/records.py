@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.schema import KEYS, TABLES, Row, text
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a bench or a gpu run is asked for; part of its record."""
+
+    model: str = "qwen3-0.6b"
+    checkpoint: str | None = None
+    layers: tuple[int, ...] = ()
+    tokens: int = 128
+    kernel_tokens: int = 16
+    speed_tokens: tuple[int, ...] = (1, 16, 128)
+    plans: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    speed_budget_s: float = 15.0
 
 
 class Records:

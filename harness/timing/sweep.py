@@ -16,9 +16,8 @@ from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
-from castpoint.harness.runs.settings import Settings
 from castpoint.harness.timing import cpu, limits
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda

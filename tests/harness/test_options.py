@@ -16,8 +16,7 @@ from castpoint.harness.problems import checkpoint, files
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.report.publish import unfit
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Settings, load_runs
 
 
 def test_layers_are_parsed() -> None:
