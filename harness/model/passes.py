@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,8 @@ def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
 
     def heads(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
         if output.ndim == 3:  # a projection without a norm
-            output = output.unflatten(-1, (-1, head_size(config)))
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            output = output.unflatten(-1, (-1, size))
         elif config.model_type == "gemma3_text":  # heads before tokens
             output = output.transpose(1, 2)
         kept.append(output[0])
@@ -79,10 +79,6 @@ def k_norm_max(layer: nn.Module) -> float | None:
 def norm_offset(norm: nn.Module) -> float:
     """What the norm adds to its stored weight: Gemma's 1."""
     return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
-
-
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def last_of(layer: nn.Module, name: str) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING
@@ -137,24 +137,20 @@ def _open_folder(fetch: Callable[..., Path], where: str) -> Checkpoint:
     shards = files.read_json(weights).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{weights} has no weight_map: it is no index of safetensors shards")
-    held: dict[str, dict[str, Stored]] = {}
+
+    @cache
+    def held_by(shard: str) -> dict[str, Stored]:
+        try:
+            return files.open_safetensors(fetch(shard))[0]
+        except UserError as error:
+            raise UserError(f"{files.INDEX} of {where} names the shard {shard}, but {error}") from error
 
     def find(layer: int) -> tuple[dict[str, Stored], dict[str, str]]:
         names = _hf_names(shards, layer)
         wanted = sorted({str(shards[name]) for name in names.values() if name in shards})
-        for shard in wanted:
-            if shard not in held:
-                held[shard] = files.open_safetensors(_shard(fetch, shard, where))[0]
-        return {name: tensor for shard in wanted for name, tensor in held[shard].items()}, names
+        return {name: tensor for shard in wanted for name, tensor in held_by(shard).items()}, names
 
     return Checkpoint(geometry, where, origin, find)
-
-
-def _shard(fetch: Callable[..., Path], shard: str, where: str) -> Path:
-    try:
-        return fetch(shard)
-    except UserError as error:
-        raise UserError(f"{files.INDEX} of {where} names the shard {shard}, but {error}") from error
 
 
 def _open_lone(path: Path, model: str) -> Checkpoint:
@@ -222,13 +218,13 @@ def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Check
     if "x" in names and "x" in stored:
         shapes["x"] = [*stored["x"].shape[:1], geometry.hidden_size]
     for role, name in names.items():
-        if role in shapes and name not in stored:
+        due, found = shapes.get(role), stored[name].shape if name in stored else None
+        if due and not found:
             raise UserError(f"{where} has no tensor {name}, which {origin} asks for")
-        if role not in shapes and name in stored:
+        if found and not due:
             raise UserError(f"{where} has a tensor {name}, which does not fit {origin}: that model has none")
-        if role in shapes and (shape := stored[name].shape) != shapes[role]:
-            expected = f"expected {shapes[role]}"
-            raise UserError(f"{name} of {where} has shape {shape}, which does not fit {origin}: {expected}")
+        if found != due:
+            raise UserError(f"{name} of {where} has shape {found}, which does not fit {origin}: expected {due}")
     read = {role: _bf16(names[role], stored[names[role]].read()) for role in shapes}
     inputs = {"norm_weight": read["norm"], "qkv_weight": torch.cat([read["q"], read["k"], read["v"]])}
     if geometry.bias:
