@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from castpoint.harness.accuracy.shapley import Errors, budget, order_of_sums
-from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at, reason_of
+from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at
 from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.environment import one_thread
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, Backend, BudgetRow, Status

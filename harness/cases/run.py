@@ -18,6 +18,7 @@ from castpoint.harness.cases.residual import RESIDUAL
 from castpoint.harness.cases.rope import ROPE
 from castpoint.harness.cases.stack import STACK
 from castpoint.harness.cases.sums import SUMS
+from castpoint.harness.runs.errors import reason_of
 
 # By their number in that list; cases of one number in this order.
 CASES = tuple(sorted((*NORM, *SUMS, *RESIDUAL, *STACK, *ROPE), key=lambda case: case.number))
@@ -39,7 +40,7 @@ def run_cases(seed: int = 0) -> Iterator[dict[str, Any]]:
         try:
             measured = case.measure(seed)
         except Exception as error:  # a case that cannot run is a row, and the cases after it go on
-            status, reason = "failed", f"{type(error).__name__}: {error}"
+            status, reason = "failed", reason_of(error)
         row = {
             "case": case.number, "source": case.source, "where": case.where,
             "before": described(case.before), "after": described(case.after),

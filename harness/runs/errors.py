@@ -32,8 +32,8 @@ def mistakes(*kinds: type[Exception], about: str = "") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """`ValueError: what it says`, in one line."""
-    return " ".join(f"{type(error).__name__}: {str(error)[:300]}".split())
+    """`ValueError: what it says`, in one line of at most 300 letters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextmanager
