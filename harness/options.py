@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
+from castpoint.harness.problems.geometry import geometry_named, name_of
 from castpoint.harness.runs.environment import ROOT, describe, machine_name
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.harness.runs.records import Records, Settings
@@ -56,7 +56,12 @@ def select(
     part_of = narrowed(WHOLE, **locals())
     name, geometry = model or Settings.model, geometry_named(model or Settings.model)
     if checkpoint is not None:
-        name, geometry = _checkpoint_geometry(checkpoint, model)
+        from castpoint.harness.problems.checkpoint import opened
+
+        named, geometry = geometry, opened(checkpoint, name).geometry
+        if model and geometry != named:
+            raise UserError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
+        name = name_of(geometry) or Path(checkpoint).name
     chosen = parse_layers(layers, geometry.num_layers)
     device = device_named(device)
     settings = Settings(
@@ -175,13 +180,3 @@ def check_dispatch() -> None:
 
     with mistakes(ValueError, KeyError, TypeError, about=str(TABLE)):
         read_table()
-
-
-def _checkpoint_geometry(checkpoint: str, model: str) -> tuple[str, Geometry]:
-    """Name and geometry of a checkpoint. Raises UserError if it cannot be read or is not the model asked for."""
-    from castpoint.harness.problems.checkpoint import opened
-
-    geometry = opened(checkpoint, model or Settings.model).geometry
-    if model and geometry != geometry_named(model):
-        raise UserError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
-    return name_of(geometry) or Path(checkpoint).name, geometry

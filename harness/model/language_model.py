@@ -19,10 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from castpoint.harness.model.attach import check_architecture, decoder_layers
 from castpoint.harness.problems import drawn
-from castpoint.harness.problems.drawn import CALIBRATED_MODEL, layer_statistics
+from castpoint.harness.problems.drawn import CALIBRATED_MODEL, THETA, layer_statistics
 from castpoint.harness.problems.files import hub_id, refuse_pickle, shortest
 from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.problems.positions import THETA
 from castpoint.harness.runs.errors import UserError, mistakes
 
 BYTES = 256  # the calibrated model's vocabulary: it has no tokenizer, and reads text as UTF-8

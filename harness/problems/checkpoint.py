@@ -214,9 +214,12 @@ def _gguf_config(reader: GGUFReader, path: Path) -> dict[str, object]:
 def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Checkpoint) -> dict[str, Tensor]:
     """Problem's inputs from the tensors called names[role], which must be those of the checkpoint's geometry."""
     geometry, where, origin = opened.geometry, opened.where, opened.origin
-    shapes = _shapes(geometry)
+    rows, hidden_size = geometry.projections, geometry.hidden_size
+    shapes = {"norm": [hidden_size]} | {role: [n, hidden_size] for role, n in rows.items()}
+    shapes |= {f"{role}_bias": [n] for role, n in rows.items() if geometry.bias}
+    shapes |= {f"{role}_norm": [geometry.head_dim] for role in "qk" if geometry.head_norm}
     if "x" in names and "x" in stored:
-        shapes["x"] = [*stored["x"].shape[:1], geometry.hidden_size]
+        shapes["x"] = [*stored["x"].shape[:1], hidden_size]
     for role, name in names.items():
         due, found = shapes.get(role), stored[name].shape if name in stored else None
         if due and not found:
@@ -232,14 +235,6 @@ def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Check
     if geometry.head_norm:
         inputs |= {"q_norm_weight": read["q_norm"], "k_norm_weight": read["k_norm"]}
     return inputs | ({"x": read["x"]} if "x" in read else {})
-
-
-def _shapes(geometry: Geometry) -> dict[str, list[int]]:
-    """Role -> shape, for every tensor that a layer of this geometry has."""
-    rows, hidden_size = geometry.projections, geometry.hidden_size
-    shapes = {"norm": [hidden_size]} | {role: [n, hidden_size] for role, n in rows.items()}
-    shapes |= {f"{role}_bias": [n] for role, n in rows.items() if geometry.bias}
-    return shapes | {f"{role}_norm": [geometry.head_dim] for role in "qk" if geometry.head_norm}
 
 
 def _bf16(name: str, tensor: Tensor) -> Tensor:

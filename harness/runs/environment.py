@@ -52,6 +52,7 @@ def describe(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
         facts["gpu"] = {
             "name": p.name,
             "multiprocessors": p.multi_processor_count,
@@ -59,9 +60,7 @@ def describe(device: str) -> dict[str, Any]:
             "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
-            "driver": (_said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown").split()[
-                0
-            ],
+            "driver": driver.split()[0],
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts

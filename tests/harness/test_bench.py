@@ -12,8 +12,7 @@ import torch
 import castpoint.harness.accuracy.sweep
 import castpoint.harness.timing.sweep
 from castpoint.harness.accuracy.sweep import problem_at, sweep_kernels, sweep_precision
-from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.problems.work import layer_work
+from castpoint.harness.problems.geometry import geometry_named, layer_work
 from castpoint.harness.report.findings import draw_table, findings
 from castpoint.harness.report.page import write_report
 from castpoint.harness.report.plots import draw
