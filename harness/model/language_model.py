@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
@@ -176,17 +176,13 @@ def calibrated_model(config: Qwen3Config) -> nn.Module:
         model.model.embed_tokens.weight.normal_(0, drawn.residual_std(0), generator=rng)
         model.model.norm.weight.fill_(1.0)
         for layer, row in zip(decoder_layers(model), layer_statistics(), strict=True):
-            for name, weight in layer.named_parameters():
-                weight.copy_(_drawn(name.split(".")[-2], weight.shape, row, rng))
+            for name, weight in layer.named_parameters():  # norms heavy-tailed, matrices Gaussian
+                mean, std = (row[f"{name.split('.')[-2]}_{word}"] for word in ("mean", "std"))
+                if weight.ndim == 1:
+                    weight.copy_(drawn.heavy_tailed(len(weight), mean, std, None, rng))
+                else:
+                    weight.copy_(mean + std * torch.randn(weight.shape, generator=rng))
         for layer, block in enumerate(decoder_layers(model)):
             weight = block.self_attn.k_norm.weight
             weight.copy_(drawn.heavy_tailed(len(weight), *drawn.k_norm_statistics(layer), rng))
     return model
-
-
-def _drawn(name: str, shape: torch.Size, row: dict[str, float | None], rng: torch.Generator) -> Tensor:
-    """A tensor of that shape with the published mean and deviation: heavy-tailed norms, Gaussian matrices."""
-    mean, std = row[f"{name}_mean"], row[f"{name}_std"]
-    if len(shape) == 1:
-        return drawn.heavy_tailed(shape[0], mean, std, None, rng)
-    return mean + std * torch.randn(shape, generator=rng)

@@ -91,10 +91,9 @@ def last_of(layer: nn.Module, name: str) -> nn.Module:
 def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
     """The most likely tokens behind ids, one at a time with a cache, as generation runs."""
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    out, chosen = model(tokens, use_cache=True), []
-    for left in reversed(range(count)):
-        token = out.logits[:, -1:].argmax(-1)
-        chosen.append(token.item())
-        if left:
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    cache, chosen = None, []
+    for _ in range(count):
+        out = model(tokens, past_key_values=cache, use_cache=True)
+        tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        chosen.append(tokens.item())
     return chosen
