@@ -20,14 +20,12 @@ RUNS = Path("runs")  # where records go, one folder a machine; git ignores it
 PUBLISHED = ROOT / "results"
 PARTS = ("errors", "amplification", "budget", "speed")  # of a bench
 WHOLE = {"model": Settings.model, "tokens": Settings.tokens, "parts": PARTS}  # values that leave nothing out
-NEUTRAL = ("command", "device", "results")
+NEUTRAL = ("command", "device", "results")  # options that narrow nothing
 
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: runs/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 ModelName = Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")]
-Source = Annotated[
-    str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
-]
+Source = Annotated[str | None, typer.Option(help="Real weights: safetensors or GGUF, a folder of shards, a hub id.")]
 Layers = Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)]
 Plans = Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")]
@@ -115,8 +113,7 @@ def newest_folder() -> Path:
 def narrowed(whole: dict[str, object], **asked: object) -> dict[str, str]:
     """Those of a command's options that make its run a part of the whole one: such a run is not published. whole:
     values that leave nothing out."""
-    given = {name: str(value) for name, value in asked.items() if value and value != whole.get(name)}
-    return {name: value for name, value in given.items() if name not in NEUTRAL}
+    return {name: str(v) for name, v in asked.items() if v and v != whole.get(name) and name not in NEUTRAL}
 
 
 def device_named(wanted: str) -> str:

@@ -5,7 +5,6 @@ Weights come from safetensors or GGUF only. A pickle is never opened, remote cod
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,6 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     with readable("config.json"):
         config = AutoConfig.from_pretrained(where, **options)
     check_architecture(config.get_text_config().model_type)

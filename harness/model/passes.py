@@ -71,9 +71,7 @@ def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
 def k_norm_max(layer: nn.Module) -> float | None:
     """The largest factor that the layer's K norm applies; None without such a norm."""
     norm = getattr(layer.self_attn, "k_norm", None)
-    if norm is None:
-        return None
-    return (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
+    return None if norm is None else (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
 
 
 def norm_offset(norm: nn.Module) -> float:

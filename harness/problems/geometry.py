@@ -64,9 +64,6 @@ def name_of(geometry: Geometry) -> str | None:
     return next((name for name, known in GEOMETRIES.items() if known == geometry), None)
 
 
-# ---------------------------------------------------------------- work
-
-
 @dataclass(frozen=True)
 class Work:
     """bytes: every input read once and every output written once, all in bf16. flops: of the matmul, two a

@@ -39,8 +39,7 @@ def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
     """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
     finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
     for run_id in reversed(finished):
-        frame = load_table(folder, run_id, table)
-        if len(frame):
+        if len(frame := load_table(folder, run_id, table)):
             return run_id, frame
     return None
 
