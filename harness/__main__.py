@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ except ImportError:
 
 from castpoint.harness import options, steps
 from castpoint.harness.options import DeviceName, ResultsFolder
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 
 app = typer.Typer(
     help="Where does a fused RMSNorm -> QKV -> K-norm kernel round to bf16, what does it cost, what does it buy?",
@@ -53,8 +54,7 @@ def identify(
         print(json.dumps(answer.as_dict()) if json_ else summary(answer))
     if failed:
         raise UserError(f"{target} is not {expect}: {failed}")
-    if answer.status == "error":
-        raise typer.Exit(1)
+    raise typer.Exit(answer.status == "error")
 
 
 @app.command(name="plans", rich_help_panel=WHICH)
@@ -85,17 +85,16 @@ def bench(
     only: options.Only = "",
 ) -> None:
     """Errors, amplification, error budget and speed of every plan, then plots and report."""
-    parts = options.parse_parts(only)
-    chosen = {"model": model, "checkpoint": checkpoint, "layers": layers, "tokens": tokens, "plans": plans}
-    settings, records = options.select(**chosen, seed=seed, device=device, results=results, short=short, parts=parts)
+    given = locals()  # the options, by their names
+    parts = options.parse_parts(given.pop("only"))
+    settings, records = options.select("bench", **given, parts=parts)
     steps.measure(settings, records, parts)
     records.finish()
     if parts == options.PARTS:
         steps.write_report(records.folder)
     else:
         steps.print_parts(records, parts)
-    if steps.print_red(records, "errors", "budget", "speed"):
-        raise typer.Exit(1)
+    raise typer.Exit(steps.print_red(records, "errors", "budget", "speed"))
 
 
 @app.command(rich_help_panel=BUYS)
@@ -103,9 +102,7 @@ def gpu(
     results: ResultsFolder = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts, three layers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every measurement; touch no GPU.")] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Time every config instead; the fastest go into kernels/dispatch.csv.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Time every config instead, for kernels/dispatch.csv.")] = False,
 ) -> None:
     """Everything that wants a CUDA device: checks, errors, the grid of speeds, fingerprints. Continues where it was."""
     if dry_run:
@@ -117,22 +114,20 @@ def gpu(
     options.check_dispatch()
     from castpoint.harness.timing.cuda import DeviceLost
 
-    try:
+    with mistakes(DeviceLost, about="what was measured is kept, the same command goes on from there"):
         if tune:
-            records = options.records_of("tune", results, device, options.narrowed(quick=quick), quick=quick)
+            part_of = options.narrowed({}, quick=quick)
+            records = options.records_of("tune", results, part_of, device=device, quick=quick)
             steps.tune_kernels(records, quick)
             return
         settings, records = options.select("gpu", device=device, results=results, short=quick)
         steps.measure_gpu(settings, records, quick)
-    except DeviceLost as error:
-        raise UserError(f"{error}; what was measured is kept, the same command goes on from there") from error
     red = steps.print_red(records, "errors", "speed", "gpu_checks", "gpu_speed")
     try:
         steps.write_report(records.folder)
     except ModuleNotFoundError as error:
         print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
-    if red:
-        raise typer.Exit(1)
+    raise typer.Exit(red)
 
 
 # Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
@@ -159,17 +154,20 @@ def model(
 ) -> None:
     """Does a language model notice? Every plan inside a real model, against float64 and against eager bf16."""
     device = options.device_named(device)
-    read = options.prompts_hash(prompts)
     names = options.parse_plans(plans)
-    options.check_backend(backend)
+    from castpoint.variants.backends import check_backend
+
+    with mistakes(ValueError):
+        check_backend(backend)
     if results is not None:
         options.refuse_published(results)
-    from castpoint.harness.model.fetch import ready
+    from castpoint.harness.model.fetch import FOLDER, fetch
     from castpoint.harness.model.language_model import load
-    from castpoint.harness.model.study import CONTINUATION, arms, sweep_model, texts
+    from castpoint.harness.model.study import CONTINUATION, arms, read_prompts, sweep_model, texts
     from castpoint.harness.report.model import section, study_of
 
-    source = ready(source)
+    read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts and read_prompts(prompts) else ""
+    source = str(fetch()) if source == FOLDER.name else source
     if fetch_only:
         print(f"{source} is ready")
         return
@@ -177,10 +175,9 @@ def model(
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
-    usual = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
-    given = asked | {"plans": plans, "prompts": prompts}
-    part_of = {name: str(value) for name, value in given.items() if value != usual.get(name)}
-    records = options.records_of("model", results, device, part_of, model=lm.name, weights=lm.weights, **asked)
+    whole = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
+    part_of = options.narrowed(whole, **asked | {"plans": plans, "prompts": prompts})
+    records = options.records_of("model", results, part_of, device=device, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
     records.finish()
     print(section(study_of(records.folder, records.run_id)))
@@ -195,9 +192,7 @@ def audit(
         list[str] | None, typer.Argument(help="NAME=VALUE for each tl.constexpr of KERNEL, num_warps, num_stages.")
     ] = None,
     signature: Annotated[str, typer.Option(help="Types of KERNEL's other arguments: *bf16,*bf16,i32,fp32")] = "",
-    run: Annotated[bool, typer.Option("--run", help="Run our kernels' PTX on this CPU: do they equal their specs?")] = (
-        False
-    ),
+    run: Annotated[bool, typer.Option("--run", help="Run our kernels' PTX on this CPU, against their specs.")] = False,
     configs: Annotated[bool, typer.Option("--configs", help="Registers, spills, shared memory of every tile.")] = False,
     target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942. Default: all; of --run: sm_90.")] = "",
     results: ResultsFolder = None,
@@ -213,8 +208,7 @@ def audit(
     else:
         options.check_dispatch()
         red = steps.audit_own(run, configs, target, results)
-    if red:
-        raise typer.Exit(1)
+    raise typer.Exit(red)
 
 
 @app.command(rich_help_panel=LAB)
@@ -230,11 +224,10 @@ def study(
     """
     if name not in steps.STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")
-    sweep, table = steps.STUDIES[name]
     device = options.device_named(device if name == "survey" else "cpu")
-    records = options.records_of(name, results, device)
-    sweep(records, device)
-    steps.finish_study(records, table)
+    records = options.records_of(name, results, device=device)
+    steps.study(name, records, device)
+    steps.finish_study(records, steps.STUDIES[name])
 
 
 @app.command(rich_help_panel=LAB)
@@ -260,14 +253,10 @@ def doctor() -> None:
     """What is missing or in the way on this machine, and the cure."""
     from castpoint.harness.doctor import checks
 
-    failed = False
-    for check in checks():
-        print(
-            f"{'ok' if check.ok else 'PROBLEM':8} {check.what}" + ("" if check.ok else f"\n{'':8} cure: {check.cure}")
-        )
-        failed = failed or not check.ok
-    if failed:
-        raise typer.Exit(1)
+    found = list(checks())
+    for check in found:
+        print(f"ok       {check.what}" if check.ok else f"PROBLEM  {check.what}\n         cure: {check.cure}")
+    raise typer.Exit(not all(check.ok for check in found))
 
 
 def main() -> None:

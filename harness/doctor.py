@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-NEEDED = ("torch", "triton", "numpy", "safetensors")
-FOR_REPORTS = ("pandas", "matplotlib")
+from castpoint.harness.runs.environment import version
+
+NEEDED = ("torch", "triton", "numpy", "safetensors", "pandas", "matplotlib")
 EXTRAS = {  # of pyproject.toml -> what is imported of it
     "models": ("transformers", "tokenizers", "accelerate", "gguf", "huggingface_hub", "psutil"),
     "studies": ("jax", "flax", "liger_kernel", "fla"),
@@ -27,16 +28,15 @@ class Check:
 
 def checks() -> Iterator[Check]:
     """Every check, in the order in which a newcomer would meet its problem."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    yield Check(sys.version_info >= (3, 11), f"Python {version}", "use Python 3.11 or newer: make PYTHON=python3.11")
-    for name in NEEDED + FOR_REPORTS:
-        found = importlib.util.find_spec(name) is not None
-        what = importlib.metadata.version(name) if found else "is missing"
-        yield Check(found, f"package {name} {what}", cure_of(name) or "")
+    python = platform.python_version()
+    yield Check(sys.version_info >= (3, 11), f"Python {python}", "use Python 3.11 or newer: make PYTHON=python3.11")
+    found = {name: version(name) for name in NEEDED}
+    for name, what in found.items():
+        yield Check(what is not None, f"package {name} {what or 'is missing'}", cure_of(name) or "")
     yield compiler()
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
+    if found["torch"] and found["triton"]:
         yield interpreter()
-    if importlib.util.find_spec("triton") and importlib.util.find_spec("numpy"):
+    if found["triton"] and found["numpy"]:
         yield interpreter_with_numpy()
 
 
@@ -45,7 +45,7 @@ def cure_of(package: str) -> str | None:
     extra = next((extra for extra, names in EXTRAS.items() if package in names), None)
     if extra:
         return f"pip install 'castpoint[{extra}]'"
-    return "pip install castpoint, or `make` in a checkout" if package in (*NEEDED, *FOR_REPORTS, "rich") else None
+    return "pip install castpoint, or `make` in a checkout" if package in (*NEEDED, "rich") else None
 
 
 def compiler() -> Check:
@@ -58,7 +58,7 @@ def compiler() -> Check:
 def interpreter_with_numpy() -> Check:
     """NumPy 2.4 makes no int of an array of one element, by which Triton 3.6's interpreter counts a loop's steps."""
     found = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
-    triton, numpy = (tuple(int(part) for part in found[name].split(".")[:2]) for name in ("triton", "numpy"))
+    triton, numpy = (tuple(map(int, text.split(".")[:2])) for text in found.values())
     return Check(
         triton >= (3, 7) or numpy < (2, 4),
         f"Triton {found['triton']} interprets under NumPy {found['numpy']}",

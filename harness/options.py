@@ -11,23 +11,21 @@ from typing import Annotated
 
 import typer
 
-from castpoint.harness.problems.geometry import Geometry, geometry_named, name_of
+from castpoint.harness.problems.geometry import geometry_named, name_of
 from castpoint.harness.runs.environment import ROOT, describe, machine_name
-from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.errors import UserError, mistakes
+from castpoint.harness.runs.records import Records, Settings
 
 RUNS = Path("runs")  # where records go, one folder a machine; git ignores it
 PUBLISHED = ROOT / "results"
 PARTS = ("errors", "amplification", "budget", "speed")  # of a bench
 WHOLE = {"model": Settings.model, "tokens": Settings.tokens, "parts": PARTS}  # values that leave nothing out
+NEUTRAL = ("command", "device", "results")  # options that narrow nothing
 
 ResultsFolder = Annotated[Path | None, typer.Option(help="Folder for the records. Default: runs/<machine>.")]
 DeviceName = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 ModelName = Annotated[str, typer.Option(help="A geometry by name, such as qwen2.5-7b. Default: qwen3-0.6b.")]
-Source = Annotated[
-    str | None, typer.Option(help="Real weights: a safetensors or GGUF file, a folder of shards, or a hub id.")
-]
+Source = Annotated[str | None, typer.Option(help="Real weights: safetensors or GGUF, a folder of shards, a hub id.")]
 Layers = Annotated[str, typer.Option(help="Layers, such as 0-27 or 0,5,8. Default: all.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of the problems whose errors are measured.", min=1)]
 Plans = Annotated[str, typer.Option(help="Plans by name, with commas. Default: all (see `plans`).")]
@@ -53,51 +51,46 @@ def select(
     """Checks every option, decides how kernels run, and opens the results folder, before any work starts.
 
     Raises UserError for an option that cannot be."""
-    wanted = model or Settings.model
-    geometry = _geometry(wanted)
+    part_of = narrowed(WHOLE, **locals())
+    name, geometry = model or Settings.model, geometry_named(model or Settings.model)
     if checkpoint is not None:
-        wanted, geometry = _checkpoint_geometry(checkpoint, model)
-    chosen = parse_layers(layers, geometry.num_layers) or tuple(range(geometry.num_layers))
-    chosen = chosen[:3] if short else chosen
-    device = device_named(device)
-    from castpoint.variants.catalogue import PLANS
+        from castpoint.harness.problems.checkpoint import opened
 
+        named, geometry = geometry, opened(checkpoint, name).geometry
+        if model and geometry != named:
+            raise UserError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
+        name = name_of(geometry) or Path(checkpoint).name
+    chosen = parse_layers(layers, geometry.num_layers)
+    device = device_named(device)
     settings = Settings(
-        model=wanted,
+        model=name,
         checkpoint=checkpoint,
-        layers=chosen,
+        layers=chosen[:3] if short else chosen,
         tokens=min(tokens, 32) if short else tokens,
         kernel_tokens=16 if device == "cpu" else 64,
         speed_tokens=(1, 16) if short else (1, 16, 128) if device == "cpu" else (1, 16, 256, 4096),
-        plans=parse_plans(plans) if plans else tuple(PLANS),
+        plans=parse_plans(plans),
         seed=seed,
         device=device,
         speed_budget_s=2.0 if short else 15.0,
     )
-    if checkpoint is not None:
-        _check_layers(settings)
-    asked = {"model": model, "checkpoint": checkpoint, "layers": layers, "tokens": tokens, "plans": plans}
-    part_of = narrowed(**asked, seed=seed, short=short, parts=parts)
-    row = vars(settings)
-    if parts != PARTS:
-        row, command = row | {"parts": parts}, f"{command} --only {','.join(parts)}"
-    return settings, _opened(command, results, device, row, part_of)
+    if checkpoint is not None:  # every layer makes a problem, so that no run ends halfway for it
+        from castpoint.harness.problems.drawn import checkpoint_problem
+
+        for layer in settings.layers:
+            checkpoint_problem(checkpoint, settings.model, layer, 1, seed)
+    command += f" --only {','.join(parts)}" if parts != PARTS else ""
+    return settings, records_of(command, results, part_of, **vars(settings))
 
 
 def records_of(
-    command: str, results: Path | None, device: str, part_of: dict[str, str] | None = None, **settings: object
+    command: str, results: Path | None, part_of: dict[str, str] | None = None, *, device: str, **settings: object
 ) -> Records:
-    """The results folder of a command that takes no selection of plans and layers. part_of: as narrowed says."""
-    return _opened(command, results, device, {"command": command, "device": device, **settings}, part_of or {})
-
-
-def _opened(
-    command: str, results: Path | None, device: str, settings: dict[str, object], part_of: dict[str, str]
-) -> Records:
+    """The results folder of a command, where its run is opened. part_of: as narrowed says; the rest is recorded."""
     folder = results or RUNS / machine_name(device)
     refuse_published(folder)
-    records = Records(folder, settings, describe(device))
-    records.note(command=command, narrowed_by=part_of)
+    records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
+    records.note(command=command, narrowed_by=part_of or {})
     return records
 
 
@@ -117,9 +110,10 @@ def newest_folder() -> Path:
     return found[-1].parent
 
 
-def narrowed(**asked: object) -> dict[str, str]:
-    """Those of a command's options that make its run a part of the whole one: such a run is not published."""
-    return {name: str(value) for name, value in asked.items() if value and value != WHOLE.get(name)}
+def narrowed(whole: dict[str, object], **asked: object) -> dict[str, str]:
+    """Those of a command's options that make its run a part of the whole one: such a run is not published. whole:
+    values that leave nothing out."""
+    return {name: str(v) for name, v in asked.items() if v and v != whole.get(name) and name not in NEUTRAL}
 
 
 def device_named(wanted: str) -> str:
@@ -144,15 +138,13 @@ def compiling() -> None:
 
 
 def parse_plans(text: str) -> tuple[str, ...]:
-    """Names with commas. Raises UserError, with the nearest name, where one is no plan's."""
-    from castpoint.variants.catalogue import plan_named
+    """Names with commas; all plans if text is empty. Raises UserError with the nearest name where one is no plan's."""
+    from castpoint.variants.catalogue import PLANS, plan_named
 
-    names = tuple(text.split(","))
-    try:
+    names = tuple(text.split(",") if text else PLANS)
+    with mistakes(KeyError):
         for name in names:
             plan_named(name)
-    except KeyError as error:
-        raise UserError(error.args[0]) from error
     return names
 
 
@@ -166,7 +158,8 @@ def parse_parts(text: str) -> tuple[str, ...]:
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
-    """Layers of a text such as `0-3,8`. Raises UserError if it is no such text or names a layer beyond count."""
+    """Layers of a text such as `0-3,8`; all of them if it is empty. Raises UserError if it is no such text or names a
+    layer beyond count."""
     layers: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -175,63 +168,12 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         if int(last or first) >= count:
             raise UserError(f"--layers {text}: the model has layers 0 to {count - 1}")
         layers += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(layers))
-
-
-def prompts_hash(prompts: Path | None) -> str:
-    """SHA-256 of a file of prompts, empty without one. Raises UserError where there is no such file."""
-    import hashlib
-
-    if prompts is None:
-        return ""
-    if not prompts.is_file():
-        raise UserError(f"--prompts {prompts} does not exist: give a text file, with blank lines between prompts")
-    try:
-        return hashlib.sha256(prompts.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"--prompts {prompts} cannot be read ({error.strerror})") from error
-
-
-def check_backend(name: str) -> None:
-    """Raises UserError unless plans run by that backend."""
-    from castpoint.variants.backends import check_backend
-
-    try:
-        check_backend(name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return tuple(dict.fromkeys(layers or range(count)))
 
 
 def check_dispatch() -> None:
     """Raises UserError where kernels/dispatch.csv, which a user may have written, is no such table."""
     from castpoint.kernels.dispatch import TABLE, read_table
 
-    try:
+    with mistakes(ValueError, KeyError, TypeError, about=str(TABLE)):
         read_table()
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{TABLE}: {error}") from error
-
-
-def _geometry(model: str) -> Geometry:
-    try:
-        return geometry_named(model)
-    except KeyError as error:
-        raise UserError(error.args[0]) from error
-
-
-def _checkpoint_geometry(checkpoint: str, model: str) -> tuple[str, Geometry]:
-    """Name and geometry of a checkpoint. Raises UserError if it cannot be read or is not the model asked for."""
-    from castpoint.harness.problems.checkpoint import opened
-
-    geometry = opened(checkpoint, model or Settings.model).geometry
-    if model and geometry != _geometry(model):
-        raise UserError(f"{checkpoint} is {name_of(geometry) or geometry}, not --model {model}: leave --model out")
-    return name_of(geometry) or Path(checkpoint).name, geometry
-
-
-def _check_layers(settings: Settings) -> None:
-    """Raises UserError unless every layer makes a problem, so that no run ends halfway for it."""
-    from castpoint.harness.problems.drawn import checkpoint_problem
-
-    for layer in settings.layers:
-        checkpoint_problem(settings.checkpoint, settings.model, layer, 1, settings.seed)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from castpoint.harness import options
 from castpoint.harness.runs.errors import writing
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
-from castpoint.harness.runs.settings import Settings
 
 BUDGET_TOKENS = 64  # at most: the budget runs a spec for every subset of a plan's boundaries
 
@@ -99,51 +98,41 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
     if target:
         check_target(target)
     targets, executed = (target,) if target else tuple(TARGETS), target or "sm_90"
+    part_of, red = options.narrowed({}, target=target), False
     if run:
         check_executed(executed)
-    red, part_of = False, options.narrowed(target=target)
-    if run:
-        records = options.records_of("execute", results, "cpu", part_of, target=executed)
+        records = options.records_of("execute", results, part_of, device="cpu", target=executed)
         execute_kernels(records, executed)
         red = finish_study(records, "executed")
     if configs:
-        records = options.records_of("configs", results, "cpu", part_of, targets=targets)
+        records = options.records_of("configs", results, part_of, device="cpu", targets=targets)
         sweep_configs(records, targets)
         finish_study(records, "configs")
     if not (run or configs):
-        records = options.records_of("audit", results, "cpu", part_of, targets=targets)
+        records = options.records_of("audit", results, part_of, device="cpu", targets=targets)
         for row in audit_all(targets):
             records.add(AuditRow(**row))
         red = finish_study(records, "audit")
     return red
 
 
-def _survey(records: Records, device: str) -> None:
-    options.compiling()
-    from castpoint.harness.fingerprint.survey import survey_implementations
-
-    survey_implementations(records, device)
+STUDIES = {"survey": "implementations", "cases": "cases", "confusion": "fingerprints"}  # name -> its table
 
 
-def _cases(records: Records, device: str) -> None:
+def study(name: str, records: Records, device: str) -> None:
+    """Measures what that study is of."""
+    if name == "survey":
+        options.compiling()
     from castpoint.harness.cases.run import run_cases
+    from castpoint.harness.fingerprint.survey import survey_implementations, survey_known
 
-    for row in run_cases():
-        records.add(CaseRow(**row))
-
-
-def _confusion(records: Records, device: str) -> None:
-    from castpoint.harness.fingerprint.survey import survey_known
-
-    survey_known(records)
-
-
-# name -> what measures it, and its table
-STUDIES = {
-    "survey": (_survey, "implementations"),
-    "cases": (_cases, "cases"),
-    "confusion": (_confusion, "fingerprints"),
-}
+    if name == "survey":
+        survey_implementations(records, device)
+    elif name == "confusion":
+        survey_known(records)
+    else:
+        for row in run_cases():
+            records.add(CaseRow(**row))
 
 
 def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:

@@ -53,7 +53,7 @@ def device() -> str:
 @pytest.fixture
 def alone() -> Iterator[None]:
     """Thousands of small operations: a second thread on a busy machine makes them ten times slower, not faster."""
-    from castpoint.harness.runs.threads import one_thread
+    from castpoint.harness.runs.environment import one_thread
 
     with one_thread():
         yield

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from castpoint.harness.accuracy.shapley import Errors, budget, order_of_sums
-from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at, reason_of
-from castpoint.harness.problems.positions import with_positions
+from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at
+from castpoint.harness.problems.drawn import with_positions
+from castpoint.harness.runs.environment import one_thread
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, Backend, BudgetRow, Status
-from castpoint.harness.runs.settings import Settings
-from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem

@@ -18,11 +18,11 @@ from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
+from castpoint.harness.runs.environment import one_thread
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, DrawRow, ErrorRow, Status, UlpRow
-from castpoint.harness.runs.settings import Settings
-from castpoint.harness.runs.threads import one_thread
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
@@ -223,11 +223,6 @@ def _kernel_errors(records: Records, s: Settings, layer: int, name: str, backend
 
 def _failed(records: Records, key: dict[str, Any], error: Exception) -> None:
     records.add(ErrorRow(**key, status=Status.FAILED, reason=reason_of(error)))
-
-
-def reason_of(error: Exception) -> str:
-    """What a row of something that failed says of it."""
-    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.cases.figures import changes, exponent
-from castpoint.harness.runs.threads import one_thread
+from castpoint.harness.runs.environment import one_thread
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.problem import Problem

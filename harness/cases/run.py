@@ -17,6 +17,7 @@ from castpoint.harness.cases.case import CLAIMS, Measured, described, verdict
 from castpoint.harness.cases.elementwise import ELEMENTWISE
 from castpoint.harness.cases.norm import NORM
 from castpoint.harness.cases.stack import STACK
+from castpoint.harness.runs.errors import reason_of
 
 MEASURED = {case.claim.key: case for case in (*NORM, *ELEMENTWISE, *STACK)}
 CASES = tuple(MEASURED[key] for key in CLAIMS)  # in the order of the table, which is by number
@@ -33,7 +34,7 @@ def run_cases(seed: int = 0) -> Iterator[dict[str, Any]]:
             measured = case.measure(seed)
             judged = verdict(measured, claim)
         except Exception as error:  # a case that cannot run is a row, and the cases after it go on
-            status, reason = "failed", f"{type(error).__name__}: {error}"
+            status, reason = "failed", reason_of(error)
         row = asdict(claim) | asdict(measured) | {"before": described(case.before), "after": described(case.after)}
         row |= {"verdict": judged, "status": status, "reason": reason}
         del row["key"]

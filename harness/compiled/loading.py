@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, reason_of
 
 
 class Fault(UserError):
@@ -35,8 +35,7 @@ def load(target: str) -> Callable[..., Any]:
         for name in attribute.split("."):
             value = getattr(value, name)
     except Exception as error:  # user code runs on import and may raise anything
-        text = " ".join(str(error).split())[:300]
-        raise Fault(f"{target} cannot be imported: {type(error).__name__}: {text}") from error
+        raise Fault(f"{target} cannot be imported: {reason_of(error)}") from error
     if not callable(value):
         fault = Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
         fault.found = value

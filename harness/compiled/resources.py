@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compile_matmul, config_binaries
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import ConfigRow, Status
@@ -33,7 +34,7 @@ def _compiled(kernel: str, name: str, target: str, keywords: dict[str, object]) 
         loop = kernel == "matmul"
         built = compile_matmul(target, **keywords) if loop else COMPILERS[kernel](plan_named(name), target, **keywords)
     except Exception as error:  # whatever a compiler raises belongs into the row
-        return {"status": Status.FAILED, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {"status": Status.FAILED, "reason": reason_of(error)}
     row = {"registers": built.registers, "spills": built.spills, "shared": built.shared}
     row["matrix"] = ", ".join(built.matrix_instructions())
     if built.shared > SHARED[target]:

@@ -21,9 +21,8 @@ from torch import Tensor
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.drawn import synthetic_problem
+from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
-from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.environment import ROOT
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records

@@ -12,7 +12,7 @@ from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated
 from castpoint.harness.fingerprint.probes import ROWS
 from castpoint.harness.fingerprint.rules import Rule
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
@@ -102,10 +102,8 @@ def plans_of(answer: Answer, kind: str) -> list[str]:
 
 def check_expectation(name: str, kind: str) -> None:
     """Raises UserError for an unknown plan, and for one that has nothing of that kind."""
-    try:
+    with mistakes(KeyError):
         plan = plan_named(name)
-    except KeyError as error:
-        raise UserError(error.args[0]) from error
     if not words_of(plan, kind):
         raise UserError(f"{name} applies rstd after the matmul, so that it has no norm of its own: use --kind qkv")
 

@@ -15,6 +15,7 @@ from castpoint.harness.fingerprint.answer import Answer, words_of
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.rules import OFFSETS
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
@@ -50,7 +51,7 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
     except ImportError as error:
         return Status.NOT_INSTALLED, {"reason": str(error)}
     except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
-        return Status.ERROR, {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
+        return Status.ERROR, {"reason": reason_of(error)}
     return answer.status, {**_columns(answer), "plan": _found(answer)}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from castpoint.harness.peers.chains import P2, arm_name, loop_tile
 from castpoint.harness.peers.parts import HEAD_NORMS, MATMULS, NORMS
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.work import Work, heads_work, layer_work, matmul_work, norm_work
+from castpoint.harness.problems.geometry import Work, heads_work, layer_work, matmul_work, norm_work
 from castpoint.harness.runs.schema import Kind
 
 # Designs that no kernel has yet: tokens, design, and the measurement of this grid that would call for it.

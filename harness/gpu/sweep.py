@@ -20,9 +20,8 @@ from castpoint.harness.conformance.cuda import check_loops, red_plans
 from castpoint.harness.gpu.arms import compiled_peers, work_of
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.drawn import synthetic_problem
+from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
-from castpoint.harness.problems.positions import with_positions
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records

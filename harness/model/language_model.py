@@ -5,25 +5,23 @@ Weights come from safetensors or GGUF only. A pickle is never opened, remote cod
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from castpoint.harness.model.attach import check_architecture, decoder_layers
 from castpoint.harness.problems import drawn
-from castpoint.harness.problems.drawn import CALIBRATED_MODEL, layer_statistics
-from castpoint.harness.problems.files import HUB_ID, refuse_pickle, shortest
+from castpoint.harness.problems.drawn import CALIBRATED_MODEL, THETA, layer_statistics
+from castpoint.harness.problems.files import hub_id, refuse_pickle, shortest
 from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.problems.positions import THETA
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 
 BYTES = 256  # the calibrated model's vocabulary: it has no tokenizer, and reads text as UTF-8
 INTERMEDIATE, CONTEXT = 3072, 40960  # Qwen3-0.6B's published configuration
@@ -63,22 +61,25 @@ def load(source: str, device: str = "cpu", tokens: int = 256) -> LanguageModel:
         model = calibrated_model(config).to(device).eval()
         return LanguageModel(model, None, source, "calibrated")
     where, options = _where(source)
+
+    def readable(what: str) -> AbstractContextManager[None]:
+        """Within it errors of transformers, safetensors and gguf, and of a file that none of them expected."""
+        return mistakes(Exception, about=f"{source}: {what} cannot be read")
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    config = _read(source, "config.json", lambda: AutoConfig.from_pretrained(where, **options))
+    with readable("config.json"):
+        config = AutoConfig.from_pretrained(where, **options)
     check_architecture(config.get_text_config().model_type)
     precision_for(config, device, tokens)
-    tokenizer = _read(source, "a tokenizer", lambda: AutoTokenizer.from_pretrained(where, **options))
+    with readable("a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where there is none
         raise UserError(f"{source}: a tokenizer cannot be read: there is none, add tokenizer.json")
     quantised = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in options else {}
-    options |= quantised or {"use_safetensors": True}
-    model, info = _read(
-        source,
-        "safetensors weights",
-        lambda: AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, output_loading_info=True, **options),
-    )
+    options |= {"dtype": torch.bfloat16, "output_loading_info": True} | (quantised or {"use_safetensors": True})
+    with readable("safetensors weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(where, **options)
     if info["missing_keys"]:  # transformers would draw them
         raise UserError(f"{source}: the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     if quantised:  # GGUF keeps eps as float32
@@ -115,21 +116,7 @@ def _where(source: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_file():
         raise UserError(f"{source} is one file of a model: give the folder that holds it and config.json, or a .gguf")
-    if HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", ".gguf"):
-        return source, {}
-    raise UserError(
-        f"{source} does not exist, and is no hub id such as Qwen/Qwen3-0.6B: "
-        f"give a folder, a .gguf file, a hub id, or {CALIBRATED_MODEL}"
-    )
-
-
-def _read(source: str, what: str, read: Callable[[], Any]) -> Any:
-    """What read returns; its errors as a UserError of one line."""
-    try:
-        return read()
-    except Exception as error:  # of transformers, safetensors, gguf, and of a file that none of them expected
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{source}: {what} cannot be read: {first}") from error
+    return hub_id(source, f"a folder, a .gguf file, a hub id, or {CALIBRATED_MODEL}"), {}
 
 
 def precision_for(config: Any, device: str, tokens: int, loaded: bool = False) -> torch.dtype:
@@ -187,17 +174,13 @@ def calibrated_model(config: Qwen3Config) -> nn.Module:
         model.model.embed_tokens.weight.normal_(0, drawn.residual_std(0), generator=rng)
         model.model.norm.weight.fill_(1.0)
         for layer, row in zip(decoder_layers(model), layer_statistics(), strict=True):
-            for name, weight in layer.named_parameters():
-                weight.copy_(_drawn(name.split(".")[-2], weight.shape, row, rng))
+            for name, weight in layer.named_parameters():  # norms heavy-tailed, matrices Gaussian
+                mean, std = (row[f"{name.split('.')[-2]}_{word}"] for word in ("mean", "std"))
+                if weight.ndim == 1:
+                    weight.copy_(drawn.heavy_tailed(len(weight), mean, std, None, rng))
+                else:
+                    weight.copy_(mean + std * torch.randn(weight.shape, generator=rng))
         for layer, block in enumerate(decoder_layers(model)):
             weight = block.self_attn.k_norm.weight
             weight.copy_(drawn.heavy_tailed(len(weight), *drawn.k_norm_statistics(layer), rng))
     return model
-
-
-def _drawn(name: str, shape: torch.Size, row: dict[str, float | None], rng: torch.Generator) -> Tensor:
-    """A tensor of that shape with the published mean and deviation: heavy-tailed norms, Gaussian matrices."""
-    mean, std = row[f"{name}_mean"], row[f"{name}_std"]
-    if len(shape) == 1:
-        return drawn.heavy_tailed(shape[0], mean, std, None, rng)
-    return mean + std * torch.randn(shape, generator=rng)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,16 @@ from castpoint.harness.model.attach import decoder_layers
 @dataclass(frozen=True)
 class Pass:
     """Of every layer: hidden, the state behind it [S, D]; q and k, as they leave their norm [S, H, Dh], before rotary
-    embedding. logits [S, V]."""
+    embedding. logits [S, V], and log_p, what they say of the next token [S, V] float64."""
 
     hidden: list[Tensor]
     q: list[Tensor]
     k: list[Tensor]
     logits: Tensor
+
+    @functools.cached_property
+    def log_p(self) -> Tensor:
+        return self.logits.to(torch.float64).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -51,7 +54,8 @@ def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
 
     def heads(kept: list[Tensor], module: nn.Module, inputs: object, output: Tensor) -> None:
         if output.ndim == 3:  # a projection without a norm
-            output = output.unflatten(-1, (-1, head_size(config)))
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            output = output.unflatten(-1, (-1, size))
         elif config.model_type == "gemma3_text":  # heads before tokens
             output = output.transpose(1, 2)
         kept.append(output[0])
@@ -67,18 +71,12 @@ def _taps(model: nn.Module) -> Iterator[dict[str, list[list[Tensor]]]]:
 def k_norm_max(layer: nn.Module) -> float | None:
     """The largest factor that the layer's K norm applies; None without such a norm."""
     norm = getattr(layer.self_attn, "k_norm", None)
-    if norm is None:
-        return None
-    return (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
+    return None if norm is None else (norm.weight.detach().float() + norm_offset(norm)).abs().max().item()
 
 
 def norm_offset(norm: nn.Module) -> float:
     """What the norm adds to its stored weight: Gemma's 1."""
     return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
-
-
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def last_of(layer: nn.Module, name: str) -> nn.Module:
@@ -91,10 +89,9 @@ def last_of(layer: nn.Module, name: str) -> nn.Module:
 def greedy(model: nn.Module, ids: Sequence[int], count: int) -> list[int]:
     """The most likely tokens behind ids, one at a time with a cache, as generation runs."""
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    out, chosen = model(tokens, use_cache=True), []
-    for left in reversed(range(count)):
-        token = out.logits[:, -1:].argmax(-1)
-        chosen.append(token.item())
-        if left:
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    cache, chosen = None, []
+    for _ in range(count):
+        out = model(tokens, past_key_values=cache, use_cache=True)
+        tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        chosen.append(tokens.item())
     return chosen

@@ -25,7 +25,7 @@ from castpoint.harness.model.attach import attached, decoder_layers, fitted
 from castpoint.harness.model.language_model import LanguageModel, precision_for
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_on_k
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import BINS, ModelDlogpRow, ModelLayerRow, ModelTokensRow, Status
@@ -34,22 +34,6 @@ from castpoint.variants.catalogue import plan_named
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"
 CONTINUATION = 32  # greedy tokens behind a prompt
 CHUNK = 32  # positions whose logits are compared at once
-
-
-@dataclass(frozen=True)
-class Says:
-    """What logits [S, V] say of the next token: log_p [S, V] float64, the most likely token [S] (of equal ones the
-    first), and the five most likely [S, 5]."""
-
-    logits: Tensor
-    log_p: Tensor
-    top1: Tensor
-    top5: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor) -> Says:
-        log_p = logits.to(torch.float64).log_softmax(-1)
-        return cls(logits, log_p, logits.argmax(-1), logits.topk(5, -1).indices)
 
 
 @dataclass(frozen=True)
@@ -72,12 +56,11 @@ class Text:
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a UTF-8 text file, with blank lines between them. Raises UserError if it is none, or holds none."""
-    try:
+    if not path.is_file():
+        raise UserError(f"--prompts {path} does not exist: give a text file, with blank lines between prompts")
+    with mistakes(OSError, UnicodeDecodeError, about=f"{path} cannot be read, prompts are UTF-8 text"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: prompts are UTF-8 text, {error}") from error
-    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt: write some text, with blank lines between prompts")
     return prompts
@@ -159,11 +142,11 @@ def layer_errors(actual: Pass, reference: Pass, layer: int) -> dict[str, float]:
     }
 
 
-def token_errors(actual: Says, reference: Says, ids: Sequence[int]) -> tuple[dict[str, float], Tensor]:
+def token_errors(actual: Pass, reference: Pass, ids: Sequence[int]) -> tuple[dict[str, float], Tensor]:
     """What a model says otherwise than the reference, and |difference of log p| of each next token [S - 1].
 
     kl: of the reference's distribution from the actual one, nats. top1, top5: share of positions with the same most
-    likely token, and mean share of the five most likely that are common.
+    likely token (of equal ones the first), and mean share of the five most likely that are common.
     """
     largest, kl = [], []
     for at in range(0, len(actual.logits), CHUNK):
@@ -171,13 +154,14 @@ def token_errors(actual: Says, reference: Says, ids: Sequence[int]) -> tuple[dic
         largest.append((actual.logits[part].to(torch.float64) - reference.logits[part].to(torch.float64)).abs().amax())
         log_a, log_r = actual.log_p[part], reference.log_p[part]
         kl.append((log_r.exp() * (log_r - log_a)).sum(-1))
-    common = (actual.top5[:, :, None] == reference.top5[:, None, :]).any(-1)
+    a, r = (p.logits.topk(5, -1).indices for p in (actual, reference))
+    common = (a[:, :, None] == r[:, None, :]).any(-1)
     change = (following(actual.log_p, ids) - following(reference.log_p, ids)).abs()
     row = {
         "logit_max": max(largest).item(),
         "kl_mean": torch.cat(kl).mean().item(),
         "kl_max": torch.cat(kl).max().item(),
-        "top1": (actual.top1 == reference.top1).double().mean().item(),
+        "top1": (actual.logits.argmax(-1) == reference.logits.argmax(-1)).double().mean().item(),
         "top5": common.double().mean().item(),
         "dlogp_p50": change.quantile(0.5).item(),
         "dlogp_p99": change.quantile(0.99).item(),
@@ -220,8 +204,7 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
             for arm in todo:
                 _fail(records, {**key, "arm": arm.name, "backend": arm.backend}, f"no reference: {error}")
             continue
-        passes = {str(dtype).removeprefix("torch."): truth, "eager": eager}
-        references = {name: (result, Says.of(result.logits)) for name, result in passes.items()}
+        references = {str(dtype).removeprefix("torch."): truth, "eager": eager}
         for arm in todo:
             row = {**key, "arm": arm.name, "backend": arm.backend}
             try:
@@ -229,7 +212,7 @@ def sweep_model(lm: LanguageModel, plans: Sequence[str], backend: str, found: li
             except Exception as error:  # whatever a kernel, a compiler or a quantiser raises: the other arms go on
                 _fail(records, row, str(error))
                 continue
-            _record(records, row, (result, Says.of(result.logits)), references, ids, len(text.ids), weights)
+            _record(records, row, result, references, ids, len(text.ids), weights)
 
 
 def finite(result: Pass) -> Pass:
@@ -246,24 +229,23 @@ def _fail(records: Records, row: dict[str, object], reason: str) -> None:
 def _record(
     records: Records,
     key: dict[str, object],
-    result: tuple[Pass, Says],
-    references: dict[str, tuple[Pass, Says]],
+    made: Pass,
+    references: dict[str, Pass],
     ids: list[int],
     prompt: int,
     k_norm_max: list[float | None],
 ) -> None:
     """Rows of one arm on ids, `prompt` of them a prompt; k_norm_max: of every layer. That of its tokens against eager
     comes last, and says that the others are there."""
-    made, says = result
-    nll = -following(says.log_p, ids[:prompt]).mean().item()
-    parts_at = parting(says.logits, prompt, ids[prompt:])
-    for name, (reference, said) in references.items():
+    nll = -following(made.log_p, ids[:prompt]).mean().item()
+    parts_at = parting(made.logits, prompt, ids[prompt:])
+    for name, reference in references.items():
         row = {**key, "reference": name}
         for layer, weight in enumerate(k_norm_max):
             if not records.has(ModelLayerRow, **row, layer=layer):
                 found = layer_errors(made, reference, layer)
                 records.add(ModelLayerRow(**row, layer=layer, k_norm_max=weight, **found))
-        errors, change = token_errors(says, said, ids)
+        errors, change = token_errors(made, reference, ids)
         counts = torch.histogram(change.cpu(), torch.tensor([-1.0, *BINS, float("inf")], dtype=torch.float64)).hist
         for edge, count in zip([0.0, *BINS], counts.tolist(), strict=True):
             if count:

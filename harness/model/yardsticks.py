@@ -22,14 +22,9 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     transformers runs in float32. Gemma's embedding scale stays the bf16 number that it was trained with."""
     scaled = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
     scales = [(module, "embed_scale", module.embed_scale.to(torch.bfloat16).to(dtype)) for module in scaled]
-    with replaced([*((weight, "data", weight.data.to(dtype)) for weight in model.parameters()), *scales]):
-        try:
-            for module in norms(model) if dtype == torch.float64 else []:
-                module.forward = functools.partial(_float64_norm, module)
-            yield
-        finally:
-            for module in norms(model):
-                module.__dict__.pop("forward", None)
+    exact = [(m, "forward", functools.partial(_float64_norm, m)) for m in norms(model) if dtype == torch.float64]
+    with replaced([*((weight, "data", weight.data.to(dtype)) for weight in model.parameters()), *scales, *exact]):
+        yield
 
 
 def _float64_norm(norm: nn.Module, x: Tensor) -> Tensor:

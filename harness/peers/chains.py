@@ -23,6 +23,7 @@ from torch import Tensor
 
 from castpoint.harness.peers import parts
 from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.schema import Kind, Status
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
@@ -257,7 +258,7 @@ def _peer(
     except ValueError as error:
         status, reason = Status.NOT_APPLICABLE, str(error)
     except Exception as error:  # a package that is broken under this torch belongs into its row
-        status, reason = Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        status, reason = Status.FAILED, reason_of(error)
     return Peer(kind, what, None, plan, status, reason, differs)
 
 

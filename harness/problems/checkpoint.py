@@ -7,8 +7,8 @@ never run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.problems import files
-from castpoint.harness.problems.files import Stored, readable
+from castpoint.harness.problems.files import Stored
 from castpoint.harness.problems.geometry import Geometry, geometry_named
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -59,35 +59,18 @@ GGUF_CONFIG = {
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose header was read. where, origin: how errors call it, and what gave its geometry.
+class Checkpoint:
+    """A checkpoint whose header was read; what it says is in `geometry`.
 
-    find: layer -> the tensors in which the layer lies, by their names, and role -> name.
+    where, origin: how errors call it, and what gave its geometry. find: layer -> the tensors in which the layer lies,
+    by their names, and role -> name. read: layers so far.
     """
 
     geometry: Geometry
     where: str
     origin: str
     find: Callable[[int], tuple[dict[str, Stored], dict[str, str]]]
-
-
-class Checkpoint:
-    """A checkpoint, opened once. geometry: of its layers, from its header.
-
-    source  a .safetensors or .gguf file; a folder with config.json and model.safetensors, or its shards and index;
-            or a hub id such as Qwen/Qwen3-0.6B: the files that hold a layer are downloaded into the hub's cache
-    model   names the geometry of a lone .safetensors file; the other sources carry their own
-
-    Raises UserError, in one line: no such path, shard or hub repository; hub unreachable; pickle, broken or foreign
-    file; unsupported architecture; and layer() for a layer out of range, a missing tensor, a wrong shape or dtype.
-    """
-
-    def __init__(self, source: str, model: str = "") -> None:
-        self.source = source
-        with readable(source):
-            self._opened = _open(source, model)
-        self.geometry = self._opened.geometry
-        self._layers: dict[int, dict[str, Tensor]] = {}
+    read: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def layer(self, number: int) -> dict[str, Tensor]:
         """The weights of one layer's RMSNorm, QKV and head norm, named as Problem names them; read once.
@@ -96,87 +79,87 @@ class Checkpoint:
         norm_weight [D], qkv_weight [(Hq + 2 Hkv) * Dh, D] with rows q, k, v, and where the model has them
         bias [(Hq + 2 Hkv) * Dh], q_norm_weight [Dh], k_norm_weight [Dh]; and x [T, D], the residual stream entering
         the layer, where the file carries one. With Geometry.weight_offset, norm weights are w - 1 in every format.
+
+        Raises UserError, in one line, for a layer out of range, a missing tensor or shard, a wrong shape or dtype.
         """
-        if number not in self._layers:
-            opened, last = self._opened, self.geometry.num_layers - 1
+        if number not in self.read:
+            last = self.geometry.num_layers - 1
             if not 0 <= number <= last:
-                known = f"{opened.where} has {last + 1} layers, 0 to {last}"
-                raise UserError(f"layer {number} is out of range: {known}")
-            with readable(self.source):
-                stored, names = opened.find(number)
-                self._layers[number] = _read_inputs(stored, names, opened)
-        return dict(self._layers[number])
+                raise UserError(f"layer {number} is out of range: {self.where} has {last + 1} layers, 0 to {last}")
+            with mistakes(OSError, about=f"{self.where} cannot be read"):
+                self.read[number] = _read_inputs(*self.find(number), self)
+        return dict(self.read[number])
 
 
 def opened(source: str, model: str) -> Checkpoint:
-    """The checkpoint of that source, opened by the first call that asks for it; raises what Checkpoint raises."""
+    """What open_checkpoint gives and raises, by the first call that asks for that source."""
     return _kept(source, model if _is_lone(Path(source).expanduser()) else "")
 
 
-@lru_cache(maxsize=1)
-def _kept(source: str, model: str) -> Checkpoint:
-    return Checkpoint(source, model)
+def open_checkpoint(source: str, model: str = "") -> Checkpoint:
+    """A checkpoint, of which nothing but headers is read yet.
+
+    source  a .safetensors or .gguf file; a folder with config.json and model.safetensors, or its shards and index;
+            or a hub id such as Qwen/Qwen3-0.6B: the files that hold a layer are downloaded into the hub's cache
+    model   names the geometry of a lone .safetensors file; the other sources carry their own
+
+    Raises UserError, in one line: no such path or hub repository; hub unreachable; pickle, broken or foreign file;
+    unsupported architecture.
+    """
+    path = Path(source).expanduser()
+    with mistakes(OSError, about=f"{source} cannot be read"):
+        if path.is_dir():
+            return _open_folder(partial(files.local_file, path), source)
+        files.refuse_pickle(path)
+        if path.is_file():
+            return _open_lone(path, model) if _is_lone(path) else _open_gguf(path)
+        repo = files.hub_id(source, "a .safetensors or .gguf file, a folder holding model.safetensors, or a hub id")
+        return _open_folder(partial(files.hub_file, repo), f"hub:{repo}")
+
+
+_kept = lru_cache(maxsize=1)(open_checkpoint)
 
 
 def _is_lone(path: Path) -> bool:
     """Whether it is a .safetensors file without a config beside it that is read."""
-    with readable(str(path)):
+    with mistakes(OSError, about=f"{path} cannot be read"):
         return path.is_file() and path.suffix != ".gguf" and not files.head(path).startswith(b"GGUF")
 
 
-def _open(source: str, model: str) -> Opened:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(partial(files.local_file, path), source)
-    files.refuse_pickle(path)
-    if path.is_file():
-        return _open_lone(path, model) if _is_lone(path) else _open_gguf(path)
-    if files.HUB_ID.fullmatch(source) and path.suffix not in (".safetensors", ".gguf"):
-        return _open_folder(partial(files.hub_file, source), f"hub:{source}")
-    raise UserError(
-        f"{source} does not exist, and is no hub id such as Qwen/Qwen3-0.6B: "
-        "give a .safetensors or .gguf file, a folder holding model.safetensors, or a hub id"
-    )
-
-
-def _open_folder(fetch: Callable[..., Path], where: str) -> Opened:
+def _open_folder(fetch: Callable[..., Path], where: str) -> Checkpoint:
     """A folder or hub repository; fetch(*names) is the path of the first of these files that it holds."""
     origin = f"config.json of {where}"
     geometry = _geometry(files.read_json(fetch("config.json")), origin)
     weights = fetch(files.WEIGHTS, files.INDEX)
     if weights.name == files.WEIGHTS:
         stored, _ = files.open_safetensors(weights)
-        return Opened(geometry, where, origin, lambda layer: (stored, _hf_names(stored, layer)))
+        return Checkpoint(geometry, where, origin, lambda layer: (stored, _hf_names(stored, layer)))
     shards = files.read_json(weights).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{weights} has no weight_map: it is no index of safetensors shards")
-    held: dict[str, dict[str, Stored]] = {}
+
+    @cache
+    def held_by(shard: str) -> dict[str, Stored]:
+        try:
+            return files.open_safetensors(fetch(shard))[0]
+        except UserError as error:
+            raise UserError(f"{files.INDEX} of {where} names the shard {shard}, but {error}") from error
 
     def find(layer: int) -> tuple[dict[str, Stored], dict[str, str]]:
         names = _hf_names(shards, layer)
         wanted = sorted({str(shards[name]) for name in names.values() if name in shards})
-        for shard in wanted:
-            if shard not in held:
-                held[shard] = files.open_safetensors(_shard(fetch, shard, where))[0]
-        return {name: tensor for shard in wanted for name, tensor in held[shard].items()}, names
+        return {name: tensor for shard in wanted for name, tensor in held_by(shard).items()}, names
 
-    return Opened(geometry, where, origin, find)
+    return Checkpoint(geometry, where, origin, find)
 
 
-def _shard(fetch: Callable[..., Path], shard: str, where: str) -> Path:
-    try:
-        return fetch(shard)
-    except UserError as error:
-        raise UserError(f"{files.INDEX} of {where} names the shard {shard}, but {error}") from error
-
-
-def _open_lone(path: Path, model: str) -> Opened:
+def _open_lone(path: Path, model: str) -> Checkpoint:
     """A lone file has no config: its geometry goes by the model's name."""
     stored, metadata = files.open_safetensors(path)
     try:
         geometry = geometry_named(model)
-    except KeyError as error:
-        raise UserError(f"{error.args[0]}; or give the folder that holds config.json and {path.name}") from error
+    except UserError as error:
+        raise UserError(f"{error}; or give the folder that holds config.json and {path.name}") from error
 
     def find(layer: int) -> tuple[dict[str, Stored], dict[str, str]]:
         if FLAT_NAMES["norm"] not in stored:
@@ -185,18 +168,17 @@ def _open_lone(path: Path, model: str) -> Opened:
             raise UserError(f"{path} holds layer {metadata.get('layer', 'unknown')}, not layer {layer}")
         return stored, FLAT_NAMES
 
-    return Opened(geometry, str(path), f"--model {model}", find)
+    return Checkpoint(geometry, str(path), f"--model {model}", find)
 
 
-def _open_gguf(path: Path) -> Opened:
+def _open_gguf(path: Path) -> Checkpoint:
     """Every tensor of the file is known, unread. gguf walks the tokenizer's 262,144 tokens in Python, 11 s a Gemma 3
     file."""
     import gguf
 
-    try:
+    foreign = (ValueError, KeyError, IndexError, TypeError, OverflowError)
+    with mistakes(*foreign, about=f"{path} is truncated or no GGUF file"):
         reader = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file: {files.one_line(error)}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     bias = {"attention_bias": f"blk.0.{NAMES['q_bias'][1]}" in tensors}  # metadata does not say
     origin = f"metadata of {path}"
@@ -213,7 +195,7 @@ def _open_gguf(path: Path) -> Opened:
             for tensor in held
         }, names
 
-    return Opened(geometry, str(path), origin, find)
+    return Checkpoint(geometry, str(path), origin, find)
 
 
 def _gguf_config(reader: GGUFReader, path: Path) -> dict[str, object]:
@@ -229,20 +211,23 @@ def _gguf_config(reader: GGUFReader, path: Path) -> dict[str, object]:
     return config | {"model_type": GGUF_MODEL_TYPES[arch]}
 
 
-def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Opened) -> dict[str, Tensor]:
+def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Checkpoint) -> dict[str, Tensor]:
     """Problem's inputs from the tensors called names[role], which must be those of the checkpoint's geometry."""
     geometry, where, origin = opened.geometry, opened.where, opened.origin
-    shapes = _shapes(geometry)
+    rows, hidden_size = geometry.projections, geometry.hidden_size
+    shapes = {"norm": [hidden_size]} | {role: [n, hidden_size] for role, n in rows.items()}
+    shapes |= {f"{role}_bias": [n] for role, n in rows.items() if geometry.bias}
+    shapes |= {f"{role}_norm": [geometry.head_dim] for role in "qk" if geometry.head_norm}
     if "x" in names and "x" in stored:
-        shapes["x"] = [*stored["x"].shape[:1], geometry.hidden_size]
+        shapes["x"] = [*stored["x"].shape[:1], hidden_size]
     for role, name in names.items():
-        if role in shapes and name not in stored:
+        due, found = shapes.get(role), stored[name].shape if name in stored else None
+        if due and not found:
             raise UserError(f"{where} has no tensor {name}, which {origin} asks for")
-        if role not in shapes and name in stored:
+        if found and not due:
             raise UserError(f"{where} has a tensor {name}, which does not fit {origin}: that model has none")
-        if role in shapes and (shape := stored[name].shape) != shapes[role]:
-            expected = f"expected {shapes[role]}"
-            raise UserError(f"{name} of {where} has shape {shape}, which does not fit {origin}: {expected}")
+        if found != due:
+            raise UserError(f"{name} of {where} has shape {found}, which does not fit {origin}: expected {due}")
     read = {role: _bf16(names[role], stored[names[role]].read()) for role in shapes}
     inputs = {"norm_weight": read["norm"], "qkv_weight": torch.cat([read["q"], read["k"], read["v"]])}
     if geometry.bias:
@@ -250,19 +235,6 @@ def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Opene
     if geometry.head_norm:
         inputs |= {"q_norm_weight": read["q_norm"], "k_norm_weight": read["k_norm"]}
     return inputs | ({"x": read["x"]} if "x" in read else {})
-
-
-def _shapes(geometry: Geometry) -> dict[str, list[int]]:
-    """Role -> shape, for every tensor that a layer of this geometry has."""
-    head_dim = geometry.head_dim
-    rows = {"q": geometry.num_q_heads * head_dim, "k": geometry.num_kv_heads * head_dim}
-    rows["v"] = rows["k"]
-    shapes = {"norm": [geometry.hidden_size]} | {role: [n, geometry.hidden_size] for role, n in rows.items()}
-    if geometry.bias:
-        shapes |= {f"{role}_bias": [n] for role, n in rows.items()}
-    if geometry.head_norm:
-        shapes |= {"q_norm": [head_dim], "k_norm": [head_dim]}
-    return shapes
 
 
 def _bf16(name: str, tensor: Tensor) -> Tensor:
@@ -288,23 +260,19 @@ def _geometry(config: dict[str, object], origin: str) -> Geometry:
         known = ", ".join([*MODEL_TYPES, "gemma3"])
         raise UserError(f"{origin} names the unsupported model type {model_type!r}: supported are {known}")
     values = MODEL_TYPES[model_type] | {key: value for key, value in config.items() if value is not None}
-    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    for key in sizes:
-        _check_number(values.get(key), key, origin)
-    hidden_size, heads, layers = (values[key] for key in sizes)
-    values = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rms_norm_eps": 1e-6} | values
-    for key, kinds in {"num_key_value_heads": int, "head_dim": int, "rms_norm_eps": int | float}.items():
-        _check_number(values[key], key, origin, kinds)
+
+    def positive(key: str, default: int | float | None = None, kinds: type | UnionType = int) -> int | float:
+        value = values.get(key, default)
+        if not isinstance(value, kinds) or value <= 0:
+            raise UserError(f"{origin} must give {key} as a positive number, not {value!r}")
+        return value
+
+    hidden_size, heads = positive("hidden_size"), positive("num_attention_heads")
     return Geometry(
-        *(hidden_size, heads, values["num_key_value_heads"], layers),
-        head_dim=values["head_dim"],
-        eps=values["rms_norm_eps"],
+        *(hidden_size, heads, positive("num_key_value_heads", heads), positive("num_hidden_layers")),
+        head_dim=positive("head_dim", hidden_size // heads),
+        eps=positive("rms_norm_eps", 1e-6, int | float),
         head_norm=model_type in HEAD_NORM_TYPES,
         bias=model_type == "qwen2" or values.get("attention_bias", False),  # Qwen2 always has one, without a key
         weight_offset=model_type == "gemma3_text",
     )
-
-
-def _check_number(value: object, key: str, origin: str, kinds: type | UnionType = int) -> None:
-    if not isinstance(value, kinds) or value <= 0:
-        raise UserError(f"{origin} must give {key} as a positive number, not {value!r}")

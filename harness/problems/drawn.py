@@ -17,7 +17,7 @@ from torch import Tensor
 
 from castpoint.harness.problems.geometry import Geometry, geometry_named
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Settings
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
@@ -28,6 +28,8 @@ GROWTH = 1.2  # of the residual stream, a layer; published
 # the residual stream entering layer 8 of Qwen2.5-Coder-0.5B (a public sample of 64 tokens of Python source).
 MASSIVE_CHANNELS = (16.4, 11.6, 11.6, 8.2)
 MASSIVE_FIRST_TOKEN = 1800.0
+FIRST = 1000  # position of the first token: angles of many turns
+THETA = 1e6  # rope_theta of Qwen3 and Qwen2.5, and of Gemma 3's global layers
 
 
 @cache
@@ -61,9 +63,7 @@ def residual_std(layer: int) -> float:
     """Standard deviation of Qwen3-0.6B's residual stream at that layer's input: published, or geometric between."""
     with open(DATA / "qwen3-0.6b-residual-stream.csv", newline="") as file:
         known = {int(row["layer"]): float(row["std"]) for row in csv.DictReader(file)}
-    if layer in known:
-        return known[layer]
-    below = max(at for at in known if at < layer)
+    below = max(at for at in known if at <= layer)
     above = min((at for at in known if at > layer), default=None)
     growth = GROWTH if above is None else (known[above] / known[below]) ** (1 / (above - below))
     return known[below] * growth ** (layer - below)
@@ -125,7 +125,7 @@ def synthetic_problem(
     `random` takes the statistics of the layer of Qwen3-0.6B at the same depth, the projection scaled to keep the
     size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). uniform_k_norm:
     that number in place of every K-norm weight, a control for what the calibrated ones amplify.
-    Raises KeyError for an unknown model, ValueError for a layer that the model does not have.
+    Raises UserError for an unknown model, ValueError for a layer that the model does not have.
     """
     g = geometry_named(model)
     if not 0 <= layer < g.num_layers:
@@ -135,15 +135,13 @@ def synthetic_problem(
     rng = torch.Generator().manual_seed(seed * 1000 + layer)
     x = residual_stream(tokens, g.hidden_size, source, rng)
     rescale = math.sqrt(geometry_named(CALIBRATED_MODEL).hidden_size / g.hidden_size)
-    sizes = {"q": g.num_q_heads * g.head_dim, "k": g.num_kv_heads * g.head_dim, "v": g.num_kv_heads * g.head_dim}
     projections = [
         torch.randn(rows, g.hidden_size, generator=rng) * (row[f"{name}_proj_std"] * rescale)
-        for name, rows in sizes.items()
+        for name, rows in g.projections.items()
     ]
     offset = g.weight_offset if weight_offset is None else weight_offset
-    norms = {
-        "norm_weight": heavy_tailed(g.hidden_size, row["input_layernorm_mean"], row["input_layernorm_std"], None, rng)
-    }
+    drawn = (g.hidden_size, row["input_layernorm_mean"], row["input_layernorm_std"], None)
+    norms = {"norm_weight": heavy_tailed(*drawn, rng)}
     if g.head_norm:
         norms["q_norm_weight"] = heavy_tailed(g.head_dim, row["q_norm_mean"], row["q_norm_std"], None, rng)
         norms["k_norm_weight"] = heavy_tailed(g.head_dim, *k_norm_statistics(source), rng)
@@ -157,14 +155,14 @@ def synthetic_problem(
     return Problem(
         x=x,
         qkv_weight=torch.cat(projections).to(torch.bfloat16),
+        bias=_bias(g, rng) if g.bias else None,
+        weights=label,
         num_q_heads=g.num_q_heads,
         num_kv_heads=g.num_kv_heads,
-        bias=_bias(g, rng) if g.bias else None,
         eps=g.eps,
         weight_offset=offset,
         model=model,
         layer=layer,
-        weights=label,
         **{name: (weight - 1 if offset else weight).to(torch.bfloat16) for name, weight in norms.items()},
     )
 
@@ -172,8 +170,8 @@ def synthetic_problem(
 def _bias(g: Geometry, rng: torch.Generator) -> Tensor:
     """QKV bias: a few large entries in K, as in Qwen2.5 (up to 145 in layer 0 of Qwen2.5-Coder-0.5B)."""
     bias = torch.randn(g.rows, generator=rng)
-    k = slice(g.num_q_heads * g.head_dim, (g.num_q_heads + g.num_kv_heads) * g.head_dim)
-    bias[k] *= torch.randn(g.num_kv_heads * g.head_dim, generator=rng).abs().mul(2).exp()
+    q, k = g.projections["q"], g.projections["k"]
+    bias[q : q + k] *= torch.randn(k, generator=rng).abs().mul(2).exp()
     return bias.to(torch.bfloat16)
 
 
@@ -212,3 +210,28 @@ def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | Non
         return checkpoint_problem(s.checkpoint, s.model, layer, tokens, s.seed).to(s.device)
     offset = None if plan_name is None else plan_named(plan_name).weight_offset != "none"
     return synthetic_problem(s.model, layer, tokens, s.seed, weight_offset=offset).to(s.device)
+
+
+# ---------------------------------------------------------------- positions
+
+
+def cos_sin_cache(rows: int, head_dim: int) -> Tensor:
+    """[rows, head_dim] fp32: cos of position * THETA^(-2i / head_dim) for i < head_dim / 2, then sin of the same.
+
+    In float64, rounded once to fp32. Engines and transformers form the angle in fp32, which errs by position * 2^-24,
+    a thousandth of a radian at position 16,384: that is their input's error, and no rounding of the chain.
+    """
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    angles = torch.outer(torch.arange(rows, dtype=torch.float64), THETA ** (-steps / head_dim))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.float32)
+
+
+def with_positions(problem: Problem) -> Problem:
+    """That problem with its tokens at FIRST, FIRST + 1, and so on. Raises ValueError for a head size that the kernels
+    do not rotate."""
+    device, end = problem.x.device, FIRST + problem.tokens
+    return problem.replace(
+        positions=torch.arange(FIRST, end, device=device),
+        cos_sin_cache=cos_sin_cache(end, problem.head_dim).to(device),
+        weights=f"{problem.weights}, rotated from position {FIRST}",
+    )

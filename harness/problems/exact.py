@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castpoint.harness.problems.positions import with_positions
+from castpoint.harness.problems.drawn import with_positions
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import round_to, spec, store

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, mistakes, reason_of
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -38,22 +37,11 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-@contextmanager
-def readable(source: str) -> Iterator[None]:
-    """What the system says of a file that cannot be read is the user's business."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {one_line(error)}") from error
-
-
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Every tensor of the file, unread, and the file's metadata. safetensors checks the header against the size."""
     refuse_pickle(path)
-    try:
+    with mistakes(SafetensorError, OSError, about=f"{path} is truncated or no safetensors file"):
         file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file: {one_line(error)}") from error
     stored = {name: Stored(file.get_slice(name).get_shape(), partial(file.get_tensor, name)) for name in file.keys()}
     return stored, file.metadata() or {}
 
@@ -62,18 +50,14 @@ def dequantised(tensor: ReaderTensor, subtract_one: bool) -> Tensor:
     """float32 [rows, columns], copied out of the mapped file."""
     import gguf
 
-    try:
+    with mistakes(NotImplementedError, about=f"gguf cannot read {tensor.name}, stored as {tensor.tensor_type.name}"):
         values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    except NotImplementedError as error:
-        raise UserError(f"{tensor.name} is stored as {tensor.tensor_type.name}, which gguf cannot read") from error
     return torch.from_numpy(values) - 1 if subtract_one else torch.from_numpy(values)
 
 
 def read_json(path: Path) -> dict[str, object]:
-    try:
+    with mistakes(ValueError, about=f"{path} is not JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
@@ -104,8 +88,15 @@ def hub_file(repo: str, *names: str) -> Path:
         except errors.EntryNotFoundError:
             continue
         except Exception as error:  # the client passes on errors of its transport, which change with its version
-            problem = f"{name} of hub:{repo} cannot be downloaded: {one_line(error)}"
+            problem = f"{name} of hub:{repo} cannot be downloaded: {reason_of(error)}"
     raise UserError(problem)
+
+
+def hub_id(source: str, instead: str) -> str:
+    """That source, which is no path here. Raises UserError, with what to give instead, where it is no hub id either."""
+    if HUB_ID.fullmatch(source) and Path(source).suffix not in (".safetensors", ".gguf"):
+        return source
+    raise UserError(f"{source} does not exist, and is no hub id such as Qwen/Qwen3-0.6B: give {instead}")
 
 
 def shortest(value: float) -> float:
@@ -126,7 +117,3 @@ def refuse_pickle(path: Path) -> None:
 def head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(16)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())

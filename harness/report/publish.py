@@ -17,8 +17,7 @@ from castpoint.harness.report.plots import draw
 from castpoint.harness.report.readme import BLOCK, update_readme
 from castpoint.harness.runs.environment import short_name
 from castpoint.harness.runs.errors import UserError, writing
-from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Settings, load_runs
 from castpoint.variants.catalogue import PLANS
 
 # model, checkpoint, layers and plans of a bench that leaves nothing out

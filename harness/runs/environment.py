@@ -1,4 +1,4 @@
-"""What machine and versions a run is measured on."""
+"""What machine and versions a run is measured on, and by how many threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def describe(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
         facts["gpu"] = {
             "name": p.name,
             "multiprocessors": p.multi_processor_count,
@@ -57,7 +60,7 @@ def describe(device: str) -> dict[str, Any]:
             "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            "driver": driver.split()[0],
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
@@ -111,29 +114,35 @@ def commit() -> str:
     """
     if not (ROOT / ".git").exists():
         return version("castpoint") or "unknown"
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        code = ["kernels", "variants", "harness"]
-        clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, check=False).returncode == 0
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("" if clean else "+")
+    head = _said("git", "rev-parse", "--short=12", "HEAD")
+    clean = _said("git", "diff", "--quiet", "HEAD", "--", "kernels", "variants", "harness") is not None
+    return "unknown" if head is None else head + ("" if clean else "+")
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread inside, as many as before behind it: matrices of a few MB are slower on two as soon as
+    another process is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints, here in the checkout; None where it fails, hangs or is not there."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0]
+        return None
+    return done.stdout.strip()
 
 
 def _processor() -> str:
-    try:
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

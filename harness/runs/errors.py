@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a system says of a folder that takes no file: full, over its quota, mounted read-only, another user's.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a system says of a folder that takes no file: full, over its quota, mounted read-only, another user's, no folder.
+NO_ROOM = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):
@@ -17,6 +20,20 @@ class UserError(ValueError):
     The command line prints it in one line and exits with 1. Whatever else is raised is a bug of ours and shows its
     traceback, so nothing raises this by accident: no library does, and no check of ours that no user can reach.
     """
+
+
+@contextmanager
+def mistakes(*kinds: type[Exception], about: str = "") -> Iterator[None]:
+    """Within it errors of those kinds are UserErrors: `about` and the reason, or, without it, what the error says."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{about}: {reason_of(error)}" if about else str(error.args[0])) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """`ValueError: what it says`, in one line of at most 300 letters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from castpoint.harness.runs.errors import mistakes
 from castpoint.harness.runs.records import check_table, load_runs
 from castpoint.harness.runs.schema import TABLES, Backend, flags_of, words_of
 
@@ -18,13 +19,14 @@ def load(folder: Path, run_id: str) -> Frames:
 
 
 def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
-    """The run's rows of one table. Raises UserError if it has other columns than this version writes."""
+    """The run's rows of one table. Raises UserError if it is damaged or has other columns than this version writes."""
     path, columns = folder / f"{table}.csv", TABLES[table]
     check_table(path, columns)
     words, flags = words_of(table), flags_of(table)
     frame = pd.DataFrame(columns=list(columns))
     if path.exists():
-        frame = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys([*words, *flags], str))
+        with mistakes(ValueError, about=f"{path} is damaged"):
+            frame = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys([*words, *flags], str))
     frame = frame[frame["run_id"] == run_id]
     numbers = [column for column in columns if column not in (*words, *flags)]
     return frame.assign(
@@ -37,8 +39,7 @@ def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
     """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
     finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
     for run_id in reversed(finished):
-        frame = load_table(folder, run_id, table)
-        if len(frame):
+        if len(frame := load_table(folder, run_id, table)):
             return run_id, frame
     return None
 

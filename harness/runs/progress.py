@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def track(items: Sequence[T], label: str) -> Iterator[T]:
-    """The items, with a bar and the time left on a terminal, and one line at the end elsewhere."""
-    try:
-        from rich import progress
-        from rich.console import Console
-    except ImportError:  # `castpoint gpu` runs with what is there
-        yield from _plain(items, label)
-        return
+    """The items, with a bar and the time left on a terminal, and elsewhere a line every ten seconds and at the end."""
+    from rich import progress
+    from rich.console import Console
+
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield from _plain(items, label)
+    if console.is_terminal:
+        counted = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+        timed = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+        with progress.Progress(*counted, *timed, console=console) as bar:
+            yield from bar.track(items, description=f"{label:24}")
         return
-    counted = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
-    timed = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*counted, *timed, console=console) as bar:
-        yield from bar.track(items, description=f"{label:24}")
-
-
-def _plain(items: Iterable[T], label: str) -> Iterator[T]:
-    items, start = list(items), time.monotonic()
-    last = start
+    last = start = time.monotonic()
     for i, item in enumerate(items):
         yield item
         now = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,32 @@ from castpoint.harness.runs.schema import KEYS, TABLES, Row, text
 SCHEMA = 1
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a bench or a gpu run is asked for; part of its record."""
+
+    model: str = "qwen3-0.6b"
+    checkpoint: str | None = None
+    layers: tuple[int, ...] = ()
+    tokens: int = 128
+    kernel_tokens: int = 16
+    speed_tokens: tuple[int, ...] = (1, 16, 128)
+    plans: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    speed_budget_s: float = 15.0
+
+
 class Records:
     """The results folder of one run. Raises UserError where the folder cannot be used as it is."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
         self.environment_path = folder / "environment.json"
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
-        except OSError as error:
-            raise UserError(
-                f"results folder {folder} cannot be written ({error.strerror}): choose another with --results"
-            ) from None
         self.runs = load_runs(folder)
         for table, columns in TABLES.items():
             check_table(folder / f"{table}.csv", columns)
@@ -87,7 +100,9 @@ class Records:
         path = self.folder / f"{table}.csv"
         if not path.exists():
             path.write_text(",".join(TABLES[table]) + "\n")
-        _cut_partial_row(path)
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):  # of a killed run's last row half is there, and nothing is appended to it
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
         return {tuple(row[name] for name in KEYS[table]) for row in self.rows(table)}
 
 
@@ -121,10 +136,3 @@ def check_table(path: Path, columns: tuple[str, ...]) -> None:
         raise UserError(
             f"{path} was written with other columns ({len(header)}, not these {len(columns)}): choose another --results"
         )
-
-
-def _cut_partial_row(path: Path) -> None:
-    """Drops what a killed run left of its last row, so that nothing is appended to half a line."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])

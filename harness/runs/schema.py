@@ -2,14 +2,14 @@
 """What the tables of a results folder hold: a dataclass a table, and the words that more than one room reads there.
 
 A row's fields are the columns of its CSV file in their order, between `run_id` and `status, reason`, which every table
-has. KEY tells one row of a run from another. A field without a default is known before anything is measured; a row that
-failed has no others. Writing takes rows (Records.add), reading takes tables by name (runs.frames).
+has. Its key tells one row of a run from another. A field without a default is known before anything is measured; a row
+that failed has no others. Writing takes rows (Records.add), reading takes tables by name (runs.frames).
 """
 
 import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, dataclass_transform
 
 # ---------------------------------------------------------------- words
 
@@ -93,12 +93,21 @@ Count = int | None
 Flag = bool | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measurement, or why there is none. Raises ValueError for a status that no reader knows."""
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Declared:
+    """Every class below it is a frozen dataclass by keywords, with its table's name and key."""
 
     TABLE: ClassVar[str]
     KEY: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, table: str = "", key: tuple[str, ...] = ()) -> None:
+        cls.TABLE, cls.KEY = table, key
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+class Row(Declared):
+    """One measurement, or why there is none. Raises ValueError for a status that no reader knows."""
+
     status: str = Status.OK
     reason: str = ""
 
@@ -128,121 +137,87 @@ def text(value: object) -> str:
 # fmt: off
 # Several columns a line: a table is read as a whole.
 
-@dataclass(frozen=True, kw_only=True)
-class ErrorRow(Row):
-    TABLE, KEY = "errors", ("weights", "layer", "tokens", "plan", "backend", "output", "reference")
+class ErrorRow(Row, table="errors", key=("weights", "layer", "tokens", "plan", "backend", "output", "reference")):
     model: str; weights: str; uniform_k_norm: Number = None  # that number for every K-norm weight: a control
     layer: int; tokens: int; seed: int; plan: str; backend: str; output: str; reference: str
     max_abs: Number = None; mean_abs: Number = None; rms: Number = None; rel_rms: Number = None
     max_ulp: Number = None; p99_ulp: Number = None; mean_ulp: Number = None; share_equal: Number = None
     signed_mean: Number = None; at_token: Count = None; at_head: Count = None; at_channel: Count = None
 
-@dataclass(frozen=True, kw_only=True)
-class SpeedRow(Row):
-    TABLE, KEY = "speed", ("tokens", "plan", "backend")
+class SpeedRow(Row, table="speed", key=("tokens", "plan", "backend")):
     model: str; tokens: int; plan: str; backend: str; regime: str
     p10_us: Number = None; p50_us: Number = None; p90_us: Number = None; bytes: int; flops: int
     gbps: Number = None; tflops: Number = None; roofline_share: Number = None
     speedup_vs_eager: Number = None; speedup_vs_compile: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class AmplificationRow(Row):
-    TABLE, KEY = "amplification", ("weights", "layer", "plan")
+class AmplificationRow(Row, table="amplification", key=("weights", "layer", "plan")):
     model: str; weights: str; uniform_k_norm: Number = None; layer: int; plan: str
     k_norm_max: Number = None; gain_predicted_max: Number = None; gain_measured_max: Number = None
     k_max_abs_before: Number = None; k_max_abs_after: Number = None; k_rel_rms_before: Number = None
     k_rel_rms_after: Number = None; logit_rms_error: Number = None; logit_max_error: Number = None
     softmax_tv_mean: Number = None; softmax_tv_max: Number = None; top_key_flips: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class DrawRow(Row):
-    TABLE, KEY = "draws", ("weights", "layer", "seed", "plan")
+class DrawRow(Row, table="draws", key=("weights", "layer", "seed", "plan")):
     model: str; weights: str; uniform_k_norm: Number = None; layer: int; tokens: int; seed: int; plan: str
     k_norm_max: Number = None; k_max_abs_after: Number = None; logit_rms_error: Number = None
     softmax_tv_mean: Number = None; top_key_flips: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class UlpRow(Row):
-    TABLE, KEY = "ulps", ("weights", "layer", "plan", "output", "reference", "ulp_from")
+class UlpRow(Row, table="ulps", key=("weights", "layer", "plan", "output", "reference", "ulp_from")):
     model: str; weights: str; layer: int; plan: str; backend: str; output: str; reference: str
     ulp_from: float; ulp_to: float; share: float
 
-@dataclass(frozen=True, kw_only=True)
-class ChannelRow(Row):
-    TABLE, KEY = "channels", ("weights", "layer", "plan", "channel")
+class ChannelRow(Row, table="channels", key=("weights", "layer", "plan", "channel")):
     model: str; weights: str; layer: int; plan: str; channel: int
     k_norm_weight: float; gain_predicted: float; gain_measured: float
 
-@dataclass(frozen=True, kw_only=True)
-class ImplementationRow(Row):
-    TABLE, KEY = "implementations", ("implementation", "kind", "how")
+class ImplementationRow(Row, table="implementations", key=("implementation", "kind", "how")):
     implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetRow(Row):
-    TABLE, KEY = "budget", ("weights", "layer", "tokens", "plan", "backend", "measure", "player")
+class BudgetRow(Row, table="budget", key=("weights", "layer", "tokens", "plan", "backend", "measure", "player")):
     model: str; weights: str; rotated_from: Count = None  # position of the first token, where q and k are rotated
     layer: int; tokens: int; plan: str; backend: str; measure: str; player: str
     shapley: Number = None; share: Number = None; total: Number = None
     kernel_vs_spec: Number = None; kernel_vs_spec_share: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class CaseRow(Row):
-    TABLE, KEY = "cases", ("case", "source", "measure")
+class CaseRow(Row, table="cases", key=("case", "source", "measure")):
     case: int; source: str; where: str; before: str; after: str; measure: str; measured: Number = None; unit: str
     measured_low: Number = None; measured_high: Number = None
     claimed: Number; claimed_low: Number; claimed_high: Number; claimed_text: str; verdict: str = ""; why: str
     share_differ: Number = None; max_ulp: Number = None; signed_bias: Number = None; growth: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class AuditRow(Row):
-    TABLE, KEY = "audit", ("target", "kernel", "plan", "keywords")
+class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None
     matrix: str = ""; registers: Count = None; spills: Count = None; shared: Count = None
 
-@dataclass(frozen=True, kw_only=True)
-class ExecutedRow(Row):
-    TABLE, KEY = "executed", ("target", "plan", "config", "rope", "tokens", "check")
+class ExecutedRow(Row, table="executed", key=("target", "plan", "config", "rope", "tokens", "check")):
     target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str; share_equal: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class ModelLayerRow(Row):
-    TABLE, KEY = "model_layers", ("model", "weights", "text", "prompt", "arm", "reference", "layer")
+class ModelLayerRow(Row, table="model_layers", key=("model", "weights", "text", "prompt", "arm", "reference", "layer")):
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str; layer: int
     max_abs: Number = None; rms: Number = None; rel_rms: Number = None; one_minus_cosine: Number = None
     k_norm_max: Number = None; k_max_abs: Number = None; k_rel_rms: Number = None; k_p99_ulp: Number = None
     attention_logit_rms: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class ModelTokensRow(Row):
-    TABLE, KEY = "model_tokens", ("model", "weights", "text", "prompt", "arm", "reference")
+class ModelTokensRow(Row, table="model_tokens", key=("model", "weights", "text", "prompt", "arm", "reference")):
     model: str; weights: str; text: str; prompt: int; tokens: Count = None; arm: str; backend: str; reference: str
     logit_max: Number = None; kl_mean: Number = None; kl_max: Number = None; top1: Number = None; top5: Number = None
     dlogp_p50: Number = None; dlogp_p99: Number = None; dlogp_max: Number = None
     parts_at: Count = None; nll: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class ModelDlogpRow(Row):
-    TABLE, KEY = "model_dlogp", ("model", "weights", "text", "prompt", "arm", "reference", "above")
+class ModelDlogpRow(Row, table="model_dlogp", key=("model", "weights", "text", "prompt", "arm", "reference", "above")):
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str
     above: float; tokens: int
 
-@dataclass(frozen=True, kw_only=True)
-class GpuCheckRow(Row):
-    TABLE, KEY = "gpu_checks", ("plan", "config", "rope", "tokens", "check")
+class GpuCheckRow(Row, table="gpu_checks", key=("plan", "config", "rope", "tokens", "check")):
     plan: str; config: str; rope: bool = False; tokens: int; check: str
     share_equal: Number = None; max_ulp: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class GpuPointRow(Row):
-    TABLE, KEY = "gpu_points", ("model", "tokens", "regime")
+class GpuPointRow(Row, table="gpu_points", key=("model", "tokens", "regime")):
     model: str; tokens: int; regime: str
 
-@dataclass(frozen=True, kw_only=True)
-class GpuSpeedRow(Row):
-    TABLE, KEY = "gpu_speed", ("model", "tokens", "regime", "arm")
+class GpuSpeedRow(Row, table="gpu_speed", key=("model", "tokens", "regime", "arm")):
     model: str; tokens: int; regime: str; kind: Kind; arm: str; function: str = ""  # the plan, or what is rounded
     config: str = ""; kernel: str = ""; prepass: str = ""; copies: Count = None; cold: Flag = None
     rounds: Count = None; laps: Count = None; bytes: Count = None; flops: Count = None; floor_us: Number = None
@@ -251,22 +226,16 @@ class GpuSpeedRow(Row):
     speedup_p1_p90: Number = None; noise_p10: Number = None; noise_p90: Number = None; sm_mhz: Number = None
     memory_mhz: Number = None; watts: Number = None; celsius: Number = None; slowed_by: str = ""
 
-@dataclass(frozen=True, kw_only=True)
-class ConfigRow(Row):
-    TABLE, KEY = "configs", ("kernel", "plan", "target", "keywords")
+class ConfigRow(Row, table="configs", key=("kernel", "plan", "target", "keywords")):
     kernel: str; plan: str; target: str; keywords: str
     registers: Count = None; spills: Count = None; shared: Count = None; matrix: str = ""
 
-@dataclass(frozen=True, kw_only=True)
-class TuningRow(Row):
-    TABLE, KEY = "tuning", ("model", "tokens", "scale", "config")
+class TuningRow(Row, table="tuning", key=("model", "tokens", "scale", "config")):
     model: str; tokens: int; scale: str; config: str; kernel: str; prepass: str; block_m: int; block_k: int
     num_warps: int; num_stages: int; splits: int; cold: bool; p10_us: Number = None; p50_us: Number = None
     p90_us: Number = None; speedup_separate: Number = None; noise_p10: Number = None; noise_p90: Number = None
 
-@dataclass(frozen=True, kw_only=True)
-class FingerprintRow(Row):
-    TABLE, KEY = "fingerprints", ("source", "kind", "planted")
+class FingerprintRow(Row, table="fingerprints", key=("source", "kind", "planted")):
     source: str; kind: str; planted: str; answered: str
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch.utils import benchmark
 
-from castpoint.harness.problems.work import Work, chain_work
+from castpoint.harness.problems.geometry import Work, chain_work
 from castpoint.variants.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 50

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
-from castpoint.harness.runs.errors import UserError
+from castpoint.harness.runs.errors import UserError, reason_of
 from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
-from castpoint.harness.runs.settings import Settings
 from castpoint.harness.timing import cpu, limits
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda
@@ -88,7 +87,7 @@ def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Set
             call(0)
             ready[name] = cpu.rotating(call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
-            outcomes[name] = Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
+            outcomes[name] = Outcome(Status.FAILED, reason_of(error))
     times = cpu.interleaved_times(ready, s.speed_budget_s)
     return outcomes | {name: Outcome(Status.OK, seconds=spread(values)) for name, values in times.items()}
 

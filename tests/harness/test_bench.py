@@ -12,16 +12,14 @@ import torch
 import castpoint.harness.accuracy.sweep
 import castpoint.harness.timing.sweep
 from castpoint.harness.accuracy.sweep import problem_at, sweep_kernels, sweep_precision
-from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.problems.work import layer_work
+from castpoint.harness.problems.geometry import geometry_named, layer_work
 from castpoint.harness.report.findings import draw_table, findings
 from castpoint.harness.report.page import write_report
 from castpoint.harness.report.plots import draw
 from castpoint.harness.runs.environment import describe, last_cache_bytes
 from castpoint.harness.runs.frames import load
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import KEYS, TABLES
-from castpoint.harness.runs.settings import Settings
 from castpoint.harness.timing.cpu import Ceilings, interleaved_times, rotating, work_of
 from castpoint.harness.timing.sweep import sweep_speed
 from castpoint.variants.catalogue import PLANS

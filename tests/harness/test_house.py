@@ -35,8 +35,8 @@ ROOMS = {  # room -> what it imports of the others
 }
 PLANTED = {  # file of the laid-out package -> an import that the rule forbids, and its contract's name
     "kernels/rounding.py": ("from castpoint.variants import catalogue", "kernels know nothing of variants"),
-    "variants/spec.py": ("import castpoint.harness.runs.settings", "kernels know nothing of variants"),
-    "harness/runs/settings.py": ("from castpoint.harness.problems import grid", "a room imports what stands below it"),
+    "variants/spec.py": ("import castpoint.harness.runs.errors", "kernels know nothing of variants"),
+    "harness/runs/errors.py": ("from castpoint.harness.problems import grid", "a room imports what stands below it"),
     "harness/ptx/numbers.py": ("from castpoint.harness.timing import rig", "a room imports what stands below it"),
     "harness/model/passes.py": ("from castpoint.harness import options", "a room imports what stands below it"),
     "harness/report/style.py": ("import torch", "report tells from records"),

@@ -16,13 +16,12 @@ from castpoint.harness.problems import checkpoint, files
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.report.publish import unfit
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Settings, load_runs
 
 
 def test_layers_are_parsed() -> None:
     assert parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
-    assert parse_layers("", 28) == ()
+    assert parse_layers("", 3) == (0, 1, 2)
     with pytest.raises(UserError, match="layers 0 to 4"):
         parse_layers("5", 5)
 
@@ -76,7 +75,7 @@ def test_a_part_of_a_bench_is_a_run_of_its_own(tmp_path: Path) -> None:
     settings, whole = select(device="cpu", results=tmp_path)
     _, part = select(device="cpu", results=tmp_path, parts=("speed",))
     assert whole.run_id != part.run_id and part.runs[part.run_id]["command"] == "bench --only speed"
-    assert whole.runs[whole.run_id]["settings"] == vars(settings)
+    assert whole.runs[whole.run_id]["settings"] == {"command": "bench", **vars(settings)}
     assert settings == Settings(layers=tuple(range(28)), plans=settings.plans)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import reference_plan
 
 from castpoint.harness.model import fetch as gemma
-from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem, reference_plan
+from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
-from castpoint.harness.model.study import Says, parting, token_errors
+from castpoint.harness.model.study import parting, token_errors
 from castpoint.harness.model.yardsticks import in_precision
-from castpoint.harness.problems.checkpoint import Checkpoint
+from castpoint.harness.problems.checkpoint import open_checkpoint
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.envelope import envelope, outside
@@ -79,7 +80,7 @@ def test_the_largest_k_norm_weight_is_in_layer_11(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("layer", [0, 11])
 def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: int) -> None:
     """Read by two ways that share no code: transformers' and problems.checkpoint's."""
-    tensors = Checkpoint(str(gemma.GGUF)).layer(layer)
+    tensors = open_checkpoint(str(gemma.GGUF)).layer(layer)
     problem = layer_problem(decoder_layers(lm.model)[layer], lm.config, torch.zeros(1, 640, dtype=torch.bfloat16))
     assert set(tensors) == {"norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight"}
     for name, tensor in tensors.items():
@@ -88,7 +89,7 @@ def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: 
 
 def test_it_speaks_english(lm: LanguageModel, ids: list[int], own: Pass) -> None:
     """A wrong conversion (norms off by one, heads permuted) says nothing sensible: the famous passage is likely."""
-    log_p = Says.of(own.logits).log_p
+    log_p = own.log_p
     nll = -log_p[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
     assert nll < 2.0, nll
 
@@ -105,7 +106,7 @@ def test_the_gemma_plan_says_what_the_model_says(lm: LanguageModel, ids: list[in
 def test_one_plus_w_in_bf16_says_something_else(lm: LanguageModel, ids: list[int], own: Pass) -> None:
     made = made_by(lm, ids, "gemma-bf16-offset")
     assert not torch.equal(made.k[0], own.k[0]) and (made.logits != own.logits).double().mean() > 0.5
-    row, _ = token_errors(Says.of(made.logits), Says.of(own.logits), ids)
+    row, _ = token_errors(made, own, ids)
     assert 0 < row["kl_mean"] < 0.1  # it is a rounding, no other model
 
 

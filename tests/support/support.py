@@ -15,7 +15,7 @@ from torch import Tensor
 import castpoint.kernels.norm_qkv
 import castpoint.kernels.rounding
 import castpoint.kernels.split_k
-from castpoint.harness.problems.positions import cos_sin_cache
+from castpoint.harness.problems.drawn import cos_sin_cache
 from castpoint.kernels.config import Config
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import plan_weight

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from castpoint.harness.problems.checkpoint import Checkpoint
+from castpoint.harness.problems.checkpoint import open_checkpoint
 from castpoint.harness.problems.geometry import Geometry
 from castpoint.harness.runs.errors import UserError
 
@@ -142,7 +142,7 @@ def gguf_tensors(model_type: str, norm_offset: float = 0.0) -> dict[str, np.ndar
 
 def loaded(source: object, layer: int, model: str) -> tuple[Geometry, dict[str, torch.Tensor]]:
     """Geometry and inputs of one layer of a checkpoint that is opened for it."""
-    checkpoint = Checkpoint(str(source), model)
+    checkpoint = open_checkpoint(str(source), model)
     return checkpoint.geometry, checkpoint.layer(layer)
 
 

@@ -15,10 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from castpoint.harness.model.language_model import LanguageModel
 from castpoint.harness.model.passes import forward
+from castpoint.kernels.plan import CastPlan
+from castpoint.variants.catalogue import plan_named
 
 HEAD_SIZES = {"qwen3": 32, "qwen2": 16, "llama": 16, "gemma3_text": 32}
+REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "gemma"}  # by which transformers runs it
 REFERENCE_OFFSET = {"gemma3_text": 1}  # norm weights are stored as w - 1
 IDS = torch.randint(0, 64, [40], generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def reference_plan(model_type: str) -> CastPlan:
+    """The plan by which transformers runs that architecture, up to RoPE."""
+    return plan_named(REFERENCE_PLANS[model_type]).without_rope()
 
 
 def tiny_config(model_type: str, layers: int = 3) -> object:

@@ -23,9 +23,8 @@ from support import KERNELS, assert_bit_equal, pinned_share, random_problem
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from castpoint.harness.problems.drawn import synthetic_problem
+from castpoint.harness.problems.drawn import THETA, cos_sin_cache, synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
-from castpoint.harness.problems.positions import THETA, cos_sin_cache, with_positions
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import norm_qkv
 from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES

@@ -23,8 +23,7 @@ from castpoint.harness.accuracy.shapley import (
     squared_errors,
     subsets,
 )
-from castpoint.harness.problems.drawn import synthetic_problem
-from castpoint.harness.problems.positions import with_positions
+from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.runs.schema import MEASURES
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named

@@ -7,8 +7,7 @@ import pytest
 
 import castpoint.harness.accuracy.budget as rows_of
 from castpoint.harness.accuracy.budget import sweep_budget
-from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.settings import Settings
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.variants.catalogue import PLANS
 
 

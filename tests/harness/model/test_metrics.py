@@ -13,7 +13,6 @@ from torch import Tensor
 from castpoint.harness.model import study as impact
 from castpoint.harness.model.passes import Pass
 from castpoint.harness.model.study import (
-    Says,
     following,
     layer_errors,
     parting,
@@ -48,10 +47,14 @@ P = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.06, 0.04], [0.3, 0.3001, 0.2, 0.1, 0.05
 Q = torch.tensor([[0.4, 0.3, 0.1, 0.06, 0.04, 0.1], [0.3001, 0.3, 0.2, 0.1, 0.0599, 0.04]], dtype=torch.float64)
 
 
+def saying(logits: Tensor) -> Pass:
+    return Pass([], [], [], logits)
+
+
 def check_token_errors(function: Callable[..., tuple[dict[str, float], Tensor]]) -> None:
     """Q said where P is the reference; the token behind the first position is 1. Both rows' most likely token swaps in
     the second only; of the five most likely the first row has 4 in common."""
-    says, said = Says.of(Q.log() + 3), Says.of(P.log())  # logits may be shifted: 3 shows in logit_max alone
+    says, said = saying(Q.log() + 3), saying(P.log())  # logits may be shifted: 3 shows in logit_max alone
     row, change = function(says, said, [0, 1])
     kl = [
         sum(p * math.log(p / q) for p, q in zip(a, b, strict=True)) for a, b in zip(P.tolist(), Q.tolist(), strict=True)
@@ -86,7 +89,7 @@ def test_positions_behind_the_first_chunk_count(monkeypatch: pytest.MonkeyPatch)
     logits = torch.randn(70, 16, generator=torch.Generator().manual_seed(0))
     moved = logits.clone()
     moved[69] = moved[69].flip(0)
-    row, _ = token_errors(Says.of(moved), Says.of(logits), list(range(16)) * 4 + [0] * 6)
+    row, _ = token_errors(saying(moved), saying(logits), list(range(16)) * 4 + [0] * 6)
     expected = F.kl_div(moved[69].double().log_softmax(-1), logits[69].double().softmax(-1), reduction="sum").item()
     assert row["kl_max"] == pytest.approx(expected) and row["kl_mean"] == pytest.approx(expected / 70)
 

@@ -14,6 +14,7 @@ from castpoint.harness.problems.drawn import (
     synthetic_problem,
 )
 from castpoint.harness.problems.geometry import GEOMETRIES, geometry_named
+from castpoint.harness.runs.errors import UserError
 from castpoint.variants.problem import Problem
 
 BF16_RELATIVE = 2.0**-8  # what storing a statistic's weights in bf16 can move it by, at most
@@ -149,7 +150,7 @@ def test_nan_in_x_is_allowed_and_no_tokens_are_too() -> None:
 
 
 def test_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(KeyError, match="did you mean 'qwen3-0.6b'"):
+    with pytest.raises(UserError, match="did you mean 'qwen3-0.6b'"):
         geometry_named("qwen3-0.6")
     with pytest.raises(ValueError, match="layers 0 to 27, not 28"):
         synthetic_problem("qwen3-0.6b", 28)

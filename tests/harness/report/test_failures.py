@@ -22,9 +22,8 @@ from castpoint.harness.report import failures
 from castpoint.harness.report.publish import write
 from castpoint.harness.runs.environment import describe
 from castpoint.harness.runs.frames import load
-from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import Check
-from castpoint.harness.runs.settings import Settings
 from castpoint.variants.catalogue import PLANS
 
 SETTINGS = Settings(
@@ -82,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bench.finish()
         for name in ("survey", "cases"):
             made = records(name)
-            steps.STUDIES[name][0](made, "cpu")
+            steps.study(name, made, "cpu")
             made.finish()
         made = records("execute")
         execute.execute_kernels(made, "sm_90")

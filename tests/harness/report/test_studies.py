@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 
 import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.survey as survey
@@ -171,7 +172,9 @@ def test_cases_and_budget_commands_fill_the_report(
     cli.study("cases", tmp_path)
     assert "vllm #53203" in capsys.readouterr().out
     options = {"layers": "0", "tokens": 8, "plans": "hf,gemma", "device": "cpu", "results": tmp_path}
-    cli.bench(only="budget", **options)
+    with pytest.raises(typer.Exit) as ended:
+        cli.bench(only="budget", **options)
+    assert ended.value.exit_code == 0
     assert "Shapley shares (layer 0, 8 tokens)" in capsys.readouterr().out
     _, frame = latest(tmp_path, "budget")
     shares = frame[frame["share"].notna()].groupby(["weights", "plan", "measure"])["share"].sum()

@@ -127,6 +127,16 @@ def test_a_folder_of_another_schema_is_refused_and_left_alone(tmp_path: Path) ->
     assert not (tmp_path / "environment.json").exists()
 
 
+def test_a_damaged_table_is_named_in_one_line(tmp_path: Path) -> None:
+    records = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    records.add(ErrorRow(**KEY))
+    with open(tmp_path / "errors.csv", "a") as file:
+        file.write(records.run_id + "," * 40 + "\n")
+    with pytest.raises(UserError, match="errors.csv is damaged: ParserError: .* line 3, saw 41") as error:
+        load_table(tmp_path, records.run_id, "errors")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", ["{", '{"runs": {}}', "[]", json.dumps({"schema": SCHEMA + 1, "runs": {}})])
 def test_a_foreign_environment_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
