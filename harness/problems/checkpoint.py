@@ -222,9 +222,9 @@ def _read_inputs(stored: dict[str, Stored], names: dict[str, str], opened: Check
         shapes["x"] = [*stored["x"].shape[:1], hidden_size]
     for role, name in names.items():
         due, found = shapes.get(role), stored[name].shape if name in stored else None
-        if due and not found:
+        if due is not None and found is None:
             raise UserError(f"{where} has no tensor {name}, which {origin} asks for")
-        if found and not due:
+        if found is not None and due is None:
             raise UserError(f"{where} has a tensor {name}, which does not fit {origin}: that model has none")
         if found != due:
             raise UserError(f"{name} of {where} has shape {found}, which does not fit {origin}: expected {due}")
