@@ -157,7 +157,7 @@ def speed_table(run: Run) -> pd.DataFrame:
 
 def cell(row: pd.Series) -> str:
     """A best row in a few words: its time, over P1, over P4, of the roofline, and what it is."""
-    what, arm = row["what"], row["arm"].removeprefix(row["what"]).strip()
+    what, arm = row["what"], row["arm"]
     said = [f"{row['p50_us']:,.0f} µs" if row["p50_us"] >= 1000 else f"{row['p50_us']:.3g} µs"]
     if what in (P2, *GROUPS):
         low, middle, high = (times(row[f"speedup_p1_{name}"]) for name in ("p10", "p50", "p90"))
@@ -168,7 +168,7 @@ def cell(row: pd.Series) -> str:
     if what in GROUPS:
         said.append(f"roofline {row['roofline_share']:.0%}")
         arm += f", {row['kernel']}" + (f" after {row['prepass']}" if row["prepass"] not in ("", "none") else "")
-    return f"{', '.join(said)}; {arm}"
+    return f"{', '.join(said)}; {arm if what in GROUPS else arm.removeprefix(what).strip()}"
 
 
 def times(value: float) -> str:

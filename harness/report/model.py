@@ -90,7 +90,7 @@ def parted(frames: Frames) -> pd.DataFrame:
     rows = against(frames["model_tokens"], "eager")
     length = rows["parts_at"].max()
     table = rows.groupby("arm")["parts_at"].agg(parted=lambda v: int((v < length).sum()), of="size", first="min")
-    return table.reindex(arms_of(frames)).dropna()
+    return table.reindex([arm for arm in arms_of(frames) if arm in table.index])
 
 
 def arm_table(frames: Frames) -> pd.DataFrame:

@@ -80,7 +80,8 @@ def check_by_hand(folder: Path) -> None:
     assert first["exact"] == (
         "4 µs, 1.50 × (1.49–1.51) **win**, 1.000 of P4, roofline 50%; hf, split-k"  # 1.485 and 1.515
     )
-    assert first["deferred"].startswith("3.75 µs, 1.60 × (1.58–1.62) **win**, 0.938 of P4")
+    assert first["deferred"] == ("3.75 µs, 1.60 × (1.58–1.62) **win**, 0.938 of P4, roofline 50%; deferred, split-k")
+    assert table.loc[SMALL, "16"][FOLDED].endswith("; folded, split-k")
     assert first["P2: torch.compile"] == "7.5 µs, 0.80 × (0.79–0.81) **loss**; torch.compile"
     assert first["P1: best separate chain"] == "6 µs; F.rms_norm | cuBLAS | head_norm kernel"
     assert first["P4: bare matmul"] == "4 µs; cuBLAS"

@@ -260,6 +260,11 @@ def test_every_section_and_plot_says_which_arm_failed(
         matplotlib.pyplot.close(plot)
 
 
+def test_counts_are_whole_where_an_arm_failed(known: Study) -> None:
+    table = arm_table(without(known, ("float32",)).frames).set_index("arm")["greedy: parted"]
+    assert table["hf"] == "1 of 2" and table.isna().tolist() == [arm == "float32" for arm in table.index]
+
+
 def test_a_failed_text_is_left_out_of_differences(known: Study) -> None:
     rows = against(without(known, ("hf",), (1,)).frames["model_tokens"], "float64")
     assert difference(rows, "kl_mean", "hf") == Difference(4.0, math.inf, 1.0)
