@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from castpoint.variants.problem import Problem
 P2 = ("torch.compile", "torch.compile, PDL")
 LABELS = {  # how the names of arms begin
     Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop", Kind.CHAIN: "P1",
-    Kind.COMPILED: "P2", Kind.EAGER: "eager",
+    Kind.COMPILED: "P2", Kind.EAGER: "eager", Kind.OWN: "",
 }  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class Peer:
     plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
     differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
     there, so what holds a matmul is judged by values. rope: q and k are rotated, and the plan's words on it count.
+    config: how our own kernels are cut.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Peer:
     reason: str = ""
     differs: Differs = bits_differ
     rope: bool = False
+    config: Config | None = None
 
     @property
     def name(self) -> str:
@@ -117,7 +120,7 @@ def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
     def call(i: int) -> tuple[Tensor]:
         return (matmul(problems[i].x, problems[i].qkv_weight, problems[i].head_dim, config),)
 
-    return Peer(Kind.LOOP, loop_tile(config), call)
+    return Peer(Kind.LOOP, loop_tile(config), call, config=config)
 
 
 def loop_tile(config: Config) -> str:
@@ -172,7 +175,7 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
         return call
 
     what, whole = f"{norm} | {matmul} | {heads}", chain_plan(norm, heads, plan, first.weight_offset)
-    return _peer(Kind.CHAIN, what, make, whole, values_differ, first.positions is not None)
+    return _peer(Kind.CHAIN, what, make, plan=whole, differs=values_differ, rope=first.positions is not None)
 
 
 def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> list[Peer]:
@@ -190,7 +193,8 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
         function = parts.tuned(eager, pdl)
         return lambda i: function(problems[i], table=table)
 
-    return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
+    facts = {"plan": plan, "differs": values_differ}
+    return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), **facts) for name in names]
 
 
 def eager_peer(problems: Sequence[Problem]) -> Peer:
@@ -242,23 +246,17 @@ def _input(p: Problem) -> Tensor:
     return p.x if p.residual is None else p.x + p.residual
 
 
-def _peer(
-    kind: Kind,
-    what: str,
-    make: Callable[[], Call],
-    plan: CastPlan | None = None,
-    differs: Differs = bits_differ,
-    rope: bool = False,
-) -> Peer:
+def _peer(kind: Kind, what: str, make: Callable[[], Call], **facts: Any) -> Peer:
+    """The peer whose call make returns; where it raises, one that says why there is none. facts: more of Peer."""
     try:
-        return Peer(kind, what, make(), plan, differs=differs, rope=rope)
+        return Peer(kind, what, make(), **facts)
     except ImportError as error:
         status, reason = Status.NOT_INSTALLED, str(error)
     except ValueError as error:
         status, reason = Status.NOT_APPLICABLE, str(error)
     except Exception as error:  # a package that is broken under this torch belongs into its row
         status, reason = Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return Peer(kind, what, None, plan, status, reason, differs)
+    return Peer(kind, what, None, status=status, reason=reason, **facts)
 
 
 # ---------------------------------------------------------------- settings

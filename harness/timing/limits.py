@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.schema import Status
+from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.harness.timing.outputs import values_differ
 from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure
@@ -161,6 +163,13 @@ def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -
         found[key] = work / outcome.seconds.p50 if outcome.seconds else None
         found["reason"] += outcome.reason
     return found
+
+
+def found_ceilings(found: dict[str, Any]) -> Ceilings:
+    """What `ceilings` found. Raises UserError where one is missing, since no share of it could be given."""
+    if found["reason"]:
+        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
+    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
 
 
 def _copy(size: int, device: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from castpoint.harness.problems.work import Work
 from castpoint.harness.runs.schema import Status
 from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
 from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
@@ -59,6 +60,10 @@ class Spread:
     p50: float
     p90: float
 
+    def columns(self, form: str = "{}_us", scale: float = 1e6) -> dict[str, float]:
+        """As columns of a row: of seconds those in us."""
+        return {form.format(name): value * scale for name, value in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -81,6 +86,9 @@ class Measurement:
     laps: int
     noise: Spread | None
     state: dict[str, Any]
+
+    def noise_columns(self) -> dict[str, float]:
+        return {"noise_p10": self.noise.p10, "noise_p90": self.noise.p90} if self.noise else {}
 
 
 def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> int:
@@ -187,6 +195,13 @@ def measure(
 
 def spread(values: Sequence[float]) -> Spread:
     return Spread(*(float(v) for v in np.quantile(values, [0.1, 0.5, 0.9])))
+
+
+def speed_columns(work: Work, floor_s: float, seconds: Spread) -> dict[str, float]:
+    """Columns of a row: the times, what the median reaches, and its share of what the machine allows."""
+    p50 = seconds.p50
+    reached = {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
+    return seconds.columns() | reached
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:

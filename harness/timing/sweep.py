@@ -14,16 +14,14 @@ from torch import Tensor
 
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
-from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
 from castpoint.harness.runs.settings import Settings
-from castpoint.harness.timing import cpu, limits
+from castpoint.harness.timing import cpu, limits, rig
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.outputs import bits_differ, values_differ
-from castpoint.harness.timing.rig import Arm, Outcome, as_stored, laps_for, measure, spread, stored_weights
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
 from castpoint.variants.catalogue import plan_named
@@ -54,10 +52,10 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
     cpu.keep_freed_memory()
     gpu = Cuda() if s.device == "cuda" else None
-    ceilings = cpu.measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
+    ceilings = cpu.measure_ceilings() if gpu is None else limits.found_ceilings(limits.ceilings(gpu))
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
-    weights = {name: stored_weights(plan_named(name), problems) for name in s.plans}
+    weights = {name: rig.stored_weights(plan_named(name), problems) for name in s.plans}
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
@@ -65,21 +63,14 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         arms = dict(_speed_arms(s, at, weights))
         rows = [row for row in records.rows("errors") if row["status"] in (Status.RED, Status.FAILED)]
         red = {Timed(row["plan"], row["backend"]): f"not timed: {row['reason']}" for row in rows}
-        outcomes = {arm: Outcome(Status.RED, reason) for arm, reason in red.items() if arm in arms}
+        outcomes = {arm: rig.Outcome(Status.RED, reason) for arm, reason in red.items() if arm in arms}
         fit = {arm: call for arm, call in arms.items() if arm not in red}
         outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
         for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
             records.add(_speed_row(s, arm, at, outcomes, ceilings))
 
 
-def _gpu_ceilings(gpu: Cuda) -> Ceilings:
-    found = limits.ceilings(gpu)
-    if found["reason"]:
-        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
-    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
-
-
-def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Settings) -> dict[Timed, Outcome]:
+def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Settings) -> dict[Timed, rig.Outcome]:
     """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
     ready, outcomes = {}, {}
     turn = itertools.cycle(range(count))
@@ -88,23 +79,23 @@ def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Set
             call(0)
             ready[name] = cpu.rotating(call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
-            outcomes[name] = Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
+            outcomes[name] = rig.Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
     times = cpu.interleaved_times(ready, s.speed_budget_s)
-    return outcomes | {name: Outcome(Status.OK, seconds=spread(values)) for name, values in times.items()}
+    return outcomes | {name: rig.Outcome(Status.OK, seconds=rig.spread(values)) for name, values in times.items()}
 
 
 def _timed_on_gpu(
     arms: dict[Timed, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
-) -> dict[Timed, Outcome]:
+) -> dict[Timed, rig.Outcome]:
     differs = {arm: bits_differ if arm.backend in OWN_BACKENDS else values_differ for arm in arms}
-    listed = [Arm(str(arm), call, differs[arm]) for arm, call in arms.items()]
-    laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
-    found = measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
+    listed = [rig.Arm(str(arm), call, differs[arm]) for arm, call in arms.items()]
+    laps = rig.laps_for(len(problems), ceilings.floor_s(cpu.work_of(problems[0])))
+    found = rig.measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
     return {arm: found[str(arm)] for arm in arms}
 
 
 def _speed_row(
-    s: Settings, arm: Timed, problems: list[Problem], outcomes: dict[Timed, Outcome], ceilings: Ceilings
+    s: Settings, arm: Timed, problems: list[Problem], outcomes: dict[Timed, rig.Outcome], ceilings: Ceilings
 ) -> SpeedRow:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
     problem, outcome = problems[0], outcomes[arm]
@@ -112,15 +103,13 @@ def _speed_row(
     rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + ", CUDA graph" * (s.device == "cuda")
-    row |= dataclasses.asdict(cpu.work_of(problem))
-    if outcome.seconds is None:
-        return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
-    p50 = outcome.seconds.p50
-    row |= {f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()}
-    row |= {"gbps": row["bytes"] / p50 / 1e9, "tflops": row["flops"] / p50 / 1e12}
-    baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
-    row |= {c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds}
-    return SpeedRow(**row, roofline_share=ceilings.floor_s(problem) / p50)
+    work = cpu.work_of(problem)
+    row |= dataclasses.asdict(work)
+    if seconds := outcome.seconds:
+        row |= rig.speed_columns(work, ceilings.floor_s(work), seconds)
+        baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
+        row |= {c: outcomes[base].seconds.p50 / seconds.p50 for c, base in baselines.items() if outcomes[base].seconds}
+    return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
 
 
 def _speed_arms(
@@ -132,7 +121,7 @@ def _speed_arms(
     for name in s.plans:
         for backend in OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,):  # Triton would run interpreted
             plan = plan_named(name)
-            yield Timed(name, backend), partial(_own_call, plan, backend, as_stored(plan, problems), weights[name])
+            yield Timed(name, backend), partial(_own_call, plan, backend, rig.as_stored(plan, problems), weights[name])
 
 
 def _own_call(plan: CastPlan, backend: Backend, problems: list[Problem], weights: list[Tensor], i: int) -> object:
