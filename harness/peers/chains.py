@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +38,12 @@ LABELS = {  # how the names of arms begin
     Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop", Kind.CHAIN: "P1",
     Kind.COMPILED: "P2", Kind.EAGER: "eager", Kind.OWN: "",
 }  # fmt: skip
+
+REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {  # kernels.separate.bf16_reduction
+    "default": True,  # split-K partial sums may be stored and added in bf16
+    "fp32 partials": False,
+    "one fp32 chain": (False, False),  # no split-K either
+}
 
 
 @dataclass(frozen=True)
@@ -257,28 +261,3 @@ def _peer(kind: Kind, what: str, make: Callable[[], Call], **facts: Any) -> Peer
     except Exception as error:  # a package that is broken under this torch belongs into its row
         status, reason = Status.FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return Peer(kind, what, None, status=status, reason=reason, **facts)
-
-
-# ---------------------------------------------------------------- settings
-
-REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {
-    "default": True,  # split-K partial sums may be stored and added in bf16
-    "fp32 partials": False,
-    "one fp32 chain": (False, False),  # no split-K either
-}
-
-
-@contextmanager
-def bf16_reduction(setting: str) -> Iterator[None]:
-    """Sets how cuBLAS may add in bf16 matmuls, one of REDUCTIONS, and restores what was. A graph keeps what held
-    while it was captured. Raises KeyError for another name, and what torch raises where its version lacks a setting."""
-    matmul = torch.backends.cuda.matmul
-    name = "allow_bf16_reduced_precision_reduction"
-    before = getattr(matmul, name)
-    if hasattr(matmul, f"{name}_split_k"):
-        before = (before, getattr(matmul, f"{name}_split_k"))
-    setattr(matmul, name, REDUCTIONS[setting])
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)

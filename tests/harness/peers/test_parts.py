@@ -14,7 +14,6 @@ from castpoint.harness.peers import chains as peers
 from castpoint.harness.peers import parts as peers_parts
 from castpoint.harness.peers.chains import (
     REDUCTIONS,
-    bf16_reduction,
     chain_peer,
     compiled_peers,
     eager_peer,
@@ -27,6 +26,7 @@ from castpoint.harness.peers.parts import MATMULS, NO_HEAD_NORM, NORMS, linear_c
 from castpoint.harness.runs.environment import version
 from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
+from castpoint.kernels.separate import bf16_reduction
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
@@ -169,8 +169,8 @@ def test_reduced_precision_is_set_and_restored(setting: str):
     inside = {"default": (True, True), "fp32 partials": (False, True), "one fp32 chain": (False, False)}
     before = current()
     for outer in REDUCTIONS:  # whatever held before holds after, also after an error
-        with bf16_reduction(outer):
-            with pytest.raises(RuntimeError, match="on purpose"), bf16_reduction(setting):
+        with bf16_reduction(REDUCTIONS[outer]):
+            with pytest.raises(RuntimeError, match="on purpose"), bf16_reduction(REDUCTIONS[setting]):
                 assert current() == inside[setting]
                 raise RuntimeError("on purpose")
             assert current() == inside[outer]
@@ -180,8 +180,6 @@ def test_reduced_precision_is_set_and_restored(setting: str):
 def test_a_torch_without_split_k_settings(monkeypatch: pytest.MonkeyPatch):
     matmul = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    with bf16_reduction("fp32 partials"):
+    with bf16_reduction(False):
         assert matmul.allow_bf16_reduced_precision_reduction is False
     assert matmul.allow_bf16_reduced_precision_reduction is True
-    with pytest.raises(KeyError):
-        bf16_reduction("strict").__enter__()
