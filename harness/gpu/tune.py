@@ -96,11 +96,6 @@ def fastest(records: Records, gpu_name: str, points: Sequence[Point]) -> Table:
                 continue
             best = max(own, key=lambda row: float(row["speedup_separate"]))
             wins = float(best["speedup_separate"]) > max(1.0, float(best["noise_p90"] or 1))
-            config = _config(best) if wins or scale != "prologue" else SEPARATE
+            config = Config.of_row(best) if wins or scale != "prologue" else SEPARATE
             table.setdefault((gpu_name, shape, scale), {})[point.tokens] = config
     return table
-
-
-def _config(row: dict[str, str]) -> Config:
-    values = {field.name: row[field.name] for field in dataclasses.fields(Config)}
-    return Config(**{name: value if name in ("kernel", "prepass") else int(value) for name, value in values.items()})

@@ -33,7 +33,6 @@ class NormPart:
     make(device, offset) raises ImportError where a package is missing, ValueError where it cannot run on the device.
     """
 
-    name: str
     inner: bool | None
     offset: bool | None
     make: Callable[[str, bool], Norm]
@@ -55,26 +54,24 @@ def _quack(device: str, offset: bool) -> Norm:
     return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
 
 
-def _public(name: str, inner: bool | None, offset: bool) -> NormPart:
+def _public(name: str, device: str, offset: bool) -> Norm:
     """The Triton kernel of that name among the public implementations."""
-
-    def make(device: str, offset: bool) -> Norm:
-        (row,) = (row for row in implementations() if (row.name, row.how) == (name, TRITON))
-        return row.make(device)
-
-    return NormPart(name, inner, offset, make)
+    (row,) = (row for row in implementations() if (row.name, row.how) == (name, TRITON))
+    return row.make(device)
 
 
-_PARTS = (
-    NormPart("eager", True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
-    NormPart("F.rms_norm", False, False, _f_rms_norm),
-    _public("LigerRMSNorm, casting mode llama", True, False),
-    _public("LigerRMSNorm, casting mode gemma", False, True),
-    _public("flash-linear-attention RMSNorm", False, False),
-    _public("FlagGems rms_norm", None, False),  # versions differ in this
-    NormPart("quack rmsnorm", False, False, _quack),
-)
-NORMS = {part.name: part for part in _PARTS}
+_PUBLIC = {  # name: inner, offset
+    "LigerRMSNorm, casting mode llama": (True, False),
+    "LigerRMSNorm, casting mode gemma": (False, True),
+    "flash-linear-attention RMSNorm": (False, False),
+    "FlagGems rms_norm": (None, False),  # versions differ in this
+}
+NORMS = {
+    "eager": NormPart(True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
+    "F.rms_norm": NormPart(False, False, _f_rms_norm),
+    **{name: NormPart(*words, functools.partial(_public, name)) for name, words in _PUBLIC.items()},
+    "quack rmsnorm": NormPart(False, False, _quack),
+}
 HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
 
 
