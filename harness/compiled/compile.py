@@ -199,44 +199,39 @@ def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | Non
 def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(kernel of COMPILERS, plan, keywords): fused kernel and head norm of every plan, a selection of other tiles and
     inputs, and of the kernels that configs ask for; split-K where a launch is not refused."""
-    for name in PLANS:
-        yield "norm_qkv", name, {}
-        yield "head_norm", name, {}
-    for name in ("hf", "fp32"):
-        yield "norm_qkv", name, {"head_norm": "later"}
-    for name in ("hf", "deferred"):
-        yield "norm_qkv", name, {"head_dim": 256, "residual": True}
-    yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
+
+    def each(kernel: str, *plans: str, **keywords: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        return ((kernel, name, keywords) for name in plans)
+
     some = ("hf", "deferred", "folded", "truncating", "bf16-statistics", "gemma")
-    for name in some:
-        yield "rms_norm", name, {"stores": "rstd"}
-        stores = "hidden" if PLANS[name].plan.scale == "prologue" else "both"
-        yield "rms_norm", name, {"stores": stores, "residual": True}
-    for name in ("hf", "gemma"):
-        yield "norm_qkv", name, {"config": Config("fused", "rstd", 64, 64, 4, 3)}
-    yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
-    for name in ("hf", "deferred"):
-        yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
-    for name in ("hf", "one-rounding", "truncating", "fp32"):
-        yield "norm_qkv", name, {"rope": True}
-        yield "head_norm", name, {"rope": True, "packed": True}
-    yield "norm_qkv", "hf", {"rope": True, "head_norm": "none", "head_dim": 64, "bias": True}
-    yield "norm_qkv", "deferred", {"rope": True, "head_dim": 256}
-    yield "norm_qkv", "hf", {"rope": True, "config": Config("fused", "hidden", 128, 64, 8, 3)}
-    yield "rms_norm", "fp32-tf32x3", {"stores": "rstd"}
-    yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
-    for name in ("hf", "bf16-statistics", "gemma"):
-        yield "head_norm", name, {"packed": True}
+    yield from each("norm_qkv", *PLANS)
+    yield from each("head_norm", *PLANS)
+    yield from each("norm_qkv", "hf", "fp32", head_norm="later")
+    yield from each("norm_qkv", "hf", "deferred", head_dim=256, residual=True)
+    yield from each("norm_qkv", "hf", head_norm="none", head_dim=64, bias=True)
+    yield from each("rms_norm", *some, "fp32-tf32x3", stores="rstd")
+    yield from each("rms_norm", "hf", "truncating", "bf16-statistics", "gemma", stores="hidden", residual=True)
+    yield from each("rms_norm", "deferred", "folded", stores="both", residual=True)
+    yield from each("norm_qkv", "hf", "gemma", config=Config("fused", "rstd", 64, 64, 4, 3))
+    yield from each("norm_qkv", "folded", config=Config("fused", "rstd", 64, 32, 4, 3), residual=True)
+    yield from each("norm_qkv", "hf", "deferred", config=Config("fused", "hidden", 128, 64, 8, 3))
+    yield from each("norm_qkv", "fp32-tf32x3", config=Config("fused", "rstd", 32, 32, 4, 2))
+    yield from each("norm_qkv", "hf", "one-rounding", "truncating", "fp32", rope=True)
+    yield from each("norm_qkv", "hf", rope=True, head_norm="none", head_dim=64, bias=True)
+    yield from each("norm_qkv", "deferred", rope=True, head_dim=256)
+    yield from each("norm_qkv", "hf", rope=True, config=Config("fused", "hidden", 128, 64, 8, 3))
+    yield from each("head_norm", "hf", "one-rounding", "truncating", "fp32", rope=True, packed=True)
+    yield from each("head_norm", "hf", "bf16-statistics", "gemma", packed=True)
     if TARGETS[target].backend == "hip":
         return
-    for name in some:
-        yield "norm_qkv", name, {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
-    yield "norm_qkv", "deferred", {"config": Config("split-k", "none", 64, 64, 8, 4), "residual": True}
-    yield "norm_qkv", "hf", {"config": Config("split-k", "none", 64, 64, 8, 4), "head_norm": "later", "bias": True}
-    yield "norm_qkv", "hf", {"rope": True, "config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
-    yield "norm_qkv", "hf", {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
-    yield "norm_qkv", "deferred", {"config": Config("split-k", "hidden", 16, 128, 8, 3)}
-    yield "norm_qkv", "fp32-tf32x3", {"config": Config("split-k", "none", 32, 32, 4, 2)}
+    one, many = Config("split-k", "none", 16, 128, 8, 4), Config("split-k", "none", 64, 64, 8, 4)
+    yield from each("norm_qkv", *some, config=one, tokens=1)
+    yield from each("norm_qkv", "hf", rope=True, config=one, tokens=1)
+    yield from each("norm_qkv", "deferred", config=many, residual=True)
+    yield from each("norm_qkv", "hf", config=many, head_norm="later", bias=True)
+    yield from each("norm_qkv", "hf", config=Config("split-k", "rstd", 16, 128, 8, 3))
+    yield from each("norm_qkv", "deferred", config=Config("split-k", "hidden", 16, 128, 8, 3))
+    yield from each("norm_qkv", "fp32-tf32x3", config=Config("split-k", "none", 32, 32, 4, 2))
 
 
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
