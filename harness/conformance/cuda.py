@@ -103,23 +103,21 @@ def checked(
     try:
         problem = problem_for(plan, check, gpu.device, rope, tokens)
         expected = spec(plan, problem).outputs()
-        outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
-        again = run_triton(plan, problem, config=config)
+        runs = [run_triton(plan, problem, config=config) for _ in range(2)]
     except Exception as error:  # no compile, no launch, no memory: a row, and on
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
-    equal = torch.cat([(outputs[n].double() == expected[n]).flatten() for n in "qkv"])
-    if check == Check.EXACT:
-        wrong, what = int((~equal).sum()), "differ from the spec where no sum depends on order"
-    else:
-        bounds = envelope(plan, problem)
-        wrong, what = sum(int(outside(outputs[n], bounds[n]).sum()) for n in "qkv"), "lie outside the envelope"
-    repeats = all(torch.equal(a, b) for a, b in zip(outputs.values(), again, strict=True))
-    return _judged(equal, wrong, what, repeats)
+    exact = check == Check.EXACT
+    bounds = {name: (value, value) for name, value in expected.items()} if exact else envelope(plan, problem)
+    what = "differ from the spec where no sum depends on order" if exact else "lie outside the envelope"
+    return _judged(runs, list(expected.values()), [bounds[name] for name in expected], what)
 
 
-def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, object]:
+def _judged(runs: list[Outputs], expected: list[Tensor], bounds: list[Interval], what: str) -> dict[str, object]:
+    """share_equal, status and reason of two runs. what: is wrong with elements outside their bounds."""
+    equal = torch.cat([(a.double() == e).flatten() for a, e in zip(runs[0], expected, strict=True)])
+    wrong = sum(int(outside(a, allowed).sum()) for a, allowed in zip(runs[0], bounds, strict=True))
     reason = f"{wrong} of {equal.numel()} elements {what}" if wrong else ""
-    if not repeats:
+    if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):
         reason += "; two runs differ"
     share = equal.double().mean().item()
     return {"share_equal": share, "status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
@@ -137,12 +135,11 @@ def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:
     """checked, of our own loop: bit-equal on whole numbers, in the interval of an fp32 sum on drawn weights."""
     try:
         hidden, weight, (low, high) = loop_problem(check, gpu.device)
-        actual, again = (matmul(hidden, weight, HEAD_DIM, tile) for _ in range(2))
+        runs = [(matmul(hidden, weight, HEAD_DIM, tile),) for _ in range(2)]
     except Exception as error:  # no compile, no launch, no memory: a row, and on
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
     what = "differ where sums are exact" if check == Check.EXACT else "lie outside the interval of fp32 sums"
-    wrong = int(outside(actual, (low, high)).sum())
-    return _judged(actual.double() == low, wrong, what, torch.equal(actual, again))
+    return _judged(runs, [low], [(low, high)], what)
 
 
 def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:

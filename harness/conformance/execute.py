@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from castpoint.harness.conformance.cuda import TOKENS, KernelCheck, check_kernels, kernel_checks
 from castpoint.harness.problems.grid import STANDS_FOR
@@ -19,21 +19,13 @@ from castpoint.harness.runs.schema import Check, ExecutedRow
 from castpoint.kernels.config import candidates, unsupported
 from castpoint.variants.catalogue import PLANS
 
-
-@dataclass(frozen=True)
-class Here:
-    """What the checks ask of timing.cuda.Cuda."""
-
-    device: str = "cpu"
-
-    def probe(self) -> None:
-        """Nothing here breaks."""
+HERE = SimpleNamespace(device="cpu", probe=lambda: None)  # what the checks ask of timing.cuda.Cuda; nothing here breaks
 
 
 def execute_kernels(records: Records, target: str) -> None:
     """One row of `executed` a check."""
     with executed(target):
-        check_kernels(records, Here(), [*kernel_checks(), *tile_checks()], ExecutedRow, target=target)
+        check_kernels(records, HERE, [*kernel_checks(), *tile_checks()], ExecutedRow, target=target)
 
 
 def tile_checks() -> Iterator[KernelCheck]:

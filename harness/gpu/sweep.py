@@ -103,7 +103,7 @@ class Setting:
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Ceilings, red: dict[str, str], quick: bool) -> None:
     setting = prepared(point, gpu, limits)
     seconds = _time_parts(setting, records, red)
-    arms = [_own_chain(setting), *_chains(setting, seconds), peers.eager_peer(setting.problems)]
+    arms = [*_chains(setting, seconds), peers.eager_peer(setting.problems)]
     arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
     for name in grid.own_plans(point):
         plan = plan_named(name)
@@ -140,12 +140,6 @@ def own_peer(setting: Setting, plan: CastPlan, name: str, config: Config | None 
     return peers.Peer(Kind.OWN, name, call, plan, differs=differs, config=config)
 
 
-def _own_chain(setting: Setting) -> peers.Peer:
-    """P1 of our own norms around cuBLAS: the chain that dispatch falls back to, as one-rounding."""
-    own = own_peer(setting, plan_named("one-rounding"), "own kernels | cuBLAS", SEPARATE)
-    return dataclasses.replace(own, kind=Kind.CHAIN, config=None)
-
-
 def _time_parts(setting: Setting, records: Records, red: dict[str, str]) -> dict[Kind, dict[str, float]]:
     """Times of P1's parts and of our own loop, in rows of their own; seconds of those that have one."""
     point, problems = setting.point, setting.problems
@@ -165,11 +159,13 @@ def _time_parts(setting: Setting, records: Records, red: dict[str, str]) -> dict
 
 
 def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[peers.Peer]:
-    """The two best chains of separate parts; where no parts were timed (hot rows, layers), the plainest one."""
+    """P1: our own norms around cuBLAS, the chain that dispatch falls back to; and the two best of separate parts, or
+    where no parts were timed (hot rows, layers), the plainest one. All as one-rounding."""
     plan = plan_named("one-rounding")
+    own = dataclasses.replace(own_peer(setting, plan, "own kernels | cuBLAS", SEPARATE), kind=Kind.CHAIN, config=None)
     plainest = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
     picked = peers.pick_chains(seconds, at_most=2) if seconds else plainest
-    return [peers.chain_peer(setting.problems, *chain, plan) for chain in picked]
+    return [own, *(peers.chain_peer(setting.problems, *chain, plan) for chain in picked)]
 
 
 # ---------------------------------------------------------------- rows

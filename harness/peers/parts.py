@@ -38,14 +38,6 @@ class NormPart:
     make: Callable[[str, bool], Norm]
 
 
-def _eager(device: str, offset: bool) -> Norm:
-    return lambda x, weight, eps: eager_norm(x, weight, eps, offset)
-
-
-def _f_rms_norm(device: str, offset: bool) -> Norm:
-    return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-
-
 def _quack(device: str, offset: bool) -> Norm:
     from quack.rmsnorm import rmsnorm
 
@@ -67,8 +59,9 @@ _PUBLIC = {  # name: inner, offset
     "FlagGems rms_norm": (None, False),  # versions differ in this
 }
 NORMS = {
-    "eager": NormPart(True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
-    "F.rms_norm": NormPart(False, False, _f_rms_norm),
+    # Gemma's formula, for weights stored as w - 1, rounds once
+    "eager": NormPart(True, None, lambda device, offset: functools.partial(eager_norm, weight_offset=offset)),
+    "F.rms_norm": NormPart(False, False, lambda device, offset: lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)),
     **{name: NormPart(*words, functools.partial(_public, name)) for name, words in _PUBLIC.items()},
     "quack rmsnorm": NormPart(False, False, _quack),
 }

@@ -247,7 +247,9 @@ def _rounds(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome], budge
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     start = gpu.now()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and (gpu.now() - start > budget_s or _steady([seconds[name] for name in ready])):
+        spreads = [spread(seconds[name]) for name in ready] if done >= MIN_ROUNDS else []
+        steady = all(s.p90 - s.p10 <= STEADY * s.p50 for s in spreads)
+        if done >= MIN_ROUNDS and (steady or gpu.now() - start > budget_s):
             break
         for name, value in _round(gpu, ready, lost).items():
             seconds[name].append(value)
@@ -266,11 +268,6 @@ def _round(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> dic
             lost[name] = Outcome(Status.FAILED, reason_of(gpu, name, error))
             del ready[name]
     return {name: sums[name] for name in ready}
-
-
-def _steady(seconds: list[list[float]]) -> bool:
-    spreads = [spread(values) for values in seconds]
-    return all(s.p90 - s.p10 <= STEADY * s.p50 for s in spreads)
 
 
 def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:

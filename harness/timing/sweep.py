@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,68 +59,63 @@ def sweep_speed(settings: Settings, records: Records) -> None:
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
         at = [p.replace(x=x) for p in problems]
-        arms = dict(_speed_arms(s, at, weights))
+        arms = _speed_arms(s, at, weights)
         rows = [row for row in records.rows("errors") if row["status"] in (Status.RED, Status.FAILED)]
-        red = {Timed(row["plan"], row["backend"]): f"not timed: {row['reason']}" for row in rows}
-        outcomes = {arm: rig.Outcome(Status.RED, reason) for arm, reason in red.items() if arm in arms}
-        fit = {arm: call for arm, call in arms.items() if arm not in red}
+        red = {str(Timed(row["plan"], row["backend"])): f"not timed: {row['reason']}" for row in rows}
+        outcomes = {name: rig.Outcome(Status.RED, reason) for name, reason in red.items()}
+        fit = [arm for arm in arms.values() if arm.name not in red]
         outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
-        for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
-            records.add(_speed_row(s, arm, at, outcomes, ceilings))
+        for timed in reversed(arms):  # eager last: its row says that this token count is complete
+            records.add(_speed_row(s, timed, at, outcomes, ceilings))
 
 
-def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Settings) -> dict[Timed, rig.Outcome]:
+def _timed_on_cpu(arms: list[rig.Arm], count: int, s: Settings) -> dict[str, rig.Outcome]:
     """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
     ready, outcomes = {}, {}
     turn = itertools.cycle(range(count))
-    for name, call in track(list(arms.items()), "compiling"):
+    for arm in track(arms, "compiling"):
         try:
-            call(0)
-            ready[name] = cpu.rotating(call, turn)
+            arm.call(0)
+            ready[arm.name] = cpu.rotating(arm.call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
-            outcomes[name] = rig.Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
+            outcomes[arm.name] = rig.Outcome(Status.FAILED, f"{type(error).__name__}: {str(error)[:200]}")
     times = cpu.interleaved_times(ready, s.speed_budget_s)
     return outcomes | {name: rig.Outcome(Status.OK, seconds=rig.spread(values)) for name, values in times.items()}
 
 
 def _timed_on_gpu(
-    arms: dict[Timed, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
-) -> dict[Timed, rig.Outcome]:
-    differs = {arm: bits_differ if arm.backend in OWN_BACKENDS else values_differ for arm in arms}
-    listed = [rig.Arm(str(arm), call, differs[arm]) for arm, call in arms.items()]
+    arms: list[rig.Arm], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
+) -> dict[str, rig.Outcome]:
     laps = rig.laps_for(len(problems), ceilings.floor_s(cpu.work_of(problems[0])))
-    found = rig.measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
-    return {arm: found[str(arm)] for arm in arms}
+    return rig.measure(arms, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
 
 
 def _speed_row(
-    s: Settings, arm: Timed, problems: list[Problem], outcomes: dict[Timed, rig.Outcome], ceilings: Ceilings
+    s: Settings, timed: Timed, problems: list[Problem], outcomes: dict[str, rig.Outcome], ceilings: Ceilings
 ) -> SpeedRow:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
-    problem, outcome = problems[0], outcomes[arm]
-    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **arm._asdict()}
-    rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
+    problem, outcome = problems[0], outcomes[str(timed)]
+    work, rotated = cpu.work_of(problem), sum(p.qkv_weight.numel() * 2 for p in problems)
+    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **timed._asdict(), **dataclasses.asdict(work)}
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + ", CUDA graph" * (s.device == "cuda")
-    work = cpu.work_of(problem)
-    row |= dataclasses.asdict(work)
     if seconds := outcome.seconds:
         row |= rig.speed_columns(work, ceilings.floor_s(work), seconds)
-        baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
-        row |= {c: outcomes[base].seconds.p50 / seconds.p50 for c, base in baselines.items() if outcomes[base].seconds}
+        baselines = {"speedup_vs_eager": outcomes[str(BASELINE)], "speedup_vs_compile": outcomes[str(COMPILED)]}
+        row |= {column: base.seconds.p50 / seconds.p50 for column, base in baselines.items() if base.seconds}
     return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
 
 
-def _speed_arms(
-    s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]
-) -> Iterator[tuple[Timed, Callable[[int], object]]]:
-    """What is timed -> a call on the i-th problem."""
-    yield BASELINE, lambda i: eager(problems[i])
-    yield COMPILED, lambda i: compiled_eager()(problems[i])
-    for name in s.plans:
-        for backend in OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,):  # Triton would run interpreted
-            plan = plan_named(name)
-            yield Timed(name, backend), partial(_own_call, plan, backend, rig.as_stored(plan, problems), weights[name])
+def _speed_arms(s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]) -> dict[Timed, rig.Arm]:
+    """What is timed, each as a call on the i-th problem."""
+    calls = {BASELINE: lambda i: eager(problems[i]), COMPILED: lambda i: compiled_eager()(problems[i])}
+    backends = OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,)  # Triton would run interpreted
+    for name, backend in itertools.product(s.plans, backends):
+        plan = plan_named(name)
+        stored = rig.as_stored(plan, problems)
+        calls[Timed(name, backend)] = partial(_own_call, plan, backend, stored, weights[name])
+    differs = {timed: bits_differ if timed.backend in OWN_BACKENDS else values_differ for timed in calls}
+    return {timed: rig.Arm(str(timed), call, differs[timed]) for timed, call in calls.items()}
 
 
 def _own_call(plan: CastPlan, backend: Backend, problems: list[Problem], weights: list[Tensor], i: int) -> object:
