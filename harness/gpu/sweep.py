@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,6 @@ from castpoint.variants.problem import Problem
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
 HOT_COPIES = 8
 SEPARATE = Config("separate")
-State = Callable[[], dict[str, Any]]
 
 
 def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool = False) -> None:
@@ -94,10 +93,9 @@ class Setting:
     cold: bool
     laps: int
 
-    def measure(self, arms: Sequence[rig.Arm], budget_s: float, state: State | None = None) -> Measurement:
-        """rig.measure there, with the first arm for the noise."""
-        copies, baseline = len(self.problems), arms[0].name
-        return measure(arms, self.gpu, copies=copies, laps=self.laps, baseline=baseline, budget_s=budget_s, state=state)
+    def measure(self, arms: Sequence[rig.Arm], budget_s: float, state: rig.State | None = None) -> Measurement:
+        copies, laps = len(self.problems), self.laps
+        return measure(arms, self.gpu, copies=copies, laps=laps, budget_s=budget_s, state=state)
 
 
 def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Ceilings, red: dict[str, str], quick: bool) -> None:
@@ -173,7 +171,7 @@ def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[pee
 
 def _time(
     setting: Setting, records: Records, arms: Sequence[peers.Peer], red: dict[str, str], budget_s: float,
-    state: State | None = None,
+    state: rig.State | None = None,
 ) -> list[Outcome]:  # fmt: skip
     """Times those arms in turns and adds their rows; what became of each. red: arms that get no time, and why."""
     measured = setting.measure([arm.arm() for arm in arms if arm.call and arm.name not in red], budget_s, state)

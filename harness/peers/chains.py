@@ -11,7 +11,6 @@ is where the part before would leave it: in the cache.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,17 +104,16 @@ def norm_peers(problems: Sequence[Problem]) -> list[Peer]:
         norm = parts.norm_of(name, problems[0])
         return lambda i: (norm(_input(problems[i]), problems[i].norm_weight, problems[i].eps),)
 
-    return [_peer(Kind.NORM, name, functools.partial(make, name)) for name in parts.NORMS]
+    return [_peer(Kind.NORM, name, make) for name in parts.NORMS]
 
 
 def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
     """P4: the matmul by itself, on x as it is, with the bias where there is one. call(i) returns (proj,)."""
 
-    def make(linear: parts.Linear) -> Call:
-        return lambda i: (linear(problems[i].x, problems[i].qkv_weight, problems[i].bias),)
+    def make(name: str) -> Call:
+        return lambda i: (parts.MATMULS[name](problems[i].x, problems[i].qkv_weight, problems[i].bias),)
 
-    makes = {name: functools.partial(make, linear) for name, linear in parts.MATMULS.items()}
-    return [_peer(Kind.MATMUL, name, makes[name], differs=values_differ) for name in makes]
+    return [_peer(Kind.MATMUL, name, make, differs=values_differ) for name in parts.MATMULS]
 
 
 def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
@@ -153,7 +151,7 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
         return lambda i: heads(problems[i], q, k)
 
     rotating = first.positions is not None
-    return [_peer(Kind.HEADS, name, functools.partial(make, name)) for name in parts.HEAD_NORMS[rotating]]
+    return [_peer(Kind.HEADS, name, make) for name in parts.HEAD_NORMS[rotating]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
@@ -164,7 +162,7 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
     """
     first, linear = problems[0], parts.MATMULS[matmul]
 
-    def make() -> Call:
+    def make(what: str) -> Call:
         if first.has_head_norm == (heads == NO_HEAD_NORM):
             given = "with" if first.has_head_norm else "without"
             raise ValueError(f"heads={heads!r} does not fit a problem {given} one")
@@ -193,12 +191,11 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
     x, offset = RNE if first.residual is None else KEEP, "fp32" if first.weight_offset else "none"
     plan = CastPlan(x=x, proj=RNE, weight_offset=offset) if first.positions is None else None
 
-    def make(pdl: bool) -> Call:
-        function = parts.tuned(eager, pdl)
+    def make(name: str) -> Call:
+        function = parts.tuned(eager, pdl=name == P2[1])
         return lambda i: function(problems[i], table=table)
 
-    facts = {"plan": plan, "differs": values_differ}
-    return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), **facts) for name in names]
+    return [_peer(Kind.COMPILED, name, make, plan=plan, differs=values_differ) for name in names]
 
 
 def eager_peer(problems: Sequence[Problem]) -> Peer:
@@ -250,10 +247,10 @@ def _input(p: Problem) -> Tensor:
     return p.x if p.residual is None else p.x + p.residual
 
 
-def _peer(kind: Kind, what: str, make: Callable[[], Call], **facts: Any) -> Peer:
-    """The peer whose call make returns; where it raises, one that says why there is none. facts: more of Peer."""
+def _peer(kind: Kind, what: str, make: Callable[[str], Call], **facts: Any) -> Peer:
+    """The peer whose call make(what) is; where it raises, one that says why there is none. facts: more of Peer."""
     try:
-        return Peer(kind, what, make(), **facts)
+        return Peer(kind, what, make(what), **facts)
     except ImportError as error:
         status, reason = Status.NOT_INSTALLED, str(error)
     except ValueError as error:

@@ -138,7 +138,7 @@ def read_ceiling(gpu: Cuda, weights: Sequence[Tensor], expected_bytes_per_s: flo
     """
     arms, size = read_arms(weights), weights[0].numel() * 2
     laps = laps_for(len(weights), size / expected_bytes_per_s)
-    measured = measure(arms, gpu, copies=len(weights), laps=laps, baseline=arms[0].name, budget_s=0.5)
+    measured = measure(arms, gpu, copies=len(weights), laps=laps, budget_s=0.5)
     best = min((o.seconds.p50 for o in measured.outcomes.values() if o.seconds), default=None)
     if best is None:
         return {"unknown": "; ".join(f"{name}: {o.reason}" for name, o in measured.outcomes.items())}
@@ -157,7 +157,7 @@ def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -
     ):
         try:
             arm = Arm(key, make(), values_differ)
-            outcome = measure([arm], gpu, copies=1, baseline=key, budget_s=0.5).outcomes[key]
+            outcome = measure([arm], gpu, copies=1, budget_s=0.5).outcomes[key]
         except torch.OutOfMemoryError as error:  # while the operands were made
             outcome = Outcome(Status.FAILED, reason_of(gpu, key, error))
         found[key] = work / outcome.seconds.p50 if outcome.seconds else None

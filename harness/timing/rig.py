@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ MIN_ROUNDS, MAX_ROUNDS = 10, 200
 STEADY = 0.01  # (p90 - p10) / p50 of every arm, at which no more rounds are needed
 LOAD_S = 0.5  # replays that run while the GPU is asked for its clocks
 AGAIN = " (again)"
+State = Callable[[], dict[str, Any]]  # timing.state.gpu_state
 
 
 # ---------------------------------------------------------------- what is measured
@@ -77,7 +78,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Measurement:
-    """noise: the baseline's seconds / those of the same call captured once more.
+    """noise: the first arm's seconds / those of the same call captured once more.
     samples: seconds of every arm that has a time, one a round, for ratios of two arms."""
 
     outcomes: dict[str, Outcome]
@@ -145,37 +146,30 @@ class _Ready:
 
 
 def measure(
-    arms: Sequence[Arm],
-    gpu: Cuda,
-    *,
-    copies: int,
-    baseline: str,
-    laps: int = 1,
-    budget_s: float = 1.0,
-    state: Callable[[], dict[str, Any]] | None = None,
+    arms: Sequence[Arm], gpu: Cuda, *, copies: int, laps: int = 1, budget_s: float = 1.0, state: State | None = None
 ) -> Measurement:
     """Seconds a call of every arm, and the noise of a ratio of two, from rounds A B C ... C B A.
 
     Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
     10 even if those cost more than the budget, since fewer have no 10th percentile.
 
-    In a round an arm's time is the mean of its two. The noise floor is the ratio of two graphs of the baseline
-    (or, where that failed, of the first arm that did not): a difference that lies inside it is none.
+    In a round an arm's time is the mean of its two. The noise floor is the ratio of two graphs of the first arm
+    that did not fail: a difference that lies inside it is none.
 
-    state: asked once after the last round, while the GPU still works (timing.state.gpu_state).
-    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name or an unknown baseline.
+    state: asked once after the last round, while the GPU still works.
+    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name.
     """
     names = [arm.name for arm in arms]
-    if len(set(names)) < len(names) or baseline not in names:
-        raise ValueError(f"arms need different names, and the baseline {baseline!r} must be one of them: {names}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms need different names: {names}")
     ready: dict[str, _Ready] = {}
     lost: dict[str, Outcome] = {}
     for arm in arms:
         _prepare(arm, gpu, copies, laps, ready, lost)
-    noise_of = baseline if baseline in ready else next(iter(ready), None)
-    if noise_of is not None:
-        first = ready[noise_of].arm
-        _prepare(Arm(noise_of + AGAIN, first.call, first.differs), gpu, copies, laps, ready, lost)
+    noise_of = next(iter(ready), "")
+    if noise_of:
+        again = replace(ready[noise_of].arm, name=noise_of + AGAIN)
+        _prepare(again, gpu, copies, laps, ready, lost)
 
     _warm_up(gpu, ready, lost)
     seconds = _rounds(gpu, ready, lost, budget_s)
@@ -186,7 +180,7 @@ def measure(
 
     timed = {name: values for name, values in seconds.items() if name not in lost}
     outcomes = {name: lost.get(name) or Outcome(Status.OK, seconds=spread(timed[name])) for name in names}
-    pair = [timed.get(noise_of or ""), timed.get(f"{noise_of}{AGAIN}")]
+    pair = [timed.get(noise_of), timed.get(noise_of + AGAIN)]
     noise = ratios(*pair) if all(pair) else None
     rounds = max((len(values) for values in timed.values()), default=0)
     samples = {name: timed[name] for name in names if name in timed}
@@ -281,7 +275,7 @@ def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) 
                 lost[name] = Outcome(Status.RED, f"after timing: {wrong}")
 
 
-def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: State) -> dict[str, Any]:
     """The GPU's state while replays of the first arm run: an idle GPU would show the clocks of an idle GPU."""
     for one in list(ready.values())[:1]:
         gpu.replay(one.graph, replays_for(one.graph_s, LOAD_S))

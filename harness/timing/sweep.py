@@ -87,7 +87,7 @@ def _timed_on_gpu(
     arms: list[rig.Arm], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
 ) -> dict[str, rig.Outcome]:
     laps = rig.laps_for(len(problems), ceilings.floor_s(cpu.work_of(problems[0])))
-    return rig.measure(arms, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
+    return rig.measure(arms, gpu, copies=len(problems), laps=laps).outcomes
 
 
 def _speed_row(

@@ -55,7 +55,7 @@ def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    peer = peers._peer(Kind.NORM, name, lambda: NORMS[name].make("cuda", False))
+    peer = peers._peer(Kind.NORM, name, lambda name: NORMS[name].make("cuda", False))
     assert peer.status == "not installed" and package in peer.reason and peer.call is None
     with pytest.raises(ValueError, match=f"{name} cannot be timed: not installed"):
         peer.arm()
@@ -82,7 +82,7 @@ def test_norms_of_the_other_storage_are_not_applicable():
 
 
 def test_a_broken_package_is_a_row():
-    def broken() -> None:
+    def broken(name: str) -> None:
         raise RuntimeError("built for another\ntorch")
 
     peer = peers._peer(Kind.NORM, "x", broken)
