@@ -126,17 +126,13 @@ def read_sums(weight: Tensor, block: int) -> Tensor:
     return sums
 
 
-def read_arms(weights: Sequence[Tensor]) -> list[Arm]:
-    """Read-only streams of the rotated weights, one for each block size."""
-    return [Arm(f"read {block}", lambda i, block=block: (read_sums(weights[i], block),)) for block in READ_BLOCKS]
-
-
 def read_ceiling(gpu: Cuda, weights: Sequence[Tensor], expected_bytes_per_s: float = 4e12) -> dict[str, Any]:
     """Bytes/s at which a kernel reads these weights and does nothing else, rotated as the arms rotate them.
 
     expected_bytes_per_s only sets how often the rotation is captured. Raises DeviceLost as measure does.
     """
-    arms, size = read_arms(weights), weights[0].numel() * 2
+    arms = [Arm(f"read {block}", lambda i, block=block: (read_sums(weights[i], block),)) for block in READ_BLOCKS]
+    size = weights[0].numel() * 2
     laps = laps_for(len(weights), size / expected_bytes_per_s)
     measured = measure(arms, gpu, copies=len(weights), laps=laps, budget_s=0.5)
     best = min((o.seconds.p50 for o in measured.outcomes.values() if o.seconds), default=None)
