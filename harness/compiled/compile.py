@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from castpoint.kernels.config import Config, candidates, default_config, unsupported
 from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
 from castpoint.kernels.main_loop import matmul_kernel
-from castpoint.kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from castpoint.kernels.norm_qkv import launch_constants, norm_qkv_kernel
 from castpoint.kernels.plan import DEFAULT, CastPlan, words
 from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
 from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
@@ -79,8 +79,8 @@ def compile_norm_qkv(
     if config.kernel == "separate":
         parts = "compile_rms_norm and compile_head_norm are its parts"
         raise ValueError(f"kernel='separate' has no matmul of its own: {parts}")
-    constants = {"PLAN": words(plan), "DH": head_dim, "HEAD_NORM": head_norm, "PREPASS": config.prepass}
-    constants |= {"INTERPRETED": False, **launch_blocks(config, head_dim, interpreted=False)}
+    constants = launch_constants(plan, config, head_dim, interpreted=False)
+    constants |= {"HEAD_NORM": head_norm, "PREPASS": config.prepass}
     has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
     given = {"residual_ptr": residual and config.prepass != "hidden", "bias_ptr": bias, "rstd_ptr": has_rstd}
     given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none") | dict.fromkeys(ROPE_POINTERS, rope)
@@ -120,8 +120,7 @@ def compile_head_norm(
 
 def compile_matmul(target: str, *, config: Config, head_dim: int = 128) -> Compiled:
     """The fused kernel's main loop by itself, of no plan. Raises as compile_kernel does."""
-    blocks = launch_blocks(config, head_dim, interpreted=False)
-    constants = {"PLAN": words(DEFAULT), "DH": head_dim, "INTERPRETED": False, **blocks}
+    constants = launch_constants(DEFAULT, config, head_dim, interpreted=False)
     return compile_kernel(matmul_kernel, target, constants, {}, {})
 
 

@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -79,7 +78,7 @@ def implementations() -> list[Implementation]:
     """All of them, whether installed or not, in the order of a table. Imports no optional package."""
     models = {name: partial(load_hugging_face, name) for name in HUGGING_FACE}
     return [
-        *_rows("F.rms_norm", "torch", load_f_rms_norm, EAGER, *COMPILE),
+        *_rows("F.rms_norm", "torch", partial(load_function, "torch.nn.functional"), EAGER, *COMPILE),
         *_rows("nn.RMSNorm", "torch", partial(load_module, "torch.nn", "RMSNorm"), EAGER, *COMPILE),
         *(row for name in models for row in _rows(name, "transformers", models[name], EAGER, *COMPILE)),
         *_rows("nano-vLLM's formula", "torch", load_nano_vllm, EAGER, *COMPILE),
@@ -89,7 +88,7 @@ def implementations() -> list[Implementation]:
         *_rows("LigerRMSNorm, casting mode gemma", "liger-kernel", partial(load_liger, "gemma", 1.0), TRITON),
         *_rows("LigerRMSNorm, casting mode none", "liger-kernel", partial(load_liger, "none", 0.0), TRITON),
         *_rows("flash-linear-attention RMSNorm", "fla-core", partial(load_module, "fla.modules", "RMSNorm"), TRITON),
-        *_rows("FlagGems rms_norm", "flag-gems", load_flag_gems, TRITON),
+        *_rows("FlagGems rms_norm", "flag-gems", partial(load_function, "flag_gems"), TRITON),
         *_rows("flax.linen.RMSNorm, bf16", "flax", partial(load_linen, True), "jax.jit"),
         *_rows("flax.linen.RMSNorm, defaults", "flax", partial(load_linen, False), "jax.jit"),
         *_rows("flax.nnx.RMSNorm, bf16", "flax", load_nnx, "jax.jit"),
@@ -167,19 +166,15 @@ def compiled(function: Callable[..., Tensor], options: dict[str, Any] | None) ->
 def to_jax(tensor: Tensor, device: Any) -> Any:
     """A bf16 tensor as a JAX array on that JAX device, bit for bit (a conversion by value could quieten a NaN)."""
     import jax
-    import jax.numpy as jnp
 
-    return jax.device_put(tensor.cpu().view(torch.int16).numpy().view(jnp.bfloat16.dtype), device)
+    return jax.device_put(jax.dlpack.from_dlpack(tensor.cpu().contiguous()), device)
 
 
 def from_jax(array: Any) -> Tensor:
-    """A bf16 or fp32 JAX array as a CPU tensor, bit for bit."""
-    import numpy as np
+    """A bf16 or fp32 JAX array as a CPU tensor with memory of its own, bit for bit."""
+    import jax
 
-    values = np.array(array)  # a copy: JAX's own memory is read-only
-    if values.dtype == np.float32:
-        return torch.from_numpy(values)
-    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(jax.device_put(array, jax.devices("cpu")[0])).clone()
 
 
 # ---------------------------------------------------------------- what they are
@@ -206,8 +201,10 @@ def load_liger(casting_mode: str, offset: float) -> Bind:
     return load_module(package, "LigerRMSNorm", offset=offset, casting_mode=casting_mode)
 
 
-def load_f_rms_norm() -> Bind:
-    return lambda width, eps: lambda x, weight: F.rms_norm(x, (width,), weight, eps)
+def load_function(package: str) -> Bind:
+    """The package's rms_norm, which takes what F.rms_norm takes."""
+    rms_norm = importlib.import_module(package).rms_norm
+    return lambda width, eps: lambda x, weight: rms_norm(x, [width], weight, eps)
 
 
 def load_nano_vllm() -> Bind:
@@ -229,12 +226,6 @@ def load_fla_reference() -> Bind:
     from fla.modules.norm.layernorm import rms_norm_ref
 
     return lambda width, eps: lambda x, weight: rms_norm_ref(x, weight, None, eps=eps)
-
-
-def load_flag_gems() -> Bind:
-    import flag_gems
-
-    return lambda width, eps: lambda x, weight: flag_gems.rms_norm(x, [width], weight, eps)
 
 
 def load_linen(bf16: bool) -> Bind:
