@@ -50,7 +50,7 @@ def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Reco
     heads = g.num_q_heads + 2 * g.num_kv_heads
     fit = [c for c in candidates(setting.point.tokens, g.hidden_size, heads, g.head_dim) if c != SEPARATE]
     fit = [c for c in fit if not unsupported(c, plan)]
-    wrong = {str(c): reason for c in fit for reason in [_wrong(plan, c, setting.gpu)] if reason}
+    wrong = {str(config): reason for config in fit if (reason := _wrong(plan, config, setting.gpu))}
     peers = [own_peer(setting, plan_named("one-rounding"), str(SEPARATE), SEPARATE)]
     peers += [own_peer(setting, plan, str(c), c) for c in fit if str(c) not in wrong]
     measured = setting.measure([peer.arm() for peer in peers], BUDGET_S)

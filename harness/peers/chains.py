@@ -217,10 +217,8 @@ def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan 
             return None
         changes |= {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
     elif heads != NO_HEAD_NORM:
-        if inner[heads] is None:
-            return None
         changes["head_normed"] = RNE if inner[heads] else KEEP
-    if inner[norm] is None:
+    if None in (inner[norm], inner.get(heads, False)):
         return None
     return CastPlan(normed=RNE if inner[norm] else KEEP, **changes)
 

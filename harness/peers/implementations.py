@@ -76,7 +76,8 @@ class Implementation:
 
 def implementations() -> list[Implementation]:
     """All of them, whether installed or not, in the order of a table. Imports no optional package."""
-    models = {name: partial(load_hugging_face, name) for name in HUGGING_FACE}
+    modules = {name: f"transformers.models.{model}.modeling_{model}" for name, model in HUGGING_FACE.items()}
+    models = {name: partial(load_module, module, name) for name, module in modules.items()}
     return [
         *_rows("F.rms_norm", "torch", partial(load_function, "torch.nn.functional"), EAGER, *COMPILE),
         *_rows("nn.RMSNorm", "torch", partial(load_module, "torch.nn", "RMSNorm"), EAGER, *COMPILE),
@@ -189,10 +190,6 @@ def load_module(package: str, name: str, **options: Any) -> Bind:
         return lambda x, weight: functional_call(module, {"weight": weight}, (x,))
 
     return bind
-
-
-def load_hugging_face(name: str) -> Bind:
-    return load_module(f"transformers.models.{HUGGING_FACE[name]}.modeling_{HUGGING_FACE[name]}", name)
 
 
 def load_liger(casting_mode: str, offset: float) -> Bind:

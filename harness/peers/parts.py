@@ -86,12 +86,6 @@ def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
 
 
-def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    plan = plan.replace(out=RNE, weight_offset="fp32" if p.weight_offset else "none")
-    weights, rope = (p.q_norm_weight, p.k_norm_weight), (p.positions, p.cos_sin_cache)
-    return tuple(head_norm(t, w, p.eps, *rope, plan=plan) for t, w in zip((q, k), weights, strict=True))
-
-
 def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
     """The head norm of that name. Raises as NormPart.make does, ValueError for one that does not rotate where there are
     positions, and KeyError for a name that is none."""
@@ -100,8 +94,10 @@ def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
     if name == NO_HEAD_NORM:
         return lambda p, q, k: (q, k)
     if name == OWN_KERNEL:
-        return functools.partial(_own_heads, plan)
-    norm = norm_of(name, problem)
+        own = plan.replace(out=RNE, weight_offset="fp32" if problem.weight_offset else "none")
+        norm = functools.partial(head_norm, positions=problem.positions, cos_sin_cache=problem.cos_sin_cache, plan=own)
+    else:
+        norm = norm_of(name, problem)
     return lambda p, q, k: (norm(q, p.q_norm_weight, p.eps), norm(k, p.k_norm_weight, p.eps))
 
 
