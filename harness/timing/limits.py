@@ -78,15 +78,9 @@ def launch_costs(gpu: Cuda) -> dict[str, Any]:
     except Exception as error:
         return {"unknown": reason_of(gpu, "empty kernels", error)}
     graph_s = {kernels: float(np.median(values)) for kernels, values in samples.items()}
-    per_kernel_s, per_replay_s = launch_fit(graph_s)
-    return {"graph_s": graph_s, "per_kernel_s": per_kernel_s, "per_replay_s": per_replay_s}
-
-
-def launch_fit(graph_s: dict[int, float]) -> tuple[float, float]:
-    """(seconds a kernel, seconds a replay) from the seconds of the two longest graphs."""
-    few, many = sorted(graph_s)[-2:]
-    per_kernel = (graph_s[many] - graph_s[few]) / (many - few)
-    return per_kernel, graph_s[few] - few * per_kernel
+    *_, few, many = KERNELS
+    per_kernel_s = (graph_s[many] - graph_s[few]) / (many - few)
+    return {"graph_s": graph_s, "per_kernel_s": per_kernel_s, "per_replay_s": graph_s[few] - few * per_kernel_s}
 
 
 # ---------------------------------------------------------------- memory and matrices

@@ -151,10 +151,8 @@ def measure(
     """Seconds a call of every arm, and the noise of a ratio of two, from rounds A B C ... C B A.
 
     Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
-    10 even if those cost more than the budget, since fewer have no 10th percentile.
-
-    In a round an arm's time is the mean of its two. The noise floor is the ratio of two graphs of the first arm
-    that did not fail: a difference that lies inside it is none.
+    10 even if those cost more than the budget, since fewer have no 10th percentile. The noise floor is the ratio of two
+    graphs of the first arm that did not fail: a difference that lies inside it is none.
 
     state: asked once after the last round, while the GPU still works.
     Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name.
@@ -168,8 +166,7 @@ def measure(
         _prepare(arm, gpu, copies, laps, ready, lost)
     noise_of = next(iter(ready), "")
     if noise_of:
-        again = replace(ready[noise_of].arm, name=noise_of + AGAIN)
-        _prepare(again, gpu, copies, laps, ready, lost)
+        _prepare(replace(ready[noise_of].arm, name=noise_of + AGAIN), gpu, copies, laps, ready, lost)
 
     _warm_up(gpu, ready, lost)
     seconds = _rounds(gpu, ready, lost, budget_s)
