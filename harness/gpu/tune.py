@@ -19,7 +19,7 @@ from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, Status, TuningRow
 from castpoint.harness.timing.cuda import Cuda
-from castpoint.harness.timing.rig import Measurement, Outcome, ratios
+from castpoint.harness.timing.rig import Outcome, ratios
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.kernels.dispatch import Table
 from castpoint.kernels.plan import CastPlan
@@ -57,7 +57,12 @@ def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Reco
     for config in [*fit, SEPARATE]:
         words = str(config)
         outcome = Outcome(Status.RED, wrong[words]) if words in wrong else measured.outcomes[words]
-        records.add(_row(setting, scale, config, outcome, measured))
+        row = {**_key(setting.point, scale, words), **dataclasses.asdict(config), "cold": setting.cold}
+        if outcome.seconds:
+            row |= outcome.seconds.columns() | measured.noise_columns()
+            if separate := measured.samples.get(str(SEPARATE)):
+                row["speedup_separate"] = ratios(separate, measured.samples[words]).p50
+        records.add(TuningRow(**row, status=outcome.status, reason=outcome.reason))
 
 
 def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
@@ -67,15 +72,6 @@ def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
         if found["status"] != Status.OK:
             return f"not timed: {found['reason']}"
     return ""
-
-
-def _row(setting: Setting, scale: str, config: Config, outcome: Outcome, measured: Measurement) -> TuningRow:
-    row = {**_key(setting.point, scale, str(config)), **dataclasses.asdict(config), "cold": setting.cold}
-    if outcome.seconds:
-        row |= outcome.seconds.columns() | measured.noise_columns()
-        if separate := measured.samples.get(str(SEPARATE)):
-            row["speedup_separate"] = ratios(separate, measured.samples[str(config)]).p50
-    return TuningRow(**row, status=outcome.status, reason=outcome.reason)
 
 
 def _key(point: Point, scale: str, words: str) -> dict[str, Any]:

@@ -142,16 +142,14 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """
     first = problems[0]
     if not first.has_head_norm:
-        reason = "no head norm in this problem"
-        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, reason)]
+        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, "no head norm in this problem")]
     q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
 
     def make(name: str) -> Call:
         heads = parts.heads_of(name, plan, first)
         return lambda i: heads(problems[i], q, k)
 
-    rotating = first.positions is not None
-    return [_peer(Kind.HEADS, name, make) for name in parts.HEAD_NORMS[rotating]]
+    return [_peer(Kind.HEADS, name, make) for name in parts.HEAD_NORMS[first.positions is not None]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
