@@ -4,6 +4,8 @@ of fp32 sums; where values are rounded is not decided here.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import triton
@@ -53,6 +55,11 @@ class Config:
         if self.prepass != "none" and self.kernel == "separate":
             wrong = f"prepass must be 'none', not {self.prepass!r}"
             raise ValueError(f"kernel='separate' always stores hidden first: {wrong}")
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, str]) -> Config:
+        """The config in a row of a table, which has its fields for columns. Raises ValueError as a Config does."""
+        return cls(row["kernel"], row["prepass"], *(int(row[field.name]) for field in dataclasses.fields(cls)[2:]))
 
     def __str__(self) -> str:
         if self.kernel == "separate":
@@ -113,6 +120,12 @@ def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tupl
     """
     narrow = head_block(head_dim) < 256  # heads of 256 halve the step, so that a stage of W keeps its 16 or 32 KiB
     long, short, few = (128, 64, 4) if narrow else (64, 32, 8)  # steps, and warps of a tile of few tokens
+    block_m = min(64, max(16, triton.next_power_of_2(tokens)))
+
+    def split(prepass: str, block_k: int, num_warps: int, stages: int, waves: int) -> Config:
+        shares = split_shares(tokens, hidden_size, heads, block_m, block_k, waves * PROCESSORS)
+        return Config("split-k", prepass, block_m, block_k, num_warps, stages, shares)
+
     if tokens > 128:
         found = [
             Config("fused", "hidden", 128, short, 8, 4),
@@ -123,26 +136,12 @@ def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tupl
             Config("fused", "rstd", 64, short, few, 3),
         ]
         if triton.cdiv(tokens, 128) * heads < PROCESSORS:
-            splits = split_shares(tokens, hidden_size, heads, 64, short, 2 * PROCESSORS)
-            found.append(Config("split-k", "hidden", 64, short, few, 4, splits))
-        return (*found, Config("separate"))
-    block_m = min(64, max(16, triton.next_power_of_2(tokens)))
-    warps = few if block_m < 64 else 8
-    found = []
-    for block_k, num_warps, stages, programs in (
-        (long, 8, 4, PROCESSORS),
-        (long, 8, 3, 2 * PROCESSORS),
-        (short, warps, 4, 2 * PROCESSORS),
-        (short, warps, 4, 4 * PROCESSORS),
-    ):
-        splits = split_shares(tokens, hidden_size, heads, block_m, block_k, programs)
-        found.append(Config("split-k", "none", block_m, block_k, num_warps, stages, splits))
-    splits = split_shares(tokens, hidden_size, heads, block_m, long, 2 * PROCESSORS)
-    found.append(Config("split-k", "hidden", block_m, long, 8, 3, splits))
-    if block_m == 64:
-        found.append(Config("fused", "hidden", 64, short, few, 4))
+            found.append(split("hidden", short, few, 4, 2))
     else:
-        found.append(Config("split-k", "rstd", block_m, long, 8, 3, splits))
+        warps = few if block_m < 64 else 8
+        found = [split("none", long, 8, 4, 1), split("none", long, 8, 3, 2)]
+        found += [split("none", short, warps, 4, 2), split("none", short, warps, 4, 4), split("hidden", long, 8, 3, 2)]
+        found += [Config("fused", "hidden", 64, short, few, 4) if block_m == 64 else split("rstd", long, 8, 3, 2)]
     return (*dict.fromkeys(found), Config("separate"))
 
 

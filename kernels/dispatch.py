@@ -38,11 +38,9 @@ def read_table(path: Path = TABLE) -> Table:
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}: write it with `castpoint gpu --tune`")
         for row in reader:
-            numbers = {name: int(row[name]) for name in COLUMNS if name not in ("gpu", "scale", "kernel", "prepass")}
-            hidden_size, num_q_heads, num_kv_heads, head_dim = (numbers[name] for name in KEY[1:5])
+            hidden_size, num_q_heads, num_kv_heads, head_dim = (int(row[name]) for name in KEY[1:5])
             shape = hidden_size, num_q_heads, num_kv_heads, head_dim
-            config = Config(row["kernel"], row["prepass"], *(numbers[f.name] for f in dataclasses.fields(Config)[2:]))
-            table.setdefault((row["gpu"], shape, row["scale"]), {})[numbers["tokens"]] = config
+            table.setdefault((row["gpu"], shape, row["scale"]), {})[int(row["tokens"])] = Config.of_row(row)
     return table
 
 

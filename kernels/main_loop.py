@@ -16,8 +16,8 @@ from .chain import multiply
 from .checks import check_tensor
 from .config import Config
 from .head_norm import check_device, output_tensor
-from .norm_qkv import launch_blocks
-from .plan import DEFAULT, RNE, words
+from .norm_qkv import launch_constants
+from .plan import DEFAULT, RNE
 from .rounding import narrow, round_to
 
 
@@ -67,7 +67,6 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
         return out
     matmul_kernel[(triton.cdiv(tokens, config.block_m), rows // head_dim)](
         hidden, weight, out, tokens, hidden_size, *hidden.stride(), *weight.stride(), out.stride(0),
-        PLAN=words(DEFAULT), DH=head_dim, INTERPRETED=interpreted,
-        **launch_blocks(config, head_dim, interpreted), enable_fp_fusion=False,
+        **launch_constants(DEFAULT, config, head_dim, interpreted), enable_fp_fusion=False,
     )  # fmt: skip
     return out

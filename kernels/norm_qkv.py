@@ -13,6 +13,8 @@ do not commute, and so the three are three numerical functions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -168,9 +170,8 @@ def norm_qkv(
     strided = (x, x if residual is None else residual, qkv_weight, *stored)
     strides = [stride for tensor in strided for stride in tensor.stride()[:2]]
     numbers = (tokens, hidden_size, num_q_heads, num_kv_heads, float(eps), *strides)
-    constants = {"PLAN": words(plan), "DH": head_dim, "PREPASS": config.prepass, "INTERPRETED": interpreted}
-    constants |= {"HEAD_NORM": "none" if q_norm_weight is None else "later" if later else "fused"}
-    constants |= launch_blocks(config, head_dim, interpreted)
+    constants = launch_constants(plan, config, head_dim, interpreted) | {"PREPASS": config.prepass}
+    constants["HEAD_NORM"] = "none" if q_norm_weight is None else "later" if later else "fused"
     if config.kernel == "split-k":
         launch_split_k(tensors, numbers, constants, config, sum(heads))
     else:
@@ -198,10 +199,11 @@ def launch_prepass(
     return x, residual, rstd
 
 
-def launch_blocks(config: Config, head_dim: int, interpreted: bool) -> dict[str, int]:
-    """Tiles and options of a launch of the fused or the split-K kernel."""
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": head_block(head_dim), "BLOCK_K": config.block_k}
-    return blocks if interpreted else {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+def launch_constants(plan: CastPlan, config: Config, head_dim: int, interpreted: bool) -> dict[str, Any]:
+    """Plan, tiles and options of a launch of the fused or the split-K kernel, or of their loop alone."""
+    constants = {"PLAN": words(plan), "DH": head_dim, "INTERPRETED": interpreted}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": head_block(head_dim), "BLOCK_K": config.block_k}
+    return constants if interpreted else {**constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, plan: CastPlan) -> Tensor:

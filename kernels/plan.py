@@ -137,6 +137,7 @@ class CastPlan:
 DEFAULT = CastPlan()
 
 
+@dataclass(frozen=True, repr=False)
 class Words:
     """A plan as the kernels read it, their one compile-time argument PLAN: `PLAN.proj` and so on.
 
@@ -144,21 +145,15 @@ class Words:
     Triton's caches know the argument by it: two plans that print alike would share one binary.
     """
 
-    def __init__(self, plan: CastPlan) -> None:
+    plan: CastPlan
+
+    def __post_init__(self) -> None:
         import triton.language as tl  # not above: plans are named where no Triton is
 
-        self.plan = plan
-        for name, word in plan.choices().items():
-            setattr(self, name, tl.constexpr(word))
+        vars(self).update({name: tl.constexpr(word) for name, word in self.plan.choices().items()})
 
     def __repr__(self) -> str:
         return repr(self.plan)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Words) and self.plan == other.plan
-
-    def __hash__(self) -> int:
-        return hash(self.plan)
 
 
 @functools.cache

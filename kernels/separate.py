@@ -14,19 +14,26 @@ from .rms_norm import launch_rms_norm
 
 
 @contextlib.contextmanager
-def fp32_sums(device: torch.device) -> Iterator[None]:
-    """cuBLAS may not round partial sums to bf16, which PyTorch allows it by default: proj is rounded once."""
+def bf16_reduction(allowed: bool | tuple[bool, bool]) -> Iterator[None]:
+    """Sets whether cuBLAS may round partial sums of bf16 matmuls to bf16, by default True, and restores what was. A
+    second word says whether it may split D at all. A graph keeps what held while it was captured. Raises what torch
+    raises where its version lacks a setting."""
     matmul = torch.backends.cuda.matmul
-    allowed = device.type == "cuda" and matmul.allow_bf16_reduced_precision_reduction
-    if not allowed:
-        yield
-        return
-    split_k = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", True)
-    matmul.allow_bf16_reduced_precision_reduction = False
+    name = "allow_bf16_reduced_precision_reduction"
+    before = getattr(matmul, name)
+    if hasattr(matmul, f"{name}_split_k"):
+        before = (before, getattr(matmul, f"{name}_split_k"))
+    setattr(matmul, name, allowed)
     try:
         yield
     finally:
-        matmul.allow_bf16_reduced_precision_reduction = True if split_k else (True, False)
+        setattr(matmul, name, before)
+
+
+def fp32_sums(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Where cuBLAS may round partial sums to bf16 it may not: proj is rounded once."""
+    rounds = device.type == "cuda" and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    return bf16_reduction(False) if rounds else contextlib.nullcontext()
 
 
 def launch_separate(

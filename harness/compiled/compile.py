@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from castpoint.kernels.config import Config, candidates, default_config, unsupported
 from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
 from castpoint.kernels.main_loop import matmul_kernel
-from castpoint.kernels.norm_qkv import launch_blocks, norm_qkv_kernel
+from castpoint.kernels.norm_qkv import launch_constants, norm_qkv_kernel
 from castpoint.kernels.plan import DEFAULT, CastPlan, words
 from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
 from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
@@ -41,6 +41,7 @@ TARGETS = {
 # Capability; CDNA3 ISA reference guide, local data share.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ROPE_POINTERS = ("positions_ptr", "cos_sin_ptr")
+POINTERS = {"positions_ptr": "i64", "rstd_ptr": "fp32", "sums_ptr": "fp32", "squares_ptr": "fp32", "counter_ptr": "i32"}
 MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
 
 
@@ -78,35 +79,26 @@ def compile_norm_qkv(
     if config.kernel == "separate":
         parts = "compile_rms_norm and compile_head_norm are its parts"
         raise ValueError(f"kernel='separate' has no matmul of its own: {parts}")
-    blocks = launch_blocks(config, head_dim, interpreted=False)
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    residual_in_kernel = residual and config.prepass != "hidden"
-    constants = {"PLAN": words(plan), "DH": head_dim, "HEAD_NORM": head_norm, "PREPASS": config.prepass}
-    constants |= {"INTERPRETED": False, **blocks}
-    qk = element(plan.proj if head_norm == "later" else plan.out)
-    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "rstd_ptr": "fp32"}
-    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
+    constants = launch_constants(plan, config, head_dim, interpreted=False)
+    constants |= {"HEAD_NORM": head_norm, "PREPASS": config.prepass}
     has_rstd = config.prepass == "rstd" or config.prepass == "hidden" and plan.scale != "prologue"
-    given = {"residual_ptr": residual_in_kernel, "bias_ptr": bias, "rstd_ptr": has_rstd}
+    given = {"residual_ptr": residual and config.prepass != "hidden", "bias_ptr": bias, "rstd_ptr": has_rstd}
     given |= dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), head_norm != "none") | dict.fromkeys(ROPE_POINTERS, rope)
-    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    qk = element(plan.proj if head_norm == "later" else plan.out)
+    pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": element(plan.out), "cos_sin_ptr": cache}
     if config.kernel == "fused":
-        return compile_kernel(norm_qkv_kernel, target, constants, pointers, options)
+        return compile_kernel(norm_qkv_kernel, target, constants, given, pointers)
     constants |= {**statistics_blocks(tokens, config.block_m), "STAGES": config.num_stages, "TOGETHER": TOGETHER}
-    pointers |= {"sums_ptr": "fp32", "squares_ptr": "fp32", "counter_ptr": "i32"}
-    return compile_kernel(split_k_kernel, target, constants, pointers, options)
+    return compile_kernel(split_k_kernel, target, constants, given, pointers)
 
 
 def compile_rms_norm(
     plan: CastPlan, target: str, *, stores: str = "hidden", hidden_size: int = 4096, residual: bool = False
 ) -> Compiled:
     """The norm of a pre-pass, or of kernel='separate'. stores: `rstd`, `hidden` or `both`."""
-    blocks = row_blocks(hidden_size, interpreted=False)
-    options = {"num_warps": blocks.pop("num_warps")}
-    constants = {"PLAN": words(plan), **blocks}
     given = {"residual_ptr": residual, "rstd_ptr": stores != "hidden", "hidden_ptr": stores != "rstd"}
-    constants |= dict.fromkeys(name for name, there in given.items() if not there)
-    return compile_kernel(rms_norm_kernel, target, constants, {"rstd_ptr": "fp32"}, options)
+    constants = {"PLAN": words(plan), **row_blocks(hidden_size, interpreted=False)}
+    return compile_kernel(rms_norm_kernel, target, constants, given, {})
 
 
 def compile_head_norm(
@@ -119,33 +111,50 @@ def compile_head_norm(
     One binary serves every number of tokens. Raises as compile_kernel does.
     """
     constants = {"PLAN": words(plan), "DH": head_dim, "BLOCK_M": BLOCK_M, "BLOCK_N": triton.next_power_of_2(head_dim)}
-    constants |= {} if packed else dict.fromkeys(("k_weight_ptr", "k_out_ptr"))
-    constants |= {} if rope else dict.fromkeys(ROPE_POINTERS)
-    constants |= {} if norm else dict.fromkeys(("weight_ptr", "k_weight_ptr"))
+    given = {"weight_ptr": norm, "k_weight_ptr": norm and packed, "k_out_ptr": packed}
+    given |= dict.fromkeys(ROPE_POINTERS, rope)
     out = element(plan.out)
-    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out}
-    pointers |= {"positions_ptr": "i64", "cos_sin_ptr": cache}
-    return compile_kernel(head_norm_kernel, target, constants, pointers, {})
+    pointers = {"proj_ptr": element(plan.proj), "out_ptr": out, "k_out_ptr": out, "cos_sin_ptr": cache}
+    return compile_kernel(head_norm_kernel, target, constants, given, pointers)
 
 
 def compile_matmul(target: str, *, config: Config, head_dim: int = 128) -> Compiled:
     """The fused kernel's main loop by itself, of no plan. Raises as compile_kernel does."""
-    blocks = launch_blocks(config, head_dim, interpreted=False)
-    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"PLAN": words(DEFAULT), "DH": head_dim, "INTERPRETED": False, **blocks}
-    return compile_kernel(matmul_kernel, target, constants, {}, options)
+    constants = launch_constants(DEFAULT, config, head_dim, interpreted=False)
+    return compile_kernel(matmul_kernel, target, constants, {}, {})
 
 
 def compile_kernel(
-    fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str], options: dict[str, int]
+    fn: Any, target: str, constants: dict[str, Any], given: dict[str, bool], pointers: dict[str, str]
 ) -> Compiled:
-    """fn for one of TARGETS, on contiguous tensors: bf16 where pointers names no other type, None where constants do.
+    """fn for one of TARGETS, on contiguous tensors, specialised as a launch specialises it.
 
-    Raises RuntimeError where the kernels were imported interpreted, ValueError where constants are not the
-    kernel's compile-time arguments, KeyError for an unknown target, and what Triton raises.
+    constants: its compile-time arguments, num_warps and num_stages, as a launch takes them. given: which of its
+    optional tensors there are. pointers: types other than those in POINTERS, and else bf16. Raises RuntimeError where
+    the kernels were imported interpreted, ValueError where constants are not the kernel's compile-time arguments,
+    KeyError for an unknown target, and what Triton raises.
     """
     check_compilable(fn)
-    source = kernel_source(fn, target, constants, pointers)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    if differ := {param.name for param in fn.params if param.is_constexpr} ^ set(constants):
+        raise ValueError(f"compile-time arguments of {fn.__name__} differ: {sorted(differ)}")
+    constants |= dict.fromkeys(name for name, there in given.items() if not there)
+    signature, attrs = {}, {}
+    for index, param in enumerate(fn.params):
+        name = param.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("stride_") and name.endswith("k"):  # x, residual and weights are contiguous along D
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            pointer = name.endswith("_ptr")
+            element_type = (POINTERS | pointers).get(name, "bf16")
+            signature[name] = f"*{element_type}" if pointer else "fp32" if name == "eps" else "i32"
+            if name != "eps" and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+            if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
+                attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
+    source = ASTSource(fn, signature, constants, attrs)
     return compile_source(fn.__name__, target, source, {**options, "enable_fp_fusion": False})
 
 
@@ -155,28 +164,6 @@ def compile_source(kernel: str, target: str, source: ASTSource, options: dict[st
     asm = {stage: text for stage, text in built.asm.items() if isinstance(text, str)}
     binary = next(built.asm[stage] for stage in ("cubin", "hsaco") if stage in built.asm)
     return Compiled(kernel, target, asm, binary, built.metadata.shared, *resources(asm, binary))
-
-
-def kernel_source(fn: Any, target: str, constants: dict[str, Any], pointers: dict[str, str]) -> ASTSource:
-    """fn, specialised as a launch specialises it; arguments as in compile_kernel, whose errors it raises."""
-    wanted = {param.name for param in fn.params if param.is_constexpr}
-    if wanted != {name for name in constants if not name.endswith("_ptr")}:
-        raise ValueError(f"compile-time arguments of {fn.__name__} differ: {sorted(wanted ^ set(constants))}")
-    signature, attrs, constants = {}, {}, dict(constants)
-    for index, param in enumerate(fn.params):
-        name = param.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("stride_") and name.endswith("k"):  # x, residual and weights are contiguous along D
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            pointer = name.endswith("_ptr")
-            signature[name] = f"*{pointers.get(name, 'bf16')}" if pointer else "fp32" if name == "eps" else "i32"
-            if name != "eps" and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
-                attrs[(index,)] = [["tt.divisibility", 16]]
-            if pointer and TARGETS[target].backend == "hip":  # tensors below 2 GiB, which take buffer loads
-                attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
-    return ASTSource(fn, signature, constants, attrs)
 
 
 def check_compilable(fn: Any) -> None:
@@ -211,44 +198,39 @@ def resources(asm: dict[str, str], binary: bytes) -> tuple[int | None, int | Non
 def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(kernel of COMPILERS, plan, keywords): fused kernel and head norm of every plan, a selection of other tiles and
     inputs, and of the kernels that configs ask for; split-K where a launch is not refused."""
-    for name in PLANS:
-        yield "norm_qkv", name, {}
-        yield "head_norm", name, {}
-    for name in ("hf", "fp32"):
-        yield "norm_qkv", name, {"head_norm": "later"}
-    for name in ("hf", "deferred"):
-        yield "norm_qkv", name, {"head_dim": 256, "residual": True}
-    yield "norm_qkv", "hf", {"head_norm": "none", "head_dim": 64, "bias": True}
+
+    def each(kernel: str, *plans: str, **keywords: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        return ((kernel, name, keywords) for name in plans)
+
     some = ("hf", "deferred", "folded", "truncating", "bf16-statistics", "gemma")
-    for name in some:
-        yield "rms_norm", name, {"stores": "rstd"}
-        stores = "hidden" if PLANS[name].plan.scale == "prologue" else "both"
-        yield "rms_norm", name, {"stores": stores, "residual": True}
-    for name in ("hf", "gemma"):
-        yield "norm_qkv", name, {"config": Config("fused", "rstd", 64, 64, 4, 3)}
-    yield "norm_qkv", "folded", {"config": Config("fused", "rstd", 64, 32, 4, 3), "residual": True}
-    for name in ("hf", "deferred"):
-        yield "norm_qkv", name, {"config": Config("fused", "hidden", 128, 64, 8, 3)}
-    for name in ("hf", "one-rounding", "truncating", "fp32"):
-        yield "norm_qkv", name, {"rope": True}
-        yield "head_norm", name, {"rope": True, "packed": True}
-    yield "norm_qkv", "hf", {"rope": True, "head_norm": "none", "head_dim": 64, "bias": True}
-    yield "norm_qkv", "deferred", {"rope": True, "head_dim": 256}
-    yield "norm_qkv", "hf", {"rope": True, "config": Config("fused", "hidden", 128, 64, 8, 3)}
-    yield "rms_norm", "fp32-tf32x3", {"stores": "rstd"}
-    yield "norm_qkv", "fp32-tf32x3", {"config": Config("fused", "rstd", 32, 32, 4, 2)}
-    for name in ("hf", "bf16-statistics", "gemma"):
-        yield "head_norm", name, {"packed": True}
+    yield from each("norm_qkv", *PLANS)
+    yield from each("head_norm", *PLANS)
+    yield from each("norm_qkv", "hf", "fp32", head_norm="later")
+    yield from each("norm_qkv", "hf", "deferred", head_dim=256, residual=True)
+    yield from each("norm_qkv", "hf", head_norm="none", head_dim=64, bias=True)
+    yield from each("rms_norm", *some, "fp32-tf32x3", stores="rstd")
+    yield from each("rms_norm", "hf", "truncating", "bf16-statistics", "gemma", stores="hidden", residual=True)
+    yield from each("rms_norm", "deferred", "folded", stores="both", residual=True)
+    yield from each("norm_qkv", "hf", "gemma", config=Config("fused", "rstd", 64, 64, 4, 3))
+    yield from each("norm_qkv", "folded", config=Config("fused", "rstd", 64, 32, 4, 3), residual=True)
+    yield from each("norm_qkv", "hf", "deferred", config=Config("fused", "hidden", 128, 64, 8, 3))
+    yield from each("norm_qkv", "fp32-tf32x3", config=Config("fused", "rstd", 32, 32, 4, 2))
+    yield from each("norm_qkv", "hf", "one-rounding", "truncating", "fp32", rope=True)
+    yield from each("norm_qkv", "hf", rope=True, head_norm="none", head_dim=64, bias=True)
+    yield from each("norm_qkv", "deferred", rope=True, head_dim=256)
+    yield from each("norm_qkv", "hf", rope=True, config=Config("fused", "hidden", 128, 64, 8, 3))
+    yield from each("head_norm", "hf", "one-rounding", "truncating", "fp32", rope=True, packed=True)
+    yield from each("head_norm", "hf", "bf16-statistics", "gemma", packed=True)
     if TARGETS[target].backend == "hip":
         return
-    for name in some:
-        yield "norm_qkv", name, {"config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
-    yield "norm_qkv", "deferred", {"config": Config("split-k", "none", 64, 64, 8, 4), "residual": True}
-    yield "norm_qkv", "hf", {"config": Config("split-k", "none", 64, 64, 8, 4), "head_norm": "later", "bias": True}
-    yield "norm_qkv", "hf", {"rope": True, "config": Config("split-k", "none", 16, 128, 8, 4), "tokens": 1}
-    yield "norm_qkv", "hf", {"config": Config("split-k", "rstd", 16, 128, 8, 3)}
-    yield "norm_qkv", "deferred", {"config": Config("split-k", "hidden", 16, 128, 8, 3)}
-    yield "norm_qkv", "fp32-tf32x3", {"config": Config("split-k", "none", 32, 32, 4, 2)}
+    one, many = Config("split-k", "none", 16, 128, 8, 4), Config("split-k", "none", 64, 64, 8, 4)
+    yield from each("norm_qkv", *some, config=one, tokens=1)
+    yield from each("norm_qkv", "hf", rope=True, config=one, tokens=1)
+    yield from each("norm_qkv", "deferred", config=many, residual=True)
+    yield from each("norm_qkv", "hf", config=many, head_norm="later", bias=True)
+    yield from each("norm_qkv", "hf", config=Config("split-k", "rstd", 16, 128, 8, 3))
+    yield from each("norm_qkv", "deferred", config=Config("split-k", "hidden", 16, 128, 8, 3))
+    yield from each("norm_qkv", "fp32-tf32x3", config=Config("split-k", "none", 32, 32, 4, 2))
 
 
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
@@ -260,21 +242,20 @@ def config_binaries(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[tuple[s
     keywords hold the config of norm_qkv, as one of a single share: the number of shares makes no other binary. Its main
     loop by itself, `matmul`, comes with the plan hf alone, whose words it does not read.
     """
+    needed: dict[tuple[Config, bool], int] = {}  # and whether of one token: a number of tokens
+    for tokens in (1, 16, 64, 256):
+        for config in candidates(tokens, 4096, 32, 128):
+            needed.setdefault((dataclasses.replace(config, splits=1), tokens == 1), tokens)
     for target, name in itertools.product(targets, ("hf", "deferred")):
-        seen = set()
-        for tokens in (1, 16, 64, 256):
-            for config in candidates(tokens, 4096, 32, 128):
-                config = dataclasses.replace(config, splits=1)
-                case = (config, tokens == 1)
-                if config.kernel == "separate" or case in seen or unsupported(config, PLANS[name].plan):
-                    continue
-                seen.add(case)
-                asked = {"config": config, "head_dim": 128, "tokens": tokens}
-                yield "norm_qkv", name, target, asked
-                if name == "hf":  # which rounds at each of RoPE's boundaries
-                    yield "norm_qkv", name, target, asked | {"rope": True}
-                if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
-                    yield "matmul", name, target, {"config": config, "head_dim": 128}
+        for (config, _), tokens in needed.items():
+            if config.kernel == "separate" or unsupported(config, PLANS[name].plan):
+                continue
+            asked = {"config": config, "head_dim": 128, "tokens": tokens}
+            yield "norm_qkv", name, target, asked
+            if name == "hf":  # which rounds at each of RoPE's boundaries
+                yield "norm_qkv", name, target, asked | {"rope": True}
+            if name == "hf" and (config.kernel, config.prepass) == ("fused", "hidden"):
+                yield "matmul", name, target, {"config": config, "head_dim": 128}
         for stores in ("rstd", "hidden", "both"):
             yield "rms_norm", name, target, {"stores": stores}
         yield "head_norm", name, target, {"head_dim": 128, "packed": True}

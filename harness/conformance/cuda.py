@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import fallback, read_table
 from castpoint.kernels.main_loop import matmul
 from castpoint.kernels.plan import RNE, CastPlan
+from castpoint.kernels.separate import bf16_reduction
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs, eager
@@ -43,6 +45,7 @@ TOKENS = 70  # of the checks: more than one tile of 64 or of 16, and not whole o
 AGAINST_SPEC = (Check.EXACT, Check.ENVELOPE)
 DEFAULT = "default"  # the config of a launch that is given none
 HEAD_DIM = 128  # of every model of the grid
+KernelCheck = tuple[str, Config | None, Check, bool, int]  # plan, config, check, rope, tokens
 
 
 def configs_of(plan: CastPlan) -> dict[str, Config | None]:
@@ -52,9 +55,9 @@ def configs_of(plan: CastPlan) -> dict[str, Config | None]:
     return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
 
 
-def kernel_checks() -> Iterator[tuple[str, Config | None, Check, bool, int]]:
-    """(plan, config, check, rope, tokens): two of each plan and config, exact inputs and drawn ones; two more where the
-    plan is timed with RoPE too; and for split-K, which has another binary for it, of one token."""
+def kernel_checks() -> Iterator[KernelCheck]:
+    """Two of each plan and config, exact inputs and drawn ones; two more where the plan is timed with RoPE too; and for
+    split-K, which has another binary for it, of one token."""
     turned = grid.own_plans(grid.Point(grid.MODELS[0], 1, grid.ROPE))
     for name, named in PLANS.items():
         for config in configs_of(named.plan).values():
@@ -64,21 +67,23 @@ def kernel_checks() -> Iterator[tuple[str, Config | None, Check, bool, int]]:
                 yield name, config, check, rope, tokens
 
 
-def check_kernels(records: Records, gpu: Cuda) -> None:
-    """One row for each of kernel_checks. Raises DeviceLost if the context broke."""
-    for name, config, check, rope, tokens in track(list(kernel_checks()), "checks"):
-        key = {"plan": name, "config": str(config or DEFAULT), "rope": rope, "tokens": tokens, "check": check}
-        if not records.has(GpuCheckRow, **key):
-            records.add(GpuCheckRow(**key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens)))
+def check_kernels(
+    records: Records, gpu: Cuda, asked: Iterable[KernelCheck] | None = None, row: type[Any] = GpuCheckRow, **target: str
+) -> None:
+    """One row for each of kernel_checks, or of those asked for. Raises DeviceLost if the context broke."""
+    for name, config, check, rope, tokens in track(list(asked or kernel_checks()), target.get("target", "checks")):
+        key = {**target, "plan": name, "config": str(config or DEFAULT), "rope": rope, "tokens": tokens, "check": check}
+        if not records.has(row, **key):
+            records.add(row(**key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens)))
 
 
 def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
     """Two rows for each tile of our own loop at those points, named as its arm. Raises DeviceLost as check_kernels."""
-    for tile in dict.fromkeys(tile for p in points for tile in grid.loop_tiles(p)):
-        for check in AGAINST_SPEC:
-            key = {"plan": peers.loop_name(tile), "config": str(tile), "rope": False, "tokens": TOKENS, "check": check}
-            if not records.has(GpuCheckRow, **key):
-                records.add(GpuCheckRow(**key, **loop_checked(tile, check, gpu)))
+    tiles = dict.fromkeys(tile for p in points for tile in grid.loop_tiles(p))
+    for tile, check in itertools.product(tiles, AGAINST_SPEC):
+        key = {"plan": peers.loop_name(tile), "config": str(tile), "rope": False, "tokens": TOKENS, "check": check}
+        if not records.has(GpuCheckRow, **key):
+            records.add(GpuCheckRow(**key, **loop_checked(tile, check, gpu)))
 
 
 def red_plans(records: Records) -> dict[str, str]:
@@ -97,23 +102,21 @@ def checked(
     try:
         problem = problem_for(plan, check, gpu.device, rope, tokens)
         expected = spec(plan, problem).outputs()
-        outputs = dict(zip("qkv", run_triton(plan, problem, config=config), strict=True))
-        again = run_triton(plan, problem, config=config)
+        runs = [run_triton(plan, problem, config=config) for _ in range(2)]
     except Exception as error:  # no compile, no launch, no memory: a row, and on
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
-    equal = torch.cat([(outputs[n].double() == expected[n]).flatten() for n in "qkv"])
-    if check == Check.EXACT:
-        wrong, what = int((~equal).sum()), "differ from the spec where no sum depends on order"
-    else:
-        bounds = envelope(plan, problem)
-        wrong, what = sum(int(outside(outputs[n], bounds[n]).sum()) for n in "qkv"), "lie outside the envelope"
-    repeats = all(torch.equal(a, b) for a, b in zip(outputs.values(), again, strict=True))
-    return _judged(equal, wrong, what, repeats)
+    exact = check == Check.EXACT
+    bounds = {name: (value, value) for name, value in expected.items()} if exact else envelope(plan, problem)
+    what = "differ from the spec where no sum depends on order" if exact else "lie outside the envelope"
+    return _judged(runs, list(expected.values()), [bounds[name] for name in expected], what)
 
 
-def _judged(equal: Tensor, wrong: int, what: str, repeats: bool) -> dict[str, object]:
+def _judged(runs: list[Outputs], expected: list[Tensor], bounds: list[Interval], what: str) -> dict[str, object]:
+    """share_equal, status and reason of two runs. what: is wrong with elements outside their bounds."""
+    equal = torch.cat([(a.double() == e).flatten() for a, e in zip(runs[0], expected, strict=True)])
+    wrong = sum(int(outside(a, allowed).sum()) for a, allowed in zip(runs[0], bounds, strict=True))
     reason = f"{wrong} of {equal.numel()} elements {what}" if wrong else ""
-    if not repeats:
+    if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):
         reason += "; two runs differ"
     share = equal.double().mean().item()
     return {"share_equal": share, "status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
@@ -131,12 +134,11 @@ def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:
     """checked, of our own loop: bit-equal on whole numbers, in the interval of an fp32 sum on drawn weights."""
     try:
         hidden, weight, (low, high) = loop_problem(check, gpu.device)
-        actual, again = (matmul(hidden, weight, HEAD_DIM, tile) for _ in range(2))
+        runs = [(matmul(hidden, weight, HEAD_DIM, tile),) for _ in range(2)]
     except Exception as error:  # no compile, no launch, no memory: a row, and on
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
     what = "differ where sums are exact" if check == Check.EXACT else "lie outside the interval of fp32 sums"
-    wrong = int(outside(actual, (low, high)).sum())
-    return _judged(actual.double() == low, wrong, what, torch.equal(actual, again))
+    return _judged(runs, [low], [(low, high)], what)
 
 
 def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:
@@ -173,12 +175,10 @@ def check_eager(records: Records, gpu: Cuda) -> None:
         if records.has(GpuCheckRow, **key):
             continue
         try:
-            with peers.bf16_reduction(setting):
-                outputs = eager(problem)
+            with bf16_reduction(peers.REDUCTIONS[setting]):
+                found = _compared(eager(problem), tuple(spec(plan, problem).outputs().values()))
         except Exception as error:  # a setting that this PyTorch does not know
             found = {"status": Status.FAILED, "reason": reason_of(gpu, "eager", error)}
-        else:
-            found = _compared(outputs, tuple(spec(plan, problem).outputs().values()))
         records.add(GpuCheckRow(**key, **found))
 
 
@@ -193,15 +193,16 @@ def check_interpreter(records: Records, gpu: Cuda) -> None:
         command = [sys.executable, "-m", "castpoint.harness.conformance.cuda", folder, *todo]
         child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         for name in todo:
-            path = Path(folder) / f"{name}.pt"
-            if not path.exists():
+            path, plan = Path(folder) / f"{name}.pt", PLANS[name].plan
+            try:
+                interpreted = torch.load(path, weights_only=True)
+                compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
+                found = _compared(tuple(t.cpu() for t in compiled), interpreted)
+            except FileNotFoundError:
                 lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-                records.add(GpuCheckRow(plan=name, **common, status=Status.FAILED, reason=lines[-1]))
-                continue
-            plan = PLANS[name].plan
-            interpreted = torch.load(path, weights_only=True)
-            compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
-            found = _compared(tuple(t.cpu() for t in compiled), interpreted)
+                found = {"status": Status.FAILED, "reason": lines[-1]}
+            except Exception as error:  # of a kernel that no GPU runs
+                found = {"status": Status.FAILED, "reason": reason_of(gpu, "a compiled kernel", error)}
             records.add(GpuCheckRow(plan=name, **common, **found))
 
 

@@ -9,42 +9,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from types import SimpleNamespace
 
-from castpoint.harness.conformance.cuda import DEFAULT, TOKENS, checked, kernel_checks
+from castpoint.harness.conformance.cuda import TOKENS, KernelCheck, check_kernels, kernel_checks
 from castpoint.harness.problems.grid import STANDS_FOR
 from castpoint.harness.ptx.driver import executed
-from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, ExecutedRow
-from castpoint.kernels.config import Config, candidates, unsupported
+from castpoint.kernels.config import candidates, unsupported
 from castpoint.variants.catalogue import PLANS
 
-
-@dataclass(frozen=True)
-class Here:
-    """What the checks ask of timing.cuda.Cuda."""
-
-    device: str = "cpu"
-
-    def probe(self) -> None:
-        """Nothing here breaks."""
+HERE = SimpleNamespace(device="cpu", probe=lambda: None)  # what the checks ask of timing.cuda.Cuda; nothing here breaks
 
 
 def execute_kernels(records: Records, target: str) -> None:
     """One row of `executed` a check."""
-    todo = [*kernel_checks(), *tile_checks()]
     with executed(target):
-        for name, config, check, rope, tokens in track(todo, target):
-            words = str(config or DEFAULT)
-            key = {"target": target, "plan": name, "config": words, "rope": rope, "tokens": tokens, "check": check}
-            if not records.has(ExecutedRow, **key):
-                found = checked(PLANS[name].plan, config, check, Here(), rope, tokens)
-                records.add(ExecutedRow(**key, **found))
+        check_kernels(records, HERE, [*kernel_checks(), *tile_checks()], ExecutedRow, target=target)
 
 
-def tile_checks() -> Iterator[tuple[str, Config, Check, bool, int]]:
-    """(plan, config, check, rope, tokens) of each tile of gpu.tune, on the problem of the exact checks."""
+def tile_checks() -> Iterator[KernelCheck]:
+    """One of each tile of gpu.tune, on the problem of the exact checks."""
     tiles = dict.fromkeys(
         (config, 1 if tokens == 1 else TOKENS)
         for tokens in (1, 16, 64, 256)

@@ -12,31 +12,15 @@ from castpoint.harness.problems import grid
 from castpoint.harness.problems.geometry import Work, heads_work, layer_work, matmul_work, norm_work
 from castpoint.harness.runs.schema import Kind
 
-# Designs that no kernel has yet: tokens, design, and the measurement of this grid that would call for it.
-NOT_BUILT = (
-    ("1 to 8", "32 columns a program, sums of squares exchanged between those of a head, no split of D",
-     "split-k more than 2.5 us above the floor at qwen3-0.6b, 1 token"),
-    ("16 to 128", "W as the left operand, so that wgmma's 64 rows are full at 16 tokens",
-     "split-k below 70 % of the roofline at 32 to 128 tokens"),
-    ("1024 and more", "TMA, persistent programs, warp specialisation",
-     "own loop below its break-even share of the bare matmul's speed at 4096 tokens, which the same run measures"),
-    ("1 to 64", "4-bit weights", "blocks of 4-bit weights; no plan has them"),
-    ("all", "rows of W interleaved, so that the channels that RoPE turns together meet in one thread",
-     "fused gains less over P1 with RoPE than without"),
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """One measurement. work: what its arm needs at least."""
 
     point: grid.Point
     kind: Kind
     arm: str
-
-    @property
-    def work(self) -> Work:
-        return work_of(self.point, self.kind)
+    work: Work
 
     def floor_s(self) -> float:
         return self.work.floor_s(grid.ASSUMED_BYTES_PER_S, grid.ASSUMED_FLOPS_PER_S)
@@ -59,8 +43,9 @@ def rows(point: grid.Point, quick: bool = False) -> Iterator[Row]:
         arms = {Kind.NORM: NORMS, Kind.HEADS: HEAD_NORMS[point.regime == grid.ROPE], Kind.MATMUL: MATMULS}
         arms[Kind.LOOP] = map(loop_tile, grid.loop_tiles(point))
     arms |= {Kind.CHAIN: ("best",), Kind.EAGER: ("",), Kind.COMPILED: () if quick else compiled_peers(point)}
-    yield from (Row(point, kind, arm_name(kind, what)) for kind, all_of in arms.items() for what in all_of)
-    yield from (Row(point, Kind.OWN, name) for name in grid.own_plans(point))
+    arms[Kind.OWN] = grid.own_plans(point)
+    for kind, all_of in arms.items():
+        yield from (Row(point, kind, arm_name(kind, what), work_of(point, kind)) for what in all_of)
 
 
 def work_of(point: grid.Point, kind: Kind) -> Work:
@@ -87,8 +72,6 @@ def listing(quick: bool = False) -> Iterator[str]:
             f"{point.model:16} {point.tokens:6} {point.regime:6} {row.kind:8} {row.work.bytes / 1e6:9.2f} "
             f"{row.work.flops / 1e9:9.2f} {row.floor_s() * 1e6:9.2f}  {row.arm}"
         )
-    for tokens, design, reason in NOT_BUILT:
-        yield f"# not built, {tokens} tokens: {design}. Called for by: {reason}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.kind for row in listed).items())
     yield (
         f"# {len(grid.points(quick))} points, {len(listed)} measurements ({kinds}). Their floors add up to "

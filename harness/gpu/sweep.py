@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,15 @@ from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
-from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuPointRow, GpuSpeedRow, Kind, Status
 from castpoint.harness.timing import rig
+from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda
-from castpoint.harness.timing.limits import ceilings, implausible, launch_costs, read_ceiling
-from castpoint.harness.timing.outputs import values_differ
-from castpoint.harness.timing.rig import Arm, Measurement, Outcome, copies_for, laps_for, measure, ratios, rotated
+from castpoint.harness.timing.limits import ceilings, found_ceilings, implausible, launch_costs, read_ceiling
+from castpoint.harness.timing.outputs import bits_differ, values_differ
+from castpoint.harness.timing.rig import Measurement, Outcome, measure
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen
@@ -43,16 +43,6 @@ from castpoint.variants.problem import Problem
 PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
 HOT_COPIES = 8
 SEPARATE = Config("separate")
-State = Callable[[], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this GPU can do at most, as measured in this run."""
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: float
 
 
 def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool = False) -> None:
@@ -67,29 +57,25 @@ def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool 
     check_loops(todo, records, gpu)
     red = red_plans(records)
     for point in track(todo, "grid"):
+        row = GpuPointRow(**dataclasses.asdict(point))
         try:
             _sweep_point(point, records, gpu, limits, red, quick)
-            records.add(GpuPointRow(**dataclasses.asdict(point)))
         except torch.OutOfMemoryError as error:
-            reason = f"out of memory: {str(error)[:200]}"
-            records.add(GpuPointRow(**dataclasses.asdict(point), status=Status.FAILED, reason=reason))
+            row = dataclasses.replace(row, status=Status.FAILED, reason=f"out of memory: {str(error)[:200]}")
+        records.add(row)
         gpu.release()
 
 
-def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Limits:
+def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Ceilings:
     """Copy bandwidth, a stream that only reads, a large matmul, and the cost of launches; noted with the run.
-
-    Raises UserError where neither bandwidth nor matmul could be measured, since no share of them could be given.
-    """
+    The memory's limit is the faster of copying and reading. Raises UserError as found_ceilings does."""
     found = ceilings(gpu)
     problem = model_problem(points[0].model, gpu.device)
-    copies = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes())
-    read = read_ceiling(gpu, [p.qkv_weight for p in rotated(problem, copies)])
+    copies = rig.copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes())
+    read = read_ceiling(gpu, [p.qkv_weight for p in rig.rotated(problem, copies)])
     records.note(limits={**found, "read": read, "launch": launch_costs(gpu)})
-    copy, flops = found["copy_bytes_per_s"], found["bf16_flops_per_s"]
-    if copy is None or flops is None:
-        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
-    return Limits(gpu.name(), max(copy, read.get("bytes_per_s", 0.0)), flops)
+    limits = found_ceilings(found)
+    return dataclasses.replace(limits, bytes_per_s=max(limits.bytes_per_s, read.get("bytes_per_s", 0.0)))
 
 
 # ---------------------------------------------------------------- a point
@@ -100,178 +86,143 @@ class Setting:
     """A point made ready: its problems, one a copy of the weights, and how often they are captured in one graph."""
 
     point: Point
-    limits: Limits
+    gpu: Cuda
+    limits: Ceilings
     problems: list[Problem]
     cold: bool
     laps: int
 
-    def measure(
-        self, arms: Sequence[Arm], gpu: Cuda, baseline: str, budget_s: float, state: State | None = None
-    ) -> Measurement:
-        copies = len(self.problems)
-        return measure(arms, gpu, copies=copies, laps=self.laps, baseline=baseline, budget_s=budget_s, state=state)
+    def measure(self, arms: Sequence[rig.Arm], budget_s: float, state: rig.State | None = None) -> Measurement:
+        copies, laps = len(self.problems), self.laps
+        return measure(arms, self.gpu, copies=copies, laps=laps, budget_s=budget_s, state=state)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An arm as its row names it. function: the plan, or what is rounded. untimed: what it is where it cannot run."""
-
-    kind: Kind
-    arm: str
-    function: str
-    config: Config | None = None
-    untimed: Outcome | None = None
-
-
-def _entry(peer: peers.Peer, config: Config | None = None) -> Entry:
-    return Entry(peer.kind, peer.name, peer.function, config, Outcome(peer.status, peer.reason))
-
-
-def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Limits, red: dict[str, str], quick: bool) -> None:
+def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Ceilings, red: dict[str, str], quick: bool) -> None:
     setting = prepared(point, gpu, limits)
-    seconds = _time_parts(setting, records, gpu, red)
-    arms = [_own_chain(setting), *_chains(setting, seconds), peers.eager_peer(setting.problems)]
+    seconds = _time_parts(setting, records, red)
+    arms = [*_chains(setting, seconds), peers.eager_peer(setting.problems)]
     arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
-    own = {name: own_arm(setting, plan_named(name), name) for name in grid.own_plans(point) if name not in red}
-    ready = [peer.arm() for peer in arms if peer.call] + [arm for arm, _ in own.values()]
-    entries = [_entry(peer) for peer in arms]
-    entries += [Entry(Kind.OWN, name, name, own[name][1] if name in own else None) for name in grid.own_plans(point)]
-    timed = setting.measure(ready, gpu, ready[0].name, CHAIN_BUDGET_S, gpu_state)
-    _add_rows(setting, records, entries, timed, red)
+    for name in grid.own_plans(point):
+        plan = plan_named(name)
+        arms.append(peers.Peer(Kind.OWN, name, None, plan) if name in red else own_peer(setting, plan, name))
+    _time(setting, records, arms, red, CHAIN_BUDGET_S, gpu_state)
 
 
-def prepared(point: Point, gpu: Cuda, limits: Limits) -> Setting:
+def prepared(point: Point, gpu: Cuda, limits: Ceilings) -> Setting:
     """The point's problems: weights rotated over three times L2, one copy a layer, or one weight that stays hot."""
     problem = model_problem(point.model, gpu.device)
     problem = problem.replace(x=problem.x[: point.tokens])
     problem = with_positions(problem) if point.regime == ROPE else problem
-    fitting = copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
+    fitting = rig.copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
     copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}.get(point.regime, fitting)
-    problems = [problem] * copies if point.regime == HOT else rotated(problem, copies)
+    problems = [problem] * copies if point.regime == HOT else rig.rotated(problem, copies)
     cold = point.regime != HOT and copies * _weight_bytes(problem) > 3 * gpu.l2_bytes()
-    floor_s = work_of(point, Kind.OWN).floor_s(limits.bytes_per_s, limits.flops_per_s)
-    return Setting(point, limits, problems, cold, laps_for(copies, floor_s))
+    laps = rig.laps_for(copies, limits.floor_s(work_of(point, Kind.OWN)))
+    return Setting(point, gpu, limits, problems, cold, laps)
 
 
-def own_arm(setting: Setting, plan: CastPlan, name: str, config: Config | None = None) -> tuple[Arm, Config]:
+def own_peer(setting: Setting, plan: CastPlan, name: str, config: Config | None = None) -> peers.Peer:
     """The plan's Triton kernels on the setting's problems, as that config or else as kernels.dispatch cuts them."""
     problems, weights = rig.as_stored(plan, setting.problems), rig.stored_weights(plan, setting.problems)
     first = problems[0]
     if config is None:
         shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.limits.name, shape, first.tokens, plan)
+        config = chosen(setting.gpu.name(), shape, first.tokens, plan)
 
     def call(i: int) -> Outputs:
         return run_triton(plan, problems[i], qkv_weight=weights[i], config=config)
 
     # inside a graph cuBLAS may choose another kernel than outside: judged by values
-    return Arm(name, call, values_differ) if config.kernel == "separate" else Arm(name, call), config
+    differs = values_differ if config.kernel == "separate" else bits_differ
+    return peers.Peer(Kind.OWN, name, call, plan, differs=differs, config=config)
 
 
-def _own_chain(setting: Setting) -> peers.Peer:
-    """P1 of our own norms around cuBLAS: the chain that dispatch falls back to, as one-rounding."""
-    plan = plan_named("one-rounding")
-    arm, _ = own_arm(setting, plan, "", SEPARATE)
-    return peers.Peer(Kind.CHAIN, "own kernels | cuBLAS", arm.call, plan, differs=arm.differs)
-
-
-def _time_parts(setting: Setting, records: Records, gpu: Cuda, red: dict[str, str]) -> dict[Kind, dict[str, float]]:
+def _time_parts(setting: Setting, records: Records, red: dict[str, str]) -> dict[Kind, dict[str, float]]:
     """Times of P1's parts and of our own loop, in rows of their own; seconds of those that have one."""
     point, problems = setting.point, setting.problems
     if point.regime not in grid.PARTED:
         return {}
-    tiles = {peers.loop_name(tile): tile for tile in grid.loop_tiles(point)}
     parts = [
         *peers.norm_peers(problems),
         *peers.head_norm_peers(problems, plan_named("one-rounding")),
         *peers.matmul_peers(problems),
-        *(peers.loop_peer(problems, tile) for tile in tiles.values()),
+        *(peers.loop_peer(problems, tile) for tile in grid.loop_tiles(point)),
     ]
-    ready = [peer.arm() for peer in parts if peer.call and peer.name not in red]
-    entries = [_entry(peer, tiles.get(peer.name)) for peer in parts]
-    outcomes = _add_rows(setting, records, entries, setting.measure(ready, gpu, ready[0].name, PART_BUDGET_S), red)
     seconds: dict[Kind, dict[str, float]] = {}
-    for peer in parts:
-        if found := outcomes[peer.name].seconds:
-            seconds.setdefault(peer.kind, {})[peer.what] = found.p50
+    for peer, outcome in zip(parts, _time(setting, records, parts, red, PART_BUDGET_S), strict=True):
+        if outcome.seconds:
+            seconds.setdefault(peer.kind, {})[peer.what] = outcome.seconds.p50
     return seconds
 
 
 def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[peers.Peer]:
-    """The two best chains of separate parts; where no parts were timed (hot rows, layers), the plainest one."""
+    """P1: our own norms around cuBLAS, the chain that dispatch falls back to; and the two best of separate parts, or
+    where no parts were timed (hot rows, layers), the plainest one. All as one-rounding."""
     plan = plan_named("one-rounding")
+    own = dataclasses.replace(own_peer(setting, plan, "own kernels | cuBLAS", SEPARATE), kind=Kind.CHAIN, config=None)
     plainest = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
     picked = peers.pick_chains(seconds, at_most=2) if seconds else plainest
-    return [peers.chain_peer(setting.problems, *chain, plan) for chain in picked]
-
-
-def _best_chain(entries: Sequence[Entry], measured: Measurement) -> str | None:
-    """The fastest P1, by its median; None if none has a time."""
-    chains = [(entry.arm, measured.outcomes.get(entry.arm)) for entry in entries if entry.kind == Kind.CHAIN]
-    times = {arm: outcome.seconds.p50 for arm, outcome in chains if outcome and outcome.seconds}
-    return min(times, key=times.__getitem__, default=None)
+    return [own, *(peers.chain_peer(setting.problems, *chain, plan) for chain in picked)]
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _add_rows(
-    setting: Setting, records: Records, entries: Sequence[Entry], timed: Measurement, red: dict[str, str]
-) -> dict[str, Outcome]:
-    """The rows of those arms at the setting's point; what became of each."""
-    measured = _plausible(setting, entries, timed)
-    best = _best_chain(entries, measured)
-    outcomes = {entry.arm: measured.outcomes.get(entry.arm) or entry.untimed for entry in entries}
-    outcomes |= {arm: Outcome(Status.RED, f"not timed: {red[arm]}") for arm in outcomes if arm in red}
-    for entry in entries:
-        records.add(_speed_row(setting, measured, entry, outcomes[entry.arm], best))
+def _time(
+    setting: Setting, records: Records, arms: Sequence[peers.Peer], red: dict[str, str], budget_s: float,
+    state: rig.State | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Times those arms in turns and adds their rows; what became of each. red: arms that get no time, and why."""
+    measured = setting.measure([arm.arm() for arm in arms if arm.call and arm.name not in red], budget_s, state)
+    outcomes = [
+        Outcome(Status.RED, f"not timed: {red[arm.name]}")
+        if arm.name in red
+        else _plausible(setting, arm.kind, measured.outcomes.get(arm.name) or Outcome(arm.status, arm.reason))
+        for arm in arms
+    ]
+    both = list(zip(arms, outcomes, strict=True))
+    chains = {arm.name: found.seconds.p50 for arm, found in both if arm.kind == Kind.CHAIN and found.seconds}
+    best = min(chains, key=chains.__getitem__, default=None)
+    for arm, outcome in both:
+        records.add(_speed_row(setting, measured, arm, outcome, best))
     return outcomes
 
 
 def _speed_row(
-    setting: Setting, measured: Measurement, entry: Entry, outcome: Outcome, best: str | None
+    setting: Setting, measured: Measurement, arm: peers.Peer, outcome: Outcome, best: str | None
 ) -> GpuSpeedRow:
     """The row of that arm at the setting's point. best: the fastest P1, for the speed-up over it."""
-    work = work_of(setting.point, entry.kind)
-    floor_s = work.floor_s(setting.limits.bytes_per_s, setting.limits.flops_per_s)
+    work = work_of(setting.point, arm.kind)
+    floor_s = setting.limits.floor_s(work)
     row: dict[str, Any] = {
-        **dataclasses.asdict(setting.point), "kind": entry.kind, "arm": entry.arm, "function": entry.function,
+        **dataclasses.asdict(setting.point), "kind": arm.kind, "arm": arm.name, "function": arm.function,
         "copies": len(setting.problems), "cold": setting.cold, "rounds": measured.rounds, "laps": measured.laps,
         **dataclasses.asdict(work), "floor_us": floor_s * 1e6, **{name: measured.state.get(name) for name in STATE},
+        **measured.noise_columns(),
     }  # fmt: skip
-    if entry.config:
-        row |= {"config": str(entry.config), "kernel": entry.config.kernel, "prepass": entry.config.prepass}
+    if arm.config:
+        row |= {"config": str(arm.config), "kernel": arm.config.kernel, "prepass": arm.config.prepass}
     if outcome.seconds:
-        p50 = outcome.seconds.p50
-        row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
-        row |= {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
+        row |= rig.speed_columns(work, floor_s, outcome.seconds)
         if best:  # ratios of two times of one round
-            speedup = dataclasses.asdict(ratios(measured.samples[best], measured.samples[entry.arm]))
-            row |= {"p1": best, **{f"speedup_p1_{name}": value for name, value in speedup.items()}}
-    if measured.noise:
-        row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90}
+            speedup = rig.ratios(measured.samples[best], measured.samples[arm.name])
+            row |= {"p1": best, **speedup.columns("speedup_p1_{}", 1)}
     return GpuSpeedRow(**row, status=outcome.status, reason=outcome.reason)
 
 
 STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
 
 
-def _plausible(setting: Setting, entries: Sequence[Entry], measured: Measurement) -> Measurement:
-    """The measurement without the times that no such GPU can reach: those arms are red."""
-    outcomes = dict(measured.outcomes)
-    for entry in entries:
-        outcome = outcomes.get(entry.arm)
-        if outcome and outcome.seconds:
-            flops, cold = work_of(setting.point, entry.kind).flops, _cold_bytes(setting, entry.kind)
-            if wrong := implausible(setting.limits.name, outcome.seconds.p50, cold, flops):
-                outcomes[entry.arm] = Outcome(Status.RED, wrong)
-    return dataclasses.replace(measured, outcomes=outcomes)
-
-
-def _cold_bytes(setting: Setting, kind: Kind) -> float:
-    """What must come from memory in a call: the weights, where they are cold and the arm reads them."""
-    reads = kind not in (Kind.NORM, Kind.HEADS)
-    return float(_weight_bytes(setting.problems[0])) if setting.cold and reads else 0.0
+def _plausible(setting: Setting, kind: Kind, outcome: Outcome) -> Outcome:
+    """The outcome, or red without a time that no such GPU can reach. Weights, where they are cold and the arm reads
+    them, must come from memory."""
+    if outcome.seconds is None:
+        return outcome
+    reads = setting.cold and kind not in (Kind.NORM, Kind.HEADS)
+    cold_bytes = _weight_bytes(setting.problems[0]) if reads else 0
+    flops = work_of(setting.point, kind).flops
+    wrong = implausible(setting.gpu.name(), outcome.seconds.p50, cold_bytes, flops)
+    return Outcome(Status.RED, wrong) if wrong else outcome
 
 
 @functools.lru_cache(maxsize=1)

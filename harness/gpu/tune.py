@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from castpoint.harness.conformance.cuda import TOKENS, checked
-from castpoint.harness.gpu.sweep import SEPARATE, Setting, measure_limits, own_arm, prepared
+from castpoint.harness.gpu.sweep import SEPARATE, Setting, measure_limits, own_peer, prepared
 from castpoint.harness.problems.grid import STANDS_FOR, Point
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, Status, TuningRow
 from castpoint.harness.timing.cuda import Cuda
-from castpoint.harness.timing.rig import Measurement, Outcome, ratios
+from castpoint.harness.timing.rig import Outcome, ratios
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.kernels.dispatch import Table
 from castpoint.kernels.plan import CastPlan
@@ -38,26 +38,31 @@ def tune(points: Sequence[Point], records: Records, gpu: Cuda) -> Table:
     for point in track(todo, "tuning"):
         setting = prepared(point, gpu, limits)
         for scale, name in STANDS_FOR.items():
-            _time_candidates(setting, scale, plan_named(name), records, gpu)
+            _time_candidates(setting, scale, plan_named(name), records)
         gpu.release()
     return fastest(records, gpu.name(), points)
 
 
-def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Records, gpu: Cuda) -> None:
+def _time_candidates(setting: Setting, scale: str, plan: CastPlan, records: Records) -> None:
     """Rows of one point and scale; `separate` comes last and says that they are complete. It is one-rounding for all
     scales, since it cannot apply rstd behind the matmul: what runs where fusing does not pay."""
     g = setting.point.geometry
     heads = g.num_q_heads + 2 * g.num_kv_heads
     fit = [c for c in candidates(setting.point.tokens, g.hidden_size, heads, g.head_dim) if c != SEPARATE]
     fit = [c for c in fit if not unsupported(c, plan)]
-    base, _ = own_arm(setting, plan_named("one-rounding"), str(SEPARATE), SEPARATE)
-    wrong = {str(c): reason for c in fit for reason in [_wrong(plan, c, gpu)] if reason}
-    arms = [base, *(own_arm(setting, plan, str(c), c)[0] for c in fit if str(c) not in wrong)]
-    measured = setting.measure(arms, gpu, base.name, BUDGET_S)
+    wrong = {str(config): reason for config in fit if (reason := _wrong(plan, config, setting.gpu))}
+    peers = [own_peer(setting, plan_named("one-rounding"), str(SEPARATE), SEPARATE)]
+    peers += [own_peer(setting, plan, str(c), c) for c in fit if str(c) not in wrong]
+    measured = setting.measure([peer.arm() for peer in peers], BUDGET_S)
     for config in [*fit, SEPARATE]:
         words = str(config)
         outcome = Outcome(Status.RED, wrong[words]) if words in wrong else measured.outcomes[words]
-        _add(records, setting, scale, config, outcome, measured)
+        row = {**_key(setting.point, scale, words), **dataclasses.asdict(config), "cold": setting.cold}
+        if outcome.seconds:
+            row |= outcome.seconds.columns() | measured.noise_columns()
+            if separate := measured.samples.get(str(SEPARATE)):
+                row["speedup_separate"] = ratios(separate, measured.samples[words]).p50
+        records.add(TuningRow(**row, status=outcome.status, reason=outcome.reason))
 
 
 def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
@@ -67,18 +72,6 @@ def _wrong(plan: CastPlan, config: Config, gpu: Cuda) -> str:
         if found["status"] != Status.OK:
             return f"not timed: {found['reason']}"
     return ""
-
-
-def _add(
-    records: Records, setting: Setting, scale: str, config: Config, outcome: Outcome, measured: Measurement
-) -> None:
-    row = {**_key(setting.point, scale, str(config)), **dataclasses.asdict(config), "cold": setting.cold}
-    if outcome.seconds:
-        row |= {f"{name}_us": value * 1e6 for name, value in dataclasses.asdict(outcome.seconds).items()}
-        if separate := measured.samples.get(str(SEPARATE)):
-            row["speedup_separate"] = ratios(separate, measured.samples[str(config)]).p50
-        row |= {"noise_p10": measured.noise.p10, "noise_p90": measured.noise.p90} if measured.noise else {}
-    records.add(TuningRow(**row, status=outcome.status, reason=outcome.reason))
 
 
 def _key(point: Point, scale: str, words: str) -> dict[str, Any]:
@@ -99,11 +92,6 @@ def fastest(records: Records, gpu_name: str, points: Sequence[Point]) -> Table:
                 continue
             best = max(own, key=lambda row: float(row["speedup_separate"]))
             wins = float(best["speedup_separate"]) > max(1.0, float(best["noise_p90"] or 1))
-            config = _config(best) if wins or scale != "prologue" else SEPARATE
+            config = Config.of_row(best) if wins or scale != "prologue" else SEPARATE
             table.setdefault((gpu_name, shape, scale), {})[point.tokens] = config
     return table
-
-
-def _config(row: dict[str, str]) -> Config:
-    values = {field.name: row[field.name] for field in dataclasses.fields(Config)}
-    return Config(**{name: value if name in ("kernel", "prepass") else int(value) for name, value in values.items()})

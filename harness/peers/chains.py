@@ -11,13 +11,11 @@ is where the part before would leave it: in the cache.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,8 +36,14 @@ from castpoint.variants.problem import Problem
 P2 = ("torch.compile", "torch.compile, PDL")
 LABELS = {  # how the names of arms begin
     Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop", Kind.CHAIN: "P1",
-    Kind.COMPILED: "P2", Kind.EAGER: "eager",
+    Kind.COMPILED: "P2", Kind.EAGER: "eager", Kind.OWN: "",
 }  # fmt: skip
+
+REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {  # kernels.separate.bf16_reduction
+    "default": True,  # split-K partial sums may be stored and added in bf16
+    "fp32 partials": False,
+    "one fp32 chain": (False, False),  # no split-K either
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Peer:
     plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
     differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
     there, so what holds a matmul is judged by values. rope: q and k are rotated, and the plan's words on it count.
+    config: how our own kernels are cut.
     """
 
     kind: Kind
@@ -61,6 +66,7 @@ class Peer:
     reason: str = ""
     differs: Differs = bits_differ
     rope: bool = False
+    config: Config | None = None
 
     @property
     def name(self) -> str:
@@ -99,17 +105,16 @@ def norm_peers(problems: Sequence[Problem]) -> list[Peer]:
         norm = parts.norm_of(name, problems[0])
         return lambda i: (norm(_input(problems[i]), problems[i].norm_weight, problems[i].eps),)
 
-    return [_peer(Kind.NORM, name, functools.partial(make, name)) for name in parts.NORMS]
+    return [_peer(Kind.NORM, name, make) for name in parts.NORMS]
 
 
 def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
     """P4: the matmul by itself, on x as it is, with the bias where there is one. call(i) returns (proj,)."""
 
-    def make(linear: parts.Linear) -> Call:
-        return lambda i: (linear(problems[i].x, problems[i].qkv_weight, problems[i].bias),)
+    def make(name: str) -> Call:
+        return lambda i: (parts.MATMULS[name](problems[i].x, problems[i].qkv_weight, problems[i].bias),)
 
-    makes = {name: functools.partial(make, linear) for name, linear in parts.MATMULS.items()}
-    return [_peer(Kind.MATMUL, name, makes[name], differs=values_differ) for name in makes]
+    return [_peer(Kind.MATMUL, name, make, differs=values_differ) for name in parts.MATMULS]
 
 
 def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
@@ -118,7 +123,7 @@ def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
     def call(i: int) -> tuple[Tensor]:
         return (matmul(problems[i].x, problems[i].qkv_weight, problems[i].head_dim, config),)
 
-    return Peer(Kind.LOOP, loop_tile(config), call)
+    return Peer(Kind.LOOP, loop_tile(config), call, config=config)
 
 
 def loop_tile(config: Config) -> str:
@@ -138,16 +143,14 @@ def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
     """
     first = problems[0]
     if not first.has_head_norm:
-        reason = "no head norm in this problem"
-        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, reason)]
+        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, "no head norm in this problem")]
     q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
 
     def make(name: str) -> Call:
         heads = parts.heads_of(name, plan, first)
         return lambda i: heads(problems[i], q, k)
 
-    rotating = first.positions is not None
-    return [_peer(Kind.HEADS, name, functools.partial(make, name)) for name in parts.HEAD_NORMS[rotating]]
+    return [_peer(Kind.HEADS, name, make) for name in parts.HEAD_NORMS[first.positions is not None]]
 
 
 def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
@@ -158,7 +161,7 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
     """
     first, linear = problems[0], parts.MATMULS[matmul]
 
-    def make() -> Call:
+    def make(what: str) -> Call:
         if first.has_head_norm == (heads == NO_HEAD_NORM):
             given = "with" if first.has_head_norm else "without"
             raise ValueError(f"heads={heads!r} does not fit a problem {given} one")
@@ -173,7 +176,7 @@ def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, 
         return call
 
     what, whole = f"{norm} | {matmul} | {heads}", chain_plan(norm, heads, plan, first.weight_offset)
-    return _peer(Kind.CHAIN, what, make, whole, values_differ, first.positions is not None)
+    return _peer(Kind.CHAIN, what, make, plan=whole, differs=values_differ, rope=first.positions is not None)
 
 
 def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> list[Peer]:
@@ -187,11 +190,11 @@ def compiled_peers(problems: Sequence[Problem], names: Sequence[str] = P2) -> li
     x, offset = RNE if first.residual is None else KEEP, "fp32" if first.weight_offset else "none"
     plan = CastPlan(x=x, proj=RNE, weight_offset=offset) if first.positions is None else None
 
-    def make(pdl: bool) -> Call:
-        function = parts.tuned(eager, pdl)
+    def make(name: str) -> Call:
+        function = parts.tuned(eager, pdl=name == P2[1])
         return lambda i: function(problems[i], table=table)
 
-    return [_peer(Kind.COMPILED, name, functools.partial(make, name == P2[1]), plan, values_differ) for name in names]
+    return [_peer(Kind.COMPILED, name, make, plan=plan, differs=values_differ) for name in names]
 
 
 def eager_peer(problems: Sequence[Problem]) -> Peer:
@@ -213,10 +216,8 @@ def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan 
             return None
         changes |= {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
     elif heads != NO_HEAD_NORM:
-        if inner[heads] is None:
-            return None
         changes["head_normed"] = RNE if inner[heads] else KEEP
-    if inner[norm] is None:
+    if None in (inner[norm], inner.get(heads, False)):
         return None
     return CastPlan(normed=RNE if inner[norm] else KEEP, **changes)
 
@@ -243,45 +244,14 @@ def _input(p: Problem) -> Tensor:
     return p.x if p.residual is None else p.x + p.residual
 
 
-def _peer(
-    kind: Kind,
-    what: str,
-    make: Callable[[], Call],
-    plan: CastPlan | None = None,
-    differs: Differs = bits_differ,
-    rope: bool = False,
-) -> Peer:
+def _peer(kind: Kind, what: str, make: Callable[[str], Call], **facts: Any) -> Peer:
+    """The peer whose call make(what) is; where it raises, one that says why there is none. facts: more of Peer."""
     try:
-        return Peer(kind, what, make(), plan, differs=differs, rope=rope)
+        return Peer(kind, what, make(what), **facts)
     except ImportError as error:
         status, reason = Status.NOT_INSTALLED, str(error)
     except ValueError as error:
         status, reason = Status.NOT_APPLICABLE, str(error)
     except Exception as error:  # a package that is broken under this torch belongs into its row
         status, reason = Status.FAILED, reason_of(error)
-    return Peer(kind, what, None, plan, status, reason, differs)
-
-
-# ---------------------------------------------------------------- settings
-
-REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {
-    "default": True,  # split-K partial sums may be stored and added in bf16
-    "fp32 partials": False,
-    "one fp32 chain": (False, False),  # no split-K either
-}
-
-
-@contextmanager
-def bf16_reduction(setting: str) -> Iterator[None]:
-    """Sets how cuBLAS may add in bf16 matmuls, one of REDUCTIONS, and restores what was. A graph keeps what held
-    while it was captured. Raises KeyError for another name, and what torch raises where its version lacks a setting."""
-    matmul = torch.backends.cuda.matmul
-    name = "allow_bf16_reduced_precision_reduction"
-    before = getattr(matmul, name)
-    if hasattr(matmul, f"{name}_split_k"):
-        before = (before, getattr(matmul, f"{name}_split_k"))
-    setattr(matmul, name, REDUCTIONS[setting])
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+    return Peer(kind, what, None, status=status, reason=reason, **facts)

@@ -23,11 +23,11 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from castpoint.harness.ptx.driver import executed
@@ -72,82 +72,74 @@ class Implementation:
     kind: str  # `rmsnorm` or `head_norm`
     how: str  # EAGER, OP_BY_OP, TRITON or a key of COMPILE or JIT
     make: Callable[[str], Norm]
-    runs_on: tuple[str, ...] = ()  # other packages whose version decides about bits
 
 
 def implementations() -> list[Implementation]:
     """All of them, whether installed or not, in the order of a table. Imports no optional package."""
-    norms = [("F.rms_norm", "torch", load_f_rms_norm), ("nn.RMSNorm", "torch", load_nn_rms_norm)]
-    hugging_face = {name: (name, "transformers", functools.partial(load_hugging_face, name)) for name in HUGGING_FACE}
-    norms += hugging_face.values()
-    norms += [("nano-vLLM's formula", "torch", load_nano_vllm)]
-    rows = [_torch(*norm, "rmsnorm", how) for norm in norms for how in (EAGER, *COMPILE)]
-    rows += [_torch(*hugging_face[name], "head_norm", EAGER) for name in HEAD_NORMS]
-    rows += [_torch("flash-linear-attention rms_norm_ref", "fla-core", load_fla_reference, "rmsnorm", EAGER)]
-    rows += [
-        _triton("LigerRMSNorm, casting mode llama", "liger-kernel", functools.partial(load_liger, "llama", 0.0)),
-        _triton("LigerRMSNorm, casting mode gemma", "liger-kernel", functools.partial(load_liger, "gemma", 1.0)),
-        _triton("LigerRMSNorm, casting mode none", "liger-kernel", functools.partial(load_liger, "none", 0.0)),
-        _triton("flash-linear-attention RMSNorm", "fla-core", load_fla),
-        _triton("FlagGems rms_norm", "flag-gems", load_flag_gems),
+    modules = {name: f"transformers.models.{model}.modeling_{model}" for name, model in HUGGING_FACE.items()}
+    models = {name: partial(load_module, module, name) for name, module in modules.items()}
+    return [
+        *_rows("F.rms_norm", "torch", partial(load_function, "torch.nn.functional"), EAGER, *COMPILE),
+        *_rows("nn.RMSNorm", "torch", partial(load_module, "torch.nn", "RMSNorm"), EAGER, *COMPILE),
+        *(row for name in models for row in _rows(name, "transformers", models[name], EAGER, *COMPILE)),
+        *_rows("nano-vLLM's formula", "torch", load_nano_vllm, EAGER, *COMPILE),
+        *(row for name in HEAD_NORMS for row in _rows(name, "transformers", models[name], EAGER, kind="head_norm")),
+        *_rows("flash-linear-attention rms_norm_ref", "fla-core", load_fla_reference, EAGER),
+        *_rows("LigerRMSNorm, casting mode llama", "liger-kernel", partial(load_liger, "llama", 0.0), TRITON),
+        *_rows("LigerRMSNorm, casting mode gemma", "liger-kernel", partial(load_liger, "gemma", 1.0), TRITON),
+        *_rows("LigerRMSNorm, casting mode none", "liger-kernel", partial(load_liger, "none", 0.0), TRITON),
+        *_rows("flash-linear-attention RMSNorm", "fla-core", partial(load_module, "fla.modules", "RMSNorm"), TRITON),
+        *_rows("FlagGems rms_norm", "flag-gems", partial(load_function, "flag_gems"), TRITON),
+        *_rows("flax.linen.RMSNorm, bf16", "flax", partial(load_linen, True), "jax.jit"),
+        *_rows("flax.linen.RMSNorm, defaults", "flax", partial(load_linen, False), "jax.jit"),
+        *_rows("flax.nnx.RMSNorm, bf16", "flax", load_nnx, "jax.jit"),
+        *_rows("Hugging Face's formula in JAX", "jax", load_jax_formula, OP_BY_OP, *JIT),
     ]
-    rows += [
-        _jax("flax.linen.RMSNorm, bf16", "flax", functools.partial(load_linen, True), "jax.jit"),
-        _jax("flax.linen.RMSNorm, defaults", "flax", functools.partial(load_linen, False), "jax.jit"),
-        _jax("flax.nnx.RMSNorm, bf16", "flax", load_nnx, "jax.jit"),
-    ]
-    rows += [_jax("Hugging Face's formula in JAX", "jax", load_jax_formula, how) for how in (OP_BY_OP, *JIT)]
-    return rows
+
+
+def _rows(name: str, package: str, load: Load, *hows: str, kind: str = "rmsnorm") -> list[Implementation]:
+    return [Implementation(name, package, kind, how, partial(_made, name, load, how)) for how in hows]
 
 
 def describe_versions(implementation: Implementation) -> str:
     """What it is and what it runs on, with versions: `transformers 5.23.0, torch 2.13.0+cpu`."""
-    packages = (implementation.package, *implementation.runs_on)
+    by_jax, by_triton = implementation.how in (OP_BY_OP, *JIT), implementation.how == TRITON
+    runs_on = ("jax", "jaxlib") if by_jax else ("torch", "triton") if by_triton else ("torch",)
+    packages = dict.fromkeys((implementation.package, *runs_on))  # those whose version decides about bits
     return ", ".join(f"{package} {version(package) or 'not installed'}" for package in packages)
 
 
 # ---------------------------------------------------------------- how they are run
 
 
-def _torch(name: str, package: str, load: Load, kind: str, how: str) -> Implementation:
-    def make(device: str) -> Norm:
-        bind = load()
-        return bound_once(bind if how == EAGER else lambda width, eps: compiled(bind(width, eps), COMPILE[how]))
-
-    return Implementation(name, package, kind, how, make, () if package == "torch" else ("torch",))
-
-
-def _triton(name: str, package: str, load: Load) -> Implementation:
-    def make(device: str) -> Norm:
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise ValueError(f"TRITON_INTERPRET=1 would interpret {name} and round bf16 wrongly: unset it")
-        norm = bound_once(load())
-        return executed("sm_90")(norm) if device == "cpu" else norm  # PTX run here
-
-    return Implementation(name, package, "rmsnorm", TRITON, make, ("torch", "triton"))
+def _made(name: str, load: Load, how: str, device: str) -> Norm:
+    """Implementation.make."""
+    if how in (OP_BY_OP, *JIT):
+        return _through_jax(load, how, device)
+    if how == TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError(f"TRITON_INTERPRET=1 would interpret {name} and round bf16 wrongly: unset it")
+    bind = load()
+    norm = bound_once((lambda width, eps: compiled(bind(width, eps), COMPILE[how])) if how in COMPILE else bind)
+    return executed("sm_90")(norm) if how == TRITON and device == "cpu" else norm  # PTX run here
 
 
-def _jax(name: str, package: str, load: Load, how: str) -> Implementation:
-    def make(device: str) -> Norm:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take 3/4 of the GPU's memory
-        import jax
+def _through_jax(load: Load, how: str, device: str) -> Norm:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take 3/4 of the GPU's memory
+    import jax
 
-        try:
-            jax_device = jax.devices("cpu" if device == "cpu" else "gpu")[0]
-        except RuntimeError as error:
-            raise ImportError(f"jax has no backend for {device} here (for a GPU: jax[cuda13], jax[cuda12])") from error
-        bind = load()
+    try:
+        jax_device = jax.devices("cpu" if device == "cpu" else "gpu")[0]
+    except RuntimeError as error:
+        raise ImportError(f"jax has no backend for {device} here (for a GPU: jax[cuda13], jax[cuda12])") from error
+    load_norm = load()
 
-        def through_jax(width: int, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
-            function = bind(width, eps)
-            if how != OP_BY_OP:
-                function = jax.jit(function, compiler_options=JIT[how])
-            return lambda x, weight: from_jax(function(to_jax(x, jax_device), to_jax(weight, jax_device))).to(x.device)
+    def bind(width: int, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
+        function = load_norm(width, eps)
+        if how != OP_BY_OP:
+            function = jax.jit(function, compiler_options=JIT[how])
+        return lambda x, weight: from_jax(function(to_jax(x, jax_device), to_jax(weight, jax_device))).to(x.device)
 
-        return bound_once(through_jax)
-
-    runs_on = ("jaxlib",) if package == "jax" else ("jax", "jaxlib")
-    return Implementation(name, package, "rmsnorm", how, make, runs_on)
+    return bound_once(bind)
 
 
 def bound_once(bind: Bind) -> Norm:
@@ -175,45 +167,41 @@ def compiled(function: Callable[..., Tensor], options: dict[str, Any] | None) ->
 def to_jax(tensor: Tensor, device: Any) -> Any:
     """A bf16 tensor as a JAX array on that JAX device, bit for bit (a conversion by value could quieten a NaN)."""
     import jax
-    import jax.numpy as jnp
 
-    return jax.device_put(tensor.cpu().view(torch.int16).numpy().view(jnp.bfloat16.dtype), device)
+    return jax.device_put(jax.dlpack.from_dlpack(tensor.cpu().contiguous()), device)
 
 
 def from_jax(array: Any) -> Tensor:
-    """A bf16 or fp32 JAX array as a CPU tensor, bit for bit."""
-    import numpy as np
+    """A bf16 or fp32 JAX array as a CPU tensor with memory of its own, bit for bit."""
+    import jax
 
-    values = np.array(array)  # a copy: JAX's own memory is read-only
-    if values.dtype == np.float32:
-        return torch.from_numpy(values)
-    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(jax.device_put(array, jax.devices("cpu")[0])).clone()
 
 
 # ---------------------------------------------------------------- what they are
 
 
-def module_norm(module_class: Callable[..., nn.Module]) -> Bind:
-    """Binds a module class: its forward with the given weight in place of its own parameter."""
+def load_module(package: str, name: str, **options: Any) -> Bind:
+    """A module class with those options: its forward with the given weight in place of its own parameter."""
+    module_class = getattr(importlib.import_module(package), name)
 
     def bind(width: int, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
-        module = module_class(width, eps=eps)
+        module = module_class(width, eps=eps, **options)
         return lambda x, weight: functional_call(module, {"weight": weight}, (x,))
 
     return bind
 
 
-def load_f_rms_norm() -> Bind:
-    return lambda width, eps: lambda x, weight: F.rms_norm(x, (width,), weight, eps)
+def load_liger(casting_mode: str, offset: float) -> Bind:
+    """Offset 1 with mode `gemma` is what Liger gives to Gemma models, whose weights are stored as w - 1."""
+    package = "liger_kernel.transformers.rms_norm"
+    return load_module(package, "LigerRMSNorm", offset=offset, casting_mode=casting_mode)
 
 
-def load_nn_rms_norm() -> Bind:
-    return module_norm(nn.RMSNorm)
-
-
-def load_hugging_face(class_name: str) -> Bind:
-    model = HUGGING_FACE[class_name]
-    return module_norm(getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), class_name))
+def load_function(package: str) -> Bind:
+    """The package's rms_norm, which takes what F.rms_norm takes."""
+    rms_norm = importlib.import_module(package).rms_norm
+    return lambda width, eps: lambda x, weight: rms_norm(x, [width], weight, eps)
 
 
 def load_nano_vllm() -> Bind:
@@ -235,25 +223,6 @@ def load_fla_reference() -> Bind:
     from fla.modules.norm.layernorm import rms_norm_ref
 
     return lambda width, eps: lambda x, weight: rms_norm_ref(x, weight, None, eps=eps)
-
-
-def load_fla() -> Bind:
-    from fla.modules import RMSNorm
-
-    return module_norm(RMSNorm)
-
-
-def load_liger(casting_mode: str, offset: float) -> Bind:
-    """Offset 1 with mode `gemma` is what Liger gives to Gemma models, whose weights are stored as w - 1."""
-    from liger_kernel.transformers.rms_norm import LigerRMSNorm
-
-    return module_norm(functools.partial(LigerRMSNorm, offset=offset, casting_mode=casting_mode))
-
-
-def load_flag_gems() -> Bind:
-    import flag_gems
-
-    return lambda width, eps: lambda x, weight: flag_gems.rms_norm(x, [width], weight, eps)
 
 
 def load_linen(bf16: bool) -> Bind:

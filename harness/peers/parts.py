@@ -33,18 +33,9 @@ class NormPart:
     make(device, offset) raises ImportError where a package is missing, ValueError where it cannot run on the device.
     """
 
-    name: str
     inner: bool | None
     offset: bool | None
     make: Callable[[str, bool], Norm]
-
-
-def _eager(device: str, offset: bool) -> Norm:
-    return lambda x, weight, eps: eager_norm(x, weight, eps, offset)
-
-
-def _f_rms_norm(device: str, offset: bool) -> Norm:
-    return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _quack(device: str, offset: bool) -> Norm:
@@ -55,26 +46,25 @@ def _quack(device: str, offset: bool) -> Norm:
     return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
 
 
-def _public(name: str, inner: bool | None, offset: bool) -> NormPart:
+def _public(name: str, device: str, offset: bool) -> Norm:
     """The Triton kernel of that name among the public implementations."""
-
-    def make(device: str, offset: bool) -> Norm:
-        (row,) = (row for row in implementations() if (row.name, row.how) == (name, TRITON))
-        return row.make(device)
-
-    return NormPart(name, inner, offset, make)
+    (row,) = (row for row in implementations() if (row.name, row.how) == (name, TRITON))
+    return row.make(device)
 
 
-_PARTS = (
-    NormPart("eager", True, None, _eager),  # Gemma's formula, for weights stored as w - 1, rounds once
-    NormPart("F.rms_norm", False, False, _f_rms_norm),
-    _public("LigerRMSNorm, casting mode llama", True, False),
-    _public("LigerRMSNorm, casting mode gemma", False, True),
-    _public("flash-linear-attention RMSNorm", False, False),
-    _public("FlagGems rms_norm", None, False),  # versions differ in this
-    NormPart("quack rmsnorm", False, False, _quack),
-)
-NORMS = {part.name: part for part in _PARTS}
+_PUBLIC = {  # name: inner, offset
+    "LigerRMSNorm, casting mode llama": (True, False),
+    "LigerRMSNorm, casting mode gemma": (False, True),
+    "flash-linear-attention RMSNorm": (False, False),
+    "FlagGems rms_norm": (None, False),  # versions differ in this
+}
+NORMS = {
+    # Gemma's formula, for weights stored as w - 1, rounds once
+    "eager": NormPart(True, None, lambda device, offset: functools.partial(eager_norm, weight_offset=offset)),
+    "F.rms_norm": NormPart(False, False, lambda device, offset: lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)),
+    **{name: NormPart(*words, functools.partial(_public, name)) for name, words in _PUBLIC.items()},
+    "quack rmsnorm": NormPart(False, False, _quack),
+}
 HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
 
 
@@ -96,12 +86,6 @@ def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
 
 
-def _own_heads(plan: CastPlan, p: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    plan = plan.replace(out=RNE, weight_offset="fp32" if p.weight_offset else "none")
-    weights, rope = (p.q_norm_weight, p.k_norm_weight), (p.positions, p.cos_sin_cache)
-    return tuple(head_norm(t, w, p.eps, *rope, plan=plan) for t, w in zip((q, k), weights, strict=True))
-
-
 def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
     """The head norm of that name. Raises as NormPart.make does, ValueError for one that does not rotate where there are
     positions, and KeyError for a name that is none."""
@@ -110,8 +94,10 @@ def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
     if name == NO_HEAD_NORM:
         return lambda p, q, k: (q, k)
     if name == OWN_KERNEL:
-        return functools.partial(_own_heads, plan)
-    norm = norm_of(name, problem)
+        own = plan.replace(out=RNE, weight_offset="fp32" if problem.weight_offset else "none")
+        norm = functools.partial(head_norm, positions=problem.positions, cos_sin_cache=problem.cos_sin_cache, plan=own)
+    else:
+        norm = norm_of(name, problem)
     return lambda p, q, k: (norm(q, p.q_norm_weight, p.eps), norm(k, p.k_norm_weight, p.eps))
 
 

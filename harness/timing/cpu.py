@@ -30,9 +30,9 @@ class Ceilings:
     bf16_flops_per_s: float
     fp32_flops_per_s: float = 0.0  # where it was measured
 
-    def floor_s(self, problem: Problem) -> float:
-        """Seconds below which no implementation of the chain can run here, by bytes or by FLOPs."""
-        return work_of(problem).floor_s(self.bytes_per_s, max(self.bf16_flops_per_s, self.fp32_flops_per_s))
+    def floor_s(self, work: Work) -> float:
+        """Seconds below which no implementation can run here, by bytes or by FLOPs."""
+        return work.floor_s(self.bytes_per_s, max(self.bf16_flops_per_s, self.fp32_flops_per_s))
 
 
 def work_of(problem: Problem) -> Work:

@@ -5,8 +5,8 @@ And what none may claim to beat: a number above the hardware's own peak is a bug
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from castpoint.harness.runs.schema import Status
+from castpoint.harness.runs.errors import UserError
+from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.harness.timing.outputs import values_differ
-from castpoint.harness.timing.rig import Arm, Outcome, laps_for, measure
+from castpoint.harness.timing.rig import Arm, laps_for, measure
 
 KERNELS = (1, 3, 30, 300)  # empty kernels in a graph
 SAMPLES, REPLAYS = 21, 50
@@ -26,25 +27,16 @@ READ_BLOCKS = (2048, 4096, 8192, 16384)  # words of 4 bytes a program: the faste
 COPY_BYTES, MATMUL_SIZE = 1 << 31, 8192
 
 
-@dataclass(frozen=True)
-class Peak:
-    """A GPU's published peaks: memory in bytes/s, dense bf16 in FLOP/s."""
-
-    bytes_per_s: float
-    bf16_flops_per_s: float
+# Published peaks, dense bf16: NVIDIA's data sheet, SXM. By part of the name that the driver reports.
+PEAKS = {"H200": Ceilings(4.8e12, 989e12)}
 
 
-PEAKS = {"H200": Peak(4.8e12, 989e12)}  # NVIDIA's data sheet, SXM; part of the name that the driver reports
-
-
-def implausible(
-    gpu_name: str, seconds: float, cold_bytes: float = 0.0, flops: float = 0.0, peaks: dict[str, Peak] = PEAKS
-) -> str | None:
+def implausible(gpu_name: str, seconds: float, cold_bytes: float = 0.0, flops: float = 0.0) -> str | None:
     """Why a time cannot be right on that GPU, or None (also for a GPU whose peaks are not listed).
 
     cold_bytes: what must come from memory in that time: 0 for a hot row; cold weights, not what a cache may hold.
     """
-    peak = next((peak for part, peak in peaks.items() if part in gpu_name), None)
+    peak = next((peak for part, peak in PEAKS.items() if part in gpu_name), None)
     if peak is None:
         return None
     if not seconds > 0:
@@ -86,15 +78,9 @@ def launch_costs(gpu: Cuda) -> dict[str, Any]:
     except Exception as error:
         return {"unknown": reason_of(gpu, "empty kernels", error)}
     graph_s = {kernels: float(np.median(values)) for kernels, values in samples.items()}
-    per_kernel_s, per_replay_s = launch_fit(graph_s)
-    return {"graph_s": graph_s, "per_kernel_s": per_kernel_s, "per_replay_s": per_replay_s}
-
-
-def launch_fit(graph_s: dict[int, float]) -> tuple[float, float]:
-    """(seconds a kernel, seconds a replay) from the seconds of the two longest graphs."""
-    few, many = sorted(graph_s)[-2:]
-    per_kernel = (graph_s[many] - graph_s[few]) / (many - few)
-    return per_kernel, graph_s[few] - few * per_kernel
+    *_, few, many = KERNELS
+    per_kernel_s = (graph_s[many] - graph_s[few]) / (many - few)
+    return {"graph_s": graph_s, "per_kernel_s": per_kernel_s, "per_replay_s": graph_s[few] - few * per_kernel_s}
 
 
 # ---------------------------------------------------------------- memory and matrices
@@ -124,19 +110,15 @@ def read_sums(weight: Tensor, block: int) -> Tensor:
     return sums
 
 
-def read_arms(weights: Sequence[Tensor]) -> list[Arm]:
-    """Read-only streams of the rotated weights, one for each block size."""
-    return [Arm(f"read {block}", lambda i, block=block: (read_sums(weights[i], block),)) for block in READ_BLOCKS]
-
-
 def read_ceiling(gpu: Cuda, weights: Sequence[Tensor], expected_bytes_per_s: float = 4e12) -> dict[str, Any]:
     """Bytes/s at which a kernel reads these weights and does nothing else, rotated as the arms rotate them.
 
     expected_bytes_per_s only sets how often the rotation is captured. Raises DeviceLost as measure does.
     """
-    arms, size = read_arms(weights), weights[0].numel() * 2
+    arms = [Arm(f"read {block}", lambda i, block=block: (read_sums(weights[i], block),)) for block in READ_BLOCKS]
+    size = weights[0].numel() * 2
     laps = laps_for(len(weights), size / expected_bytes_per_s)
-    measured = measure(arms, gpu, copies=len(weights), laps=laps, baseline=arms[0].name, budget_s=0.5)
+    measured = measure(arms, gpu, copies=len(weights), laps=laps, budget_s=0.5)
     best = min((o.seconds.p50 for o in measured.outcomes.values() if o.seconds), default=None)
     if best is None:
         return {"unknown": "; ".join(f"{name}: {o.reason}" for name, o in measured.outcomes.items())}
@@ -149,18 +131,22 @@ def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -
     None for what could not be measured; `reason` says why. Raises DeviceLost as measure does.
     """
     found: dict[str, Any] = {"reason": ""}
-    for key, make, work in (
-        ("copy_bytes_per_s", lambda: _copy(copy_bytes, gpu.device), 2 * copy_bytes),
-        ("bf16_flops_per_s", lambda: _matmul(size, gpu.device), 2 * size**3),
+    for key, made, work in (  # operands are made by the first call, and where they do not fit, it is the arm that fails
+        ("copy_bytes_per_s", functools.cache(lambda: _copy(copy_bytes, gpu.device)), 2 * copy_bytes),
+        ("bf16_flops_per_s", functools.cache(lambda: _matmul(size, gpu.device)), 2 * size**3),
     ):
-        try:
-            arm = Arm(key, make(), values_differ)
-            outcome = measure([arm], gpu, copies=1, baseline=key, budget_s=0.5).outcomes[key]
-        except torch.OutOfMemoryError as error:  # while the operands were made
-            outcome = Outcome(Status.FAILED, reason_of(gpu, key, error))
+        arm = Arm(key, lambda i, made=made: made()(i), values_differ)
+        outcome = measure([arm], gpu, copies=1, budget_s=0.5).outcomes[key]
         found[key] = work / outcome.seconds.p50 if outcome.seconds else None
         found["reason"] += outcome.reason
     return found
+
+
+def found_ceilings(found: dict[str, Any]) -> Ceilings:
+    """What `ceilings` found. Raises UserError where one is missing, since no share of it could be given."""
+    if found["reason"]:
+        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
+    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
 
 
 def _copy(size: int, device: str) -> Any:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from castpoint.harness.problems.geometry import Work
 from castpoint.harness.runs.schema import Status
 from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
 from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
@@ -37,6 +38,7 @@ MIN_ROUNDS, MAX_ROUNDS = 10, 200
 STEADY = 0.01  # (p90 - p10) / p50 of every arm, at which no more rounds are needed
 LOAD_S = 0.5  # replays that run while the GPU is asked for its clocks
 AGAIN = " (again)"
+State = Callable[[], dict[str, Any]]  # timing.state.gpu_state
 
 
 # ---------------------------------------------------------------- what is measured
@@ -59,6 +61,10 @@ class Spread:
     p50: float
     p90: float
 
+    def columns(self, form: str = "{}_us", scale: float = 1e6) -> dict[str, float]:
+        """As columns of a row: of seconds those in us."""
+        return {form.format(name): value * scale for name, value in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -72,7 +78,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Measurement:
-    """noise: the baseline's seconds / those of the same call captured once more.
+    """noise: the first arm's seconds / those of the same call captured once more.
     samples: seconds of every arm that has a time, one a round, for ratios of two arms."""
 
     outcomes: dict[str, Outcome]
@@ -81,6 +87,9 @@ class Measurement:
     laps: int
     noise: Spread | None
     state: dict[str, Any]
+
+    def noise_columns(self) -> dict[str, float]:
+        return {"noise_p10": self.noise.p10, "noise_p90": self.noise.p90} if self.noise else {}
 
 
 def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> int:
@@ -137,37 +146,27 @@ class _Ready:
 
 
 def measure(
-    arms: Sequence[Arm],
-    gpu: Cuda,
-    *,
-    copies: int,
-    baseline: str,
-    laps: int = 1,
-    budget_s: float = 1.0,
-    state: Callable[[], dict[str, Any]] | None = None,
+    arms: Sequence[Arm], gpu: Cuda, *, copies: int, laps: int = 1, budget_s: float = 1.0, state: State | None = None
 ) -> Measurement:
     """Seconds a call of every arm, and the noise of a ratio of two, from rounds A B C ... C B A.
 
     Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
-    10 even if those cost more than the budget, since fewer have no 10th percentile.
+    10 even if those cost more than the budget, since fewer have no 10th percentile. The noise floor is the ratio of two
+    graphs of the first arm that did not fail: a difference that lies inside it is none.
 
-    In a round an arm's time is the mean of its two. The noise floor is the ratio of two graphs of the baseline
-    (or, where that failed, of the first arm that did not): a difference that lies inside it is none.
-
-    state: asked once after the last round, while the GPU still works (timing.state.gpu_state).
-    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name or an unknown baseline.
+    state: asked once after the last round, while the GPU still works.
+    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name.
     """
     names = [arm.name for arm in arms]
-    if len(set(names)) < len(names) or baseline not in names:
-        raise ValueError(f"arms need different names, and the baseline {baseline!r} must be one of them: {names}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms need different names: {names}")
     ready: dict[str, _Ready] = {}
     lost: dict[str, Outcome] = {}
     for arm in arms:
         _prepare(arm, gpu, copies, laps, ready, lost)
-    noise_of = baseline if baseline in ready else next(iter(ready), None)
-    if noise_of is not None:
-        first = ready[noise_of].arm
-        _prepare(Arm(noise_of + AGAIN, first.call, first.differs), gpu, copies, laps, ready, lost)
+    noise_of = next(iter(ready), "")
+    if noise_of:
+        _prepare(replace(ready[noise_of].arm, name=noise_of + AGAIN), gpu, copies, laps, ready, lost)
 
     _warm_up(gpu, ready, lost)
     seconds = _rounds(gpu, ready, lost, budget_s)
@@ -178,7 +177,7 @@ def measure(
 
     timed = {name: values for name, values in seconds.items() if name not in lost}
     outcomes = {name: lost.get(name) or Outcome(Status.OK, seconds=spread(timed[name])) for name in names}
-    pair = [timed.get(noise_of or ""), timed.get(f"{noise_of}{AGAIN}")]
+    pair = [timed.get(noise_of), timed.get(noise_of + AGAIN)]
     noise = ratios(*pair) if all(pair) else None
     rounds = max((len(values) for values in timed.values()), default=0)
     samples = {name: timed[name] for name in names if name in timed}
@@ -187,6 +186,13 @@ def measure(
 
 def spread(values: Sequence[float]) -> Spread:
     return Spread(*(float(v) for v in np.quantile(values, [0.1, 0.5, 0.9])))
+
+
+def speed_columns(work: Work, floor_s: float, seconds: Spread) -> dict[str, float]:
+    """Columns of a row: the times, what the median reaches, and its share of what the machine allows."""
+    p50 = seconds.p50
+    reached = {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
+    return seconds.columns() | reached
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
@@ -232,7 +238,9 @@ def _rounds(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome], budge
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     start = gpu.now()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and (gpu.now() - start > budget_s or _steady([seconds[name] for name in ready])):
+        spreads = [spread(seconds[name]) for name in ready] if done >= MIN_ROUNDS else []
+        steady = all(s.p90 - s.p10 <= STEADY * s.p50 for s in spreads)
+        if done >= MIN_ROUNDS and (steady or gpu.now() - start > budget_s):
             break
         for name, value in _round(gpu, ready, lost).items():
             seconds[name].append(value)
@@ -253,11 +261,6 @@ def _round(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> dic
     return {name: sums[name] for name in ready}
 
 
-def _steady(seconds: list[list[float]]) -> bool:
-    spreads = [spread(values) for values in seconds]
-    return all(s.p90 - s.p10 <= STEADY * s.p50 for s in spreads)
-
-
 def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> None:
     for name, one in ready.items():
         try:
@@ -269,7 +272,7 @@ def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) 
                 lost[name] = Outcome(Status.RED, f"after timing: {wrong}")
 
 
-def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: State) -> dict[str, Any]:
     """The GPU's state while replays of the first arm run: an idle GPU would show the clocks of an idle GPU."""
     for one in list(ready.values())[:1]:
         gpu.replay(one.graph, replays_for(one.graph_s, LOAD_S))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs.environment import last_cache_bytes
-from castpoint.harness.runs.errors import UserError, reason_of
+from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import Backend, SpeedRow, Status
-from castpoint.harness.timing import cpu, limits
+from castpoint.harness.timing import cpu, limits, rig
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda
 from castpoint.harness.timing.outputs import bits_differ, values_differ
-from castpoint.harness.timing.rig import Arm, Outcome, as_stored, laps_for, measure, spread, stored_weights
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_eager, compiled_plan, run_triton
 from castpoint.variants.catalogue import plan_named
@@ -53,85 +51,71 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
     cpu.keep_freed_memory()
     gpu = Cuda() if s.device == "cuda" else None
-    ceilings = cpu.measure_ceilings() if gpu is None else _gpu_ceilings(gpu)
+    ceilings = cpu.measure_ceilings() if gpu is None else limits.found_ceilings(limits.ceilings(gpu))
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
     problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
-    weights = {name: stored_weights(plan_named(name), problems) for name in s.plans}
+    weights = {name: rig.stored_weights(plan_named(name), problems) for name in s.plans}
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
         at = [p.replace(x=x) for p in problems]
-        arms = dict(_speed_arms(s, at, weights))
+        arms = _speed_arms(s, at, weights)
         rows = [row for row in records.rows("errors") if row["status"] in (Status.RED, Status.FAILED)]
-        red = {Timed(row["plan"], row["backend"]): f"not timed: {row['reason']}" for row in rows}
-        outcomes = {arm: Outcome(Status.RED, reason) for arm, reason in red.items() if arm in arms}
-        fit = {arm: call for arm, call in arms.items() if arm not in red}
+        red = {str(Timed(row["plan"], row["backend"])): f"not timed: {row['reason']}" for row in rows}
+        outcomes = {name: rig.Outcome(Status.RED, reason) for name, reason in red.items()}
+        fit = [arm for arm in arms.values() if arm.name not in red]
         outcomes |= _timed_on_cpu(fit, len(at), s) if gpu is None else _timed_on_gpu(fit, at, gpu, ceilings)
-        for arm in reversed(list(arms)):  # eager last: its row says that this token count is complete
-            records.add(_speed_row(s, arm, at, outcomes, ceilings))
+        for timed in reversed(arms):  # eager last: its row says that this token count is complete
+            records.add(_speed_row(s, timed, at, outcomes, ceilings))
 
 
-def _gpu_ceilings(gpu: Cuda) -> Ceilings:
-    found = limits.ceilings(gpu)
-    if found["reason"]:
-        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
-    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
-
-
-def _timed_on_cpu(arms: dict[Timed, Callable[[int], object]], count: int, s: Settings) -> dict[Timed, Outcome]:
+def _timed_on_cpu(arms: list[rig.Arm], count: int, s: Settings) -> dict[str, rig.Outcome]:
     """Every arm runs once, to be compiled; those that do not fail are timed in turns."""
     ready, outcomes = {}, {}
     turn = itertools.cycle(range(count))
-    for name, call in track(list(arms.items()), "compiling"):
+    for arm in track(arms, "compiling"):
         try:
-            call(0)
-            ready[name] = cpu.rotating(call, turn)
+            arm.call(0)
+            ready[arm.name] = cpu.rotating(arm.call, turn)
         except Exception as error:  # whatever a compiler raises belongs into the row, not on the screen
-            outcomes[name] = Outcome(Status.FAILED, reason_of(error))
+            outcomes[arm.name] = rig.Outcome(Status.FAILED, reason_of(error))
     times = cpu.interleaved_times(ready, s.speed_budget_s)
-    return outcomes | {name: Outcome(Status.OK, seconds=spread(values)) for name, values in times.items()}
+    return outcomes | {name: rig.Outcome(Status.OK, seconds=rig.spread(values)) for name, values in times.items()}
 
 
 def _timed_on_gpu(
-    arms: dict[Timed, Callable[[int], object]], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
-) -> dict[Timed, Outcome]:
-    differs = {arm: bits_differ if arm.backend in OWN_BACKENDS else values_differ for arm in arms}
-    listed = [Arm(str(arm), call, differs[arm]) for arm, call in arms.items()]
-    laps = laps_for(len(problems), ceilings.floor_s(problems[0]))
-    found = measure(listed, gpu, copies=len(problems), laps=laps, baseline=str(BASELINE)).outcomes
-    return {arm: found[str(arm)] for arm in arms}
+    arms: list[rig.Arm], problems: list[Problem], gpu: Cuda, ceilings: Ceilings
+) -> dict[str, rig.Outcome]:
+    laps = rig.laps_for(len(problems), ceilings.floor_s(cpu.work_of(problems[0])))
+    return rig.measure(arms, gpu, copies=len(problems), laps=laps).outcomes
 
 
 def _speed_row(
-    s: Settings, arm: Timed, problems: list[Problem], outcomes: dict[Timed, Outcome], ceilings: Ceilings
+    s: Settings, timed: Timed, problems: list[Problem], outcomes: dict[str, rig.Outcome], ceilings: Ceilings
 ) -> SpeedRow:
     """The row of one arm at one token count; without a time, but with status and reason, if it failed."""
-    problem, outcome = problems[0], outcomes[arm]
-    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **arm._asdict()}
-    rotated = sum(p.qkv_weight.numel() * 2 for p in problems)
+    problem, outcome = problems[0], outcomes[str(timed)]
+    work, rotated = cpu.work_of(problem), sum(p.qkv_weight.numel() * 2 for p in problems)
+    row: dict[str, Any] = {"model": s.model, "tokens": problem.tokens, **timed._asdict(), **dataclasses.asdict(work)}
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + ", CUDA graph" * (s.device == "cuda")
-    row |= dataclasses.asdict(cpu.work_of(problem))
-    if outcome.seconds is None:
-        return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
-    p50 = outcome.seconds.p50
-    row |= {f"{name}_us": seconds * 1e6 for name, seconds in dataclasses.asdict(outcome.seconds).items()}
-    row |= {"gbps": row["bytes"] / p50 / 1e9, "tflops": row["flops"] / p50 / 1e12}
-    baselines = {"speedup_vs_eager": BASELINE, "speedup_vs_compile": COMPILED}
-    row |= {c: outcomes[base].seconds.p50 / p50 for c, base in baselines.items() if outcomes[base].seconds}
-    return SpeedRow(**row, roofline_share=ceilings.floor_s(problem) / p50)
+    if seconds := outcome.seconds:
+        row |= rig.speed_columns(work, ceilings.floor_s(work), seconds)
+        baselines = {"speedup_vs_eager": outcomes[str(BASELINE)], "speedup_vs_compile": outcomes[str(COMPILED)]}
+        row |= {column: base.seconds.p50 / seconds.p50 for column, base in baselines.items() if base.seconds}
+    return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
 
 
-def _speed_arms(
-    s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]
-) -> Iterator[tuple[Timed, Callable[[int], object]]]:
-    """What is timed -> a call on the i-th problem."""
-    yield BASELINE, lambda i: eager(problems[i])
-    yield COMPILED, lambda i: compiled_eager()(problems[i])
-    for name in s.plans:
-        for backend in OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,):  # Triton would run interpreted
-            plan = plan_named(name)
-            yield Timed(name, backend), partial(_own_call, plan, backend, as_stored(plan, problems), weights[name])
+def _speed_arms(s: Settings, problems: list[Problem], weights: dict[str, list[Tensor]]) -> dict[Timed, rig.Arm]:
+    """What is timed, each as a call on the i-th problem."""
+    calls = {BASELINE: lambda i: eager(problems[i]), COMPILED: lambda i: compiled_eager()(problems[i])}
+    backends = OWN_BACKENDS if s.device == "cuda" else (Backend.INDUCTOR,)  # Triton would run interpreted
+    for name, backend in itertools.product(s.plans, backends):
+        plan = plan_named(name)
+        stored = rig.as_stored(plan, problems)
+        calls[Timed(name, backend)] = partial(_own_call, plan, backend, stored, weights[name])
+    differs = {timed: bits_differ if timed.backend in OWN_BACKENDS else values_differ for timed in calls}
+    return {timed: rig.Arm(str(timed), call, differs[timed]) for timed, call in calls.items()}
 
 
 def _own_call(plan: CastPlan, backend: Backend, problems: list[Problem], weights: list[Tensor], i: int) -> object:

@@ -122,8 +122,8 @@ def test_bytes_and_flops_by_hand() -> None:
     assert work.bytes == 2 * (3 * 1024 + 4096 * 1024 + 1024 + 3 * 4096 + 128 + 128)
     assert work == layer_work(geometry_named("qwen3-0.6b"), 3), "by sizes alone"
     slow_memory, slow_matmul = Ceilings(1e6, 1e15, 1e12), Ceilings(1e15, 1e6, 2e6)
-    assert slow_memory.floor_s(problem) == work.bytes / 1e6
-    assert slow_matmul.floor_s(problem) == work.flops / 2e6
+    assert slow_memory.floor_s(work) == work.bytes / 1e6
+    assert slow_matmul.floor_s(work) == work.flops / 2e6
 
 
 def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:

@@ -162,4 +162,4 @@ def test_cublas_is_kept_from_rounding_partial_sums(allowed: bool, split_k: bool 
     with pytest.raises(ZeroDivisionError), fp32_sums(torch.device("cuda")):
         assert getattr(settings, name) is False
         raise ZeroDivisionError
-    assert getattr(settings, name) == ((True, False) if allowed and split_k is False else allowed)
+    assert getattr(settings, name) == ((True, split_k) if allowed and split_k is not None else allowed)

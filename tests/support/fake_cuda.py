@@ -99,7 +99,7 @@ def arms(*names: str, **faulty: Any) -> list[Arm]:
 
 
 def run(arms: list[Arm], gpu: FakeCuda | None = None, **options: Any) -> rig.Measurement:
-    return measure(arms, gpu or FakeCuda(), copies=COPIES, baseline=options.pop("baseline", "a"), **options)
+    return measure(arms, gpu or FakeCuda(), copies=COPIES, **options)
 
 
 def base_of(name: str) -> str:

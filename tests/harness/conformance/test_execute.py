@@ -62,14 +62,14 @@ def of_the_rig(target: str) -> Iterator[dict]:
     import torch
 
     from castpoint.harness.conformance.cuda import loop_checked
-    from castpoint.harness.conformance.execute import Here
+    from castpoint.harness.conformance.execute import HERE
     from castpoint.harness.ptx.driver import executed
     from castpoint.harness.timing.limits import empty_kernel, read_sums
 
     weight = torch.arange(7 * 1026).reshape(7, 1026).to(torch.bfloat16)
     with executed(target):
         empty_kernel[(1,)]()
-        found = loop_checked(TILES[0], Check.EXACT, Here())
+        found = loop_checked(TILES[0], Check.EXACT, HERE)
         sums = read_sums(weight, 2048)
     expected = [int(part.long().sum()) for part in weight.view(torch.int32).reshape(-1).split(2048)]
     yield {"equal": [float((int(sum_) - wanted) % (1 << 32) == 0) for sum_, wanted in zip(sums, expected, strict=True)]}

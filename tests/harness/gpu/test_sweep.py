@@ -66,7 +66,6 @@ def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
             (line,) = [line for line in lines if line.split()[:3] == [model, "16", COLD] and line.endswith(f"  {plan}")]
             assert float(line.split()[6]) > 0
     assert len(lines) == len(set(lines)), "a measurement is listed twice"
-    assert len([line for line in lines if line.startswith("# not built")]) == len(arms.NOT_BUILT)
     *_, last = lines
     listed = [line.split() for line in lines[2:] if line[0] != "#"]
     assert last.startswith(f"# {len({tuple(words[:3]) for words in listed})} points, {len(listed)} measurements (")

@@ -11,9 +11,9 @@ from gpu_support import SHAPE, labelled, records_in, rows, seconds_by
 
 from castpoint.harness.conformance import cuda as gpu_checks
 from castpoint.harness.gpu import tune
+from castpoint.harness.peers.chains import Peer
 from castpoint.harness.problems.grid import Point
-from castpoint.harness.runs.schema import Check
-from castpoint.harness.timing.rig import Arm
+from castpoint.harness.runs.schema import Check, Kind
 from castpoint.kernels import dispatch
 from castpoint.kernels.config import Config
 from castpoint.kernels.dispatch import chosen, fallback, read_table, write_table
@@ -74,13 +74,13 @@ PLAN = CastPlan(proj="bf16-rne")
 
 def stand_in(setting, plan, name, config):
     """An arm that costs the interpreter nothing."""
-    return Arm(name, lambda i: (torch.full([2, 4], float(i)),)), config
+    return Peer(Kind.OWN, name, lambda i: (torch.full([2, 4], float(i)),), config=config)
 
 
 def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labelled(monkeypatch)
     monkeypatch.setattr(tune, "checked", lambda *rest, **more: {"status": "ok"})
-    monkeypatch.setattr(tune, "own_arm", stand_in)
+    monkeypatch.setattr(tune, "own_peer", stand_in)
     one, two = Config("fused", block_m=16, block_k=64), Config("split-k", block_m=16, block_k=32, splits=2)
     monkeypatch.setattr(tune, "candidates", lambda *shape: (one, two, Config("separate")))
     times = {str(one): 3e-5, str(two): 2e-5, "separate": 2.5e-5}
@@ -96,7 +96,7 @@ def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path,
 
 def test_a_config_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labelled(monkeypatch)
-    monkeypatch.setattr(tune, "own_arm", stand_in)
+    monkeypatch.setattr(tune, "own_peer", stand_in)
     one = Config("split-k", block_m=16, block_k=16)
     monkeypatch.setattr(tune, "candidates", lambda *shape: (one, Config("separate")))
 

@@ -14,7 +14,6 @@ from castpoint.harness.peers import chains as peers
 from castpoint.harness.peers import parts as peers_parts
 from castpoint.harness.peers.chains import (
     REDUCTIONS,
-    bf16_reduction,
     chain_peer,
     compiled_peers,
     eager_peer,
@@ -27,6 +26,7 @@ from castpoint.harness.peers.parts import MATMULS, NO_HEAD_NORM, NORMS, linear_c
 from castpoint.harness.runs.environment import version
 from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
+from castpoint.kernels.separate import bf16_reduction
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 
@@ -55,7 +55,7 @@ def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    peer = peers._peer(Kind.NORM, name, lambda: NORMS[name].make("cuda", False))
+    peer = peers._peer(Kind.NORM, name, lambda name: NORMS[name].make("cuda", False))
     assert peer.status == "not installed" and package in peer.reason and peer.call is None
     with pytest.raises(ValueError, match=f"{name} cannot be timed: not installed"):
         peer.arm()
@@ -82,7 +82,7 @@ def test_norms_of_the_other_storage_are_not_applicable():
 
 
 def test_a_broken_package_is_a_row():
-    def broken() -> None:
+    def broken(name: str) -> None:
         raise RuntimeError("built for another\ntorch")
 
     peer = peers._peer(Kind.NORM, "x", broken)
@@ -169,8 +169,8 @@ def test_reduced_precision_is_set_and_restored(setting: str):
     inside = {"default": (True, True), "fp32 partials": (False, True), "one fp32 chain": (False, False)}
     before = current()
     for outer in REDUCTIONS:  # whatever held before holds after, also after an error
-        with bf16_reduction(outer):
-            with pytest.raises(RuntimeError, match="on purpose"), bf16_reduction(setting):
+        with bf16_reduction(REDUCTIONS[outer]):
+            with pytest.raises(RuntimeError, match="on purpose"), bf16_reduction(REDUCTIONS[setting]):
                 assert current() == inside[setting]
                 raise RuntimeError("on purpose")
             assert current() == inside[outer]
@@ -180,8 +180,6 @@ def test_reduced_precision_is_set_and_restored(setting: str):
 def test_a_torch_without_split_k_settings(monkeypatch: pytest.MonkeyPatch):
     matmul = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    with bf16_reduction("fp32 partials"):
+    with bf16_reduction(False):
         assert matmul.allow_bf16_reduced_precision_reduction is False
     assert matmul.allow_bf16_reduced_precision_reduction is True
-    with pytest.raises(KeyError):
-        bf16_reduction("strict").__enter__()

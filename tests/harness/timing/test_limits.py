@@ -21,8 +21,6 @@ from castpoint.harness.timing.limits import (
     empty_kernel,
     implausible,
     launch_costs,
-    launch_fit,
-    read_arms,
     read_ceiling,
     read_sums,
 )
@@ -30,21 +28,14 @@ from castpoint.harness.timing.limits import (
 COPIES = 3
 
 
-def test_slope_of_launches():
-    fixed, each = 4e-6, 1.3e-6
-    long = {kernels: fixed + each * kernels for kernels in (30, 300)}
-    short = {1: 7e-6, 3: 7e-6}  # these wait for the host
-    assert launch_fit(short | long) == pytest.approx((each, fixed))
-
-
 def test_launch_costs_of_a_scripted_gpu():
     class Launches(FakeCuda):
         def seconds(self, graph: Graph, replays: int) -> float:
-            return (4e-6 + 1.3e-6 * graph.calls) / graph.calls
+            return max(9e-6, 4e-6 + 1.3e-6 * graph.calls) / graph.calls  # short ones wait for the host
 
     found = launch_costs(Launches())
     assert found["per_kernel_s"] == pytest.approx(1.3e-6) and found["per_replay_s"] == pytest.approx(4e-6)
-    assert found["graph_s"] == pytest.approx({1: 5.3e-6, 3: 7.9e-6, 30: 43e-6, 300: 394e-6})
+    assert found["graph_s"] == pytest.approx({1: 9e-6, 3: 9e-6, 30: 43e-6, 300: 394e-6})
 
 
 def test_implausible_numbers():
@@ -85,7 +76,6 @@ def test_launches_that_fail_are_a_reason():
 
 def test_ceilings_of_a_scripted_gpu():
     weights = [torch.randn(64, 64).to(torch.bfloat16).roll(i, 1) for i in range(COPIES)]
-    assert [arm.name for arm in read_arms(weights)] == [f"read {block}" for block in READ_BLOCKS]
     assert read_ceiling(FakeCuda(), weights)["bytes_per_s"] == pytest.approx(8192 / 1e-5)
     found = ceilings(FakeCuda(), copy_bytes=1024, size=8)
     assert found == pytest.approx({"copy_bytes_per_s": 2048 / 1e-5, "bf16_flops_per_s": 1024 / 1e-5, "reason": ""})
@@ -97,7 +87,8 @@ def test_read_ceilings_that_fail_are_a_reason(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(rig_limits, "read_sums", broken)
     found = read_ceiling(FakeCuda(), [torch.ones(8, 8, dtype=torch.bfloat16)])
-    assert list(found) == ["unknown"] and "read 2048: RuntimeError: no block of 2048; " in found["unknown"]
+    each = [f"read {block}: RuntimeError: no block of {block}" for block in READ_BLOCKS]
+    assert found == {"unknown": "; ".join(each)}
 
 
 def test_a_ceiling_without_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch):

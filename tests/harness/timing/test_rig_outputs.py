@@ -131,7 +131,7 @@ def test_values_allow_what_cancels_but_no_more_than_the_heads_size_explains():
 def test_peers_go_through_the_rig():
     problems = rotated(random_problem(tokens=3), COPIES)
     given = [eager_peer(problems), *matmul_peers(problems)[:1], chain_peer(problems, *PARTS, plan_named("hf"))]
-    measured = measure([peer.arm() for peer in given], FakeCuda(), copies=COPIES, baseline="eager", laps=2)
+    measured = measure([peer.arm() for peer in given], FakeCuda(), copies=COPIES, laps=2)
     assert {name: o.status for name, o in measured.outcomes.items()} == {peer.name: "ok" for peer in given}
     assert measured.laps == 2
 
@@ -163,8 +163,8 @@ def test_failures_are_reasons_and_the_others_go_on():
     assert gpu.released >= 3, "what a failed arm held is given back before the next"
 
 
-def test_without_its_baseline_the_noise_floor_is_that_of_the_first_arm_left():
-    measured = run(arms("b", a={"fails": RuntimeError("no")}))
+def test_the_noise_floor_is_that_of_the_first_arm_left():
+    measured = run([*arms(a={"fails": RuntimeError("no")}), *arms("b")])
     assert measured.noise == rig.Spread(1.0, 1.0, 1.0) and list(measured.samples) == ["b"]
 
 
@@ -184,8 +184,6 @@ def test_a_lost_device_ends_the_run():
 def test_arms_must_be_told_apart():
     with pytest.raises(ValueError, match="different names"):
         run(arms("a", "a"))
-    with pytest.raises(ValueError, match="baseline 'c'"):
-        run(arms("a", "b"), baseline="c")
 
 
 def test_the_state_is_asked_while_the_gpu_works():
