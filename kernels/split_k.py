@@ -35,8 +35,19 @@ COUNTERS = 4096  # smallest buffer of counters: 512 tokens of 128 heads
 
 @triton.jit(do_not_specialize=["T", "HQ", "HKV"], do_not_specialize_on_alignment=["positions_ptr"])
 def split_k_kernel(
-    x_ptr, residual_ptr, norm_weight_ptr, qkv_weight_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, positions_ptr, cos_sin_ptr,
-    rstd_ptr, q_ptr, k_ptr, v_ptr,  # as in norm_qkv_kernel
+    x_ptr,  # [T, D] bf16
+    residual_ptr,  # [T, D] bf16, or None
+    norm_weight_ptr,  # [D] bf16
+    qkv_weight_ptr,  # [H * DH, D] bf16, rows q, k, v
+    bias_ptr,  # [H * DH] bf16, or None
+    q_norm_ptr,  # [DH] bf16, or None
+    k_norm_ptr,  # [DH] bf16, or None
+    positions_ptr,  # [T] int64, or None
+    cos_sin_ptr,  # [positions, DH] fp32 or bf16, cos in the first half of a row; None: no RoPE
+    rstd_ptr,  # [T] fp32, or None
+    q_ptr,  # [T, HQ, DH] bf16 or fp32
+    k_ptr,  # [T, HKV, DH] bf16 or fp32
+    v_ptr,  # [T, HKV, DH] bf16 or fp32
     sums_ptr,  # [blocks of tokens, H, splits, M, N] fp32
     squares_ptr,  # [blocks of tokens, H, splits, M] fp32
     counter_ptr,  # [blocks of tokens, H] int32, all zero before and after
