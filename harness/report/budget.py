@@ -97,8 +97,8 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
 def rope_table(frame: pd.DataFrame) -> str:
     """rope_shares of both measures as a Markdown table; empty where none was measured."""
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
-    errors = {f"{name} {at}": rows[at].map("{:.3g}".format)
-              for name, rows in (("K", k), ("logits", logits)) for at in ("before", "behind")}  # fmt: skip
+    both = {"K": k, "logits": logits}.items()
+    errors = {f"{name} {at}": rows[at].map("{:.3g}".format) for name, rows in both for at in ("before", "behind")}
     table = pd.DataFrame(errors, k.index).join(k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: "))
     words = (
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"

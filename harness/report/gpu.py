@@ -206,10 +206,10 @@ def conditions(run: Run, tried: int) -> str:
         found = limits.get(part, {}) if part else limits
         value, why = found.get(column), found.get("unknown") or found.get("reason") or "not tried"
         measured.append(f"{name} not measured ({why})" if value is None else f"{name} {value * scale:.3g} {unit}")
-    state = [f"{speed[name].min():.0f} to {speed[name].max():.0f} {unit}" for name, unit in STATE.items()
-             if speed[name].notna().any()]  # fmt: skip
-    slowed = [f"{count} rows {'by ' + reason if reason else 'do not say'}"
-              for reason, count in speed["slowed_by"].value_counts().items() if reason != "none"]  # fmt: skip
+    ranges = {unit: speed[name].dropna() for name, unit in STATE.items()}
+    state = [f"{seen.min():.0f} to {seen.max():.0f} {unit}" for unit, seen in ranges.items() if len(seen)]
+    reasons = speed["slowed_by"].value_counts().drop("none", errors="ignore")
+    slowed = [f"{count} rows {'by ' + reason if reason else 'do not say'}" for reason, count in reasons.items()]
     above = int((speed["roofline_share"] > 1).sum())
     too_low = f" **{above} rows are faster than this roofline**: its limits were measured too low." if above else ""
     return (

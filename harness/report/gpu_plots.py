@@ -35,8 +35,8 @@ def speedups(run: Run) -> Figure | None:
         return None
     lines = -(-len(found) // COLUMNS)
     title = "Speed-up over the best separate chain (P1), cold weights; above the line we are faster"
-    figure, grids = panels((lines, COLUMNS), (12, 2.9 * lines + 1), (0.06, 0.985, 1.2, 0.7), title, sharex=True,
-                           sharey=True, hspace=0.2, wspace=0.08)  # fmt: skip
+    size, edges = (12, 2.9 * lines + 1), (0.06, 0.985, 1.2, 0.7)
+    figure, grids = panels((lines, COLUMNS), size, edges, title, sharex=True, sharey=True)
     for axes, model in zip(grids.flat, found, strict=False):
         axes.set_title(model, loc="left", fontsize=10)
         axes.axhline(1, color="black", linewidth=1)

@@ -78,8 +78,8 @@ def error_per_plan(frames: Frames) -> Figure | None:
     low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
     title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
-    figure, (left, right) = panels((1, 2), (10, height), (0.17, 0.97, 0.85, 1.15), title, wspace=0.08, sharey=True,
-                                   width_ratios=[3, 2])  # fmt: skip
+    edges = (0.17, 0.97, 0.85, 1.15)
+    figure, (left, right) = panels((1, 2), (10, height), edges, title, sharey=True, width_ratios=[3, 2])
     for place, plan in enumerate(truth.index):
         left.plot([low[plan], high[plan]], [place, place], color=colour(plan), linewidth=1.5, alpha=0.5)
         left.scatter(truth[plan], place, color=colour(plan), s=40, zorder=3)
@@ -90,8 +90,8 @@ def error_per_plan(frames: Frames) -> Figure | None:
     left.text(1, 1, " one rounding, at the store", fontsize=8, color=GREY, va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
     unit = "in units of one rounding to bf16,\nrelative rms (dot: all layers; bar: smallest to largest layer)"
-    left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None),
-             xlabel=f"K's error against float64 {unit}")  # fmt: skip
+    left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None))
+    left.set_xlabel(f"K's error against float64 {unit}")
     noise = noise_floor(errors)
     floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
     right.set(xlim=(0, 100), xlabel=f"K elements that differ from eager bf16{floor}")
@@ -121,8 +121,7 @@ def error_per_layer(frames: Frames) -> Figure | None:
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
     title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
-    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, hspace=0.28, sharex=True,
-                          height_ratios=[3, 3, 2])  # fmt: skip
+    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, sharex=True, height_ratios=[3, 3, 2])
     weights = amplified.groupby("layer")["k_norm_max"].first()
     axes[2].bar(weights.index, weights, color=GREY, width=0.7)
     for layer in weights.nlargest(3).index:
@@ -157,8 +156,8 @@ def gain_per_channel(frames: Frames) -> Figure | None:
     for row in channels.nlargest(1, "gain_predicted").itertuples():
         axes.annotate(f"channel {row.channel}\nweight {row.k_norm_weight:g}", (row.gain_predicted, row.gain_measured),
                       textcoords="offset points", xytext=(-8, 2), ha="right", fontsize=8)  # fmt: skip
-    axes.set(xscale="log", yscale="log", aspect="equal", xlabel="predicted gain |w| / rms(k) of a K channel",
-             ylabel="measured gain: K error after the norm / before")  # fmt: skip
+    axes.set(xscale="log", yscale="log", aspect="equal", xlabel="predicted gain |w| / rms(k) of a K channel")
+    axes.set_ylabel("measured gain: K error after the norm / before")
     return figure
 
 
@@ -170,10 +169,10 @@ def ulp_histogram(frames: Frames) -> Figure | None:
         return None
     columns = min(5, len(plans))
     lines = -(-len(plans) // columns)
-    width, height = max(7.5, 2.3 * columns + 0.4), 1.8 * lines + 1.5  # inches: 0.85 above the panels, 0.8 below
+    width, height = max(7.5, 2.3 * columns + 0.4), 1.8 * lines + 1.5  # inches
     title = "K's error against float64 in bf16 ulps, first layer; left of the line: correctly rounded"
-    figure, grid = panels((lines, columns), (width, height), (0.8 / width, 0.99, 0.8, 0.85), title, hspace=0.38,
-                          wspace=0.1, sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    edges = (0.8 / width, 0.99, 0.8, 0.85)  # 0.8 inches beside and below, 0.85 above
+    figure, grid = panels((lines, columns), (width, height), edges, title, sharex=True, sharey=True, squeeze=False)
     for axes, plan in zip(grid.flat, plans, strict=False):
         rows = ulps[ulps["plan"] == plan].sort_values("ulp_from")
         axes.bar(rows["ulp_from"], rows["share"] * 100, width=0.25, align="edge", color=colour(plan))

@@ -56,14 +56,14 @@ def colour(plan: str) -> str:
 
 
 def panels(
-    shape: tuple[int, int], size: tuple[float, float], edges: Sequence[float], title: str, **options: Any
+    shape: Sequence[int], size: Sequence[float], edges: Sequence[float], title: str, wspace: float = 0.1, **more: Any
 ) -> Any:
     """A figure with a title at its top left, and its axes. shape: lines and columns. size: width and height, inches.
-    edges: where axes begin and end, parts of the width; margins below and above, inches. options: of plt.subplots."""
+    edges: where axes begin and end, parts of the width; margins below and above, inches. more: for plt.subplots."""
     (left, right, below, above), height = edges, size[1]
     grid = {"left": left, "right": right, "bottom": below / height, "top": 1 - above / height}
-    grid |= {gap: options.pop(gap) for gap in ("wspace", "hspace") if gap in options}
-    figure, axes = plt.subplots(*shape, figsize=size, gridspec_kw=grid, **options)
+    grid |= {"wspace": wspace, "hspace": 0.3}
+    figure, axes = plt.subplots(*shape, figsize=size, gridspec_kw=grid, **more)
     figure.suptitle(title, x=0.01, y=1 - 0.1 / height, ha="left", va="top")
     return figure, axes
 
