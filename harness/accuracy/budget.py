@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from castpoint.harness.accuracy.shapley import Errors, budget, order_of_sums
-from castpoint.harness.accuracy.sweep import by_storage, offset_fits, problem_at
-from castpoint.harness.problems.drawn import with_positions
+from castpoint.harness.accuracy.sweep import by_storage, offset_fits
+from castpoint.harness.problems.drawn import problem_at, with_positions
 from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track

@@ -10,6 +10,7 @@ import pytest
 from commands import ROOT, failure
 
 from castpoint.harness.report import publish as module
+from castpoint.harness.report.page import newest_run, write_report
 from castpoint.harness.report.publish import add, machine, publish, publishable, unfit
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import load_runs
@@ -50,6 +51,12 @@ def test_a_run_that_the_command_line_did_not_make_is_refused() -> None:
     made = run()
     del made["narrowed_by"]
     assert "was not made by the command line" in unfit(made)
+
+
+def test_the_published_report_is_what_its_records_say(tmp_path: Path) -> None:
+    shutil.copytree(PUBLISHED, tmp_path / "cpu")
+    written = write_report(tmp_path / "cpu", newest_run(tmp_path / "cpu"))
+    assert written.read_text() == (PUBLISHED / "report.md").read_text(), "make publish writes it anew"
 
 
 def folder_of(where: Path, runs: dict[str, dict]) -> Path:
