@@ -85,7 +85,7 @@ def bench(
     only: options.Only = "",
 ) -> None:
     """Errors, amplification, error budget and speed of every plan, then plots and report."""
-    given = locals()  # the options, by their names
+    given = dict(locals())  # the options, by their names
     parts = options.parse_parts(given.pop("only"))
     settings, records = options.select("bench", **given, parts=parts)
     steps.measure(settings, records, parts)

@@ -62,6 +62,8 @@ def select(
         name = name_of(geometry) or Path(checkpoint).name
     chosen = parse_layers(layers, geometry.num_layers)
     device = device_named(device)
+    from castpoint.variants.catalogue import PLANS
+
     settings = Settings(
         model=name,
         checkpoint=checkpoint,
@@ -69,7 +71,7 @@ def select(
         tokens=min(tokens, 32) if short else tokens,
         kernel_tokens=16 if device == "cpu" else 64,
         speed_tokens=(1, 16) if short else (1, 16, 128) if device == "cpu" else (1, 16, 256, 4096),
-        plans=parse_plans(plans),
+        plans=parse_plans(plans) if plans else tuple(PLANS),
         seed=seed,
         device=device,
         speed_budget_s=2.0 if short else 15.0,
@@ -138,10 +140,10 @@ def compiling() -> None:
 
 
 def parse_plans(text: str) -> tuple[str, ...]:
-    """Names with commas; all plans if text is empty. Raises UserError with the nearest name where one is no plan's."""
-    from castpoint.variants.catalogue import PLANS, plan_named
+    """Names with commas. Raises UserError, with the nearest name, where one is no plan's."""
+    from castpoint.variants.catalogue import plan_named
 
-    names = tuple(text.split(",") if text else PLANS)
+    names = tuple(text.split(","))
     with mistakes(KeyError):
         for name in names:
             plan_named(name)

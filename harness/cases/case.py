@@ -84,7 +84,7 @@ def claims_of(table: Iterable[str]) -> dict[str, Claim]:
     return claims
 
 
-CLAIMS = claims_of((Path(__file__).parent / "data/claims.csv").read_text().splitlines())
+CLAIMS = claims_of((Path(__file__).parent / "data/claims.csv").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)

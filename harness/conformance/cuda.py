@@ -194,15 +194,14 @@ def check_interpreter(records: Records, gpu: Cuda) -> None:
         child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         for name in todo:
             path, plan = Path(folder) / f"{name}.pt", PLANS[name].plan
-            try:
-                interpreted = torch.load(path, weights_only=True)
-                compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
-                found = _compared(tuple(t.cpu() for t in compiled), interpreted)
-            except FileNotFoundError:
-                lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-                found = {"status": Status.FAILED, "reason": lines[-1]}
-            except Exception as error:  # of a kernel that no GPU runs
-                found = {"status": Status.FAILED, "reason": reason_of(gpu, "a compiled kernel", error)}
+            lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+            found = {"status": Status.FAILED, "reason": lines[-1]}
+            if path.exists():
+                try:
+                    compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
+                    found = _compared(tuple(t.cpu() for t in compiled), torch.load(path, weights_only=True))
+                except Exception as error:  # of a kernel that no GPU runs
+                    found = {"status": Status.FAILED, "reason": reason_of(gpu, "a compiled kernel", error)}
             records.add(GpuCheckRow(plan=name, **common, **found))
 
 

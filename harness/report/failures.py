@@ -17,12 +17,18 @@ NAMES = "model source implementation kernel arm plan config backend how target k
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:
-    """One row for each thing that failed and each reason: table, what, status, reason, and how many rows say so."""
+    """One row for each thing that failed and each reason: table, what (of a GPU's points the first), status, reason,
+    and how many rows say so."""
     rows = frame[frame["status"].isin(BAD)]
     names = [name for name in NAMES if name in rows.columns]
     what = [", ".join(dict.fromkeys(str(cell) for cell in row if cell not in ("", None))) for row in rows[names].values]
-    named = pd.DataFrame({"table": table, "what": what, "status": rows["status"], "reason": rows["reason"]})
-    return named.groupby(["table", "what", "status", "reason"], sort=False).size().reset_index(name="rows")
+    named = pd.DataFrame({"table": table, "what": what, "status": rows["status"], "reason": rows["reason"], "at": ""})
+    if table in ("gpu_speed", "gpu_points"):
+        points = zip(rows["tokens"], rows["regime"], strict=True)
+        named["at"] = [f", {tokens:.0f} tokens {regime}" for tokens, regime in points]
+    found = named.groupby(["table", "what", "status", "reason"], sort=False)["at"].agg(rows="size", at="first")
+    found = found.reset_index()
+    return found.assign(what=found["what"] + found.pop("at"))[["table", "what", "status", "reason", "rows"]]
 
 
 def failures(folder: Path, run_id: str) -> pd.DataFrame:

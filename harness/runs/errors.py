@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a system says of a folder that takes no file: full, over its quota, mounted read-only, another user's, no folder.
-NO_ROOM = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG),
-)
+# What a system says of a folder that takes no file: full, over its quota, mounted read-only, another user's.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):

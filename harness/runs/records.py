@@ -41,10 +41,13 @@ class Records:
     def __init__(self, folder: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
         self.environment_path = folder / "environment.json"
-        with writing(folder):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
+        except OSError as error:  # of any kind: whatever the system says of that path, it is the wrong one
+            refused = f"results folder {folder} cannot be written ({error.strerror})"
+            raise UserError(f"{refused}: choose another with --results") from error
         self.runs = load_runs(folder)
         for table, columns in TABLES.items():
             check_table(folder / f"{table}.csv", columns)

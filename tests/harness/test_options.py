@@ -11,7 +11,7 @@ from tiny_checkpoints import SAMPLE, TINY, gguf_tensors, write_folder, write_ggu
 
 import castpoint.harness.__main__ as cli
 from castpoint.harness import steps
-from castpoint.harness.options import PARTS, newest_folder, parse_layers, parse_parts, select
+from castpoint.harness.options import PARTS, newest_folder, parse_layers, parse_parts, parse_plans, select
 from castpoint.harness.problems import checkpoint, files
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.report.publish import unfit
@@ -22,6 +22,8 @@ from castpoint.harness.runs.records import Settings, load_runs
 def test_layers_are_parsed() -> None:
     assert parse_layers("0-3,8,2", 28) == (0, 1, 2, 3, 8)
     assert parse_layers("", 3) == (0, 1, 2)
+    with pytest.raises(UserError, match="unknown plan ''"):
+        parse_plans("")
     with pytest.raises(UserError, match="layers 0 to 4"):
         parse_layers("5", 5)
 

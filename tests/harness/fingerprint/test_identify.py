@@ -132,7 +132,12 @@ def test_a_plan_has_the_words_of_its_parts() -> None:
     assert words_of(plan, "qkv").items() >= {**both, "proj": RNE, "scale": "prologue", "matmul": "bf16"}.items()
     assert not words_of(plan, "qkv").keys() & {"x", "unrotated", "cos_sin", "products"}
     assert survey.expected(plan, "head_norm") == {**both, "head_rstd": RTZ, "head_normed": RNE, "out": RTZ}
-    assert all(words_of(PLANS[name].plan, "rmsnorm") == {} for name in ("deferred", "folded"))
+    for name, named in PLANS.items():
+        norm = ("rstd", "normed", "hidden", *both) if name not in ("deferred", "folded") else ()
+        assert words_of(named.plan, "rmsnorm") == {word: getattr(named.plan, word) for word in norm}, name
+        left_out = {"x", "unrotated", "cos_sin", "products"}  # what no chain without residual and positions shows
+        chain = {word: said for word, said in vars(named.plan).items() if word not in left_out}
+        assert words_of(named.plan, "qkv") == survey.expected(named.plan, "qkv") == chain, name
 
 
 def test_an_answer_names_the_plans_that_have_its_words() -> None:

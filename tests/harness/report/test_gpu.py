@@ -158,6 +158,16 @@ def test_a_speed_up_counts_only_over_the_best_valid_p1(by_hand: Path, tmp_path: 
     assert best.loc[*AT["1"], P1]["arm"] == OWN_CHAIN
 
 
+@pytest.mark.parametrize("chains", [(CHAIN, OWN_CHAIN), (OWN_CHAIN, CHAIN)])
+def test_of_two_chains_that_tie_the_one_that_speed_ups_are_over_counts(tmp_path: Path, chains: tuple[str, str]) -> None:
+    records = opened(tmp_path)
+    for chain in chains:
+        add(records, AT["1"], chain, 10.0, 10.0)
+    add(records, AT["1"], "hf", 8.0, 10.0)
+    records.finish()
+    assert newest(tmp_path).best.loc[*AT["1"], EXACT]["verdict"] == WIN
+
+
 def test_what_has_no_time_is_shown_with_its_reason(by_hand: Path) -> None:
     table = shown(by_hand)
     assert table.loc[SMALL, "1"][FOLDED] == "red: not timed: 3 of 9 elements | differ"
@@ -167,7 +177,8 @@ def test_what_has_no_time_is_shown_with_its_reason(by_hand: Path) -> None:
     assert set(table.loc[LARGE, "4096"].drop("weights")) == {"failed: out of memory: 2 GiB"}
     lost = failures(by_hand, newest(by_hand).run_id)
     assert sorted(lost["table"]) == ["gpu_points"] + ["gpu_speed"] * 5
-    assert ("qwen3-32b", "out of memory: 2 GiB") in set(lost[["what", "reason"]].itertuples(index=False, name=None))
+    whole = ("qwen3-32b, 4096 tokens cold", "out of memory: 2 GiB")
+    assert whole in set(lost[["what", "reason"]].itertuples(index=False, name=None))
     for arm, reason in (("folded", "not timed: 3 of 9 elements | differ"), ("one-rounding", "wrong"),
                         (CHAIN, "RuntimeError: no kernel"), (OWN_CHAIN, "RuntimeError: no kernel"),
                         (CHAIN, "6.00 TB/s of cold memory: H200 has 4.8")):  # fmt: skip
@@ -245,6 +256,7 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
         *(("hf", config, check, "ok") for config in ("default", "a", "b") for check in ("exact", "envelope")),
         ("deferred", "default", "exact", "ok"), ("deferred", "default", "envelope", "ok"),
         ("deferred", "c | d", "exact", "red"), ("deferred", "c | d", "envelope", "failed"),
+        *(("folded", config, "exact", "red") for config in "xyz"),
     ):  # fmt: skip
         found = {"share_equal": 0.5, "status": status, "reason": "" if status == "ok" else "3 of 9"}
         records.add(GpuCheckRow(plan=plan, config=config, tokens=70, check=check, **found))
@@ -262,6 +274,7 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
         "envelope | deferred | default | ok",
         "exact | deferred | c | d | red: 3 of 9",
         "envelope | deferred | c | d | failed: 3 of 9",
+        "exact | folded | x; y; z | red: 3 of 9",
         "eager | hf | default | 75.0000% of bits equal, at most 8 ulp",
         "eager | hf | fp32 partials | 99.9000% of bits equal, at most 1 ulp",
         "eager | hf | one fp32 chain | failed: unknown",
@@ -269,7 +282,10 @@ def test_checks_name_every_config_that_is_not_ok(tmp_path: Path) -> None:
     ]
     assert "| exact | deferred | c + d | red: 3 of 9 |" in section(tmp_path)
     lost = failures(tmp_path, records.run_id)
-    assert list(lost["what"]) == ["deferred, c | d, exact", "deferred, c | d, envelope", "hf, one fp32 chain, eager"]
+    folded = [f"folded, {config}, exact" for config in "xyz"]
+    assert list(lost["what"]) == [
+        *("deferred, c | d, exact", "deferred, c | d, envelope"), *folded, "hf, one fp32 chain, eager",
+    ]  # fmt: skip
 
 
 def test_words_are_kept_as_words(by_hand: Path) -> None:

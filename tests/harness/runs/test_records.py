@@ -127,6 +127,14 @@ def test_a_folder_of_another_schema_is_refused_and_left_alone(tmp_path: Path) ->
     assert not (tmp_path / "environment.json").exists()
 
 
+@pytest.mark.parametrize("folder", ["file/below", "held"])
+def test_a_folder_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "held" / ".writable").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"results folder .*{folder} cannot be written .*choose another with --results"):
+        Records(tmp_path / folder, SETTINGS, ENVIRONMENT)
+
+
 def test_a_damaged_table_is_named_in_one_line(tmp_path: Path) -> None:
     records = Records(tmp_path, SETTINGS, ENVIRONMENT)
     records.add(ErrorRow(**KEY))
