@@ -49,6 +49,13 @@ def test_a_fused_product_is_not_rounded_twice():
     assert computed("fma.rn.f32 %r8, %r5, %r6, %r7", a, b, c).view(np.float32) == 1 + 2.0**-23
 
 
+def squared_between(found: np.float32, square: Fraction) -> bool:
+    """Whether found is the float32 nearest to the root of square: the root lies between the middles on both sides."""
+    here, *beside = (Fraction(float(v)) for v in (found, *np.nextafter(found, np.float32([0, np.inf]))))
+    low, high = ((here + other) / 2 for other in beside)
+    return low**2 <= square <= high**2
+
+
 def test_square_roots():
     values = np.abs(A) + np.float32(1e-30)
     root = computed("sqrt.rn.f32 %r8, %r5", values).view(np.float32)
@@ -56,9 +63,11 @@ def test_square_roots():
         exact = Fraction(math.isqrt(int(Fraction(float(value)) * 2**400)), 2**200)
         assert found == f32(exact)
     near = computed("rsqrt.approx.ftz.f32 %r8, %r5", values).view(np.float32)
-    assert np.allclose(near, 1 / np.sqrt(values.astype(np.float64)), rtol=2.0**-24, atol=0)
-    exponents = np.float32([-3, -0.5, 0, 0.5, 2, 10])
-    assert np.allclose(computed("ex2.approx.f32 %r8, %r5", exponents).view(np.float32), 2.0**exponents, rtol=2.0**-23)
+    assert all(squared_between(found, 1 / Fraction(float(value))) for value, found in zip(values, near, strict=True))
+    exponents = np.float32([-3, -0.5, 0, 0.5, 2, 10.5])  # halves, so that the squares are whole powers
+    powers = computed("ex2.approx.f32 %r8, %r5", exponents).view(np.float32)
+    assert all(squared_between(found, Fraction(2) ** int(2 * e)) for e, found in zip(exponents, powers, strict=True))
+    assert not squared_between(np.nextafter(near[0], np.float32(0)), 1 / Fraction(float(values[0])))
 
 
 def test_not_a_number_and_infinity():
