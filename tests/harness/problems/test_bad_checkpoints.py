@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,13 +27,21 @@ from tiny_checkpoints import (
     write_sharded,
 )
 
-from castpoint.harness.problems import checkpoint
+from castpoint.harness.problems import checkpoint, files
+from castpoint.harness.runs.errors import UserError
 
 
 def test_absent_path_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
     for source in (tmp_path / "nothing", "nothing", "folder/nothing.safetensors", "folder/nothing.gguf"):
         fails(str(source), "does not exist", "hub id", source=source)
+
+
+def test_a_quantisation_that_gguf_cannot_read_is_named() -> None:
+    kind = gguf.GGMLQuantizationType.Q8_K  # of ggml's intermediate sums, which gguf's Python does not read
+    tensor = SimpleNamespace(name="blk.0.attn_q.weight", tensor_type=kind, data=np.zeros((1, 292), np.uint8))
+    with pytest.raises(UserError, match="gguf cannot read blk.0.attn_q.weight, stored as Q8_K"):
+        files.dequantised(tensor, subtract_one=False)
 
 
 class Trap:
