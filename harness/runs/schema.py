@@ -44,12 +44,15 @@ class Backend(StrEnum):
 
 
 class Check(StrEnum):
-    """What a kernel is compared with: its spec on exact inputs, its envelope; eager's spec; itself interpreted."""
+    """What a kernel is compared with: its spec on exact inputs, its envelope; eager's spec; itself interpreted; its PTX
+    run on a CPU; and what a tensor core returns, with the model of its sums."""
 
     EXACT = "exact"
     ENVELOPE = "envelope"
     EAGER = "eager"
     INTERPRETER = "interpreter"
+    PTX = "ptx"
+    TENSOR_CORE = "tensor core"
 
 
 class Regime(StrEnum):
@@ -61,12 +64,30 @@ class Regime(StrEnum):
     ROPE = "rope"
 
 
+class Step(StrEnum):
+    """What a GPU run does at a time, in the order that gpu.order gives: the GPU's own limits and arithmetic, its
+    counters, outputs kept for a comparison elsewhere; and at a point of the grid arms that are timed in turns."""
+
+    LIMITS = "limits"
+    EAGER = "eager"
+    TENSOR_CORES = "tensor cores"
+    COUNTERS = "counters"
+    OUTPUTS = "outputs"
+    PARTS = "parts"  # of separate chains, each by itself, and our own loop
+    TUNING = "tuning"  # every config, for the dispatch table
+    CHAINS = "chains"  # P1, P4 and the plans that stand for an order of scaling
+    PLANS = "plans"  # all other plans, and P1
+    COMPILED = "compiled"  # torch.compile with all its tuning, and P1
+
+
 class Kind(StrEnum):
     """What an arm of the GPU grid does: a part of P1 by itself or our own loop; a chain of parts (P1), torch.compile
-    (P2) or eager; or a plan's own kernels. The bare matmul is P4."""
+    (P2) or eager; or a plan's own kernels. The bare matmul is P4; with as many empty kernels behind it as a chain has
+    norms, it says what launches cost."""
 
     NORM = "norm"
     MATMUL = "matmul"
+    LAUNCHES = "launches"
     HEADS = "heads"
     LOOP = "loop"
     CHAIN = "chain"
@@ -210,20 +231,29 @@ class ModelDlogpRow(Row, table="model_dlogp", key=("model", "weights", "text", "
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str
     above: float; tokens: int
 
-class GpuCheckRow(Row, table="gpu_checks", key=("plan", "config", "rope", "tokens", "check")):
-    plan: str; config: str; rope: bool = False; tokens: int; check: str
+class GpuCheckRow(Row, table="gpu_checks", key=("plan", "config", "rope", "tokens", "hidden_size", "check")):
+    plan: str; config: str; rope: bool = False; tokens: int; hidden_size: int = 1024; check: str
     share_equal: Number = None; max_ulp: Number = None
 
-class GpuPointRow(Row, table="gpu_points", key=("model", "tokens", "regime")):
-    model: str; tokens: int; regime: str
+class GpuLimitRow(Row, table="gpu_limits", key=("limit",)):
+    limit: str; value: Number = None; unit: str  # what the GPU can do at most, and what a launch costs
 
-class GpuSpeedRow(Row, table="gpu_speed", key=("model", "tokens", "regime", "arm")):
-    model: str; tokens: int; regime: str; kind: Kind; arm: str; function: str = ""  # the plan, or what is rounded
+class GpuCounterRow(Row, table="gpu_counters", key=("kernel", "counter")):
+    kernel: str; counter: str; value: Number = None; unit: str  # of Nsight Compute
+
+class GpuStepRow(Row, table="gpu_steps", key=("step", "model", "tokens", "regime")):
+    step: Step; model: str = ""; tokens: int = 0; regime: str = ""  # a point's, where it has one; its rows are complete
+    seconds: Number = None; estimated_s: Number = None
+
+class GpuSpeedRow(Row, table="gpu_speed", key=("model", "tokens", "regime", "step", "arm")):
+    model: str; tokens: int; regime: str; step: Step  # arms of one step are timed in turns
+    kind: Kind; arm: str; function: str = ""  # the plan, or what is rounded
     config: str = ""; kernel: str = ""; prepass: str = ""; copies: Count = None; cold: Flag = None
     rounds: Count = None; laps: Count = None; bytes: Count = None; flops: Count = None; floor_us: Number = None
     p10_us: Number = None; p50_us: Number = None; p90_us: Number = None; gbps: Number = None; tflops: Number = None
     roofline_share: Number = None; p1: str = ""; speedup_p1_p10: Number = None; speedup_p1_p50: Number = None
-    speedup_p1_p90: Number = None; noise_p10: Number = None; noise_p90: Number = None; sm_mhz: Number = None
+    speedup_p1_p90: Number = None; p4: str = ""; over_p4_p10: Number = None; over_p4_p50: Number = None
+    over_p4_p90: Number = None; noise_p10: Number = None; noise_p90: Number = None; sm_mhz: Number = None
     memory_mhz: Number = None; watts: Number = None; celsius: Number = None; slowed_by: str = ""
 
 class ConfigRow(Row, table="configs", key=("kernel", "plan", "target", "keywords")):
