@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+CODE = ("kernels", "variants", "harness", "castpoint")
+DISPATCH = Path("kernels", "dispatch.csv")  # measured, not written: no part of the code
 PACKAGES = ("torch", "triton", "numpy", "transformers")
 ISAS = (  # oneDNN's words for instruction sets, in its order
     *("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni", "avx512_core_bf16"),
@@ -36,7 +39,7 @@ def short_name(gpu: str) -> str:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Versions, commit and machine, as environment.json records them."""
+    """Versions, code and machine, as environment.json records them."""
     import torch
 
     facts: dict[str, Any] = {
@@ -48,11 +51,12 @@ def describe(device: str) -> dict[str, Any]:
         **matmul_arithmetic(),
         "python": platform.python_version(),
         "commit": commit(),
+        "sources": sources(),
+        "dispatch": dispatch(),
         "versions": {name: version(name) for name in PACKAGES},
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
         facts["gpu"] = {
             "name": p.name,
             "multiprocessors": p.multi_processor_count,
@@ -60,7 +64,7 @@ def describe(device: str) -> dict[str, Any]:
             "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
-            "driver": driver.split()[0],
+            "driver": driver(),
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         }
     return facts
@@ -100,6 +104,18 @@ def last_cache_bytes(device: str) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
+def driver() -> str:
+    """Version of the GPU's driver, as NVML says it; `unknown` where it says nothing."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        said = pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no package, no driver, no permission: a run's record does without
+        return "unknown"
+    return said.decode() if isinstance(said, bytes) else str(said)  # bytes: an older pynvml
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -108,15 +124,46 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` behind it where tracked code differs from it; else the installed version.
+    """CASTPOINT_COMMIT, where a copy of the tree is told whose it is; else the checkout's commit, with `+` behind it
+    where code differs from it, files that git does not know included; else the installed version.
 
     Only git of this code's own root counts: an installed package may lie inside somebody else's repository.
     """
+    if told := os.environ.get("CASTPOINT_COMMIT"):
+        return told
     if not (ROOT / ".git").exists():
         return version("castpoint") or "unknown"
     head = _said("git", "rev-parse", "--short=12", "HEAD")
-    clean = _said("git", "diff", "--quiet", "HEAD", "--", "kernels", "variants", "harness") is not None
-    return "unknown" if head is None else head + ("" if clean else "+")
+    changed = _said("git", "status", "--porcelain", "--", *CODE, f":(exclude){DISPATCH}")
+    return "unknown" if head is None else head + ("" if changed == "" else "+")
+
+
+def sources() -> str:
+    """Which code this is, whatever git knows of it: 12 hex digits of a SHA-256 over paths and bytes of every .py file
+    and every file of data, as they are on disk. The same in a checkout, a copy of it and an installed package.
+
+    Without kernels/dispatch.csv: see dispatch.
+    """
+    found: dict[str, Path] = {}
+    for name in CODE:
+        inside = (ROOT / name) if (ROOT / name).exists() else ROOT  # installed, castpoint's own files lie in the root
+        paths = inside.rglob("*") if inside != ROOT else inside.glob("*")
+        found |= {f"{name}/{p.relative_to(inside).as_posix()}": p for p in paths if _counts(p)}
+    digest = hashlib.sha256()
+    for name, path in sorted(found.items()):
+        content = path.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def dispatch() -> str:
+    """The same of kernels/dispatch.csv, which decides how launches are cut; `none` where there is no such file."""
+    path = ROOT / DISPATCH
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "none"
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and (path.suffix == ".py" or path.parent.name == "data" and path.suffix != ".md")
 
 
 @contextmanager

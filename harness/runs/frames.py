@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pandas as pd
 
 from castpoint.harness.runs.errors import mistakes
-from castpoint.harness.runs.records import check_table, load_runs
+from castpoint.harness.runs.records import check_table, load_runs, whole_lines
 from castpoint.harness.runs.schema import TABLES, Backend, flags_of, words_of
 
 Frames = dict[str, pd.DataFrame]
+# What a GPU run writes, each row whole by itself, so that a run that was cut off counts.
+GPU_TABLES = ("gpu_speed", "gpu_steps", "gpu_checks", "gpu_limits", "gpu_counters", "tuning")
 
 
 def load(folder: Path, run_id: str) -> Frames:
@@ -24,9 +27,9 @@ def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
     check_table(path, columns)
     words, flags = words_of(table), flags_of(table)
     frame = pd.DataFrame(columns=list(columns))
-    if path.exists():
-        with mistakes(ValueError, about=f"{path} is damaged"):
-            frame = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys([*words, *flags], str))
+    with mistakes(ValueError, about=f"{path} is damaged"):
+        if lines := whole_lines(path):
+            frame = pd.read_csv(io.StringIO(lines), keep_default_na=False, dtype=dict.fromkeys([*words, *flags], str))
     frame = frame[frame["run_id"] == run_id]
     numbers = [column for column in columns if column not in (*words, *flags)]
     return frame.assign(
@@ -35,13 +38,20 @@ def load_table(folder: Path, run_id: str, table: str) -> pd.DataFrame:
     )
 
 
-def latest(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
-    """run_id and rows of the newest finished run that has rows in that table; None if there is none."""
-    finished = [run_id for run_id, run in load_runs(folder).items() if "finished" in run]
-    for run_id in reversed(finished):
+def latest(folder: Path, table: str, cut_off: bool = False) -> tuple[str, pd.DataFrame] | None:
+    """run_id and rows of the newest finished run that has rows in that table, or of one that was cut off if those count
+    too; None if there is none."""
+    runs = [run_id for run_id, run in load_runs(folder).items() if cut_off or "finished" in run]
+    for run_id in reversed(runs):
         if len(frame := load_table(folder, run_id, table)):
             return run_id, frame
     return None
+
+
+def newest_gpu_run(folder: Path) -> str | None:
+    """The newest run with times of a GPU, finished or not; where there are none, with any rows of a GPU."""
+    found = (latest(folder, table, cut_off=True) for table in GPU_TABLES)
+    return next((run_id for run_id, _ in filter(None, found)), None)
 
 
 def own(frame: pd.DataFrame) -> pd.DataFrame:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_nvml import NVMLError, fake_nvml
 from support import ROOT
 
 from castpoint.harness.runs import environment
-from castpoint.harness.runs.environment import ISAS, commit, describe, matmul_arithmetic
+from castpoint.harness.runs.environment import ISAS, commit, describe, dispatch, matmul_arithmetic, sources
 from castpoint.harness.runs.records import Records
 
 AMX, BF16, AVX512, AVX2 = "amx_tile", "avx512_bf16", "avx512", "avx2"
@@ -89,9 +90,99 @@ def test_runs_of_two_arithmetics_are_two_runs(tmp_path: Path, monkeypatch: pytes
     assert Records(tmp_path, {"model": "m"}, describe("cpu")).run_id != first.run_id
 
 
+@pytest.mark.parametrize(
+    ("said", "driver"),
+    [("580.159.04", "580.159.04"), (b"525.60.13", "525.60.13"), (NVMLError("Unknown Error"), "unknown")],
+)
+def test_the_driver_of_a_gpu_is_what_nvml_says(said: object, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml(monkeypatch, DriverVersion=said)
+    gpu = describe("cuda")["gpu"]
+    assert gpu["driver"] == driver and (gpu["name"], gpu["l2_bytes"]) == ("NVIDIA H200", 60 << 20)
+
+
+def test_without_nvml_the_driver_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml(monkeypatch, Init=NVMLError("Driver Not Loaded"))
+    assert describe("cuda")["gpu"]["driver"] == "unknown"
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert describe("cuda")["gpu"]["driver"] == "unknown"
+
+
+def laid_out(where: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_text(content)
+    return where
+
+
+TREE = {
+    "kernels/a.py": "1", "kernels/README.md": "2", "variants/b.py": "3", "harness/x/c.py": "4", "castpoint/d.py": "5",
+    "harness/x/data/claims.csv": "6", "harness/x/data/README.md": "7", "tests/e.py": "8", "README.md": "9",
+}  # fmt: skip
+
+
+def test_sources_are_the_code_on_disk_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashed(name: str, **changes: str) -> str:
+        monkeypatch.setattr(environment, "ROOT", laid_out(tmp_path / name, TREE | changes))
+        return sources()
+
+    first = hashed("first")
+    assert len(first) == 12 and int(first, 16) >= 0
+    for place, other in enumerate(("kernels/README.md", "harness/x/data/README.md", "tests/e.py", "README.md",
+                                   "kernels/dispatch.csv", "kernels/__pycache__/a.pyc")):  # fmt: skip
+        assert hashed(f"same {place}", **{other: "changed"}) == first, other
+    code = ("kernels/a.py", "variants/b.py", "harness/x/c.py", "castpoint/d.py", "harness/x/data/claims.csv")
+    changed = {hashed(f"other {place}", **{name: "changed"}) for place, name in enumerate((*code, "kernels/new.py"))}
+    assert len(changed) == 6 and first not in changed
+    (tmp_path / "first" / "kernels" / "a.py").rename(tmp_path / "first" / "kernels" / "z.py")
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "first")
+    assert sources() not in {first, *changed}, "a file's path counts"
+
+
+def test_an_installed_package_has_the_checkouts_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There castpoint's own files lie beside the three folders."""
+    monkeypatch.setattr(environment, "ROOT", laid_out(tmp_path / "checkout", TREE))
+    first = sources()
+    moved = {name.removeprefix("castpoint/"): content for name, content in TREE.items() if name[:5] != "tests"}
+    monkeypatch.setattr(environment, "ROOT", laid_out(tmp_path / "wheel", moved))
+    assert sources() == first
+
+
+def test_dispatch_is_recorded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "ROOT", laid_out(tmp_path, TREE))
+    assert dispatch() == "none"
+    found = {dispatch() for rows in ("a", "b") if laid_out(tmp_path, {"kernels/dispatch.csv": rows})}
+    assert len(found) == 2 and "none" not in found
+    monkeypatch.undo()
+    facts = describe("cpu")
+    assert (facts["sources"], facts["dispatch"]) == (sources(), dispatch())
+
+
+def test_a_plus_says_that_code_differs_from_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch table that was measured here is no code; a file that git does not know is."""
+    monkeypatch.setattr(environment, "ROOT", laid_out(tmp_path, TREE))
+    monkeypatch.delenv("CASTPOINT_COMMIT", raising=False)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = commit()
+    assert len(head) == 12
+    for written, plus in (
+        ("kernels/dispatch.csv", ""),
+        ("README.md", ""),
+        ("kernels/new.py", "+"),
+        ("kernels/a.py", "+"),
+    ):
+        laid_out(tmp_path, {written: "changed"})
+        assert commit() == head + plus, written
+        (tmp_path / "kernels" / "new.py").unlink(missing_ok=True)
+    monkeypatch.setenv("CASTPOINT_COMMIT", "told")
+    assert commit() == "told"
+
+
 def test_a_commit_is_that_of_this_code_and_of_no_repository_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CASTPOINT_COMMIT", raising=False)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     inside = tmp_path / "lib" / "castpoint"
     inside.mkdir(parents=True)

@@ -69,10 +69,67 @@ def test_a_stopped_run_is_continued_and_a_finished_one_is_not(tmp_path: Path) ->
     assert list(load_runs(tmp_path)) == [first.run_id, fresh.run_id]
 
 
-@pytest.mark.parametrize("changed", [({"model": "n"}, ENVIRONMENT), (SETTINGS, {"device": "cuda"})])
-def test_other_settings_or_another_machine_start_another_run(tmp_path: Path, changed: tuple) -> None:
-    first = Records(tmp_path, SETTINGS, ENVIRONMENT)
-    assert Records(tmp_path, *changed).run_id != first.run_id
+def test_a_table_begins_with_its_first_row_and_is_empty_before(tmp_path: Path) -> None:
+    records = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
+    assert records.rows("errors") == [] and not len(load_table(tmp_path, records.run_id, "errors"))
+    records.add(ErrorRow(**KEY))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "errors.csv"]
+    assert (tmp_path / "errors.csv").read_text().splitlines()[0] == ",".join(TABLES["errors"])
+
+
+# ---------------------------------------------------------------- which run is continued
+
+GPU = {
+    "device": "cuda", "processor": "one", "threads": 8, "cpu_capability": "AVX2", "onednn": True, "onednn_isa": "avx2",
+    "native_bf16": False, "python": "3.12.3", "commit": "c0ffee", "sources": "abc", "dispatch": "none",
+    "versions": {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.0"},
+    "gpu": {"name": "invented", "driver": "575", "cuda": "13.0", "multiprocessors": 132, "memory_bytes": 80},
+}  # fmt: skip
+CPU = GPU | {"device": "cpu"}
+del CPU["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (ENVIRONMENT, {"device": "cuda"}),
+        *((CPU, CPU | changed) for changed in ({"processor": "two"}, {"threads": 1}, {"sources": "abd"},
+                                               {"dispatch": "123"}, {"python": "3.12.4"})),
+        (GPU, GPU | {"sources": "abd"}),
+        *((GPU, GPU | {"versions": GPU["versions"] | changed}) for changed in ({"torch": "2.12"}, {"triton": "3.7"})),
+        *((GPU, GPU | {"gpu": GPU["gpu"] | changed}) for changed in ({"name": "other"}, {"driver": "580"},
+                                                                   {"cuda": "12.9"}, {"multiprocessors": 16})),
+        ({name: fact for name, fact in CPU.items() if name != "sources"}, CPU),  # a run before there were sources
+    ],
+)  # fmt: skip
+def test_other_code_and_another_machine_start_another_run(tmp_path: Path, before: dict, after: dict) -> None:
+    first = Records(tmp_path, SETTINGS, before)
+    assert Records(tmp_path, SETTINGS, after).run_id != first.run_id
+    assert Records(tmp_path, SETTINGS | {"model": "n"}, before).run_id != first.run_id
+    assert not any("continued_on" in run for run in load_runs(tmp_path).values())
+
+
+@pytest.mark.parametrize("commit", ["c0ffee", "c0ffee+", "unknown"])
+def test_a_dirty_tree_continues_its_own_run(tmp_path: Path, commit: str) -> None:
+    first = Records(tmp_path, SETTINGS, CPU | {"commit": commit})
+    assert Records(tmp_path, SETTINGS, CPU | {"commit": commit}).run_id == first.run_id
+    assert "continued_on" not in load_runs(tmp_path)[first.run_id]
+
+
+def test_a_gpu_run_goes_on_beside_another_cpu_and_says_so(tmp_path: Path) -> None:
+    first = Records(tmp_path, SETTINGS, GPU)
+    others = [
+        GPU | {"processor": "two", "threads": 4, "native_bf16": True, "onednn_isa": "avx512_core", "dispatch": "123"},
+        GPU | {"commit": "unknown", "gpu": GPU["gpu"] | {"memory_bytes": 79}},
+    ]
+    for other in (GPU, *others, others[0], GPU):
+        assert Records(tmp_path, SETTINGS, other).run_id == first.run_id
+    (run,) = load_runs(tmp_path).values()
+    assert run["environment"] == GPU and run["continued_on"] == others
+
+
+# ---------------------------------------------------------------- rows
 
 
 def test_half_a_row_left_by_a_killed_run_is_dropped_and_nothing_else(tmp_path: Path) -> None:
@@ -83,6 +140,19 @@ def test_half_a_row_left_by_a_killed_run_is_dropped_and_nothing_else(tmp_path: P
     again = Records(tmp_path, SETTINGS, ENVIRONMENT)
     again.add(ErrorRow(**KEY | {"plan": "fp32"}))
     assert [row["plan"] for row in rows(tmp_path)] == ["hf", "fp32"]
+
+
+def test_half_a_row_is_no_row_for_readers_either(tmp_path: Path) -> None:
+    """Of a folder that no run opens again. Where the half is of the first line, there is no row at all."""
+    records = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    records.add(ErrorRow(**KEY))
+    with open(tmp_path / "errors.csv", "a") as file:
+        file.write(f"{records.run_id},qwen3-0.6b,calibr")
+    (tmp_path / "speed.csv").write_text(",".join(TABLES["speed"])[:40])
+    assert len(load_table(tmp_path, records.run_id, "errors")) == len(records.rows("errors")) == 1
+    assert len(load_table(tmp_path, records.run_id, "speed")) == len(records.rows("speed")) == 0
+    Records(tmp_path, SETTINGS, ENVIRONMENT)
+    assert not (tmp_path / "speed.csv").exists() and (tmp_path / "errors.csv").read_text().endswith("\n")
 
 
 def test_a_row_is_written_once(tmp_path: Path) -> None:
@@ -157,3 +227,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Records(tmp_path / "file" / "results", SETTINGS, ENVIRONMENT)
+
+
+def test_rows_join_a_run_that_is_there_finished_or_not(tmp_path: Path) -> None:
+    """The run stays what it was: no new one, no other end."""
+    first = Records(tmp_path, SETTINGS, ENVIRONMENT)
+    first.add(ErrorRow(**KEY))
+    first.finish()
+    Records(tmp_path, SETTINGS, ENVIRONMENT)
+    before = (tmp_path / "environment.json").read_bytes()
+    again = Records.of_run(tmp_path, first.run_id)
+    assert again.has(ErrorRow, **KEY)
+    again.add(ErrorRow(**KEY), ErrorRow(**KEY | {"plan": "fp32"}))
+    assert [(row["run_id"], row["plan"]) for row in rows(tmp_path)] == [(first.run_id, "hf"), (first.run_id, "fp32")]
+    assert (tmp_path / "environment.json").read_bytes() == before
+    with pytest.raises(KeyError, match="nothing"):
+        Records.of_run(tmp_path, "nothing")
