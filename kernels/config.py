@@ -14,6 +14,7 @@ from .plan import RNE, RTZ, CastPlan
 
 KERNELS = ("fused", "split-k", "separate")
 PREPASSES = ("none", "rstd", "hidden")
+MANY_TOKENS = 128  # beyond, all take the same candidates
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 
 
@@ -95,11 +96,12 @@ def head_block(head_dim: int) -> int:
 
 
 def default_config(head_dim: int, plan: CastPlan, interpreted: bool) -> Config:
-    """The config of a launch that is given none.
+    """One config for every number of tokens: smaller tiles for fewer tokens would mean other matrix instructions and
+    other sums. Given to every launch, a row's bits do not depend on its batch; it is not the fastest.
 
-    It does not depend on the number of tokens: smaller tiles for fewer tokens would mean other matrix instructions
-    and other sums, and a row's bits would change with its batch. Operands wider than bf16 take smaller tiles,
-    because they wait in shared memory at 4 bytes. The interpreter's cost is per operation, whatever the tile.
+    What a launch that is given none takes where nothing else is known: see dispatch.launch_config. Operands wider
+    than bf16 take smaller tiles, because they wait in shared memory at 4 bytes. The interpreter's cost is per
+    operation, whatever the tile.
     """
     if interpreted:
         return Config(block_m=64, block_k=256)
@@ -126,7 +128,7 @@ def candidates(tokens: int, hidden_size: int, heads: int, head_dim: int) -> tupl
         shares = split_shares(tokens, hidden_size, heads, block_m, block_k, waves * PROCESSORS)
         return Config("split-k", prepass, block_m, block_k, num_warps, stages, shares)
 
-    if tokens > 128:
+    if tokens > MANY_TOKENS:
         found = [
             Config("fused", "hidden", 128, short, 8, 4),
             Config("fused", "hidden", 128, short, 8, 3),

@@ -125,21 +125,61 @@ def head_norm(
     boundaries, out and weight_offset. Returns out [T, H, Dh]: bf16, or float32 for plan.out='fp32'. Raises ValueError
     for shapes, dtypes or devices that do not fit.
     """
+    tokens, heads, head_dim = _check_heads(proj, eps, positions, cos_sin_cache, plan, weight=weight)
+    out = output_tensor("out", out, (tokens, heads, head_dim), plan.out, like=proj)
+    weight, positions = _contiguous(weight, positions)
+    launch_head_norm(proj, weight, out, plan, eps, (positions, cos_sin_cache))
+    return out
+
+
+def qk_norm(
+    proj: Tensor, q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, num_q_heads: int, eps: float = 1e-6,
+    positions: Tensor | None = None, cos_sin_cache: Tensor | None = None, *, plan: CastPlan = DEFAULT,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """head_norm of q's and k's heads in one launch: proj [T, Hq + Hk, Dh], q's heads first.
+
+    q_norm_weight and k_norm_weight [Dh] bf16, or both None: RoPE alone. out: (q, k) to write to, which may be proj's
+    own heads; or None. The rest is head_norm's. Returns q [T, Hq, Dh] and k [T, Hk, Dh]. Raises ValueError as head_norm
+    does, for one weight without the other, and where num_q_heads leaves q or k no head.
+    """
+    if (q_norm_weight is None) != (k_norm_weight is None):
+        raise ValueError("q_norm_weight and k_norm_weight must be given together, or neither")
+    weights = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight}
+    tokens, heads, head_dim = _check_heads(proj, eps, positions, cos_sin_cache, plan, **weights)
+    if not 0 < num_q_heads < heads:
+        raise ValueError(f"num_q_heads must leave heads of {heads} to both q and k, not be {num_q_heads}")
+    q, k = (
+        output_tensor(name, given, (tokens, count, head_dim), plan.out, like=proj)
+        for name, given, count in zip("qk", out or (None, None), (num_q_heads, heads - num_q_heads), strict=True)
+    )
+    q_norm_weight, k_norm_weight, positions = _contiguous(q_norm_weight, k_norm_weight, positions)
+    launch_head_norm(proj, q_norm_weight, q, plan, eps, (positions, cos_sin_cache), k_norm_weight, k)
+    return q, k
+
+
+def _check_heads(
+    proj: Tensor, eps: float, positions: Tensor | None, cos_sin_cache: Tensor | None, plan: CastPlan,
+    **weights: Tensor | None,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Shape of proj. Raises ValueError for shapes, dtypes or devices that do not fit."""
     check_plan(plan)
     if proj.ndim != 3 or proj.stride(2) != 1:
         raise ValueError(f"proj must be [tokens, heads, head size] with contiguous heads, not {list(proj.shape)}")
     if proj.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"proj must be torch.bfloat16 or torch.float32, not {proj.dtype}")
     tokens, heads, head_dim = proj.shape
-    if weight is not None:
-        check_tensor("weight", weight, [head_dim], like=proj)
+    for name, weight in weights.items():
+        if weight is not None:
+            check_tensor(name, weight, [head_dim], like=proj)
     check_eps(eps)
     check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj)
     check_device("proj", proj, head_norm_kernel)
-    out = output_tensor("out", out, (tokens, heads, head_dim), plan.out, like=proj)
-    weight, positions = (None if tensor is None else tensor.contiguous() for tensor in (weight, positions))
-    launch_head_norm(proj, weight, out, plan, eps, (positions, cos_sin_cache))
-    return out
+    return tokens, heads, head_dim
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def launch_head_norm(

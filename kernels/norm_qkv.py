@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .chain import finish_head, multiply, row_rstd, row_squares
 from .checks import check_inputs, check_plan
-from .config import Config, default_config, head_block, unsupported
+from .config import Config, head_block, unsupported
+from .dispatch import launch_config
 from .head_norm import check_device, launch_head_norm, output_tensor
 from .plan import DEFAULT, RNE, CastPlan, words
 from .rms_norm import launch_rms_norm
@@ -115,16 +116,22 @@ def norm_qkv(
     plan           where values are rounded, where rstd is applied, and the matmul's operands (kernels.plan)
     separate_head_norm   True: the head norm runs as a second kernel, over proj as stored. Same function
     out            (q, k, v) to write to, last dimension contiguous; or None
-    config         how the launch is cut into programs (kernels.config); None: default_config. Same function up to
-                   the order of fp32 sums; unsupported(config, plan) says which plans it cannot express
+    config         how the launch is cut into programs (kernels.config); None: dispatch.launch_config, by the GPU,
+                   the shape and T. Same function up to the order of fp32 sums; unsupported(config, plan) says which
+                   plans it cannot express
 
     Returns q [T, Hq, Dh], k [T, Hkv, Dh], v [T, Hkv, Dh]: bf16, or float32 for plan.out='fp32'. Contiguous, but
     for kernel='separate', whose new outputs are views of one tensor [T, (Hq + 2 Hkv) * Dh].
-    Run to run deterministic (kernel='separate': as far as cuBLAS is). Tiles do not depend on T, so a row's bits do
-    not depend on its batch, for one memory layout and one config; separate_head_norm may add a head's squares in
-    another order. Launches with kernel='split-k' share counters and must be ordered on a device, as in one stream;
-    the first one cannot be captured into a CUDA graph. On a CPU it runs only interpreted (TRITON_INTERPRET=1 set
-    before the import). Raises ValueError for inputs that do not fit and for a config that cannot express the plan.
+
+    Run to run deterministic (kernel='separate': as far as cuBLAS is). With one config other than `separate`, tiles do
+    not depend on T, so a row's bits do not depend on its batch, for one memory layout; separate_head_norm may add a
+    head's squares in another order. With config=None, compiled on an NVIDIA GPU, they may: other T, other tiles, other
+    order of sums. For batch invariance pass one config to every launch: default_config(head_dim, plan, False).
+
+    Launches with kernel='split-k' share counters and must be ordered on a device, as in one stream, and the first one
+    cannot be captured into a CUDA graph. config=None takes split-K for few tokens: there both hold too, so launch once
+    with as many tokens before a capture. On a CPU it runs only interpreted (TRITON_INTERPRET=1 set before the import).
+    Raises ValueError for inputs that do not fit and for a config that cannot express the plan.
     """
     check_plan(plan)
     check_inputs(
@@ -135,7 +142,9 @@ def norm_qkv(
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
     heads = (num_q_heads, num_kv_heads, num_kv_heads)
-    config = config or default_config(head_dim, plan, interpreted)
+    if config is None:
+        shape = (hidden_size, num_q_heads, num_kv_heads, head_dim)
+        config = launch_config(x.device, shape, tokens, plan, interpreted)
     if why := unsupported(config, plan):
         raise ValueError(why)
     packed = None

@@ -116,7 +116,10 @@ def counters(device: torch.device, size: int) -> Tensor:
     """[size] int32, zero between launches; one buffer a device and size, never freed, since CUDA graphs keep its
     address. Raises RuntimeError where it would be made inside a graph's capture, and so hold no zeros yet."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first split-k launch cannot be captured into a CUDA graph: run it once before")
+        raise RuntimeError(
+            "the first split-k launch cannot be captured into a CUDA graph: run it once before "
+            "(config=None takes split-k for few tokens)"
+        )
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 

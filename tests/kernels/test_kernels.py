@@ -25,6 +25,7 @@ from nets import (
 from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, pinned_share, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
+from castpoint.kernels.config import default_config
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import fold_norm_weight
 from castpoint.kernels.plan import CHOICES, STORAGE
@@ -152,13 +153,14 @@ def test_fold_norm_weight_rounds_once(offset: str):
 
 @pytest.mark.parametrize("plan", ["hf", "fp32-tf32x3", "deferred", "folded"])
 def test_a_rows_bits_depend_on_that_row_alone(plan: str):
-    """The first and last rows of both blocks of a batch of 70, alone and in another place of a smaller batch."""
+    """The first and last rows of both blocks of a batch of 70, alone and in another place of a smaller batch, with one
+    config for all: without one they may depend on it (test_dispatch.py)."""
     plan = PLANS[plan].plan
-    problem = random_problem(tokens=70)
-    batch = KERNELS.run(plan, problem)
+    problem, config = random_problem(tokens=70), default_config(32, plan, True)
+    batch = KERNELS.run(plan, problem, config=config)
     for rows in ([0], [63], [64], [69], [64, 5, 69, 0, 31]):
         part = problem.replace(x=problem.x[rows], residual=problem.residual[rows])
-        for name, actual in KERNELS.run(plan, part).items():
+        for name, actual in KERNELS.run(plan, part, config=config).items():
             assert_bit_equal(actual=actual, expected=batch[name][rows], what=f"rows {rows}, {name}:")
 
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from support import DEVICE, NAN, ROOT, random_problem
+from support import DEVICE, NAN, ROOT, assert_bit_equal, random_problem
 
-from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.head_norm import head_norm, qk_norm
 from castpoint.kernels.norm_qkv import norm_qkv
 from castpoint.kernels.plan import CastPlan
 
@@ -134,6 +134,50 @@ def test_a_bad_input_of_head_norm_is_named_in_one_line(case: str):
     message = str(error.value)
     assert "\n" not in message
     assert not [word for word in words if word not in message], message
+
+
+BAD_QK_NORM = {
+    **BAD_HEAD_NORM,
+    "q norm alone": ({"k_norm_weight": None}, ["q_norm_weight and k_norm_weight", "together"]),
+    "weight of other size": ({"k_norm_weight": bf16(31)}, ["k_norm_weight must have shape [32]", "[31]"]),
+    "weight in fp32": ({"q_norm_weight": bf16(32, dtype=F32)}, ["q_norm_weight must be torch.bfloat16"]),
+    "no head of q": ({"num_q_heads": 0}, ["num_q_heads", "heads of 2", "0"]),
+    "no head of k": ({"num_q_heads": 2}, ["num_q_heads", "heads of 2", "not be 2"]),
+    "out of other shape": ({"out": (bf16(5, 1, 32), bf16(4, 1, 32))}, ["k must have shape [5, 1, 32]", "[4, 1, 32]"]),
+    "out in bf16": ({"out": (bf16(5, 1, 32),) * 2, "plan": {"out": "fp32"}}, ["q must be torch.float32"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QK_NORM)
+def test_a_bad_input_of_qk_norm_is_named_in_one_line(case: str):
+    changes, words = BAD_QK_NORM[case]
+    inputs = {"proj": bf16(5, 2, 32), "q_norm_weight": bf16(32), "k_norm_weight": bf16(32), "num_q_heads": 1}
+    with pytest.raises(ValueError) as error:
+        qk_norm(**{**inputs, **with_plan(changes)})
+    message = str(error.value)
+    assert "\n" not in message
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("norm", [True, False])
+def test_qk_norm_is_head_norm_of_q_and_of_k(norm: bool, rope: bool):
+    problem = random_problem(rope=rope, tokens=20)
+    proj = torch.randn(20, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)[:, :3]
+    weights = (problem.q_norm_weight, problem.k_norm_weight) if norm else (None, None)
+    plan, turned = CastPlan(proj="bf16-rne", head_normed="bf16-rne"), (problem.positions, problem.cos_sin_cache)
+    expected = [
+        head_norm(part, weight, problem.eps, *turned, plan=plan)
+        for part, weight in zip((proj[:, :2], proj[:, 2:]), weights, strict=True)
+    ]
+    found = qk_norm(proj, *weights, 2, problem.eps, *turned, plan=plan)
+    for actual, right, one in zip(found, expected, expected[::-1], strict=True):
+        assert_bit_equal(actual=actual, expected=right)
+        assert actual.shape != one.shape
+    in_place = qk_norm(proj, *weights, 2, problem.eps, *turned, plan=plan, out=(proj[:, :2], proj[:, 2:]))
+    for actual, right in zip(in_place, expected, strict=True):
+        assert_bit_equal(actual=actual, expected=right)
+        assert actual.untyped_storage().data_ptr() == proj.untyped_storage().data_ptr()
 
 
 ON_A_CPU = """
