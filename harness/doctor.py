@@ -16,6 +16,7 @@ NEEDED = ("torch", "triton", "numpy", "safetensors", "pandas", "matplotlib")
 EXTRAS = {  # of pyproject.toml -> what is imported of it
     "models": ("transformers", "tokenizers", "accelerate", "gguf", "huggingface_hub", "psutil"),
     "studies": ("jax", "flax", "liger_kernel", "fla"),
+    "gpu": ("pynvml",),
 }
 
 

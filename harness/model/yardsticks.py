@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import gguf
 import torch
 from torch import Tensor, nn
 
@@ -50,10 +49,12 @@ def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: T
 
 def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights."""
-    kind = gguf.GGMLQuantizationType.Q4_0
 
     @functools.cache  # by the first arm that needs it
     def quantised() -> list[tuple[object, str, object]]:
+        import gguf  # here, so that the other yardsticks do not need it
+
+        kind = gguf.GGMLQuantizationType.Q4_0
         matrices = [m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
         blocks = [gguf.quantize(w.detach().float().cpu().numpy(), kind) for w in matrices]
         read = [torch.from_numpy(gguf.dequantize(b, kind)).to(w) for w, b in zip(matrices, blocks, strict=True)]

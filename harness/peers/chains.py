@@ -1,10 +1,11 @@
 """What the fused kernels are compared with, each as a call on the i-th of a list of rotated problems.
 
-P1  three kernels in a row: the best norm, the best matmul and the best head norm there are
+P1  three kernels in a row: the best norm and the best matmul there are, and our head norm, q's and k's in one launch
 P2  torch.compile with all its tuning
-P4  the matmul alone, x @ W^T: norms for free; and beside it our fused kernel's loop alone, loop_peer
+P4  the matmul alone, x @ W^T: norms for free; beside it the matmul with two empty kernels, matmul_with_launches, since
+    their launches are not; and our fused kernel's loop alone, loop_peer
 
-norm_peers, matmul_peers (P4) and head_norm_peers are the parts of P1, timed by themselves; pick_chains says which
+norm_peers, matmul_peers (P4) and head_norm_peer are the parts of P1, timed by themselves; pick_chains says which
 chains of them are worth timing, chain_peer makes one. A peer that cannot run here says why. In a part's time its input
 is where the part before would leave it: in the cache.
 """
@@ -24,6 +25,7 @@ from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.schema import Kind, Status
 from castpoint.harness.timing.cuda import Call
+from castpoint.harness.timing.limits import empty_kernel
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ
 from castpoint.harness.timing.rig import Arm
 from castpoint.kernels.config import Config
@@ -34,8 +36,10 @@ from castpoint.variants.eager import Outputs, eager, rope_table
 from castpoint.variants.problem import Problem
 
 P2 = ("torch.compile", "torch.compile, PDL")
+EMPTY_KERNELS = 2  # as many as a chain has norms
 LABELS = {  # how the names of arms begin
-    Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop", Kind.CHAIN: "P1",
+    Kind.NORM: "norm", Kind.MATMUL: "P4", Kind.LAUNCHES: "P4", Kind.HEADS: "heads", Kind.LOOP: "own loop",
+    Kind.CHAIN: "P1",
     Kind.COMPILED: "P2", Kind.EAGER: "eager", Kind.OWN: "",
 }  # fmt: skip
 
@@ -50,7 +54,7 @@ REDUCTIONS: dict[str, bool | tuple[bool, bool]] = {  # kernels.separate.bf16_red
 class Peer:
     """One arm; one that cannot run has another status than `ok`, a reason and no call.
 
-    what: of its kind, as chain_peer takes it: `eager` names a norm and a head norm.
+    what: of its kind, as chain_peer takes it: `eager` names a norm.
     call(i) returns (q, k, v) for whole chains, else what the part makes: hidden, proj, or (q, k).
     plan: the numerical function of the whole chain, up to the order of sums; None for parts and where it is not known.
     differs: how outputs inside a graph are judged. A BLAS chooses its kernel by itself and may add in another order
@@ -117,6 +121,20 @@ def matmul_peers(problems: Sequence[Problem]) -> list[Peer]:
     return [_peer(Kind.MATMUL, name, make, differs=values_differ) for name in parts.MATMULS]
 
 
+def matmul_with_launches(problems: Sequence[Problem], matmul: str) -> Peer:
+    """P4 and two empty kernels behind it: what a chain of three kernels costs at least where its norms are free and
+    its launches are not. call(i) returns (proj,). Raises KeyError for a name that is no matmul."""
+    linear = parts.MATMULS[matmul]
+
+    def call(i: int) -> tuple[Tensor]:
+        proj = linear(problems[i].x, problems[i].qkv_weight, problems[i].bias)
+        for _ in range(EMPTY_KERNELS):
+            empty_kernel[(1,)]()
+        return (proj,)
+
+    return Peer(Kind.LAUNCHES, f"{matmul} + {EMPTY_KERNELS} empty kernels", call, differs=values_differ)
+
+
 def loop_peer(problems: Sequence[Problem], config: Config) -> Peer:
     """The fused kernel's loop by itself with those tiles, on x as it is, without bias. call(i) returns (proj,)."""
 
@@ -135,47 +153,44 @@ def loop_name(config: Config) -> str:
     return arm_name(Kind.LOOP, loop_tile(config))
 
 
-def head_norm_peers(problems: Sequence[Problem], plan: CastPlan) -> list[Peer]:
-    """The head norms by themselves, on one proj that all calls share, as it would lie in the cache behind a matmul.
+def head_norm_peer(problems: Sequence[Problem], plan: CastPlan) -> Peer:
+    """The head norm by itself, on one proj that all calls share, as it would lie in the cache behind a matmul.
 
-    plan: what our own kernel takes. call(i) returns (q, k). Without a head norm one peer, `not applicable`; with
-    positions our own alone, which rotates too.
+    plan: what our own kernel takes, which with positions rotates too. call(i) returns (q, k). `not applicable` where
+    the problems have neither.
     """
     first = problems[0]
-    if not first.has_head_norm:
-        return [Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, "no head norm in this problem")]
-    q, k, _ = first.split_heads(F.linear(first.x, first.qkv_weight, first.bias))
-
-    def make(name: str) -> Call:
-        heads = parts.heads_of(name, plan, first)
-        return lambda i: heads(problems[i], q, k)
-
-    return [_peer(Kind.HEADS, name, make) for name in parts.HEAD_NORMS[first.positions is not None]]
+    if not parts.finishes_heads(first):
+        return Peer(Kind.HEADS, NO_HEAD_NORM, None, None, Status.NOT_APPLICABLE, "no head norm in this problem")
+    proj = _heads_of_qk(first, F.linear(first.x, first.qkv_weight, first.bias))
+    heads = parts.heads_of(plan, first)
+    return Peer(Kind.HEADS, OWN_KERNEL, lambda i: heads(problems[i], proj))
 
 
-def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, heads: str, plan: CastPlan) -> Peer:
-    """P1: those three parts in a row. plan: what our own head norm takes, where heads is that one.
+def chain_peer(problems: Sequence[Problem], norm: str, matmul: str, plan: CastPlan) -> Peer:
+    """P1: that norm, that matmul and our head norm in a row, three kernels; two where there is nothing to do to heads.
 
-    heads is `none` for problems without a head norm; with positions it must be our own, the only one that rotates.
-    Raises KeyError for a name that is no part.
+    The head norm writes where proj lies, and rounds as the plan says. Raises KeyError for a name that is no part.
     """
     first, linear = problems[0], parts.MATMULS[matmul]
+    finishes = parts.finishes_heads(first)
 
     def make(what: str) -> Call:
-        if first.has_head_norm == (heads == NO_HEAD_NORM):
-            given = "with" if first.has_head_norm else "without"
-            raise ValueError(f"heads={heads!r} does not fit a problem {given} one")
-        normalise, normalise_heads = parts.norm_of(norm, first), parts.heads_of(heads, plan, first)
+        normalise, heads = parts.norm_of(norm, first), parts.heads_of(plan, first)
 
         def call(i: int) -> Outputs:
             p = problems[i]
             hidden = normalise(_input(p), p.norm_weight, p.eps)
-            q, k, v = p.split_heads(linear(hidden, p.qkv_weight, p.bias))
-            return *normalise_heads(p, q, k), v
+            proj = linear(hidden, p.qkv_weight, p.bias)
+            q, k, v = p.split_heads(proj)
+            if finishes:
+                heads(p, _heads_of_qk(p, proj), out=(q, k))
+            return q, k, v
 
         return call
 
-    what, whole = f"{norm} | {matmul} | {heads}", chain_plan(norm, heads, plan, first.weight_offset)
+    what = f"{norm} | {matmul} | {OWN_KERNEL if finishes else NO_HEAD_NORM}"
+    whole = chain_plan(norm, plan, first.weight_offset)
     return _peer(Kind.CHAIN, what, make, plan=whole, differs=values_differ, rope=first.positions is not None)
 
 
@@ -204,40 +219,38 @@ def eager_peer(problems: Sequence[Problem]) -> Peer:
     return Peer(Kind.EAGER, "", lambda i: eager(problems[i], table=table), plan, differs=values_differ)
 
 
-def chain_plan(norm: str, heads: str, plan: CastPlan, offset: bool) -> CastPlan | None:
-    """The numerical function of a chain of those parts; None where a part's is not known.
+def chain_plan(norm: str, plan: CastPlan, offset: bool) -> CastPlan | None:
+    """The numerical function of a chain that begins with that norm; None where the norm's is not known.
 
     Also where our head norm rounds its statistics, which no plan does in one norm and not in the other.
     """
-    inner = {name: part.inner and not offset for name, part in parts.NORMS.items()}
-    changes = {"weight_offset": "fp32" if offset else "none", "proj": RNE}
-    if heads == OWN_KERNEL:
-        if (plan.statistics, plan.variance) != (KEEP, KEEP):
-            return None
-        changes |= {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
-    elif heads != NO_HEAD_NORM:
-        changes["head_normed"] = RNE if inner[heads] else KEEP
-    if None in (inner[norm], inner.get(heads, False)):
+    inner = parts.NORMS[norm].inner
+    if inner is None or (plan.statistics, plan.variance) != (KEEP, KEEP):
         return None
-    return CastPlan(normed=RNE if inner[norm] else KEEP, **changes)
+    heads = {name: getattr(plan, name) for name in ("head_rstd", "head_normed", *ROPE_BOUNDARIES)}
+    normed = RNE if inner and not offset else KEEP
+    return CastPlan(normed=normed, proj=RNE, weight_offset="fp32" if offset else "none", **heads)
 
 
 def pick_chains(
     seconds: Mapping[Kind, Mapping[str, float]], within: float = 0.03, at_most: int = 4
-) -> list[tuple[str, str, str]]:
-    """The chains (norm, matmul, heads) worth timing whole, best sum of parts first; what chain_peer takes.
+) -> list[tuple[str, str]]:
+    """The chains (norm, matmul) worth timing whole, best sum of parts first; what chain_peer takes.
 
     seconds: of the parts that have a time, by kind and what. The parts hardly touch one another, so the best
-    chain is made of the best parts, up to what overlaps at their borders: every chain whose sum lies within 3 % of the
-    best is taken, four at most. Raises ValueError where no norm or no matmul was timed.
+    chain is made of the best parts, up to what overlaps at their borders: every chain whose sum, head norm included,
+    lies within 3 % of the best is taken, four at most. None where no norm or no matmul has a time.
     """
-    norms, matmuls, heads = (seconds.get(kind, {}) for kind in (Kind.NORM, Kind.MATMUL, Kind.HEADS))
-    if not norms or not matmuls:
-        raise ValueError("no chain without the times of at least one norm and one matmul")
-    heads = heads or {NO_HEAD_NORM: 0.0}
-    sums = {(n, m, h): norms[n] + matmuls[m] + heads[h] for n, m, h in itertools.product(norms, matmuls, heads)}
-    best = min(sums.values())
+    norms, matmuls = seconds.get(Kind.NORM, {}), seconds.get(Kind.MATMUL, {})
+    heads = min(seconds.get(Kind.HEADS, {}).values(), default=0.0)
+    sums = {(n, m): norms[n] + matmuls[m] + heads for n, m in itertools.product(norms, matmuls)}
+    best = min(sums.values(), default=0.0)
     return sorted((chain for chain in sums if sums[chain] <= best * (1 + within)), key=sums.__getitem__)[:at_most]
+
+
+def _heads_of_qk(p: Problem, proj: Tensor) -> Tensor:
+    """[T, Hq + Hkv, Dh] of proj [T, H * Dh]."""
+    return proj.view(p.tokens, p.num_heads, p.head_dim)[:, : p.num_q_heads + p.num_kv_heads]
 
 
 def _input(p: Problem) -> Tensor:

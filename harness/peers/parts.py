@@ -1,4 +1,4 @@
-"""The parts that separate chains are made of: norms, matmuls and head norms, by name."""
+"""The parts that separate chains are made of: norms and matmuls by name, and the one head norm."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.harness.peers.implementations import TRITON, Norm, compiled, implementations
-from castpoint.kernels.head_norm import head_norm
+from castpoint.kernels.head_norm import qk_norm
 from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.eager import eager_norm
 from castpoint.variants.problem import Problem
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Heads = Callable[[Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # (problem, q, k) -> q, k normalised
+Heads = Callable[..., tuple[Tensor, Tensor]]  # (problem, q's and k's heads of proj, out=None) -> q, k normalised
 
 TUNED = "max-autotune-no-cudagraphs"  # the rig captures graphs itself
 PDL = "triton.enable_pdl"  # Inductor's programmatic dependent launch, between the kernels that it writes itself
-NO_HEAD_NORM = "none"
-OWN_KERNEL = "head_norm kernel"
+NO_HEAD_NORM, OWN_KERNEL = "none", "head_norm kernel"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ NORMS = {
     **{name: NormPart(*words, functools.partial(_public, name)) for name, words in _PUBLIC.items()},
     "quack rmsnorm": NormPart(False, False, _quack),
 }
-HEAD_NORMS = {False: (*NORMS, OWN_KERNEL), True: (OWN_KERNEL,)}  # whether q and k are rotated -> what can do it
 
 
 def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,19 +84,24 @@ def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}
 
 
-def heads_of(name: str, plan: CastPlan, problem: Problem) -> Heads:
-    """The head norm of that name. Raises as NormPart.make does, ValueError for one that does not rotate where there are
-    positions, and KeyError for a name that is none."""
-    if problem.positions is not None and name != OWN_KERNEL:
-        raise ValueError(f"heads={name!r} does not rotate: with positions only {OWN_KERNEL!r} does")
-    if name == NO_HEAD_NORM:
-        return lambda p, q, k: (q, k)
-    if name == OWN_KERNEL:
-        own = plan.replace(out=RNE, weight_offset="fp32" if problem.weight_offset else "none")
-        norm = functools.partial(head_norm, positions=problem.positions, cos_sin_cache=problem.cos_sin_cache, plan=own)
-    else:
-        norm = norm_of(name, problem)
-    return lambda p, q, k: (norm(q, p.q_norm_weight, p.eps), norm(k, p.k_norm_weight, p.eps))
+def heads_of(plan: CastPlan, problem: Problem) -> Heads:
+    """q's and k's head norm, and RoPE where there are positions, in one launch of our own kernel.
+
+    There is no other: all public norms take one weight, so q and k would be two launches, and none of them rotates.
+    """
+    own = plan.replace(out=RNE, weight_offset="fp32" if problem.weight_offset else "none")
+
+    def heads(p: Problem, proj: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        weights = p.q_norm_weight, p.k_norm_weight
+        rope = p.positions, p.cos_sin_cache
+        return qk_norm(proj, *weights, p.num_q_heads, p.eps, *rope, plan=own, out=out)
+
+    return heads
+
+
+def finishes_heads(problem: Problem) -> bool:
+    """Whether there is anything to do between q and k of the projection and those of the chain."""
+    return problem.has_head_norm or problem.positions is not None
 
 
 def norm_of(name: str, problem: Problem) -> Norm:

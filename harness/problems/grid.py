@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 MODELS = tuple(name for name in GEOMETRIES if name.startswith("qwen3-"))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-# The models and token counts that goals are set for; compiled peers, hot rows and chains of layers are measured there.
-GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b", "qwen3-32b"), (1, 16, 256, 4096)
-QUICK_MODELS = ("qwen3-0.6b", "qwen3-8b")
+# Models and token counts that say most, most first; compiled peers, hot rows and chains of layers are measured there.
+GOAL_MODELS, GOAL_TOKENS = ("qwen3-0.6b", "qwen3-8b", "qwen3-4b", "qwen3-32b"), (1, 16, 256, 4096)
 COLD, HOT, LAYERS, ROPE = Regime
 PARTED = (COLD, ROPE)  # where P1's parts are timed by themselves, so that it is made of the best
 STANDS_FOR = {"prologue": "one-rounding", "epilogue": "deferred", "folded": "folded"}  # scale: plan that is timed
-# Of an H200: copy bandwidth and bf16 matmul on random data, as others measured them. A run takes what it measures.
-ASSUMED_BYTES_PER_S, ASSUMED_FLOPS_PER_S = 4.3e12, 790e12
+MAIN_PLANS = ("hf", *STANDS_FOR.values())  # `hf` rounds at each of RoPE's boundaries
+# By card: bytes/s of a copy and FLOP/s of a bf16 matmul on random data, as others measured them. A run takes what it
+# measures.
+ASSUMED = {"h200": (4.3e12, 790e12), "h100": (3.0e12, 798e12)}
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,23 @@ class Point:
         return geometry_named(self.model)
 
 
-def points(quick: bool = False) -> list[Point]:
-    """All points, those that say most first, so that a run that is stopped has them."""
-    first = [Point(model, tokens) for model in QUICK_MODELS for tokens in GOAL_TOKENS]
-    if quick:
-        return first
-    cold = [Point(model, tokens) for model in MODELS for tokens in TOKENS]
-    more = [Point(m, t, regime) for m in GOAL_MODELS for regime in (ROPE, LAYERS, HOT) for t in GOAL_TOKENS]
-    return [*first, *(point for point in cold if point not in first), *more]
+def points() -> list[Point]:
+    """All points, those that say most first, so that a run that is cut off has them."""
+    goals = [(model, tokens) for tokens in GOAL_TOKENS for model in GOAL_MODELS]
+    turned = [Point(*goal, regime) for regime in (ROPE, LAYERS, HOT) for goal in goals]
+    first = [Point(*goal) for goal in goals]
+    models = (*GOAL_MODELS, *(model for model in MODELS if model not in GOAL_MODELS))
+    cold = [Point(model, tokens) for model in models for tokens in TOKENS]
+    return [*first, *turned, *(point for point in cold if point not in first)]
 
 
-def own_plans(point: Point) -> tuple[str, ...]:
-    """Every plan where weights are cold; else one of each place where rstd may be applied, and with RoPE `hf` too,
-    which rounds at each of its boundaries.
+def other_plans(point: Point) -> tuple[str, ...]:
+    """Plans but MAIN_PLANS that are timed there: all, where weights are cold.
 
     An fp32 matmul runs without tensor cores, tens of milliseconds a call at thousands of tokens: to 256 tokens only.
     """
-    if point.regime != COLD:
-        return (*(("hf",) if point.regime == ROPE else ()), "one-rounding", "deferred", "folded")
-    return tuple(name for name, named in PLANS.items() if named.plan.matmul != "fp32" or point.tokens <= 256)
+    names = [name for name, named in PLANS.items() if named.plan.matmul != "fp32" or point.tokens <= 256]
+    return tuple(name for name in names if name not in MAIN_PLANS) if point.regime == COLD else ()
 
 
 def loop_tiles(point: Point) -> tuple[Config, ...]:

@@ -15,7 +15,12 @@ Call = Callable[[int], tuple[Tensor, ...]]
 
 
 class DeviceLost(RuntimeError):
-    """The CUDA context is broken (an illegal access, say): nothing that this process measures from here on counts."""
+    """The CUDA context is broken (an illegal access, say): nothing that this process measures from here on counts.
+    arm: what broke it."""
+
+    def __init__(self, text: str, arm: str = "") -> None:
+        super().__init__(text)
+        self.arm = arm
 
 
 @dataclass
@@ -83,6 +88,10 @@ class Cuda:
     def name(self) -> str:
         return torch.cuda.get_device_name()
 
+    def target(self) -> str:
+        """`sm_90`, as compilers call it."""
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
     def l2_bytes(self) -> int:
         return torch.cuda.get_device_properties(0).L2_cache_size
 
@@ -107,5 +116,5 @@ def reason_of(gpu: Cuda, arm: str, error: Exception) -> str:
     try:
         gpu.probe()
     except Exception as lost:
-        raise DeviceLost(f"the CUDA context is lost after {arm}: {reason}. Start a new process") from lost
+        raise DeviceLost(f"the CUDA context is lost after {arm}: {reason}", arm) from lost
     return reason

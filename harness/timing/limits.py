@@ -6,7 +6,7 @@ And what none may claim to beat: a number above the hardware's own peak is a bug
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,24 @@ from castpoint.harness.runs.errors import UserError
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda, reason_of
 from castpoint.harness.timing.outputs import values_differ
-from castpoint.harness.timing.rig import Arm, laps_for, measure
+from castpoint.harness.timing.rig import Arm, cold_copies, copies_that_fit, measure
+
+Limit = tuple[float | None, str]  # what was measured, or None and why
 
 KERNELS = (1, 3, 30, 300)  # empty kernels in a graph
 SAMPLES, REPLAYS = 21, 50
 READ_BLOCKS = (2048, 4096, 8192, 16384)  # words of 4 bytes a program: the fastest is the ceiling
-COPY_BYTES, MATMUL_SIZE = 1 << 31, 8192
+COPY_BYTES, READ_BYTES, MATMUL_SIZE = 1 << 31, 100 << 20, 8192
 
 
-# Published peaks, dense bf16: NVIDIA's data sheet, SXM. By part of the name that the driver reports.
-PEAKS = {"H200": Ceilings(4.8e12, 989e12)}
+# Published peaks, dense bf16 (half of what NVIDIA's data sheets give with sparsity), by how the name that the driver
+# reports begins. Not by a part of it: a GH200, whose name holds H200 too, has another memory.
+PEAKS = {
+    "NVIDIA H200": Ceilings(4.8e12, 989e12),
+    "NVIDIA H100 80GB HBM3": Ceilings(3.35e12, 989e12),  # SXM
+    "NVIDIA H100 NVL": Ceilings(3.9e12, 835e12),
+    "NVIDIA H100 PCIe": Ceilings(2.0e12, 756e12),
+}
 
 
 def implausible(gpu_name: str, seconds: float, cold_bytes: float = 0.0, flops: float = 0.0) -> str | None:
@@ -36,7 +44,7 @@ def implausible(gpu_name: str, seconds: float, cold_bytes: float = 0.0, flops: f
 
     cold_bytes: what must come from memory in that time: 0 for a hot row; cold weights, not what a cache may hold.
     """
-    peak = next((peak for part, peak in PEAKS.items() if part in gpu_name), None)
+    peak = next((peak for name, peak in PEAKS.items() if gpu_name.startswith(name)), None)
     if peak is None:
         return None
     if not seconds > 0:
@@ -110,43 +118,62 @@ def read_sums(weight: Tensor, block: int) -> Tensor:
     return sums
 
 
-def read_ceiling(gpu: Cuda, weights: Sequence[Tensor], expected_bytes_per_s: float = 4e12) -> dict[str, Any]:
-    """Bytes/s at which a kernel reads these weights and does nothing else, rotated as the arms rotate them.
-
-    expected_bytes_per_s only sets how often the rotation is captured. Raises DeviceLost as measure does.
-    """
+def read_limit(gpu: Cuda) -> Limit:
+    """Bytes/s at which a kernel reads weights as large as the largest and does nothing else, rotated over 3 x L2."""
+    rng = torch.Generator(gpu.device).manual_seed(0)
+    copies = copies_that_fit(cold_copies(READ_BYTES, gpu.l2_bytes()), READ_BYTES, gpu.free_bytes())
+    half = READ_BYTES // 2
+    weights = [torch.randn(half, device=gpu.device, generator=rng).to(torch.bfloat16) for _ in range(copies)]
     arms = [Arm(f"read {block}", lambda i, block=block: (read_sums(weights[i], block),)) for block in READ_BLOCKS]
-    size = weights[0].numel() * 2
-    laps = laps_for(len(weights), size / expected_bytes_per_s)
-    measured = measure(arms, gpu, copies=len(weights), laps=laps, budget_s=0.5)
+    measured = measure(arms, gpu, copies=copies, budget_s=0.5)
     best = min((o.seconds.p50 for o in measured.outcomes.values() if o.seconds), default=None)
     if best is None:
-        return {"unknown": "; ".join(f"{name}: {o.reason}" for name, o in measured.outcomes.items())}
-    return {"bytes_per_s": size / best, "seconds": best}
+        return None, "; ".join(f"{name}: {o.reason}" for name, o in measured.outcomes.items())
+    return READ_BYTES / best, ""
 
 
-def ceilings(gpu: Cuda, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE) -> dict[str, Any]:
-    """copy_bytes_per_s (bytes read plus bytes written, 2 GiB) and bf16_flops_per_s (8192^3, random data).
-
-    None for what could not be measured; `reason` says why. Raises DeviceLost as measure does.
-    """
-    found: dict[str, Any] = {"reason": ""}
-    for key, made, work in (  # operands are made by the first call, and where they do not fit, it is the arm that fails
-        ("copy_bytes_per_s", functools.cache(lambda: _copy(copy_bytes, gpu.device)), 2 * copy_bytes),
-        ("bf16_flops_per_s", functools.cache(lambda: _matmul(size, gpu.device)), 2 * size**3),
-    ):
-        arm = Arm(key, lambda i, made=made: made()(i), values_differ)
-        outcome = measure([arm], gpu, copies=1, budget_s=0.5).outcomes[key]
-        found[key] = work / outcome.seconds.p50 if outcome.seconds else None
-        found["reason"] += outcome.reason
-    return found
+def copy_limit(gpu: Cuda, size: int = COPY_BYTES) -> Limit:
+    """Bytes/s of a copy of 2 GiB, bytes read plus bytes written."""
+    return _rate(gpu, "copy", functools.cache(lambda: _copy(size, gpu.device)), 2 * size)
 
 
-def found_ceilings(found: dict[str, Any]) -> Ceilings:
-    """What `ceilings` found. Raises UserError where one is missing, since no share of it could be given."""
-    if found["reason"]:
-        raise UserError(f"the GPU's own limits could not be measured: {found['reason']}")
-    return Ceilings(found["copy_bytes_per_s"], found["bf16_flops_per_s"])
+def matmul_limit(gpu: Cuda, size: int = MATMUL_SIZE) -> Limit:
+    """FLOP/s of a bf16 matmul of 8192^3 on random data."""
+    return _rate(gpu, "bf16 matmul", functools.cache(lambda: _matmul(size, gpu.device)), 2 * size**3)
+
+
+def _rate(gpu: Cuda, name: str, made: Any, work: int) -> Limit:
+    """work over seconds of that call, which the first call makes with its operands: where they do not fit, it is the
+    arm that fails."""
+    outcome = measure([Arm(name, lambda i: made()(i), values_differ)], gpu, copies=1, budget_s=0.5).outcomes[name]
+    made.cache_clear()  # the copy's 4 GiB are not kept while the matmul is timed
+    gpu.release()
+    return (work / outcome.seconds.p50, "") if outcome.seconds else (None, outcome.reason)
+
+
+def launch_limit(gpu: Cuda, what: str) -> Limit:
+    """`per_kernel_s` or `per_replay_s` of launch_costs."""
+    found = launch_costs(gpu)
+    return found.get(what), found.get("unknown", "")
+
+
+# What a GPU run measures first: name -> unit, and how. All raise DeviceLost as measure does.
+LIMITS: dict[str, tuple[str, Callable[[Cuda], Limit]]] = {
+    "copy": ("B/s", copy_limit),
+    "read": ("B/s", read_limit),
+    "bf16 matmul": ("FLOP/s", matmul_limit),
+    "an empty kernel in a graph": ("s", functools.partial(launch_limit, what="per_kernel_s")),
+    "replaying a graph": ("s", functools.partial(launch_limit, what="per_replay_s")),
+}
+
+
+def ceilings(gpu: Cuda) -> Ceilings:
+    """Of copying and of matmuls. Raises UserError where one cannot be measured, since no share of it could be given;
+    DeviceLost as measure does."""
+    found = {name: LIMITS[name][1](gpu) for name in ("copy", "bf16 matmul")}
+    if missing := [f"{name}: {reason}" for name, (value, reason) in found.items() if value is None]:
+        raise UserError(f"the GPU's own limits could not be measured: {'; '.join(missing)}")
+    return Ceilings(*(value for value, _ in found.values() if value is not None))
 
 
 def _copy(size: int, device: str) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from castpoint.variants.eager import plan_weight
 from castpoint.variants.problem import Problem
 
 COLD_CACHES = 3  # rotated weights must exceed this many times the L2 cache
-MEMORY_SHARE = 0.4  # of free memory, for copies of weights; outputs of all arms and workspaces need the rest
+MEMORY_SHARE = 0.75  # of free memory, for copies; what arms hold between kernels, workspaces and checks need the rest
 GRAPH_S, GRAPH_CALLS = 1e-3, 256  # a replay costs a few us: laps of the rotation until the graph runs 1 ms
 SAMPLE_S = 1e-3  # replays of a graph between two events, so that their own resolution (0.5 us) is small
 MAX_REPLAYS = 500
@@ -39,6 +40,7 @@ STEADY = 0.01  # (p90 - p10) / p50 of every arm, at which no more rounds are nee
 LOAD_S = 0.5  # replays that run while the GPU is asked for its clocks
 AGAIN = " (again)"
 State = Callable[[], dict[str, Any]]  # timing.state.gpu_state
+Watch = Callable[[str], AbstractContextManager[None]]  # within it the arm of that name runs for the first time
 
 
 # ---------------------------------------------------------------- what is measured
@@ -92,16 +94,27 @@ class Measurement:
         return {"noise_p10": self.noise.p10, "noise_p90": self.noise.p90} if self.noise else {}
 
 
-def copies_for(weight_bytes: int, l2_bytes: int, free_bytes: int, sets: int = 1) -> int:
-    """How many copies to rotate: more than 3 x L2 (22 for 8.4 MB and 60 MB), or what fits into 0.4 of free memory.
-
-    sets: how many times each copy is stored, by arms that fold or quantise it. Where the cache's size is unknown (0),
-    one copy. Raises ValueError for a weight without bytes.
-    """
+def cold_copies(weight_bytes: int, l2_bytes: int) -> int:
+    """Fewest copies whose weights exceed 3 x L2: 22 for 8.4 MB and 60 MB. Where the cache's size is unknown (0), one.
+    Raises ValueError for a weight without bytes."""
     if weight_bytes <= 0:
         raise ValueError(f"a weight of {weight_bytes} bytes cannot be rotated: it must have some")
-    wanted = COLD_CACHES * l2_bytes // weight_bytes + 1
-    return max(1, min(wanted, int(MEMORY_SHARE * free_bytes) // (weight_bytes * sets)))
+    return COLD_CACHES * l2_bytes // weight_bytes + 1
+
+
+def copy_bytes(problem: Problem, arms: int, sets: int = 1) -> int:
+    """Bytes that one more copy costs a measurement of so many arms: its QKV weight, `sets` times, and for every arm,
+    and the first one again, the outputs expected and those of its graph, [T, rows] bf16.
+
+    sets: once as it is, once more for every arm that folds or quantises it; 0 where all are in memory already.
+    """
+    weight = problem.qkv_weight
+    return 2 * (sets * weight.numel() + 2 * (arms + 1) * problem.tokens * weight.shape[0])
+
+
+def copies_that_fit(wanted: int, copy_bytes: int, free_bytes: int) -> int:
+    """As many copies as wanted, or what fits into 3/4 of free memory; at least one. copy_bytes: of one, in all."""
+    return max(1, min(wanted, int(MEMORY_SHARE * free_bytes) // copy_bytes))
 
 
 def laps_for(copies: int, floor_s: float) -> int:
@@ -146,16 +159,17 @@ class _Ready:
 
 
 def measure(
-    arms: Sequence[Arm], gpu: Cuda, *, copies: int, laps: int = 1, budget_s: float = 1.0, state: State | None = None
-) -> Measurement:
+    arms: Sequence[Arm], gpu: Cuda, *, copies: int, laps: int = 1, budget_s: float = 1.0, state: State | None = None,
+    watch: Watch = lambda name: nullcontext(),
+) -> Measurement:  # fmt: skip
     """Seconds a call of every arm, and the noise of a ratio of two, from rounds A B C ... C B A.
 
     Rounds go on until the budget is spent or every arm's p10 to p90 lies within 1 % of its median: 200 at most, and
     10 even if those cost more than the budget, since fewer have no 10th percentile. The noise floor is the ratio of two
     graphs of the first arm that did not fail: a difference that lies inside it is none.
 
-    state: asked once after the last round, while the GPU still works.
-    Raises DeviceLost where an arm broke the CUDA context, ValueError for two arms of one name.
+    state: asked once after the last round, while the GPU still works. watch: is told of every arm before it first runs.
+    Raises DeviceLost, with the arm's name, where one broke the CUDA context, ValueError for two arms of one name.
     """
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
@@ -163,10 +177,12 @@ def measure(
     ready: dict[str, _Ready] = {}
     lost: dict[str, Outcome] = {}
     for arm in arms:
-        _prepare(arm, gpu, copies, laps, ready, lost)
+        with watch(arm.name):
+            _prepare(arm, gpu, copies, laps, ready, lost)
     noise_of = next(iter(ready), "")
     if noise_of:
-        _prepare(replace(ready[noise_of].arm, name=noise_of + AGAIN), gpu, copies, laps, ready, lost)
+        with watch(noise_of):
+            _prepare(replace(ready[noise_of].arm, name=noise_of + AGAIN), gpu, copies, laps, ready, lost)
 
     _warm_up(gpu, ready, lost)
     seconds = _rounds(gpu, ready, lost, budget_s)
@@ -188,11 +204,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*(float(v) for v in np.quantile(values, [0.1, 0.5, 0.9])))
 
 
-def speed_columns(work: Work, floor_s: float, seconds: Spread) -> dict[str, float]:
-    """Columns of a row: the times, what the median reaches, and its share of what the machine allows."""
+def speed_columns(work: Work, floor_us: float | None, seconds: Spread) -> dict[str, float | None]:
+    """Columns of a row: the times, what the median reaches, and its share of what the machine allows, where known."""
     p50 = seconds.p50
-    reached = {"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": floor_s / p50}
-    return seconds.columns() | reached
+    share = None if floor_us is None else floor_us * 1e-6 / p50
+    return {
+        **seconds.columns(),
+        **{"gbps": work.bytes / p50 / 1e9, "tflops": work.flops / p50 / 1e12, "roofline_share": share},
+    }
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
@@ -218,7 +237,7 @@ def _prepare(arm: Arm, gpu: Cuda, copies: int, laps: int, ready: dict[str, _Read
         else:
             ready[arm.name] = _Ready(arm, graph, expected)
     except Exception as error:
-        lost[arm.name] = Outcome(Status.FAILED, reason_of(gpu, arm.name, error))
+        lost[arm.name] = Outcome(Status.FAILED, _reason(gpu, arm.name, error))
     if arm.name in lost:
         expected = graph = None  # what the next arm may need
         gpu.release()
@@ -256,7 +275,7 @@ def _round(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) -> dic
         try:
             sums[name] += gpu.seconds(ready[name].graph, replays_for(ready[name].graph_s, SAMPLE_S)) / 2
         except Exception as error:
-            lost[name] = Outcome(Status.FAILED, reason_of(gpu, name, error))
+            lost[name] = Outcome(Status.FAILED, _reason(gpu, name, error))
             del ready[name]
     return {name: sums[name] for name in ready}
 
@@ -266,10 +285,15 @@ def _check_again(gpu: Cuda, ready: dict[str, _Ready], lost: dict[str, Outcome]) 
         try:
             wrong = wrong_outputs(gpu, one.graph, one.expected, one.arm.differs)
         except Exception as error:
-            lost[name] = Outcome(Status.FAILED, reason_of(gpu, name, error))
+            lost[name] = Outcome(Status.FAILED, _reason(gpu, name, error))
         else:
             if wrong:
                 lost[name] = Outcome(Status.RED, f"after timing: {wrong}")
+
+
+def _reason(gpu: Cuda, name: str, error: Exception) -> str:
+    """cuda.reason_of, by the name of the arm that was captured twice."""
+    return reason_of(gpu, name.removesuffix(AGAIN), error)
 
 
 def _state_under_load(gpu: Cuda, ready: dict[str, _Ready], state: State) -> dict[str, Any]:

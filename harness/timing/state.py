@@ -1,18 +1,11 @@
-"""What the GPU was doing: clocks, power, temperature and why it ran slower than it could, as nvidia-smi says."""
+"""What the GPU was doing: clocks, power, temperature and why it ran slower than it could, as NVML says."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
+import functools
 from typing import Any
 
-FIELDS = {  # nvidia-smi's name: column
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "power.draw": "watts",
-    "temperature.gpu": "celsius",
-}
-REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # today's name, and older drivers'
+REASONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")  # today's, and older
 # Bits of that field, as NVML names them in nvml.h (nvmlClocksEventReason...).
 BITS = {
     0x1: "idle",
@@ -26,52 +19,63 @@ BITS = {
     0x100: "display clocks",
 }
 
-Run = Callable[[list[str]], str]
 
-
-def gpu_state(gpu: str = "0", run: Run | None = None) -> dict[str, Any]:
+def gpu_state() -> dict[str, Any]:
     """Clocks in MHz, W, degrees C and slowdown reasons (words, joined by `, `; `none`); None where not said.
 
-    gpu: index or UUID as nvidia-smi knows them, which ignores CUDA_VISIBLE_DEVICES. Never raises: where nvidia-smi
-    is missing or fails the dict holds its reason under `unknown`.
+    Asks NVML about the first GPU that PyTorch sees. W are a mean of the last second (nvml.h, nvmlDeviceGetPowerUsage).
+    Never raises: what is not said has its reason under `unknown`, by itself where NVML as a whole says nothing.
     """
-    run = run or _nvidia_smi
-    error = ""
-    for reasons in REASONS:
-        query = ",".join([*FIELDS, reasons])
-        try:
-            text = run(["nvidia-smi", f"--id={gpu}", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
-        except FileNotFoundError:
-            return {"unknown": "nvidia-smi is missing"}
-        except (OSError, subprocess.SubprocessError) as failed:
-            error = " ".join(str(getattr(failed, "stdout", None) or failed).split())[:200]
-            continue
-        values = [value.strip() for value in text.strip().split("\n")[0].split(",")]
-        if len(values) != len(FIELDS) + 1:
-            error = f"nvidia-smi answered {text.strip()[:200]!r}"
-            continue
-        numbers = {column: _number(value) for column, value in zip(FIELDS.values(), values[:-1], strict=True)}
-        return numbers | {"slowed_by": reason_words(values[-1])}
-    return {"unknown": error}
-
-
-def reason_words(bits: str) -> str | None:
-    """`0x0000000000000024` is `power cap, software thermal slowdown`; None for what is no number."""
     try:
-        value = int(bits, 16)
-    except ValueError:
-        return None
-    words = [word for bit, word in BITS.items() if value & bit]
-    unknown = value & ~sum(BITS)
+        nvml, gpu = _first_gpu()
+    except ModuleNotFoundError:
+        return {"unknown": "the package pynvml is missing: pip install 'castpoint[gpu]'"}
+    except Exception as error:  # no driver, no permission, no GPU of that name
+        return {"unknown": _line(error)}
+    questions = {
+        "sm_mhz": lambda: float(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
+        "memory_mhz": lambda: float(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
+        "watts": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,  # it says mW
+        "celsius": lambda: float(nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)),
+        "slowed_by": lambda: reason_words(_reasons(nvml, gpu)),
+    }
+    facts: dict[str, Any] = {}
+    unknown = []
+    for column, ask in questions.items():
+        try:
+            facts[column] = ask()
+        except Exception as error:  # this GPU, this driver or this pynvml does not know it
+            facts[column] = None
+            unknown.append(f"{column}: {_line(error)}")
+    return facts | ({"unknown": "; ".join(unknown)} if unknown else {})
+
+
+def reason_words(bits: int) -> str:
+    """0x24 is `power cap, software thermal slowdown`; bits without a name stay a number."""
+    words = [word for bit, word in BITS.items() if bits & bit]
+    unknown = bits & ~sum(BITS)
     return ", ".join(words + ([hex(unknown)] if unknown else [])) or "none"
 
 
-def _number(text: str) -> float | None:
+@functools.cache
+def _first_gpu() -> tuple[Any, Any]:
+    """NVML and its handle of PyTorch's device 0, by UUID: NVML counts GPUs without CUDA_VISIBLE_DEVICES, and in another
+    order. Kept once it is had; a failure is not, and the next call tries again."""
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(0).uuid
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+
+def _reasons(nvml: Any, gpu: Any) -> int:
+    """The field's bits. Either name may be missing: in an older pynvml, or in an older driver's library."""
     try:
-        return float(text)
-    except ValueError:
-        return None
+        return getattr(nvml, REASONS[0])(gpu)
+    except Exception:
+        return getattr(nvml, REASONS[1])(gpu)
 
 
-def _nvidia_smi(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

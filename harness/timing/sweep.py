@@ -51,15 +51,16 @@ def sweep_speed(settings: Settings, records: Records) -> None:
     load = os.getloadavg()[0]  # over a minute, before this starts: another busy process multiplies CPU times
     cpu.keep_freed_memory()
     gpu = Cuda() if s.device == "cuda" else None
-    ceilings = cpu.measure_ceilings() if gpu is None else limits.found_ceilings(limits.ceilings(gpu))
+    ceilings = cpu.measure_ceilings() if gpu is None else limits.ceilings(gpu)
     records.note(ceilings=dataclasses.asdict(ceilings), load_average=load)
-    problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s.device)
+    problems = _rotation([problem_at(s, layer, 1) for layer in s.layers], s, gpu)
     weights = {name: rig.stored_weights(plan_named(name), problems) for name in s.plans}
     for tokens in track(todo, "speed"):
         rng = torch.Generator().manual_seed(s.seed)
         x = torch.randn(tokens, problems[0].hidden_size, generator=rng).to(torch.bfloat16).to(s.device)
         at = [p.replace(x=x) for p in problems]
         arms = _speed_arms(s, at, weights)
+        at = at[: _copies(at, len(arms), gpu)]
         rows = [row for row in records.rows("errors") if row["status"] in (Status.RED, Status.FAILED)]
         red = {str(Timed(row["plan"], row["backend"])): f"not timed: {row['reason']}" for row in rows}
         outcomes = {name: rig.Outcome(Status.RED, reason) for name, reason in red.items()}
@@ -100,7 +101,7 @@ def _speed_row(
     cold = "cold" if rotated >= 3 * last_cache_bytes(s.device) else "weights not cold"
     row["regime"] = f"{cold}: {rotated / 1e6:.0f} MB of weights in rotation" + ", CUDA graph" * (s.device == "cuda")
     if seconds := outcome.seconds:
-        row |= rig.speed_columns(work, ceilings.floor_s(work), seconds)
+        row |= rig.speed_columns(work, ceilings.floor_s(work) * 1e6, seconds)
         baselines = {"speedup_vs_eager": outcomes[str(BASELINE)], "speedup_vs_compile": outcomes[str(COMPILED)]}
         row |= {column: base.seconds.p50 / seconds.p50 for column, base in baselines.items() if base.seconds}
     return SpeedRow(**row, status=outcome.status, reason=outcome.reason)
@@ -124,8 +125,20 @@ def _own_call(plan: CastPlan, backend: Backend, problems: list[Problem], weights
     return run_triton(plan, problems[i], qkv_weight=weights[i], separate=backend == Backend.TRITON_SEPARATE)
 
 
-def _rotation(problems: list[Problem], device: str) -> list[Problem]:
-    """Enough problems that their weights exceed three times the last cache, by copies of what there is."""
-    wanted = 3 * last_cache_bytes(device) // (problems[0].qkv_weight.numel() * 2) + 1
-    copies = [problems[i % len(problems)] for i in range(max(wanted, len(problems)))]
+def _rotation(problems: list[Problem], s: Settings, gpu: Cuda | None) -> list[Problem]:
+    """Enough problems that their weights exceed three times the last cache, by copies of what there is; on a GPU no
+    more than fit into its memory, with those that a plan folds."""
+    weight = problems[0].qkv_weight.numel() * 2
+    count = max(rig.cold_copies(weight, last_cache_bytes(s.device)), len(problems))
+    if gpu is not None:
+        folding = sum(plan_named(name).scale == "folded" for name in s.plans)
+        count = rig.copies_that_fit(count, weight * (1 + folding), gpu.free_bytes())
+    copies = [problems[i % len(problems)] for i in range(count)]
     return [p.replace(qkv_weight=p.qkv_weight.clone()) if i >= len(problems) else p for i, p in enumerate(copies)]
+
+
+def _copies(problems: list[Problem], arms: int, gpu: Cuda | None) -> int:
+    """How many of the problems to rotate: all; on a GPU as many as all arms' outputs fit for."""
+    if gpu is None:
+        return len(problems)
+    return rig.copies_that_fit(len(problems), rig.copy_bytes(problems[0], arms, sets=0), gpu.free_bytes())

@@ -30,6 +30,7 @@ def test_doctor_knows_the_numpy_that_an_interpreter_fails_under(triton: str, num
 def test_every_package_of_ours_has_a_cure_and_no_other() -> None:
     assert cure_of("transformers") == "pip install 'castpoint[models]'"
     assert cure_of("liger_kernel") == "pip install 'castpoint[studies]'"
+    assert cure_of("pynvml") == "pip install 'castpoint[gpu]'"
     assert "pip install castpoint" in cure_of("pandas")
     assert cure_of("castpoint") is None and cure_of("nonsense") is None
 

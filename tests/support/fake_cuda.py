@@ -20,8 +20,8 @@ class FakeCuda(Cuda):
 
     device = "cpu"
 
-    def __init__(self, script: Callable[[str, float], float] = lambda name, now: 1e-5) -> None:
-        self.script, self.clock, self.dead = script, 0.0, False
+    def __init__(self, script: Callable[[str, float], float] = lambda name, now: 1e-5, free: int = 1 << 34) -> None:
+        self.script, self.clock, self.dead, self.free = script, 0.0, False, free
         self.timed: list[str] = []
         self.released, self.l2 = 0, 1 << 15
         self.names: dict[Any, list[str]] = {}
@@ -62,7 +62,7 @@ class FakeCuda(Cuda):
         return self.l2
 
     def free_bytes(self) -> int:
-        return 1 << 34
+        return self.free
 
     def probe(self) -> None:
         if self.dead:

@@ -4,11 +4,14 @@ is as before."""
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import ROOT
 from tiny_models import IDS, assert_untouched, differing, state_of, tiny_model
 from torch import Tensor, nn
 
@@ -162,3 +165,20 @@ def test_four_bits_are_q4_0_in_every_matrix_of_every_layer(kind: str) -> None:
                 expected = torch.from_numpy(q4_0(own[name].float().numpy())).bfloat16()
                 assert differing(model.get_parameter(name), expected) < 1e-3, name  # x / d or x * (1 / d)
         assert_untouched(model, before)
+
+
+WITHOUT_GGUF = """
+import sys
+sys.modules["gguf"] = None  # as if it were not there
+from castpoint.harness.model.yardsticks import four_bit, in_precision
+from torch import nn
+four_bit(nn.Linear(1, 1))
+print("loaded")
+four_bit(nn.Linear(1, 1))()
+"""
+
+
+def test_gguf_is_needed_by_the_four_bit_arm_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_GGUF], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "loaded\n", done.stderr
+    assert "gguf" in done.stderr.splitlines()[-1] and "ModuleNotFoundError" in done.stderr

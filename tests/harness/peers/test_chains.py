@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_bit_equal, assert_inside, random_problem
 
+import castpoint.kernels.head_norm
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.peers import parts as peers_parts
 from castpoint.harness.peers.chains import (
@@ -18,14 +20,15 @@ from castpoint.harness.peers.chains import (
     chain_plan,
     compiled_peers,
     eager_peer,
-    head_norm_peers,
+    head_norm_peer,
     matmul_peers,
     norm_peers,
 )
-from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL, tuned
+from castpoint.harness.peers.parts import OWN_KERNEL, tuned
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
+from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, eager_norm
@@ -54,84 +57,113 @@ def named(outputs: tuple) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- what they compute
 
 
-@pytest.mark.parametrize("heads", [*HERE, OWN_KERNEL])
 @pytest.mark.parametrize("norm", HERE)
-def test_chains_lie_in_the_envelope_of_their_plan(norm: str, heads: str):
+def test_chains_lie_in_the_envelope_of_their_plan(norm: str):
     given = problems()
-    chain = chain_peer(given, norm, "cuBLAS", heads, HF)
-    assert chain.name == f"P1 {norm} | cuBLAS | {heads}" and chain.status == "ok"
-    for i in range(len(given)):
-        outputs = chain.call(i)
-        assert [list(t.shape) for t in outputs] == [[33, 2, 32], [33, 1, 32], [33, 1, 32]]
-        assert all(t.dtype == torch.bfloat16 for t in outputs)
-        assert_inside(actual=named(outputs), allowed=allowed(chain.plan, i), what=chain.name)
-        for name in ("normed", "head_normed"):  # the plan says which roundings there are, and which not
-            moved = chain.plan.replace(**{name: KEEP if getattr(chain.plan, name) == RNE else RNE})
-            with pytest.raises(AssertionError, match="outside the envelope"):
-                assert_inside(actual=named(outputs), allowed=allowed(moved, i))
+    for plan in (HF, plan_named("one-rounding")):
+        chain = chain_peer(given, norm, "cuBLAS", plan)
+        assert chain.name == f"P1 {norm} | cuBLAS | {OWN_KERNEL}" and chain.status == "ok"
+        for i in range(len(given)):
+            outputs = chain.call(i)
+            assert [list(t.shape) for t in outputs] == [[33, 2, 32], [33, 1, 32], [33, 1, 32]]
+            assert all(t.dtype == torch.bfloat16 for t in outputs)
+            assert_inside(actual=named(outputs), allowed=allowed(chain.plan, i), what=chain.name)
+            for name in ("normed", "head_normed"):  # the plan says which roundings there are, and which not
+                moved = chain.plan.replace(**{name: KEEP if getattr(chain.plan, name) == RNE else RNE})
+                with pytest.raises(AssertionError, match="outside the envelope"):
+                    assert_inside(actual=named(outputs), allowed=allowed(moved, i))
 
 
-@pytest.mark.parametrize(("norm", "heads"), [("eager", "eager"), ("eager", OWN_KERNEL)])
-def test_chains_of_weights_stored_less_one(norm: str, heads: str):
-    chain = chain_peer(problems(weight_offset=True), norm, "cuBLAS", heads, plan_named("gemma"))
+def test_a_chain_of_weights_stored_less_one():
     gemma = plan_named("gemma")
-    assert chain.plan == (gemma if heads == OWN_KERNEL else gemma.without_rope())
-    assert chain.function == "gemma"
+    chain = chain_peer(problems(weight_offset=True), "eager", "cuBLAS", gemma)
+    assert chain.plan == gemma and chain.function == "gemma"
     assert_inside(actual=named(chain.call(1)), allowed=allowed(chain.plan, 1))
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=named(chain.call(1)), allowed=allowed(plan_named("gemma-bf16-offset"), 1))
 
 
-def test_the_chain_of_eager_parts_is_eager():
+def test_the_eager_peer_is_eager():
     for i, p in enumerate(problems()):
-        chain = chain_peer(problems(), "eager", "cuBLAS", "eager", HF)
-        for actual, other, expected in zip(chain.call(i), eager_peer(problems()).call(i), eager(p), strict=True):
+        for actual, expected in zip(eager_peer(problems()).call(i), eager(p), strict=True):
             assert_bit_equal(actual=actual, expected=expected)
-            assert_bit_equal(actual=other, expected=expected)
-    assert chain.function == eager_peer(problems()).function == "hf"
-    assert eager_peer(problems(weight_offset=True)).function == "gemma"
+    assert eager_peer(problems()).function == "hf" and eager_peer(problems(weight_offset=True)).function == "gemma"
+
+
+class Counted:
+    """head_norm_kernel, and how often it was launched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel, self.grids = castpoint.kernels.head_norm.head_norm_kernel, []
+        monkeypatch.setattr(castpoint.kernels.head_norm, "head_norm_kernel", self)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("norm", HERE)
+def test_q_and_k_are_finished_in_one_launch_of_every_chain(norm: str, rope: bool, monkeypatch: pytest.MonkeyPatch):
+    given, counted = rotated(random_problem(rope=rope), 2), Counted(monkeypatch)
+    chain_peer(given, norm, "cuBLAS", HF).call(1)
+    assert counted.grids == [(3, 3)], "blocks of 16 of 33 tokens, 2 heads of q and 1 of k"
+    counted.grids.clear()
+    head_norm_peer(given, HF).call(1)
+    assert len(counted.grids) == 1
+    for heads, weight in ((2, given[0].q_norm_weight), (1, given[0].k_norm_weight)):  # what a chain must not do
+        head_norm(torch.ones(33, heads, 32, dtype=torch.bfloat16), weight)
+    assert len(counted.grids) == 3, "the count would not notice"
+
+
+def test_the_head_norm_of_a_chain_writes_where_proj_lies():
+    q, k, v = chain_peer(problems(), "eager", "cuBLAS", HF).call(0)
+    assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
 
 
 def test_copies_are_told_apart():
-    chain = chain_peer(problems(), "eager", "cuBLAS", "eager", HF)
+    chain = chain_peer(problems(), "eager", "cuBLAS", HF)
     assert not torch.equal(chain.call(0)[2], chain.call(1)[2])
 
 
 def test_our_head_norm_takes_the_plans_words():
     plan = HF.replace(head_rstd=RNE, head_normed=RTZ)
-    chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", OWN_KERNEL, plan)
+    chain = chain_peer(problems(), "F.rms_norm", "cuBLAS", plan)
     assert chain.plan.without_rope() == CastPlan(proj=RNE, head_rstd=RNE, head_normed=RTZ)
     assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan, 0))
     with pytest.raises(AssertionError, match="outside the envelope"):
         assert_inside(actual=named(chain.call(0)), allowed=allowed(chain.plan.replace(head_rstd=KEEP), 0))
 
 
-def test_models_without_a_head_norm():
-    given = problems(head_norm=False)
-    chain = chain_peer(given, "eager", "cuBLAS", NO_HEAD_NORM, HF)
+def test_models_without_a_head_norm(monkeypatch: pytest.MonkeyPatch):
+    given, counted = problems(head_norm=False), Counted(monkeypatch)
+    chain = chain_peer(given, "eager", "cuBLAS", HF)
     assert_inside(actual=named(chain.call(1)), allowed=allowed(chain.plan, 1, head_norm=False))
-    (only,) = head_norm_peers(given, HF)
+    only = head_norm_peer(given, HF)
     assert (only.status, only.reason) == ("not applicable", "no head norm in this problem")
-    wrong = chain_peer(given, "eager", "cuBLAS", "eager", HF)
-    assert wrong.status == "not applicable" and "heads='eager' does not fit a problem without one" in wrong.reason
-    wrong = chain_peer(problems(), "eager", "cuBLAS", NO_HEAD_NORM, HF)
-    assert wrong.status == "not applicable" and "heads='none' does not fit a problem with one" in wrong.reason
+    assert chain.name == "P1 eager | cuBLAS | none" and not counted.grids
+    turned = rotated(random_problem(head_norm=False, rope=True, residual=False), 2)
+    chain = chain_peer(turned, "eager", "cuBLAS", HF)
+    assert_inside(actual=named(chain.call(1)), allowed=envelope(chain.plan, turned[1]))
+    assert chain.name == f"P1 eager | cuBLAS | {OWN_KERNEL}" and len(counted.grids) == 1, "heads are rotated, or twice"
 
 
 def test_parts_are_those_of_the_chain():
     p, given = problems()[1], problems()
     x = p.x + p.residual
-    by_name = {peer.name: peer for peer in (*norm_peers(given), *head_norm_peers(given, HF), *matmul_peers(given))}
+    by_name = {peer.name: peer for peer in (*norm_peers(given), head_norm_peer(given, HF), *matmul_peers(given))}
     hidden = {"norm eager": eager_norm(x, p.norm_weight, p.eps, False)}
     hidden["norm F.rms_norm"] = F.rms_norm(x, [200], p.norm_weight, p.eps)
     for name, expected in hidden.items():
         assert_bit_equal(actual=by_name[name].call(1)[0], expected=expected)
     assert_bit_equal(actual=by_name["P4 cuBLAS"].call(1)[0], expected=F.linear(p.x, p.qkv_weight, p.bias))
     q, k, _ = given[0].split_heads(F.linear(given[0].x, given[0].qkv_weight, given[0].bias))  # one proj for all calls
+    before = q.clone()
     for actual, value, weight in zip(
-        by_name["heads eager"].call(1), (q, k), (p.q_norm_weight, p.k_norm_weight), strict=True
+        by_name[f"heads {OWN_KERNEL}"].call(1), (q, k), (p.q_norm_weight, p.k_norm_weight), strict=True
     ):
-        assert_bit_equal(actual=actual, expected=eager_norm(value, weight, p.eps, False))
+        assert_bit_equal(actual=actual, expected=head_norm(value, weight, p.eps, plan=HF))
+    assert torch.equal(q, before), "the shared proj was overwritten: the next call reads another"
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -177,25 +209,24 @@ def test_an_inductor_without_pdl_is_said(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("norm", "heads", "function"),
+    ("norm", "plan", "function"),
     [
-        ("eager", "eager", "hf"),
-        ("F.rms_norm", "F.rms_norm", "one-rounding"),
-        ("quack rmsnorm", "F.rms_norm", "one-rounding"),
-        ("F.rms_norm", "eager", "separate-head-norm"),
-        ("LigerRMSNorm, casting mode llama", OWN_KERNEL, "hf"),
-        ("eager", "F.rms_norm", "rounds normed, hidden, proj, out"),
-        ("FlagGems rms_norm", "eager", "not known"),
-        ("eager", "FlagGems rms_norm", "not known"),
+        ("eager", "hf", "hf"),
+        ("F.rms_norm", "one-rounding", "one-rounding"),
+        ("quack rmsnorm", "one-rounding", "one-rounding"),
+        ("F.rms_norm", "hf", "separate-head-norm"),
+        ("LigerRMSNorm, casting mode llama", "hf", "hf"),
+        ("eager", "one-rounding", "rounds normed, hidden, proj, out"),
+        ("FlagGems rms_norm", "hf", "not known"),
     ],
 )
-def test_functions_by_name(norm: str, heads: str, function: str):
-    assert peers.Peer(Kind.CHAIN, "", None, chain_plan(norm, heads, HF, offset=False)).function == function
+def test_functions_by_name(norm: str, plan: str, function: str):
+    whole = chain_plan(norm, plan_named(plan), offset=False)
+    assert peers.Peer(Kind.CHAIN, "", None, whole).function == function
 
 
 def test_a_plan_that_rounds_statistics_in_one_norm_only_has_no_name():
-    assert chain_plan("eager", OWN_KERNEL, plan_named("bf16-statistics"), offset=False) is None
-    assert chain_plan("eager", "eager", plan_named("bf16-statistics"), offset=False) == HF.without_rope()
+    assert chain_plan("eager", plan_named("bf16-statistics"), offset=False) is None
 
 
 def test_plans_of_the_catalogue_are_known_by_name():
@@ -212,7 +243,7 @@ def turned() -> list[Problem]:
 
 @pytest.mark.parametrize("plan", ["hf", "one-rounding"])
 def test_our_head_norm_rotates_as_the_plan_says(plan: str, turned: list[Problem]):
-    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", OWN_KERNEL, plan_named(plan))
+    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", plan_named(plan))
     outputs = named(chain.call(1))
     assert_inside(actual=outputs, allowed=envelope(chain.plan, turned[1]))
     for name in ROPE_BOUNDARIES:
@@ -221,13 +252,6 @@ def test_our_head_norm_rotates_as_the_plan_says(plan: str, turned: list[Problem]
             assert_inside(actual=outputs, allowed=envelope(moved, turned[1]))
     assert chain.function == {"one-rounding": "one-rounding", "hf": "separate-head-norm"}[plan]
     assert dataclasses.replace(chain, plan=HF.replace(cos_sin=RTZ)).function.endswith("unrotated, cos_sin, products")
-
-
-def test_with_positions_other_head_norms_are_not_applicable(turned: list[Problem]):
-    chain = chain_peer(turned, "F.rms_norm", "cuBLAS", "F.rms_norm", HF)
-    assert (chain.status, chain.reason) == (
-        "not applicable", "heads='F.rms_norm' does not rotate: with positions only 'head_norm kernel' does",
-    )  # fmt: skip
 
 
 def test_compiled_eager_rounds_one_of_the_two_heads_that_it_turns():

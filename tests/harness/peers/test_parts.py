@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import random_problem
 
 from castpoint.harness.peers import chains as peers
@@ -17,12 +19,13 @@ from castpoint.harness.peers.chains import (
     chain_peer,
     compiled_peers,
     eager_peer,
-    head_norm_peers,
+    head_norm_peer,
     matmul_peers,
+    matmul_with_launches,
     norm_peers,
     pick_chains,
 )
-from castpoint.harness.peers.parts import MATMULS, NO_HEAD_NORM, NORMS, linear_cublaslt
+from castpoint.harness.peers.parts import MATMULS, NORMS, OWN_KERNEL, linear_cublaslt
 from castpoint.harness.runs.environment import version
 from castpoint.harness.runs.schema import Kind
 from castpoint.harness.timing.rig import rotated
@@ -69,7 +72,7 @@ def test_what_is_not_installed_is_a_row():
         assert (peer.status == "ok") == (name in HERE) and bool(peer.reason) == (name not in HERE)
     if version("quack-kernels") is None:
         assert rows["norm quack rmsnorm"].status == "not installed"
-        whole = chain_peer(problems(), "eager", "cuBLAS", "quack rmsnorm", HF)
+        whole = chain_peer(problems(), "quack rmsnorm", "cuBLAS", HF)
         assert whole.status == "not installed" and whole.call is None
 
 
@@ -91,14 +94,33 @@ def test_a_broken_package_is_a_row():
 
 def test_unknown_parts_are_errors():
     with pytest.raises(KeyError):
-        chain_peer(problems(), "eager", "cuBLOS", "eager", HF)
+        chain_peer(problems(), "eager", "cuBLOS", HF)
 
 
 def test_arms_that_hold_a_matmul_are_judged_by_values():
     for peer in (eager_peer(problems()), *compiled_peers(problems()), *matmul_peers(problems())):
         assert peer.arm().differs is peers.values_differ
-    for peer in (*norm_peers(problems()), *head_norm_peers(problems(), HF)):
+    for peer in (*norm_peers(problems()), head_norm_peer(problems(), HF)):
         assert peer.differs is peers.bits_differ
+
+
+def test_the_matmul_with_launches_launches_two_empty_kernels(monkeypatch: pytest.MonkeyPatch):
+    launched = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+            return lambda: launched.append(grid)
+
+    monkeypatch.setattr(peers, "empty_kernel", Counted())
+    peer, p = matmul_with_launches(problems(), "cuBLAS"), problems()[1]
+    assert (peer.name, peer.kind) == ("P4 cuBLAS + 2 empty kernels", Kind.LAUNCHES)
+    (proj,) = peer.call(1)
+    assert torch.equal(proj, F.linear(p.x, p.qkv_weight, p.bias)) and launched == [(1,), (1,)]
+    assert matmul_peers(problems())[0].call(1) and len(launched) == 2, "the bare matmul is bare"
+    monkeypatch.undo()
+    assert torch.equal(peer.call(1)[0], proj), "the kernels run"
+    with pytest.raises(KeyError):
+        matmul_with_launches(problems(), "cuBLOS")
 
 
 # ---------------------------------------------------------------- picking
@@ -108,28 +130,32 @@ def test_the_best_parts_make_the_best_chain():
     seconds = {
         Kind.NORM: {"eager": 9e-6, "F.rms_norm": 3e-6},
         Kind.MATMUL: {"cuBLAS": 6e-6, "cuBLASLt": 5e-6},
-        Kind.HEADS: {"eager": 8e-6, "quack rmsnorm": 2e-6},
+        Kind.HEADS: {OWN_KERNEL: 2e-6},
     }
-    assert pick_chains(seconds) == [("F.rms_norm", "cuBLASLt", "quack rmsnorm")]
+    assert pick_chains(seconds) == [("F.rms_norm", "cuBLASLt")]
     near = seconds | {Kind.MATMUL: {"cuBLAS": 5.2e-6, "cuBLASLt": 5e-6}}
     near[Kind.NORM] = seconds[Kind.NORM] | {"quack rmsnorm": 3.05e-6}
     assert pick_chains(near) == [
-        ("F.rms_norm", "cuBLASLt", "quack rmsnorm"),
-        ("quack rmsnorm", "cuBLASLt", "quack rmsnorm"),
-        ("F.rms_norm", "cuBLAS", "quack rmsnorm"),
-        ("quack rmsnorm", "cuBLAS", "quack rmsnorm"),
+        ("F.rms_norm", "cuBLASLt"),
+        ("quack rmsnorm", "cuBLASLt"),
+        ("F.rms_norm", "cuBLAS"),
+        ("quack rmsnorm", "cuBLAS"),
     ]
     assert pick_chains(near, at_most=2) == pick_chains(near)[:2]
     assert pick_chains(near, within=0.0) == pick_chains(seconds)
-    assert len(pick_chains(seconds, within=10.0)) == 4
+    assert len(pick_chains(seconds | {Kind.NORM: dict.fromkeys("abcdef", 1e-6)}, within=10.0)) == 4
+    without = near | {Kind.HEADS: {}}  # 8.25 lies within 3 % of 8, as 10.25 of 10, but not 8.27
+    near[Kind.MATMUL] = without[Kind.MATMUL] = {"cuBLAS": 5.27e-6, "cuBLASLt": 5e-6}
+    assert ("F.rms_norm", "cuBLAS") in pick_chains(near) and ("F.rms_norm", "cuBLAS") not in pick_chains(without)
 
 
-def test_picking_without_head_norms_and_without_times():
-    norm, matmul, heads = {Kind.NORM: {"eager": 1e-6}}, {Kind.MATMUL: {"cuBLAS": 1e-6}}, {Kind.HEADS: {"eager": 1e-6}}
-    assert pick_chains(norm | matmul) == [("eager", "cuBLAS", NO_HEAD_NORM)]
-    for seconds in ({}, norm, matmul | heads):
-        with pytest.raises(ValueError, match="at least one norm and one matmul"):
-            pick_chains(seconds)
+def test_without_a_norm_or_a_matmul_there_is_no_chain():
+    norm, matmul, heads = {Kind.NORM: {"eager": 1e-6}}, {Kind.MATMUL: {"cuBLAS": 1e-6}}, {Kind.HEADS: {"x": 1e-6}}
+    assert pick_chains(norm | matmul) == [("eager", "cuBLAS")]
+    launches = {Kind.LAUNCHES: {"cuBLAS + 2 empty kernels": 1e-7}}
+    assert pick_chains(norm | matmul | launches) == [("eager", "cuBLAS")], "what is no part makes no chain"
+    for seconds in ({}, norm, norm | heads, matmul | heads, norm | {Kind.MATMUL: {}}):
+        assert pick_chains(seconds) == []
 
 
 # ---------------------------------------------------------------- settings

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -13,15 +14,19 @@ import torch
 from fake_cuda import FakeCuda
 from support import ROOT
 
+from castpoint.harness.runs.errors import UserError
 from castpoint.harness.timing import limits as rig_limits
 from castpoint.harness.timing.cuda import DeviceLost, Graph
 from castpoint.harness.timing.limits import (
     READ_BLOCKS,
     ceilings,
+    copy_limit,
     empty_kernel,
     implausible,
     launch_costs,
-    read_ceiling,
+    launch_limit,
+    matmul_limit,
+    read_limit,
     read_sums,
 )
 
@@ -49,6 +54,29 @@ def test_implausible_numbers():
     assert implausible("NVIDIA GeForce", 1e-12, 1e9) is None, "its peaks are not known"
 
 
+@pytest.mark.parametrize(
+    ("name", "tb_per_s", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35, 989),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 3.35, 989),
+        ("NVIDIA H100 NVL", 3.9, 835),
+        ("NVIDIA H100 PCIe", 2, 756),
+        ("NVIDIA H200", 4.8, 989),
+    ],
+)
+def test_peaks_of_each_card(name: str, tb_per_s: float, tflops: float):
+    size, flops = 1e9, 1e12
+    assert implausible(name, 1.01 * size / (tb_per_s * 1e12), size) is None
+    assert implausible(name, 0.99 * size / (tb_per_s * 1e12), size).endswith(f"{name} has {tb_per_s:g}")
+    assert implausible(name, 1.01 * flops / (tflops * 1e12), flops=flops) is None
+    assert implausible(name, 0.99 * flops / (tflops * 1e12), flops=flops).endswith(f"{name} has {tflops}")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA H100 64GB HBM2", "NVIDIA A100-SXM4-80GB"])
+def test_other_cards_have_no_peaks_here(name: str):
+    assert implausible(name, 1e-12, 1e9, 1e15) is None
+
+
 @pytest.mark.parametrize("block", READ_BLOCKS[:1])
 @pytest.mark.parametrize("size", [2, 4096, 2 * 2048 * 3 + 2])
 def test_the_read_kernel_reads_every_word(size: int, block: int):
@@ -74,31 +102,63 @@ def test_launches_that_fail_are_a_reason():
         launch_costs(lost)
 
 
-def test_ceilings_of_a_scripted_gpu():
-    weights = [torch.randn(64, 64).to(torch.bfloat16).roll(i, 1) for i in range(COPIES)]
-    assert read_ceiling(FakeCuda(), weights)["bytes_per_s"] == pytest.approx(8192 / 1e-5)
-    found = ceilings(FakeCuda(), copy_bytes=1024, size=8)
-    assert found == pytest.approx({"copy_bytes_per_s": 2048 / 1e-5, "bf16_flops_per_s": 1024 / 1e-5, "reason": ""})
+def test_ceilings_of_a_scripted_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rig_limits, "READ_BYTES", 8192)
+    assert read_limit(FakeCuda()) == (pytest.approx(8192 / 1e-5), "")
+    assert copy_limit(FakeCuda(), 1024) == (pytest.approx(2048 / 1e-5), "")
+    assert matmul_limit(FakeCuda(), 8) == (pytest.approx(1024 / 1e-5), "")
+    value, reason = launch_limit(FakeCuda(), "per_kernel_s")
+    assert value == pytest.approx(1e-5) and not reason
 
 
-def test_read_ceilings_that_fail_are_a_reason(monkeypatch: pytest.MonkeyPatch):
+def test_limits_are_read_cold(monkeypatch: pytest.MonkeyPatch):
+    """Over as many copies as exceed three times the L2 cache."""
+    monkeypatch.setattr(rig_limits, "READ_BYTES", 8192)
+    read: set[int] = set()
+    real = rig_limits.read_sums
+    monkeypatch.setattr(rig_limits, "read_sums", lambda w, block: read.add(w.data_ptr()) or real(w, block))
+    gpu = FakeCuda()
+    read_limit(gpu)
+    assert len(read) * 8192 > 3 * gpu.l2_bytes()
+
+
+@pytest.mark.parametrize("limit", [copy_limit, matmul_limit])
+def test_operands_are_given_back(limit: Any, monkeypatch: pytest.MonkeyPatch):
+    """Before what comes next is timed: 4 GiB of the copy, and the allocator gives back what nobody holds."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def operands(size: int, device: str) -> Any:
+        source = torch.ones(size)
+        made.append(weakref.ref(source))
+        return lambda i: (source * 1,)
+
+    for name in ("_copy", "_matmul"):
+        monkeypatch.setattr(rig_limits, name, operands)
+    gpu, held = FakeCuda(), []
+    monkeypatch.setattr(gpu, "release", lambda: held.append(made[0]() is not None))
+    assert limit(gpu, 8)[0]
+    assert held[-1] is False
+
+
+def test_limits_that_fail_are_a_reason(monkeypatch: pytest.MonkeyPatch):
     def broken(weight: torch.Tensor, block: int) -> torch.Tensor:
         raise RuntimeError(f"no block of {block}")
 
+    monkeypatch.setattr(rig_limits, "READ_BYTES", 8192)
     monkeypatch.setattr(rig_limits, "read_sums", broken)
-    found = read_ceiling(FakeCuda(), [torch.ones(8, 8, dtype=torch.bfloat16)])
     each = [f"read {block}: RuntimeError: no block of {block}" for block in READ_BLOCKS]
-    assert found == {"unknown": "; ".join(each)}
+    assert read_limit(FakeCuda()) == (None, "; ".join(each))
 
 
-def test_a_ceiling_without_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+def test_a_limit_without_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch):
     def no_memory(size: int, device: str) -> None:
         raise torch.OutOfMemoryError("2 GiB")
 
     monkeypatch.setattr(rig_limits, "_copy", no_memory)
-    found = ceilings(FakeCuda(), size=8)
-    assert found["copy_bytes_per_s"] is None and found["bf16_flops_per_s"]
-    assert found["reason"] == "out of memory: 2 GiB"
+    assert copy_limit(FakeCuda(), 8) == (None, "out of memory: 2 GiB")
+    monkeypatch.setitem(rig_limits.LIMITS, "bf16 matmul", ("FLOP/s", lambda gpu: (1e12, "")))
+    with pytest.raises(UserError, match="could not be measured: copy: out of memory: 2 GiB"):
+        ceilings(FakeCuda())
 
 
 COMPILE = """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from castpoint.harness.timing import rig
 from castpoint.harness.timing.cuda import Graph
 from castpoint.harness.timing.rig import (
     AGAIN,
-    copies_for,
+    cold_copies,
+    copies_that_fit,
+    copy_bytes,
     laps_for,
     ratios,
     replays_for,
@@ -27,22 +32,66 @@ from castpoint.harness.timing.rig import (
 
 
 def test_copies_exceed_three_caches():
-    assert copies_for(2 * 4096 * 1024, 60_000_000, 100 << 30) == 22
+    assert cold_copies(2 * 4096 * 1024, 60_000_000) == 22
     for weight in (1, 60_000_000, 8_388_608, 104_857_600, 180_000_000, 180_000_001):
-        copies = copies_for(weight, 60_000_000, 1 << 40)
+        copies = cold_copies(weight, 60_000_000)
         assert copies * weight > 180_000_000 >= (copies - 1) * weight
+    assert cold_copies(8_388_608, 0) == 1, "an unknown cache proves nothing"
+    with pytest.raises(ValueError, match="must have some"):
+        cold_copies(0, 60_000_000)
+
+
+def sized(tokens: int, rows: int, hidden_size: int) -> Any:
+    """As much of a problem as memory is counted by, without any."""
+    weight = torch.empty(rows, hidden_size, dtype=torch.bfloat16, device="meta")
+    return SimpleNamespace(tokens=tokens, qkv_weight=weight)
+
+
+def test_what_a_copy_costs_by_hand():
+    """qwen3-32b: a weight of 104,857,600 bytes, outputs of 83,886,080 at 4096 tokens, twice for each of 12 arms and the
+    first one again. qwen3-0.6b: 8,388,608 and 33,554,432."""
+    large, small = sized(4096, 10240, 5120), sized(4096, 4096, 1024)
+    assert copy_bytes(large, arms=12, sets=2) == 2 * 104_857_600 + 2 * 13 * 83_886_080 == 2_390_753_280
+    assert copy_bytes(small, arms=34, sets=3) == 3 * 8_388_608 + 2 * 35 * 33_554_432 == 2_373_976_064
+    assert copy_bytes(small, arms=34, sets=0) == 2_348_810_240
+    assert copy_bytes(sized(1, 4096, 1024), arms=34) == 8_388_608 + 2 * 35 * 8192
 
 
 def test_copies_shrink_to_memory():
-    weight = 8_388_608
-    assert copies_for(weight, 60_000_000, 10 * weight) == 4  # 0.4 of it
-    assert copies_for(weight, 60_000_000, 0) == 1
-    full = 22 * weight / rig.MEMORY_SHARE
-    assert copies_for(weight, 60_000_000, int(full) + weight) == 22
-    assert copies_for(weight, 60_000_000, int(full) + weight, sets=2) == 11
-    assert copies_for(weight, 0, 1 << 40) == 1, "an unknown cache proves nothing"
-    with pytest.raises(ValueError, match="must have some"):
-        copies_for(0, 60_000_000, 1 << 30)
+    """To 60 of 80 GB. By weights alone all of them would fit: 64 x 0.2 GB."""
+    gpu = FakeCuda(free=80_000_000_000)
+    large, small = (copy_bytes(sized(4096, *shape), 12, sets=2) for shape in ((10240, 5120), (4096, 1024)))
+    assert copies_that_fit(64, large, gpu.free_bytes()) == 25  # 59.8 GB; a chain of 64 layers takes 153
+    assert copies_that_fit(64, 2 * 104_857_600, gpu.free_bytes()) == 64, "the test would not notice"
+    assert copies_that_fit(28, small, gpu.free_bytes()) == 28  # 0.9 GB each
+    many = copy_bytes(sized(4096, 4096, 1024), arms=34, sets=3)
+    assert copies_that_fit(28, many, gpu.free_bytes()) == 25
+    assert copies_that_fit(28, many, 141_000_000_000) == 28
+    assert copies_that_fit(28, many, 0) == 1
+
+
+def test_memory_is_measured_as_it_is_counted():
+    """The copies that measure holds at its fullest are those of copy_bytes."""
+    problem, held = random_problem(tokens=4, residual=False), []
+    problems = rotated(problem, 3)
+
+    def call(i: int) -> tuple[torch.Tensor, ...]:
+        return problems[i].split_heads(problems[i].x @ problems[i].qkv_weight.T)
+
+    def alive() -> int:
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 3 and len(t) == 4]
+        return sum(t.numel() * 2 for t in found)
+
+    class Watched(FakeCuda):
+        def seconds(self, graph: Graph, replays: int) -> float:
+            if not held:
+                held.append(alive() - before)
+            return super().seconds(graph, replays)
+
+    gc.collect()
+    before = alive()  # what other tests left
+    rig.measure([rig.Arm("a", call), rig.Arm("b", call)], Watched(), copies=3)
+    assert held[0] == 3 * copy_bytes(problem, arms=2, sets=0)
 
 
 def test_laps_make_a_graph_long_enough_but_not_too_many_nodes():

@@ -21,7 +21,7 @@ from castpoint.harness.timing.rig import (
 )
 from castpoint.variants.catalogue import plan_named
 
-PARTS = ("F.rms_norm", "cuBLAS", "head_norm kernel")
+PARTS = ("F.rms_norm", "cuBLAS")
 
 
 # ---------------------------------------------------------------- outputs
