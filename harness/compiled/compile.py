@@ -66,7 +66,7 @@ def compile_norm_qkv(
     plan: CastPlan, target: str, *, head_norm: str = "fused", head_dim: int = 128, tokens: int = 64, bias: bool = False,
     residual: bool = False, rope: bool = False, cache: str = "fp32", config: Config | None = None,
 ) -> Compiled:  # fmt: skip
-    """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: the launch's default.
+    """The fused or the split-K kernel of that plan, with the tiles of a launch; config None: default_config.
 
     head_norm: `fused`, `later` (q and k are stored as proj) or `none`. cache: `fp32` or `bf16`, of RoPE's table.
     tokens: for split-K, which has another binary for one. The kernel of a config's pre-pass is compile_rms_norm's.

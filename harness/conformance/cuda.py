@@ -1,36 +1,33 @@
 """What must hold before a kernel of a GPU is timed, and what the GPU's own arithmetic does.
 
-Every plan as every config that a launch may take: bit-equal to its spec on inputs whose sums are exact, inside its
+Each binary is checked once, when it is first wanted: bit-equal to its spec on inputs whose sums are exact, inside its
 envelope on a layer with drawn weights; our own loop by itself likewise. Eager with cuBLAS as it is set by default, and
-told to add in fp32. And how many bits compiled kernels share with the same kernels interpreted on a CPU.
+told to add in fp32. Outputs are kept for whoever compares them, elsewhere, with the same kernels on a CPU.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
+from safetensors.torch import save_file
 from torch import Tensor
 
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.peers import chains as peers
-from castpoint.harness.problems import grid
 from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
-from castpoint.harness.runs.environment import ROOT
-from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
-from castpoint.harness.timing.cuda import Cuda, reason_of
-from castpoint.kernels.config import Config, unsupported
-from castpoint.kernels.dispatch import fallback, read_table
+from castpoint.harness.timing.cuda import Cuda, DeviceLost, reason_of
+from castpoint.kernels.config import Config, default_config
 from castpoint.kernels.main_loop import matmul
 from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.kernels.separate import bf16_reduction
@@ -43,72 +40,111 @@ from castpoint.variants.spec import spec, store
 
 TOKENS = 70  # of the checks: more than one tile of 64 or of 16, and not whole ones
 AGAINST_SPEC = (Check.EXACT, Check.ENVELOPE)
-DEFAULT = "default"  # the config of a launch that is given none
 HEAD_DIM = 128  # of every model of the grid
-KernelCheck = tuple[str, Config | None, Check, bool, int]  # plan, config, check, rope, tokens
+SHARES = 3  # of a checked split-K: they make no other binary, and of 8 steps one share is shorter
+WIDTHS = {  # channels that a program of rms_norm holds -> the model, and its width, that such a binary is checked at
+    1024: ("qwen3-0.6b", 1024), 2048: ("qwen3-1.7b", 2048), 4096: ("qwen3-4b", 2560), 8192: ("qwen3-14b", 5120),
+}  # fmt: skip
+OUTPUTS, OUTPUT_TOKENS = (
+    "outputs.safetensors",
+    8,
+)  # of a results folder: what kernels of this GPU return, for `compared` elsewhere
 
 
-def configs_of(plan: CastPlan) -> dict[str, Config | None]:
-    """Every config that a launch of the plan may take on some shape and some GPU, by its words."""
-    listed = [config for configs in read_table().values() for config in configs.values()]
-    fit = {str(c): c for c in [fallback(HEAD_DIM, plan), *listed] if not unsupported(c, plan)}
-    return {DEFAULT: None, **(fit if plan.matmul == "bf16" else {})}
+@dataclass(frozen=True)
+class Binary:
+    """What is compiled for a launch, whatever its shape. plan: its name; empty for our own loop by itself.
+    tokens: 1 where one token has a binary of its own. hidden_size: width of the problem that it is checked on."""
+
+    plan: str
+    config: Config
+    rope: bool = False
+    tokens: int = TOKENS
+    hidden_size: int = 1024
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Of its rows of gpu_checks, but for the check."""
+        config = dataclasses.replace(self.config, splits=SHARES) if self.config.splits > 1 else self.config
+        name = self.plan or peers.loop_name(config)
+        return {"plan": name, "config": str(config), **{n: getattr(self, n) for n in ("rope", "tokens", "hidden_size")}}
 
 
-def kernel_checks() -> Iterator[KernelCheck]:
-    """Two of each plan and config, exact inputs and drawn ones; two more where the plan is timed with RoPE too; and for
-    split-K, which has another binary for it, of one token."""
-    turned = grid.own_plans(grid.Point(grid.MODELS[0], 1, grid.ROPE))
-    for name, named in PLANS.items():
-        for config in configs_of(named.plan).values():
-            counts = (TOKENS, 1) if config and config.kernel == "split-k" else (TOKENS,)
-            ropes = (False, True) if name in turned else (False,)
-            for rope, tokens, check in itertools.product(ropes, counts, AGAINST_SPEC):
-                yield name, config, check, rope, tokens
+def binary_of(plan: str, config: Config, tokens: int, hidden_size: int, rope: bool = False) -> Binary:
+    """The binary that a launch of that shape takes."""
+    split = config.kernel == "split-k"
+    config = dataclasses.replace(config, splits=SHARES) if split else config
+    before = plan and (config.kernel == "separate" or config.prepass != "none")
+    width = WIDTHS.get(triton.next_power_of_2(hidden_size), ("", hidden_size))[1] if before else 1024
+    return Binary(plan, config, rope, 1 if split and tokens == 1 else TOKENS, width)
 
 
-def check_kernels(
-    records: Records, gpu: Cuda, asked: Iterable[KernelCheck] | None = None, row: type[Any] = GpuCheckRow, **target: str
-) -> None:
-    """One row for each of kernel_checks, or of those asked for. Raises DeviceLost if the context broke."""
-    for name, config, check, rope, tokens in track(list(asked or kernel_checks()), target.get("target", "checks")):
-        key = {**target, "plan": name, "config": str(config or DEFAULT), "rope": rope, "tokens": tokens, "check": check}
-        if not records.has(row, **key):
-            records.add(row(**key, **checked(PLANS[name].plan, config, check, gpu, rope, tokens)))
+@dataclass
+class Checks:
+    """Which binaries of this run are wrong, and why. Each is checked when it is first asked for, and has two rows."""
+
+    records: Records
+    gpu: Cuda
+    found: dict[tuple[str, ...], str] = field(default_factory=dict)  # key of a row -> why it is wrong, or empty
+    kept: dict[str, tuple[Any, Reference]] = field(default_factory=dict)  # of the last plan, which many configs share
+
+    def __post_init__(self) -> None:
+        for row in self.records.rows("gpu_checks"):
+            self.found[GpuCheckRow.key_of(**row)] = "" if row["status"] == Status.OK else row["reason"]
+
+    def why_red(self, binary: Binary) -> str:
+        """Why that binary gets no time; empty where it is right. Raises DeviceLost if the context broke."""
+        for check in AGAINST_SPEC:
+            row = GpuCheckRow(**binary.key, check=check)
+            key = row.key_of(**vars(row))
+            if key not in self.found:
+                with in_flight(self.records, {"a check": row}, DeviceLost):
+                    row = dataclasses.replace(row, **self._checked(binary, check))
+                self.records.add(row)
+                self.found[key] = "" if row.status == Status.OK else row.reason
+            if why := self.found[key]:
+                return f"{binary.config}{', RoPE' * binary.rope}, {check}: {why}"
+        return ""
+
+    def _checked(self, binary: Binary, check: str) -> dict[str, Any]:
+        if not binary.plan:
+            return loop_checked(binary.config, check, self.gpu)
+        shared = (binary.plan, binary.rope, binary.tokens, binary.hidden_size)
+        if self.kept.get(check, (None,))[0] != shared:
+            self.kept[check] = shared, reference(PLANS[binary.plan].plan, check, self.gpu.device, *shared[1:])
+        return checked(PLANS[binary.plan].plan, binary.config, self.kept[check][1], check, self.gpu)
 
 
-def check_loops(points: Sequence[grid.Point], records: Records, gpu: Cuda) -> None:
-    """Two rows for each tile of our own loop at those points, named as its arm. Raises DeviceLost as check_kernels."""
-    tiles = dict.fromkeys(tile for p in points for tile in grid.loop_tiles(p))
-    for tile, check in itertools.product(tiles, AGAINST_SPEC):
-        key = {"plan": peers.loop_name(tile), "config": str(tile), "rope": False, "tokens": TOKENS, "check": check}
-        if not records.has(GpuCheckRow, **key):
-            records.add(GpuCheckRow(**key, **loop_checked(tile, check, gpu)))
+# ---------------------------------------------------------------- one check
 
 
-def red_plans(records: Records) -> dict[str, str]:
-    """plan, or arm of our own loop -> reason, of those that a check found wrong in some config."""
-    rows = [row for row in records.rows("gpu_checks") if row["check"] in AGAINST_SPEC and row["status"] != Status.OK]
-    return {
-        row["plan"]: f"{row['config']}{', RoPE' * (row['rope'] == str(True))}, {row['check']}: {row['reason']}"
-        for row in rows
-    }
+@dataclass(frozen=True)
+class Reference:
+    """A problem, what its outputs should be, and the bounds of each element."""
+
+    problem: Problem
+    expected: list[Tensor]
+    bounds: list[Interval]
 
 
-def checked(
-    plan: CastPlan, config: Config | None, check: str, gpu: Cuda, rope: bool = False, tokens: int = TOKENS
-) -> dict[str, object]:
+def reference(
+    plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS, hidden_size: int = 1024
+) -> Reference:
+    problem = problem_for(plan, check, device, rope, tokens, hidden_size)
+    expected = spec(plan, problem).outputs()
+    bounds = {name: (v, v) for name, v in expected.items()} if check == Check.EXACT else envelope(plan, problem)
+    return Reference(problem, list(expected.values()), [bounds[name] for name in expected])
+
+
+def checked(plan: CastPlan, config: Config | None, wanted: Reference, check: str, gpu: Cuda) -> dict[str, object]:
     """share_equal, status and reason of one check of one config, None for the default one."""
-    try:
-        problem = problem_for(plan, check, gpu.device, rope, tokens)
-        expected = spec(plan, problem).outputs()
-        runs = [run_triton(plan, problem, config=config) for _ in range(2)]
-    except Exception as error:  # no compile, no launch, no memory: a row, and on
-        return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
     exact = check == Check.EXACT
-    bounds = {name: (value, value) for name, value in expected.items()} if exact else envelope(plan, problem)
     what = "differ from the spec where no sum depends on order" if exact else "lie outside the envelope"
-    return _judged(runs, list(expected.values()), [bounds[name] for name in expected], what)
+    try:
+        runs = [run_triton(plan, wanted.problem, config=config) for _ in range(2)]
+        return _judged(runs, wanted.expected, wanted.bounds, what)
+    except Exception as error:  # no compile, no memory, or a launch whose fault shows when its outputs are read
+        return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
 
 
 def _judged(runs: list[Outputs], expected: list[Tensor], bounds: list[Interval], what: str) -> dict[str, object]:
@@ -122,23 +158,31 @@ def _judged(runs: list[Outputs], expected: list[Tensor], bounds: list[Interval],
     return {"share_equal": share, "status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
 
 
-def problem_for(plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS) -> Problem:
-    """The problem of a check."""
+def problem_for(
+    plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS, hidden_size: int = 1024
+) -> Problem:
+    """The problem of a check. hidden_size: one of WIDTHS."""
     if check == Check.EXACT:
-        return exact_problem(plan, tokens=tokens, hidden_size=1024, head_dim=HEAD_DIM, rope=rope).to(device)
-    problem = synthetic_problem("qwen3-0.6b", 0, tokens, weight_offset=plan.weight_offset != "none").to(device)
+        return exact_problem(plan, tokens=tokens, hidden_size=hidden_size, head_dim=HEAD_DIM, rope=rope).to(device)
+    model = next(model for model, width in WIDTHS.values() if width == hidden_size)
+    problem = _drawn(model, tokens, plan.weight_offset != "none", device)
     return with_positions(problem) if rope else problem
+
+
+@functools.lru_cache(maxsize=8)  # plans and configs share it, and a wide one takes a second to draw
+def _drawn(model: str, tokens: int, weight_offset: bool, device: str) -> Problem:
+    return synthetic_problem(model, 0, tokens, weight_offset=weight_offset).to(device)
 
 
 def loop_checked(tile: Config, check: str, gpu: Cuda) -> dict[str, object]:
     """checked, of our own loop: bit-equal on whole numbers, in the interval of an fp32 sum on drawn weights."""
+    what = "differ where sums are exact" if check == Check.EXACT else "lie outside the interval of fp32 sums"
     try:
         hidden, weight, (low, high) = loop_problem(check, gpu.device)
         runs = [(matmul(hidden, weight, HEAD_DIM, tile),) for _ in range(2)]
-    except Exception as error:  # no compile, no launch, no memory: a row, and on
+        return _judged(runs, [low], [(low, high)], what)
+    except Exception as error:  # as in checked
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
-    what = "differ where sums are exact" if check == Check.EXACT else "lie outside the interval of fp32 sums"
-    return _judged(runs, [low], [(low, high)], what)
 
 
 def loop_problem(check: str, device: str) -> tuple[Tensor, Tensor, Interval]:
@@ -171,49 +215,62 @@ def check_eager(records: Records, gpu: Cuda) -> None:
     plan = PLANS["hf"].plan
     problem = problem_for(plan, Check.ENVELOPE, gpu.device)
     for setting in peers.REDUCTIONS:
-        key = {"plan": "hf", "config": setting, "rope": False, "tokens": TOKENS, "check": Check.EAGER}
-        if records.has(GpuCheckRow, **key):
+        row = GpuCheckRow(plan="hf", config=setting, tokens=TOKENS, check=Check.EAGER)
+        if records.has(GpuCheckRow, **vars(row)):
             continue
-        try:
-            with bf16_reduction(peers.REDUCTIONS[setting]):
-                found = _compared(eager(problem), tuple(spec(plan, problem).outputs().values()))
-        except Exception as error:  # a setting that this PyTorch does not know
-            found = {"status": Status.FAILED, "reason": reason_of(gpu, "eager", error)}
-        records.add(GpuCheckRow(**key, **found))
+        with in_flight(records, {"eager": row}, DeviceLost):
+            try:
+                with bf16_reduction(peers.REDUCTIONS[setting]):
+                    found = compared(eager(problem), tuple(spec(plan, problem).outputs().values()))
+            except Exception as error:  # a setting that this PyTorch does not know
+                found = {"status": Status.FAILED, "reason": reason_of(gpu, "eager", error)}
+        records.add(dataclasses.replace(row, **found))
 
 
-def check_interpreter(records: Records, gpu: Cuda) -> None:
-    """Compiled kernels against the same kernels interpreted: sums in another order, and nothing else."""
-    common = {"config": DEFAULT, "rope": False, "tokens": TOKENS, "check": Check.INTERPRETER}
-    todo = [n for n in PLANS if not records.has(GpuCheckRow, plan=n, **common)]
-    if not todo:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "castpoint.harness.conformance.cuda", folder, *todo]
-        child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        for name in todo:
-            path, plan = Path(folder) / f"{name}.pt", PLANS[name].plan
-            lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-            found = {"status": Status.FAILED, "reason": lines[-1]}
-            if path.exists():
-                try:
-                    compiled = run_triton(plan, problem_for(plan, Check.ENVELOPE, gpu.device))
-                    found = _compared(tuple(t.cpu() for t in compiled), torch.load(path, weights_only=True))
-                except Exception as error:  # of a kernel that no GPU runs
-                    found = {"status": Status.FAILED, "reason": reason_of(gpu, "a compiled kernel", error)}
-            records.add(GpuCheckRow(plan=name, **common, **found))
+def store_outputs(records: Records, gpu: Cuda) -> None:
+    """OUTPUTS in the results folder: q, k and v of every plan's fused kernel on drawn weights, the bits that a CPU
+    elsewhere compares with the same kernel interpreted, and with its PTX run there. Raises DeviceLost as Checks do."""
+    kept: dict[str, Tensor] = {}
+    for name, row in outputs_rows(Check.PTX).items():
+        if records.has(GpuCheckRow, **vars(row)):  # it failed here before
+            continue
+        with in_flight(records, {"a kernel": row}, DeviceLost):
+            try:
+                outputs = [tensor.cpu().contiguous() for tensor in fused_outputs(name, gpu.device)]
+            except Exception as error:
+                why = reason_of(gpu, "a kernel", error)
+                records.add(dataclasses.replace(row, status=Status.FAILED, reason=why))
+                continue
+        kept |= {f"{name} {i}": tensor for i, tensor in enumerate(outputs)}
+    save_file(kept, records.folder / OUTPUTS, {"inputs": inputs_digest()})
 
 
-def _compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, object]:
+def fused_outputs(name: str, device: str) -> Outputs:
+    """q, k and v of that plan's fused kernel with its default tiles, on drawn weights."""
+    plan = PLANS[name].plan
+    problem = problem_for(plan, Check.ENVELOPE, device, tokens=OUTPUT_TOKENS)
+    return run_triton(plan, problem, config=default_config(HEAD_DIM, plan, False))
+
+
+def inputs_digest() -> str:
+    """Of the inputs of those kernels as they are drawn here: some weights differ on a CPU without AVX2."""
+    digest = hashlib.sha256()
+    for name in ("hf", "gemma"):  # norm weights stored as w, and as w - 1
+        problem = problem_for(PLANS[name].plan, Check.ENVELOPE, "cpu", tokens=OUTPUT_TOKENS)
+        for tensor in filter(torch.is_tensor, vars(problem).values()):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def outputs_rows(check: Check, names: Iterable[str] = tuple(PLANS)) -> dict[str, GpuCheckRow]:
+    """Rows of gpu_checks for a comparison of those outputs, by plan."""
+    configs = {name: default_config(HEAD_DIM, PLANS[name].plan, False) for name in names}
+    return {n: GpuCheckRow(plan=n, config=str(c), tokens=OUTPUT_TOKENS, check=check) for n, c in configs.items()}
+
+
+def compared(actual: Outputs, expected: tuple[Tensor, ...]) -> dict[str, Any]:
     """Of q, k and v together: share of equal bits, and the largest difference in ulps."""
     rows = [error_stats(actual=a, reference=b.double()) for a, b in zip(actual, expected, strict=True)]
     sizes = [a.numel() for a in actual]
     share = sum(row.share_equal * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
     return {"share_equal": share, "max_ulp": max(row.max_ulp for row in rows)}
-
-
-if __name__ == "__main__":  # the interpreter's half of check_interpreter, in a process of its own
-    for plan_name in sys.argv[2:]:
-        outputs = run_triton(PLANS[plan_name].plan, problem_for(PLANS[plan_name].plan, Check.ENVELOPE, "cpu"))
-        torch.save(list(outputs), Path(sys.argv[1]) / f"{plan_name}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,31 @@ def executed(target: str = "sm_90") -> Iterator[None]:
     UserError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
     check_target(target)
+    with _active(_Driver(target)):
+        yield
+
+
+@contextmanager
+def compiled_only(target: str) -> Iterator[None]:
+    """Inside, every launch compiles as it would on that target of compiled.compile.TARGETS, into Triton's cache, and
+    does nothing else: a launch on such a GPU, by whatever process, finds it there."""
+    with _active(_Compiler(target)):
+        yield
+
+
+@contextmanager
+def _active(mine: Any) -> Iterator[None]:
     before = driver._active
-    driver.set_active(_Driver(target))
+    driver.set_active(mine)
     try:
         yield
     finally:
         driver.set_active(before)
+
+
+def is_target(target: str) -> bool:
+    """Whether compiled_only knows it."""
+    return target in TARGETS
 
 
 def check_target(target: str) -> None:
@@ -49,7 +69,7 @@ class _Driver:
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
-        limits = {"max_shared_mem": SHARED[target], "multiprocessor_count": PROCESSORS[target]}
+        limits = {"max_shared_mem": SHARED[target], "multiprocessor_count": PROCESSORS.get(target, 132)}
         limits |= {"max_num_regs": 65536, "warpSize": 32}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=_load)
 
@@ -81,6 +101,19 @@ class _Driver:
             launch(program, values[:3], threads, metadata.shared, [arguments[n] for n in passed])
 
         return run
+
+
+class _Compiler(_Driver):
+    """Its launches do nothing."""
+
+    @staticmethod
+    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+        """Makes what Triton 3.6 compiles in C for each signature, where there is a driver to link with."""
+        with contextlib.suppress(Exception):
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(source, metadata)
+        return lambda *values: None
 
 
 def _load(name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
