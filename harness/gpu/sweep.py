@@ -1,235 +1,196 @@
-"""`make gpu`: the grid of problems.grid on a CUDA device, written to records as it is measured.
+"""The steps of a point: parts of separate chains, chains beside our own kernels, all other plans, torch.compile.
 
-At each point P1's parts are timed, and among them our own loop with every tile; then the chains of the best parts
-together with every other arm, in turns. Own plans run as kernels.dispatch chooses, once they passed
-conformance.cuda: what is red gets no time. An arm that fails is a row with a reason, and the grid goes on; a broken
-CUDA context ends the run, and the next one continues it.
+Arms of one step are timed in turns and share one noise floor: a speed-up is over the fastest P1 of the same step, in
+the same rounds. Our kernels run as this run's tuning found fastest, else as kernels.dispatch reasons; where that is
+`separate`, the fastest fused config is an arm of its own, so that a fused kernel has a time wherever its plan has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from castpoint.harness.conformance.cuda import check_loops, red_plans
-from castpoint.harness.gpu.arms import compiled_peers, work_of
+from castpoint.harness.conformance.cuda import Binary, binary_of
+from castpoint.harness.gpu.order import (
+    CHAIN_BUDGET_S,
+    PART_BUDGET_S,
+    SEPARATE,
+    Item,
+    binaries,
+    compiled_peers,
+    tiles,
+    work_of,
+)
+from castpoint.harness.gpu.point import OwnPeer, Setting, own_peer, timed
+from castpoint.harness.gpu.tune import TunedRow, fastest_fused, table_of
 from castpoint.harness.peers import chains as peers
+from castpoint.harness.peers.parts import MATMULS, NORMS, OWN_KERNEL
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.drawn import synthetic_problem, with_positions
-from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
-from castpoint.harness.runs.progress import track
-from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import GpuPointRow, GpuSpeedRow, Kind, Status
+from castpoint.harness.problems.grid import Point
+from castpoint.harness.runs.flight import HANGS_S
+from castpoint.harness.runs.schema import GpuSpeedRow, Kind, Step
 from castpoint.harness.timing import rig
-from castpoint.harness.timing.cpu import Ceilings
-from castpoint.harness.timing.cuda import Cuda
-from castpoint.harness.timing.limits import ceilings, found_ceilings, implausible, launch_costs, read_ceiling
-from castpoint.harness.timing.outputs import bits_differ, values_differ
-from castpoint.harness.timing.rig import Measurement, Outcome, measure
+from castpoint.harness.timing.rig import Measurement
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
-from castpoint.kernels.dispatch import chosen
-from castpoint.kernels.plan import CastPlan
-from castpoint.variants.backends import run_triton
+from castpoint.kernels.dispatch import dispatch, reasoned
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.eager import Outputs
-from castpoint.variants.problem import Problem
 
-PART_BUDGET_S, CHAIN_BUDGET_S = 0.3, 1.0  # at least ten rounds are taken whatever they cost
-HOT_COPIES = 8
-SEPARATE = Config("separate")
-
-
-def sweep_gpu(points: Sequence[Point], records: Records, gpu: Cuda, quick: bool = False) -> None:
-    """Every point that the records do not have yet. quick: without peers that compile for each shape.
-
-    Raises DeviceLost where the CUDA context broke.
-    """
-    todo = [point for point in points if not records.has(GpuPointRow, **dataclasses.asdict(point))]
-    if not todo:
-        return
-    limits = measure_limits(todo, records, gpu)
-    check_loops(todo, records, gpu)
-    red = red_plans(records)
-    for point in track(todo, "grid"):
-        row = GpuPointRow(**dataclasses.asdict(point))
-        try:
-            _sweep_point(point, records, gpu, limits, red, quick)
-        except torch.OutOfMemoryError as error:
-            row = dataclasses.replace(row, status=Status.FAILED, reason=f"out of memory: {str(error)[:200]}")
-        records.add(row)
-        gpu.release()
+STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
+TUNING_HANGS_S = 600.0  # torch.compile tries many kernels before it has one
+PLAINEST = ("F.rms_norm", "cuBLAS")  # of separate chains, where no parts were timed (hot rows, layers)
+OF_A_CHAIN = {Kind.NORM: NORMS, Kind.MATMUL: MATMULS, Kind.HEADS: (OWN_KERNEL,)}
+PARTS = {peers.arm_name(kind, what): (kind, what) for kind, named in OF_A_CHAIN.items() for what in named}
 
 
-def measure_limits(points: Sequence[Point], records: Records, gpu: Cuda) -> Ceilings:
-    """Copy bandwidth, a stream that only reads, a large matmul, and the cost of launches; noted with the run.
-    The memory's limit is the faster of copying and reading. Raises UserError as found_ceilings does."""
-    found = ceilings(gpu)
-    problem = model_problem(points[0].model, gpu.device)
-    copies = rig.copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes())
-    read = read_ceiling(gpu, [p.qkv_weight for p in rig.rotated(problem, copies)])
-    records.note(limits={**found, "read": read, "launch": launch_costs(gpu)})
-    limits = found_ceilings(found)
-    return dataclasses.replace(limits, bytes_per_s=max(limits.bytes_per_s, read.get("bytes_per_s", 0.0)))
-
-
-# ---------------------------------------------------------------- a point
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A point made ready: its problems, one a copy of the weights, and how often they are captured in one graph."""
-
-    point: Point
-    gpu: Cuda
-    limits: Ceilings
-    problems: list[Problem]
-    cold: bool
-    laps: int
-
-    def measure(self, arms: Sequence[rig.Arm], budget_s: float, state: rig.State | None = None) -> Measurement:
-        copies, laps = len(self.problems), self.laps
-        return measure(arms, self.gpu, copies=copies, laps=laps, budget_s=budget_s, state=state)
-
-
-def _sweep_point(point: Point, records: Records, gpu: Cuda, limits: Ceilings, red: dict[str, str], quick: bool) -> None:
-    setting = prepared(point, gpu, limits)
-    seconds = _time_parts(setting, records, red)
-    arms = [*_chains(setting, seconds), peers.eager_peer(setting.problems)]
-    arms += [] if quick else peers.compiled_peers(setting.problems, compiled_peers(point))
-    for name in grid.own_plans(point):
-        plan = plan_named(name)
-        arms.append(peers.Peer(Kind.OWN, name, None, plan) if name in red else own_peer(setting, plan, name))
-    _time(setting, records, arms, red, CHAIN_BUDGET_S, gpu_state)
-
-
-def prepared(point: Point, gpu: Cuda, limits: Ceilings) -> Setting:
-    """The point's problems: weights rotated over three times L2, one copy a layer, or one weight that stays hot."""
-    problem = model_problem(point.model, gpu.device)
-    problem = problem.replace(x=problem.x[: point.tokens])
-    problem = with_positions(problem) if point.regime == ROPE else problem
-    fitting = rig.copies_for(_weight_bytes(problem), gpu.l2_bytes(), gpu.free_bytes(), sets=2)  # own and folded weights
-    copies = {HOT: HOT_COPIES, LAYERS: point.geometry.num_layers}.get(point.regime, fitting)
-    problems = [problem] * copies if point.regime == HOT else rig.rotated(problem, copies)
-    cold = point.regime != HOT and copies * _weight_bytes(problem) > 3 * gpu.l2_bytes()
-    laps = rig.laps_for(copies, limits.floor_s(work_of(point, Kind.OWN)))
-    return Setting(point, gpu, limits, problems, cold, laps)
-
-
-def own_peer(setting: Setting, plan: CastPlan, name: str, config: Config | None = None) -> peers.Peer:
-    """The plan's Triton kernels on the setting's problems, as that config or else as kernels.dispatch cuts them."""
-    problems, weights = rig.as_stored(plan, setting.problems), rig.stored_weights(plan, setting.problems)
-    first = problems[0]
-    if config is None:
-        shape = (first.hidden_size, first.num_q_heads, first.num_kv_heads, first.head_dim)
-        config = chosen(setting.gpu.name(), shape, first.tokens, plan)
-
-    def call(i: int) -> Outputs:
-        return run_triton(plan, problems[i], qkv_weight=weights[i], config=config)
-
-    # inside a graph cuBLAS may choose another kernel than outside: judged by values
-    differs = values_differ if config.kernel == "separate" else bits_differ
-    return peers.Peer(Kind.OWN, name, call, plan, differs=differs, config=config)
-
-
-def _time_parts(setting: Setting, records: Records, red: dict[str, str]) -> dict[Kind, dict[str, float]]:
-    """Times of P1's parts and of our own loop, in rows of their own; seconds of those that have one."""
-    point, problems = setting.point, setting.problems
-    if point.regime not in grid.PARTED:
-        return {}
+def time_parts(setting: Setting) -> None:
+    """Rows of P1's parts and of our own loop."""
+    problems = setting.problems
     parts = [
         *peers.norm_peers(problems),
-        *peers.head_norm_peers(problems, plan_named("one-rounding")),
+        peers.head_norm_peer(problems, plan_named("one-rounding")),
         *peers.matmul_peers(problems),
-        *(peers.loop_peer(problems, tile) for tile in grid.loop_tiles(point)),
+        *(peers.loop_peer(problems, tile) for tile in grid.loop_tiles(setting.point)),
     ]
+    _time(setting, Step.PARTS, parts, PART_BUDGET_S)
+
+
+def time_chains(setting: Setting) -> None:
+    """P1: our own norms around cuBLAS, and the two best of separate parts; P4, with launches behind it and without;
+    eager; and the plans that stand for an order of scaling."""
+    best = _best_matmul(setting)
+    arms = [*_separate_chains(setting, 2), *(p for p in peers.matmul_peers(setting.problems) if p.what == best)]
+    arms += [peers.matmul_with_launches(setting.problems, best), peers.eager_peer(setting.problems)]
+    tuned = setting.records.rows("tuning")
+    arms += [arm for name in grid.MAIN_PLANS for arm in own_arms(setting, name, tuned)]
+    _time(setting, Step.CHAINS, arms, CHAIN_BUDGET_S, state=True)
+
+
+def time_plans(setting: Setting) -> None:
+    """All other plans, each once."""
+    tuned = setting.records.rows("tuning")
+    own = [own_arms(setting, name, tuned)[0] for name in grid.other_plans(setting.point)]
+    _time(setting, Step.PLANS, [*_separate_chains(setting, 1), *own], CHAIN_BUDGET_S)
+
+
+def time_compiled(setting: Setting) -> None:
+    """torch.compile with all its tuning."""
+    tuned = peers.compiled_peers(setting.problems, compiled_peers(setting.point))
+    _time(setting, Step.COMPILED, [*_separate_chains(setting, 1), *tuned], CHAIN_BUDGET_S, limit_s=TUNING_HANGS_S)
+
+
+# ---------------------------------------------------------------- arms
+
+
+def own_arms(setting: Setting, name: str, tuned: Sequence[TunedRow]) -> list[OwnPeer]:
+    """The plan as it would be dispatched; and fused, named so, where that is `separate`. tuned: this run's rows."""
+    configs = own_configs(setting.point, name, tuned, setting.gpu.name())
+    return [own_peer(setting, name, config, name + what) for what, config in configs.items()]
+
+
+def own_configs(point: Point, name: str, tuned: Sequence[TunedRow], gpu: str) -> dict[str, Config]:
+    """What follows the plan's name -> its config."""
+    g, plan = point.geometry, plan_named(name)
+    shape = (g.hidden_size, g.num_q_heads, g.num_kv_heads, g.head_dim)
+    config = dispatch(table_of(tuned, gpu), gpu, shape, point.tokens, plan) or reasoned(shape, point.tokens, plan)
+    fused = fastest_fused(tuned, point, plan) or next(iter(tiles(point, name)), None)
+    return {"": config, ", fused": fused} if config == SEPARATE and fused else {"": config}
+
+
+def launched(item: Item, tuned: Sequence[TunedRow], gpu: str) -> list[Binary]:
+    """The binaries of our plans that a step launches, by what tuning has found so far."""
+    point = item.point
+    if point is None or item.step not in (Step.CHAINS, Step.PLANS):
+        return binaries(item)
+    plans = grid.MAIN_PLANS if item.step == Step.CHAINS else grid.other_plans(point)
+    configs = [("one-rounding", SEPARATE)]  # of the separate chain
+    configs += [(name, c) for name in plans for c in own_configs(point, name, tuned, gpu).values()]
+    width, rope = point.geometry.hidden_size, point.regime == grid.ROPE
+    return [binary_of(name, config, point.tokens, width, rope) for name, config in configs]
+
+
+def _separate_chains(setting: Setting, at_most: int) -> list[peers.Peer]:
+    """Our own norms around cuBLAS, the chain that dispatch falls back to, and the best of separate parts. All as
+    one-rounding."""
+    plan = plan_named("one-rounding")
+    own = own_peer(setting, "one-rounding", SEPARATE, "own kernels | cuBLAS")
+    seconds = _part_seconds(setting)
+    picked = (peers.pick_chains(seconds, at_most=at_most) if seconds else []) or [PLAINEST]
+    return [
+        dataclasses.replace(own, kind=Kind.CHAIN),
+        *(peers.chain_peer(setting.problems, *chain, plan) for chain in picked),
+    ]
+
+
+def _part_seconds(setting: Setting) -> dict[Kind, dict[str, float]]:
+    """Of the parts that have a time at the point, by kind and what."""
+    here = [str(value) for value in Item(Step.PARTS, setting.point).key.values()]
     seconds: dict[Kind, dict[str, float]] = {}
-    for peer, outcome in zip(parts, _time(setting, records, parts, red, PART_BUDGET_S), strict=True):
-        if outcome.seconds:
-            seconds.setdefault(peer.kind, {})[peer.what] = outcome.seconds.p50
+    for row in setting.records.rows("gpu_speed"):
+        at = [row[name] for name in ("step", "model", "tokens", "regime")]
+        if at == here and row["p50_us"] and row["arm"] in PARTS:
+            kind, what = PARTS[row["arm"]]
+            seconds.setdefault(kind, {})[what] = float(row["p50_us"]) * 1e-6
     return seconds
 
 
-def _chains(setting: Setting, seconds: dict[Kind, dict[str, float]]) -> list[peers.Peer]:
-    """P1: our own norms around cuBLAS, the chain that dispatch falls back to; and the two best of separate parts, or
-    where no parts were timed (hot rows, layers), the plainest one. All as one-rounding."""
-    plan = plan_named("one-rounding")
-    own = dataclasses.replace(own_peer(setting, plan, "own kernels | cuBLAS", SEPARATE), kind=Kind.CHAIN, config=None)
-    plainest = [("F.rms_norm", "cuBLAS", peers.OWN_KERNEL)]
-    picked = peers.pick_chains(seconds, at_most=2) if seconds else plainest
-    return [own, *(peers.chain_peer(setting.problems, *chain, plan) for chain in picked)]
+def _best_matmul(setting: Setting) -> str:
+    matmuls = _part_seconds(setting).get(Kind.MATMUL, {})
+    return min(matmuls, key=matmuls.__getitem__, default=PLAINEST[1])
 
 
 # ---------------------------------------------------------------- rows
 
 
 def _time(
-    setting: Setting, records: Records, arms: Sequence[peers.Peer], red: dict[str, str], budget_s: float,
-    state: rig.State | None = None,
-) -> list[Outcome]:  # fmt: skip
-    """Times those arms in turns and adds their rows; what became of each. red: arms that get no time, and why."""
-    measured = setting.measure([arm.arm() for arm in arms if arm.call and arm.name not in red], budget_s, state)
-    outcomes = [
-        Outcome(Status.RED, f"not timed: {red[arm.name]}")
-        if arm.name in red
-        else _plausible(setting, arm.kind, measured.outcomes.get(arm.name) or Outcome(arm.status, arm.reason))
-        for arm in arms
-    ]
-    both = list(zip(arms, outcomes, strict=True))
-    chains = {arm.name: found.seconds.p50 for arm, found in both if arm.kind == Kind.CHAIN and found.seconds}
-    best = min(chains, key=chains.__getitem__, default=None)
-    for arm, outcome in both:
-        records.add(_speed_row(setting, measured, arm, outcome, best))
-    return outcomes
+    setting: Setting, step: Step, arms: Sequence[peers.Peer], budget_s: float, state: bool = False,
+    limit_s: float = HANGS_S,
+) -> None:  # fmt: skip
+    """Times those arms in turns and adds their rows."""
+    point = setting.point
+    named = {arm.name: arm for arm in arms}
+    rows = {name: _blank(setting, step, arm) for name, arm in named.items()}
+    own = {
+        name: binary_of(arm.plan_name, arm.config, point.tokens, point.geometry.hidden_size, arm.rope)
+        for name, arm in named.items()
+        if isinstance(arm, OwnPeer) and arm.config
+    }
+    own |= {n: Binary("", arm.config) for n, arm in named.items() if arm.kind == Kind.LOOP and arm.config}
+    measured = timed(setting, named, rows, own, budget_s, gpu_state if state else None, limit_s)
+    best = {kind: _fastest(measured, named, kind) for kind in (Kind.CHAIN, Kind.MATMUL)}  # P1 and P4
+    setting.records.add(*(_filled(setting, measured, row, best) for row in rows.values()))
 
 
-def _speed_row(
-    setting: Setting, measured: Measurement, arm: peers.Peer, outcome: Outcome, best: str | None
-) -> GpuSpeedRow:
-    """The row of that arm at the setting's point. best: the fastest P1, for the speed-up over it."""
+def _blank(setting: Setting, step: Step, arm: peers.Peer) -> GpuSpeedRow:
+    """The arm's row before anything is timed."""
     work = work_of(setting.point, arm.kind)
-    floor_s = setting.limits.floor_s(work)
     row: dict[str, Any] = {
-        **dataclasses.asdict(setting.point), "kind": arm.kind, "arm": arm.name, "function": arm.function,
-        "copies": len(setting.problems), "cold": setting.cold, "rounds": measured.rounds, "laps": measured.laps,
-        **dataclasses.asdict(work), "floor_us": floor_s * 1e6, **{name: measured.state.get(name) for name in STATE},
-        **measured.noise_columns(),
+        **dataclasses.asdict(setting.point), "step": step, "kind": arm.kind, "arm": arm.name, "function": arm.function,
+        "copies": len(setting.problems), "cold": setting.cold, **dataclasses.asdict(work),
+        "floor_us": setting.limits and setting.limits.floor_s(work) * 1e6,
     }  # fmt: skip
-    if arm.config:
+    if arm.config and arm.kind in (Kind.OWN, Kind.LOOP):
         row |= {"config": str(arm.config), "kernel": arm.config.kernel, "prepass": arm.config.prepass}
+    return GpuSpeedRow(**row)
+
+
+def _filled(setting: Setting, measured: Measurement, row: GpuSpeedRow, best: dict[Kind, str | None]) -> GpuSpeedRow:
+    outcome = measured.outcomes[row.arm]
+    found: dict[str, Any] = {"rounds": measured.rounds, "laps": measured.laps, **measured.noise_columns()}
+    found |= {name: measured.state.get(name) for name in STATE}
     if outcome.seconds:
-        row |= rig.speed_columns(work, floor_s, outcome.seconds)
-        if best:  # ratios of two times of one round
-            speedup = rig.ratios(measured.samples[best], measured.samples[arm.name])
-            row |= {"p1": best, **speedup.columns("speedup_p1_{}", 1)}
-    return GpuSpeedRow(**row, status=outcome.status, reason=outcome.reason)
+        found |= rig.speed_columns(work_of(setting.point, row.kind), row.floor_us, outcome.seconds)
+        mine = measured.samples[row.arm]
+        if p1 := best[Kind.CHAIN]:  # ratios of two times of one round
+            speedup = rig.ratios(measured.samples[p1], mine)
+            found |= {"p1": p1, **speedup.columns("speedup_p1_{}", 1)}
+        if p4 := best[Kind.MATMUL]:
+            found |= {"p4": p4, **rig.ratios(mine, measured.samples[p4]).columns("over_p4_{}", 1)}
+    return dataclasses.replace(row, **found, status=outcome.status, reason=outcome.reason)
 
 
-STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
-
-
-def _plausible(setting: Setting, kind: Kind, outcome: Outcome) -> Outcome:
-    """The outcome, or red without a time that no such GPU can reach. Weights, where they are cold and the arm reads
-    them, must come from memory."""
-    if outcome.seconds is None:
-        return outcome
-    reads = setting.cold and kind not in (Kind.NORM, Kind.HEADS)
-    cold_bytes = _weight_bytes(setting.problems[0]) if reads else 0
-    flops = work_of(setting.point, kind).flops
-    wrong = implausible(setting.gpu.name(), outcome.seconds.p50, cold_bytes, flops)
-    return Outcome(Status.RED, wrong) if wrong else outcome
-
-
-@functools.lru_cache(maxsize=1)
-def model_problem(model: str, device: str) -> Problem:
-    """Layer 0 of the model with the most tokens of the grid."""
-    return synthetic_problem(model, 0, max(grid.TOKENS)).to(device)
-
-
-def _weight_bytes(problem: Problem) -> int:
-    return problem.qkv_weight.numel() * problem.qkv_weight.element_size()
+def _fastest(measured: Measurement, arms: dict[str, peers.Peer], kind: Kind) -> str | None:
+    """The arm of that kind with the lowest median."""
+    seconds = {n: o.seconds.p50 for n, o in measured.outcomes.items() if o.seconds and arms[n].kind == kind}
+    return min(seconds, key=seconds.__getitem__, default=None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from gpu_support import LIMITS, TINY
+from gpu_support import TINY
 
+import castpoint.harness.gpu.point
 import castpoint.harness.gpu.sweep
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.geometry import GEOMETRIES
@@ -12,17 +13,19 @@ from castpoint.kernels import dispatch
 from castpoint.variants.catalogue import PLANS
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model small enough for the interpreter, limits that need no GPU, and few plans."""
+    """A model small enough for the interpreter, and few plans."""
     monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
     monkeypatch.setattr(grid, "TOKENS", (1, 4))
+    castpoint.harness.gpu.point.model_problem.cache_clear()  # which holds the most tokens of the grid
     monkeypatch.setattr(grid, "PLANS", {name: PLANS[name] for name in ("one-rounding", "deferred", "fp32")})
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "ceilings", lambda gpu: LIMITS)
-    monkeypatch.setattr(
-        castpoint.harness.gpu.sweep, "read_ceiling", lambda gpu, weights: {"bytes_per_s": 2e12, "seconds": 1e-6}
-    )
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "launch_costs", lambda gpu: {"per_kernel_s": 1e-6})
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "gpu_state", lambda: {"sm_mhz": 1980.0, "slowed_by": "none"})
+    monkeypatch.setattr(grid, "MAIN_PLANS", ("one-rounding", "deferred"))
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No committed table, and a GPU that says how it is."""
     monkeypatch.setattr(dispatch, "_committed", lambda: {})
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "HOT_COPIES", 2)
+    monkeypatch.setattr(castpoint.harness.gpu.sweep, "gpu_state", lambda: {"sm_mhz": 1980.0, "slowed_by": "none"})
+    dispatch._say_once.cache_clear()

@@ -1,220 +1,234 @@
-"""The grid and its sweep, on a fake CUDA device whose clock is a script."""
+"""The steps of a point, on a fake CUDA device whose clock is a script: what their rows say."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from gpu_support import PARTS, TINY, labelled, records_in, rows, seconds_by
-from support import ROOT
+from gpu_support import (
+    LIMITS,
+    PARTS,
+    SHAPE,
+    TINY,
+    checked_as,
+    labelled,
+    records_in,
+    rows,
+    seconds_by,
+    setting_at,
+    stood_in,
+)
 
-import castpoint.harness.gpu.sweep
-from castpoint.harness.conformance import cuda as gpu_checks
-from castpoint.harness.gpu import arms
-from castpoint.harness.gpu.sweep import sweep_gpu
+import castpoint.harness.gpu.point
+from castpoint.harness.conformance.cuda import binary_of
+from castpoint.harness.gpu.order import SEPARATE, Item, binaries, tiles, work_of
+from castpoint.harness.gpu.sweep import launched, own_configs, time_chains, time_parts, time_plans
 from castpoint.harness.peers.chains import OWN_KERNEL
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.grid import COLD, HOT, LAYERS, ROPE, Point
-from castpoint.harness.runs.schema import GpuCheckRow, Kind
-from castpoint.harness.timing.cuda import DeviceLost
-from castpoint.variants.catalogue import PLANS, plan_named
+from castpoint.harness.problems.grid import COLD, GOAL_MODELS, HOT, ROPE, Point
+from castpoint.harness.runs.schema import Kind, Step
+from castpoint.kernels.config import Config, unsupported
+from castpoint.kernels.dispatch import reasoned
+from castpoint.variants.catalogue import plan_named
 from castpoint.variants.envelope import envelope, outside
 
-# ---------------------------------------------------------------- the plan of a run
+POINT = Point("tiny", 4)
+OWN, BARE = "P1 own kernels | cuBLAS", "P4 cuBLAS"
+LAUNCHES = f"{BARE} + 2 empty kernels"
+TIME = {Step.PARTS: time_parts, Step.CHAINS: time_chains, Step.PLANS: time_plans}
+Found = dict[tuple[str, str], dict[str, str]]
 
 
-def test_the_grid_is_the_issues():
-    points = grid.points()
-    cold = [p for p in points if p.regime == COLD]
-    assert len(set(points)) == len(points)
-    assert {(p.model, p.tokens) for p in cold} == {(m, t) for m in grid.MODELS for t in grid.TOKENS} | {
-        (m, t) for m in grid.QUICK_MODELS for t in grid.GOAL_TOKENS
-    }
-    assert {p.regime for p in points} == {COLD, ROPE, HOT, LAYERS}
-    quick = grid.points(quick=True)
-    assert points[: len(quick)] == quick, "a run that is stopped has the quick points"
+def swept(folder: Path, gpu: FakeCuda, point: Point = POINT, steps: tuple[Step, ...] = tuple(TIME)) -> Found:
+    """(step, arm) -> its row, of a point after those steps."""
+    setting = setting_at(point, records_in(folder), gpu)
+    for step in steps:
+        TIME[step](setting)
+    found = [row for row in rows(folder, "gpu_speed") if row["tokens"] == str(point.tokens)]
+    return {(row["step"], row["arm"]): row for row in found}
 
 
-@pytest.mark.parametrize(("model", "megabytes", "at_1", "at_4096"), [
-    ("qwen3-0.6b", 8.4, 1.95, 43.5), ("qwen3-1.7b", 16.8, 3.90, 87), ("qwen3-30b-a3b", 21.0, 4.88, 109),
-    ("qwen3-4b", 31.5, 7.32, 163), ("qwen3-8b", 50.3, 11.7, 261), ("qwen3-14b", 73.4, 17.1, 381),
-    ("qwen3-235b-a22b", 75.5, 17.6, 391), ("qwen3-32b", 104.9, 24.4, 544),
-])  # fmt: skip
-def test_floors_as_published(model: str, megabytes: float, at_1: float, at_4096: float):
-    """Weight bytes and floors in us at 4.3 TB/s and 790 TFLOP/s, computed elsewhere by hand."""
-    for tokens, floor_us in ((1, at_1), (4096, at_4096)):
-        (row,) = [row for row in arms.rows(Point(model, tokens)) if row.arm == "P1 best"]
-        assert row.floor_s() * 1e6 == pytest.approx(floor_us, rel=0.01)
-        assert 2 * row.point.geometry.rows * row.point.geometry.hidden_size / 1e6 == pytest.approx(megabytes, rel=0.01)
+@pytest.mark.usefixtures("tiny")
+def test_every_arm_has_a_row_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stood_in(monkeypatch, {"deferred": RuntimeError("no such instruction")})
+    checked_as(monkeypatch)
+    best = f"P1 eager | cuBLAS | {OWN_KERNEL}"
+    times = {"norm eager": 1e-6, best: 4e-5, "one-rounding": 2e-5, "fp32": 8e-5, BARE: 1e-5, LAUNCHES: 1.2e-5}
+    found = swept(tmp_path, seconds_by(times | {"eager": 1e-6}))
+    parts = {arm for step, arm in found if step == Step.PARTS}
+    assert {"norm eager", "norm quack rmsnorm", f"heads {OWN_KERNEL}", BARE} <= parts
+    assert {found[Step.PARTS, arm]["kind"] for arm in parts} <= set(PARTS)
+    assert found[Step.PARTS, "norm quack rmsnorm"]["status"] in ("not installed", "not applicable")
+    assert {OWN, best, BARE, LAUNCHES, "eager", "one-rounding", "deferred"} <= {a for s, a in found if s == Step.CHAINS}
+    assert {arm for step, arm in found if step == Step.PLANS} == {OWN, best, "fp32"}
+    own, lost, failed = found[Step.CHAINS, "one-rounding"], found[Step.PLANS, "fp32"], found[Step.CHAINS, "deferred"]
+    assert (own["p1"], own["p4"], own["kernel"], own["kind"]) == (best, BARE, "split-k", Kind.OWN)
+    assert float(own["p50_us"]) == pytest.approx(20)
+    assert float(own["speedup_p1_p50"]) == pytest.approx(2), "over the best P1: neither the slowest, nor eager"
+    assert float(own["over_p4_p50"]) == pytest.approx(2) and float(found[Step.CHAINS, best]["speedup_p1_p50"]) == 1
+    assert float(lost["speedup_p1_p50"]) == pytest.approx(0.5), "losses are printed"
+    assert failed["status"] == "failed" and "no such instruction" in failed["reason"] and failed["p50_us"] == ""
+    floor_us = work_of(POINT, Kind.OWN).floor_s(LIMITS.bytes_per_s, LIMITS.bf16_flops_per_s) * 1e6
+    assert float(lost["roofline_share"]) == pytest.approx(floor_us / 80, rel=1e-4)
+    assert float(own["sm_mhz"]) == 1980 and own["cold"] == "True" and own["noise_p10"] == own["noise_p90"] == "1"
 
 
-def test_a_dry_run_lists_every_measurement_and_touches_no_gpu():
-    command = [sys.executable, "-m", "castpoint", "gpu", "--dry-run"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert "assumed" in lines[0] and lines[1].split()[-3:] == ["GFLOP", "floor_us", "arm"]
-    for model in grid.MODELS:
-        for plan in PLANS:
-            (line,) = [line for line in lines if line.split()[:3] == [model, "16", COLD] and line.endswith(f"  {plan}")]
-            assert float(line.split()[6]) > 0
-    assert len(lines) == len(set(lines)), "a measurement is listed twice"
-    *_, last = lines
-    listed = [line.split() for line in lines[2:] if line[0] != "#"]
-    assert last.startswith(f"# {len({tuple(words[:3]) for words in listed})} points, {len(listed)} measurements (")
-    for kind in Kind:
-        assert re.search(rf"\b{sum(words[3] == kind for words in listed)} {kind}\b", last)
-    floors_s = float(re.search(r"add up to (\S+) s: no estimate of the run", last)[1])
-    assert floors_s == pytest.approx(sum(float(words[6]) for words in listed) / 1e6, rel=0.01)
+@pytest.mark.usefixtures("tiny")
+def test_launches_are_no_p4_however_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stood_in(monkeypatch)
+    checked_as(monkeypatch)
+    found = swept(tmp_path, seconds_by({BARE: 1e-5, LAUNCHES: 5e-6}))
+    chains = {arm: row for (step, arm), row in found.items() if step == Step.CHAINS}
+    assert chains[LAUNCHES]["kind"] == Kind.LAUNCHES and {row["p4"] for row in chains.values()} == {BARE}
+    assert float(chains[LAUNCHES]["over_p4_p50"]) == pytest.approx(0.5)
 
 
-# ---------------------------------------------------------------- the sweep
+@pytest.mark.usefixtures("tiny")
+def test_chains_are_made_of_this_points_best_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one token another norm and another matmul are the best; what was not timed there is `F.rms_norm | cuBLAS`."""
+    stood_in(monkeypatch)
+    checked_as(monkeypatch)
+    best = {Point("tiny", 1): {"norm eager": 1e-6, "P4 cuBLASLt": 1e-6}, POINT: {"norm F.rms_norm": 1e-6, BARE: 1e-6}}
+    parts = [swept(tmp_path, seconds_by(times), point, (Step.PARTS,)) for point, times in best.items()]
+    first, other = (swept(tmp_path, seconds_by({}), point, (Step.CHAINS,)) for point in best)
+    if parts[0][Step.PARTS, "P4 cuBLASLt"]["status"] == "ok":
+        assert (Step.CHAINS, "P4 cuBLASLt + 2 empty kernels") in first
+    assert (Step.CHAINS, f"P1 F.rms_norm | cuBLAS | {OWN_KERNEL}") in other and (Step.CHAINS, LAUNCHES) in other
+    assert any(arm.startswith("P1 eager") for _, arm in first) and not any(a.startswith("P1 eager") for _, a in other)
+    hot = swept(tmp_path / "hot", seconds_by({}), Point("tiny", 4, HOT), (Step.CHAINS,))
+    assert (Step.CHAINS, f"P1 F.rms_norm | cuBLAS | {OWN_KERNEL}") in hot
 
 
-def test_a_point_has_a_row_for_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch, {"deferred": RuntimeError("no such instruction")})
-    own = "P1 own kernels | cuBLAS"
-    gpu = seconds_by({own: 4e-5, "one-rounding": 2e-5, "fp32": 8e-5, "P4 cuBLAS": 1e-5})
-    sweep_gpu([Point("tiny", 4)], records_in(tmp_path), gpu)
-    found = {row["arm"]: row for row in rows(tmp_path, "gpu_speed")}
-    parts = {name for name in found if found[name]["kind"] in PARTS}
-    assert {"norm eager", "norm quack rmsnorm", "heads head_norm kernel", "P4 cuBLAS"} <= parts
-    assert found["norm quack rmsnorm"]["status"] in ("not installed", "not applicable")
-    assert {own, "eager", "one-rounding", "fp32"} <= found.keys()
-    assert float(found["one-rounding"]["p50_us"]) == pytest.approx(20)
-    assert float(found["one-rounding"]["speedup_p1_p50"]) == pytest.approx(2), "over the best P1, not the slowest"
-    assert float(found["fp32"]["speedup_p1_p50"]) == pytest.approx(0.5), "losses are printed"
-    assert found["one-rounding"]["p1"] == own and found["one-rounding"]["config"] == "separate"
-    assert found["deferred"]["status"] == "failed" and "no such instruction" in found["deferred"]["reason"]
-    assert found["deferred"]["p50_us"] == "" and found["fp32"]["cold"] == "True"
-    work = [row.work for row in arms.rows(Point("tiny", 4)) if row.arm == "fp32"][0]
-    floor_us = max(work.bytes / 2e12, work.flops / 1e14) * 1e6
-    assert float(found["fp32"]["roofline_share"]) == pytest.approx(floor_us / 80, rel=1e-4)
-    assert float(found["fp32"]["sm_mhz"]) == 1980
-    noted = json.loads((tmp_path / "environment.json").read_text())["runs"]
-    assert next(iter(noted.values()))["limits"]["launch"] == {"per_kernel_s": 1e-6}
+# ---------------------------------------------------------------- what gets no time
 
 
-def test_red_plans_get_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    records = records_in(tmp_path)
-    red = {"status": "red", "reason": "3 elements differ"}
-    records.add(GpuCheckRow(plan="fp32", config="default", tokens=70, check="exact", **red))
-    sweep_gpu([Point("tiny", 1)], records, seconds_by({}))
-    (row,) = [row for row in rows(tmp_path, "gpu_speed") if row["arm"] == "fp32"]
-    assert (row["status"], row["p50_us"]) == ("red", "") and "not timed: default, exact: 3 elements" in row["reason"]
+@pytest.mark.usefixtures("tiny")
+def test_a_red_binary_gets_no_time_and_its_plan_as_another_config_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood_in(monkeypatch)
+    first = reasoned(SHAPE, 4, plan_named("one-rounding"))
+    checked_as(monkeypatch, {binary_of("one-rounding", first, 4, TINY.hidden_size): "3 elements differ"})
+    found = swept(tmp_path, seconds_by({}), steps=(Step.CHAINS,))
+    red = found[Step.CHAINS, "one-rounding"]
+    assert (red["status"], red["p50_us"], red["speedup_p1_p50"]) == ("red", "", "")
+    assert red["reason"].startswith("not timed: split-k ") and red["reason"].endswith(", exact: 3 elements differ")
+    assert found[Step.CHAINS, OWN]["status"] == found[Step.CHAINS, "deferred"]["status"] == "ok", (
+        "the same plan, as it is"
+    )
 
 
-def test_an_impossible_time_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    gpu = seconds_by({"one-rounding": 1e-9})  # 8 KB of cold weights in a nanosecond
+@pytest.mark.usefixtures("tiny")
+def test_an_impossible_time_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stood_in(monkeypatch)
+    checked_as(monkeypatch)
     monkeypatch.setattr(FakeCuda, "name", lambda self: "NVIDIA H200")
-    sweep_gpu([Point("tiny", 1)], records_in(tmp_path), gpu)
-    (row,) = [row for row in rows(tmp_path, "gpu_speed") if row["arm"] == "one-rounding"]
-    assert row["status"] == "red" and "TB/s of cold memory" in row["reason"] and row["p50_us"] == ""
+    times = {OWN: 1e-9, BARE: 1e-9, "one-rounding": 1e-9}  # 128 KiB of cold weights in a nanosecond
+    found = swept(tmp_path, seconds_by(times), steps=(Step.CHAINS,))
+    for arm in times:
+        row = found[Step.CHAINS, arm]
+        assert row["status"] == "red" and "TB/s of cold memory" in row["reason"] and row["p50_us"] == ""
+    others = {row["p1"] for row in found.values() if row["status"] == "ok"}
+    assert others == {f"P1 F.rms_norm | cuBLAS | {OWN_KERNEL}"}, "a time that cannot be is what others are held to"
+    hot = swept(tmp_path / "hot", seconds_by(times), Point("tiny", 4, HOT), (Step.CHAINS,))
+    assert hot[Step.CHAINS, "one-rounding"]["status"] == "ok", "hot weights need no memory"
 
 
-def test_hot_rows_and_chains_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    sweep_gpu([Point("tiny", 1, HOT), Point("tiny", 1, LAYERS)], records_in(tmp_path), seconds_by({}))
-    found = {(row["regime"], row["arm"]): row for row in rows(tmp_path, "gpu_speed")}
-    assert found[HOT, "one-rounding"]["cold"] == "False"
-    assert found[LAYERS, "one-rounding"]["copies"] == str(TINY.num_layers)
-    assert not [row for row in found.values() if row["kind"] in PARTS]
+# ---------------------------------------------------------------- as which configs
 
 
-def test_a_run_goes_on_where_it_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    points = [Point("tiny", 1), Point("tiny", 4)]
-    labelled(monkeypatch)
-    real = castpoint.harness.gpu.sweep._sweep_point
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "_sweep_point", lambda point, *rest: breaks(point, real, *rest))
-    with pytest.raises(DeviceLost):
-        sweep_gpu(points, records_in(tmp_path), seconds_by({}))
-    before = rows(tmp_path, "gpu_speed")
-    assert {row["tokens"] for row in before} == {"1"}
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "_sweep_point", real)
-    sweep_gpu(points, records_in(tmp_path), seconds_by({}))
-    after = rows(tmp_path, "gpu_speed")
-    assert after[: len(before)] == before and {row["tokens"] for row in after[len(before) :]} == {"4"}
-    assert len({(row["tokens"], row["arm"]) for row in after}) == len(after)
+def tuned(model: str, tokens: int, times: dict[tuple[str, Config], float]) -> list[dict[str, str]]:
+    """Rows of `tuning` as they stand on disk: (scale, config) -> its speed-up over `separate`."""
+    return [
+        {"model": model, "tokens": str(tokens), "scale": scale, "config": str(config), "status": "ok",
+         "p50_us": str(10 / speedup), "speedup_separate": str(speedup), "noise_p90": "1.01",
+         **{name: str(value) for name, value in dataclasses.asdict(config).items()}}
+        for (scale, config), speedup in times.items()
+    ]  # fmt: skip
 
 
-def breaks(point: Point, real, *rest) -> None:
-    if point.tokens == 4:
-        raise DeviceLost("an illegal memory access")
-    real(point, *rest)
+def test_plans_run_as_tuning_found_fastest_and_fused_beside_separate() -> None:
+    point = Point("qwen3-8b", 256)
+    slow, fast, *_ = (c for c in tiles(point, "one-rounding") if c.prepass == "hidden")
+    rstd = next(c for c in tiles(point, "one-rounding") if c.prepass == "rstd")
+    assert own_configs(point, "one-rounding", [], "H") == {"": SEPARATE, ", fused": tiles(point, "one-rounding")[0]}
+    loses = tuned("qwen3-8b", 256, {("prologue", SEPARATE): 1.0, ("prologue", slow): 0.8, ("prologue", fast): 0.9})
+    assert own_configs(point, "one-rounding", loses, "H") == {"": SEPARATE, ", fused": fast}
+    wins = tuned("qwen3-8b", 256, {("prologue", SEPARATE): 1.0, ("prologue", slow): 1.2, ("prologue", fast): 1.1})
+    assert own_configs(point, "one-rounding", wins, "H") == {"": slow}
+    assert own_configs(point, "deferred", wins, "H") == own_configs(point, "deferred", [], "H"), "another scale's rows"
+    assert SEPARATE not in own_configs(point, "deferred", loses, "H").values()
+    elsewhere = tuned("qwen3-4b", 256, {("prologue", SEPARATE): 1.0, ("prologue", rstd): 1.5})
+    assert own_configs(point, "one-rounding", elsewhere, "H") == own_configs(point, "one-rounding", [], "H")
 
 
-def test_a_point_that_does_not_fit_is_a_row_and_the_grid_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = castpoint.harness.gpu.sweep.prepared
-
-    def prepared(point, gpu, limits):
-        if point.tokens == 1:
-            raise torch.OutOfMemoryError("tried to allocate 200 GiB")
-        return real(point, gpu, limits)
-
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "prepared", prepared)
-    labelled(monkeypatch)
-    sweep_gpu([Point("tiny", 1), Point("tiny", 4)], records_in(tmp_path), seconds_by({}))
-    status = {row["tokens"]: row["status"] for row in rows(tmp_path, "gpu_points")}
-    assert status == {"1": "failed", "4": "ok"}
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_every_plan_of_every_point_has_a_fused_config_that_expresses_it(tokens: int) -> None:
+    for model in GOAL_MODELS:
+        point = Point(model, tokens)
+        for name in (*grid.MAIN_PLANS, *grid.other_plans(point)):
+            configs = own_configs(point, name, [], "H").values()
+            assert [c for c in configs if c != SEPARATE] and not any(unsupported(c, plan_named(name)) for c in configs)
 
 
-def test_weights_that_do_not_fill_the_caches_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    gpu = seconds_by({})
-    monkeypatch.setattr(gpu, "free_bytes", lambda: 350_000)  # room for one copy, own and folded
-    sweep_gpu([Point("tiny", 1)], records_in(tmp_path), gpu)
-    assert {row["cold"] for row in rows(tmp_path, "gpu_speed")} == {"False"}
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("tokens", "regime"), [(1, COLD), (256, COLD), (256, ROPE), (4, HOT)])
+def test_all_that_a_step_checks_was_compiled_before(
+    tokens: int, regime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood_in(monkeypatch)
+    asked = checked_as(monkeypatch)
+    monkeypatch.setattr(grid, "TOKENS", (1, 256))
+    point = Point("tiny", tokens, regime)
+    for step, time in TIME.items():
+        if (step == Step.PARTS and regime not in grid.PARTED) or (step == Step.PLANS and regime != COLD):
+            continue
+        asked.clear()
+        time(setting_at(point, records_in(tmp_path / step), seconds_by({})))
+        item = Item(step, point)
+        assert bool(asked) == (step != Step.PARTS or point == Point("tiny", 256))
+        assert set(asked) <= set(launched(item, [], "Fake GPU")), step
+        assert set(asked) <= set(binaries(item)), "nothing is tuned: it is known before"
 
 
 # ---------------------------------------------------------------- RoPE
 
 
-def test_points_with_rope_rotate_and_count_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    compared = {name: name for name in ("one-rounding", "deferred")}
-    compared |= {"P1 own kernels | cuBLAS": "one-rounding", "eager": "hf"}  # arm -> its plan
+@pytest.mark.usefixtures("tiny")
+def test_points_with_rope_rotate_and_count_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked_as(monkeypatch)
+    compared = {"one-rounding": "one-rounding", "deferred": "deferred", OWN: "one-rounding", "eager": "hf"}  # its plan
+    monkeypatch.setattr(grid, "MAIN_PLANS", ("hf", "one-rounding", "deferred"))
     outputs: dict[tuple[str, str], torch.Tensor] = {}
-    settings: dict[str, castpoint.harness.gpu.sweep.Setting] = {}
-    measure, prepared = castpoint.harness.gpu.sweep.measure, castpoint.harness.gpu.sweep.prepared
-
-    def measure_and_keep(arms, gpu, **options):
-        regime = list(settings)[-1]
-        outputs.update({(regime, arm.name): arm.call(0)[0] for arm in arms if arm.name in compared})
-        return measure(arms, gpu, **options)
-
-    def prepare_and_keep(point, gpu, limits):
-        settings[point.regime] = prepared(point, gpu, limits)
-        return settings[point.regime]
-
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "measure", measure_and_keep)
-    monkeypatch.setattr(castpoint.harness.gpu.sweep, "prepared", prepare_and_keep)
-    for regime in (COLD, ROPE):
-        sweep_gpu([Point("tiny", 4, regime)], records_in(tmp_path / regime), seconds_by({}))
-    cold, rope = ({row["arm"]: row for row in rows(tmp_path / regime, "gpu_speed")} for regime in (COLD, ROPE))
-    assert {"P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS", "eager", "hf"} <= rope.keys()
-    assert {arm for arm in rope if rope[arm]["kind"] == Kind.HEADS} == {f"heads {OWN_KERNEL}"}
-    kinds = {row["kind"] for row in rope.values()}
-    assert Kind.LOOP not in kinds and Kind.NORM in kinds
-    assert settings[COLD].problems[0].positions is None
-    turned = settings[ROPE].problems[0]
+    cold, rope = (
+        kept(tmp_path / regime, Point("tiny", 4, regime), monkeypatch, outputs, compared) for regime in (COLD, ROPE)
+    )
+    turned = setting_at(Point("tiny", 4, ROPE), records_in(tmp_path / "turned"), seconds_by({})).problems[0]
     assert turned.positions.tolist() == [1000, 1001, 1002, 1003]
+    assert {"hf", "eager", f"P1 F.rms_norm | cuBLAS | {OWN_KERNEL}"} <= {
+        arm for step, arm in rope if step == Step.CHAINS
+    }
+    assert Kind.LOOP not in {row["kind"] for row in rope.values()} and (Step.PARTS, f"heads {OWN_KERNEL}") in rope
     for arm, plan in compared.items():
-        assert int(rope[arm]["bytes"]) - int(cold[arm]["bytes"]) == 4 * 4 * TINY.head_dim, arm  # cos and sin in fp32
+        bytes_of = [int(found[Step.CHAINS, arm]["bytes"]) for found in (cold, rope)]
+        assert bytes_of[1] - bytes_of[0] == 4 * 4 * TINY.head_dim, f"{arm}: cos and sin in fp32"
         allowed = envelope(plan_named(plan), turned)["q"]
         assert not outside(outputs[ROPE, arm], allowed).any(), arm
         assert outside(outputs[COLD, arm], allowed).double().mean() > 0.5, f"{arm}: the test would not notice"
 
 
-@pytest.mark.parametrize("check", gpu_checks.AGAINST_SPEC)
-def test_checks_with_rope_rotate(check: str):
-    for rope in (False, True):
-        problem = gpu_checks.problem_for(plan_named("hf"), check, "cpu", rope)
-        assert (problem.positions is not None) == rope and problem.head_dim == 128
+def kept(folder: Path, point: Point, monkeypatch, outputs: dict, arms: dict[str, str]) -> Found:
+    """Rows of the point's parts and chains; q of those arms goes to outputs."""
+    labelled(monkeypatch)
+    real = castpoint.harness.gpu.point.measure
+
+    def measure(measured, gpu, **options):
+        outputs.update({(point.regime, arm.name): arm.call(0)[0] for arm in measured if arm.name in arms})
+        return real(measured, gpu, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(castpoint.harness.gpu.point, "measure", measure)
+        return swept(folder, seconds_by({}), point, (Step.PARTS, Step.CHAINS))

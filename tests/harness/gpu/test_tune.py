@@ -1,144 +1,90 @@
-"""What is checked before it is timed, and which config tuning and dispatch choose."""
+"""Which configs tuning times, and which of them enter the table."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 from fake_cuda import FakeCuda
-from gpu_support import SHAPE, labelled, records_in, rows, seconds_by
+from gpu_support import SHAPE, TINY, checked_as, records_in, rows, setting_at, stood_in
 
-from castpoint.harness.conformance import cuda as gpu_checks
+from castpoint.harness.conformance.cuda import binary_of
 from castpoint.harness.gpu import tune
-from castpoint.harness.peers.chains import Peer
-from castpoint.harness.problems.grid import Point
-from castpoint.harness.runs.schema import Check, Kind
-from castpoint.kernels import dispatch
+from castpoint.harness.gpu.order import SEPARATE
+from castpoint.harness.gpu.tune import fastest_fused, table_of, time_candidates
+from castpoint.harness.problems.grid import STANDS_FOR, Point
+from castpoint.harness.timing.rig import AGAIN
 from castpoint.kernels.config import Config
-from castpoint.kernels.dispatch import chosen, fallback, read_table, write_table
-from castpoint.kernels.plan import CHOICES, CastPlan
-from castpoint.variants.catalogue import PLANS, plan_named
+from castpoint.kernels.dispatch import Table
+from castpoint.variants.catalogue import plan_named
 
-# ---------------------------------------------------------------- checks
-
-
-def test_checks_pass_and_a_wrong_kernel_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plans = {name: PLANS[name] for name in ("hf", "gemma", "deferred")}
-    monkeypatch.setattr(gpu_checks, "PLANS", plans)
-    monkeypatch.setattr(gpu_checks, "problem_for", small_problem)
-    records = records_in(tmp_path / "right")
-    gpu_checks.check_kernels(records, FakeCuda())
-    found = records.rows("gpu_checks")
-    asked = {
-        ("hf", "default"), ("hf", "separate"), ("gemma", "default"), ("gemma", "separate"), ("deferred", "default"),
-        ("deferred", str(fallback(128, plan_named("deferred")))),
-    }  # fmt: skip
-    turned = {(plan, config, "True") for plan, config in asked if plan != "gemma"}  # which no grid rotates
-    assert {(row["plan"], row["config"], row["rope"]) for row in found} == turned | {(*each, "False") for each in asked}
-    assert {row["status"] for row in found} == {"ok"} and not gpu_checks.red_plans(records)
-    run = gpu_checks.run_triton
-    moved = {plan_named("hf"): plan_named("hf").replace(products="fp32")}  # wrong where q and k are rotated alone
-    monkeypatch.setattr(
-        gpu_checks, "run_triton", lambda plan, *rest, **options: run(moved.get(plan, plan), *rest, **options)
-    )
-    records = records_in(tmp_path / "wrong")
-    gpu_checks.check_kernels(records, FakeCuda())
-    assert set(gpu_checks.red_plans(records)) == {"hf"} and ", RoPE" in gpu_checks.red_plans(records)["hf"]
+ONE, TWO = Config("fused", "hidden", 16, 64), Config("split-k", block_m=16, block_k=32, splits=2)
+NOISE = 1.04  # separate's two graphs differ by so much, always
+POINT = Point("tiny", 4)
 
 
-def test_split_k_is_checked_at_one_token_too(monkeypatch: pytest.MonkeyPatch):
-    split = Config("split-k", block_m=16)
-    monkeypatch.setattr(gpu_checks, "PLANS", {"gemma": PLANS["gemma"]})
-    monkeypatch.setattr(gpu_checks, "configs_of", lambda plan: {"default": None, str(split): split})
-    asked = [(config, check, tokens) for _, config, check, _, tokens in gpu_checks.kernel_checks()]
-    both = gpu_checks.AGAINST_SPEC
-    assert set(asked) == {(None, check, 70) for check in both} | {(split, check, n) for check in both for n in (70, 1)}
-    assert gpu_checks.problem_for(PLANS["gemma"].plan, Check.EXACT, "cpu", tokens=1).tokens == 1
+@pytest.fixture(autouse=True)
+def stands_in(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two candidates, of arms that compute nothing."""
+    stood_in(monkeypatch)
+    monkeypatch.setattr(tune, "tiles", lambda point, plan: [ONE, TWO])
 
 
-def small_problem(plan, check, device, rope, tokens=5):
-    from support import random_problem
+def tuned(folder: Path, one: float, two: float, point: Point = POINT) -> Table:
+    """The table where `separate` takes 25 us, and those two as long as given, in us."""
+    times = {str(ONE): one * 1e-6, str(TWO): two * 1e-6, "separate": 25e-6}
 
-    from castpoint.harness.problems.exact import exact_problem
+    def seconds(name: str, now: float) -> float:
+        second_graph = name.count(AGAIN) % 2 and name.startswith("separate")
+        return times[name.split(AGAIN)[0]] / (NOISE if second_graph else 1)
 
-    if check == Check.EXACT:
-        return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16, rope=rope)
-    return random_problem(weight_offset=plan.weight_offset != "none", rope=rope)
-
-
-# ---------------------------------------------------------------- tuning and dispatch
-
-PLAN = CastPlan(proj="bf16-rne")
+    time_candidates(setting_at(point, records_in(folder), FakeCuda(seconds)))
+    return table_of(rows(folder, "tuning"), "Fake GPU")
 
 
-def stand_in(setting, plan, name, config):
-    """An arm that costs the interpreter nothing."""
-    return Peer(Kind.OWN, name, lambda i: (torch.full([2, 4], float(i)),), config=config)
+def test_what_beats_separate_by_more_than_the_noise_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked_as(monkeypatch)
+    table = tuned(tmp_path / "wins", one=30, two=20)
+    assert table == {("Fake GPU", SHAPE, scale): {4: TWO} for scale in STANDS_FOR}
+    wanted = {(str(SEPARATE), scale) for scale in STANDS_FOR} | {(str(c), s) for c in (ONE, TWO) for s in STANDS_FOR}
+    found = {(row["config"], row["scale"]): row for row in rows(tmp_path / "wins", "tuning")}
+    assert found.keys() == wanted and {row["status"] for row in found.values()} == {"ok"}
+    best = found[str(TWO), "epilogue"]
+    assert (best["p50_us"], best["speedup_separate"], best["noise_p90"], best["splits"]) == ("20", "1.25", "1.04", "2")
+    for folder, fastest in (("loses", 29), ("within the noise", 25 / 1.03)):
+        table = tuned(tmp_path / folder, one=30, two=fastest)
+        assert table["Fake GPU", SHAPE, "prologue"] == {4: SEPARATE}, f"a fused config that {folder} was taken"
+        assert table["Fake GPU", SHAPE, "epilogue"] == {4: TWO}, "separate cannot apply rstd behind the matmul"
+    assert tuned(tmp_path / "beyond it", one=30, two=25 / 1.05)["Fake GPU", SHAPE, "prologue"] == {4: TWO}
 
 
-def test_tuning_takes_what_beats_separate_by_more_than_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    monkeypatch.setattr(tune, "checked", lambda *rest, **more: {"status": "ok"})
-    monkeypatch.setattr(tune, "own_peer", stand_in)
-    one, two = Config("fused", block_m=16, block_k=64), Config("split-k", block_m=16, block_k=32, splits=2)
-    monkeypatch.setattr(tune, "candidates", lambda *shape: (one, two, Config("separate")))
-    times = {str(one): 3e-5, str(two): 2e-5, "separate": 2.5e-5}
-    table = tune.tune([Point("tiny", 4)], records_in(tmp_path / "a"), seconds_by(times))
-    assert table == {("Fake GPU", SHAPE, scale): {4: two} for scale in CHOICES["scale"]}
-    times = {str(one): 3e-5, str(two): 2.9e-5, "separate": 2.5e-5}
-    table = tune.tune([Point("tiny", 4)], records_in(tmp_path / "b"), seconds_by(times))
-    assert table["Fake GPU", SHAPE, "prologue"] == {4: Config("separate")}, "a fused config that loses was taken"
-    assert table["Fake GPU", SHAPE, "epilogue"] == {4: two}, "separate cannot apply rstd behind the matmul"
-    again = tune.tune([Point("tiny", 4)], records_in(tmp_path / "b"), seconds_by({}))
-    assert again == table, "measured twice"
+def test_a_config_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong for one plan, in its binary for one token alone: fastest, and taken wherever it is right."""
+    asked = checked_as(monkeypatch, {binary_of("deferred", TWO, 1, TINY.hidden_size): "7 elements differ"})
+    one, more = (tuned(tmp_path, one=30, two=2, point=Point("tiny", tokens)) for tokens in (1, 4))
+    assert one == {("Fake GPU", SHAPE, s): {1: ONE if s == "epilogue" else TWO} for s in STANDS_FOR}
+    assert more == {("Fake GPU", SHAPE, s): {**one["Fake GPU", SHAPE, s], 4: TWO} for s in STANDS_FOR}
+    red = [row for row in rows(tmp_path, "tuning") if row["status"] != "ok"]
+    assert [(r["tokens"], r["scale"], r["config"], r["p50_us"]) for r in red] == [("1", "epilogue", str(TWO), "")]
+    assert red[0]["reason"].endswith("exact: 7 elements differ")
+    assert sum(binary == binary_of("one-rounding", SEPARATE, 4, TINY.hidden_size) for binary in asked) == 2, "again"
 
 
-def test_a_config_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    labelled(monkeypatch)
-    monkeypatch.setattr(tune, "own_peer", stand_in)
-    one = Config("split-k", block_m=16, block_k=16)
-    monkeypatch.setattr(tune, "candidates", lambda *shape: (one, Config("separate")))
-
-    def checked(*rest: object, tokens: int) -> dict[str, str]:  # wrong in the binary for one token alone
-        return {"status": "red" if tokens == 1 else "ok", "reason": "7 elements differ"}
-
-    monkeypatch.setattr(tune, "checked", checked)
-    table = tune.tune([Point("tiny", 4)], records_in(tmp_path), seconds_by({str(one): 1e-6}))
-    assert table == {("Fake GPU", SHAPE, "prologue"): {4: Config("separate")}}
-    assert {r["status"] for r in rows(tmp_path, "tuning") if r["config"] == str(one)} == {"red"}
+def test_without_a_time_of_separate_nothing_is_known_to_beat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked_as(monkeypatch, {binary_of("one-rounding", SEPARATE, 4, TINY.hidden_size): "7 elements differ"})
+    found = tuned(tmp_path, one=30, two=20)  # behind the matmul the fastest stands all the same
+    assert found == {("Fake GPU", SHAPE, scale): {4: TWO} for scale in ("epilogue", "folded")}
+    assert {row["status"] for row in rows(tmp_path, "tuning") if row["config"] != "separate"} == {"ok"}
 
 
-def test_the_table_is_read_as_it_was_written(tmp_path: Path):
-    path = tmp_path / "dispatch.csv"
-    table = {
-        ("NVIDIA H200", SHAPE, "prologue"): {1: Config("split-k", splits=4), 16: Config("separate")},
-        ("NVIDIA H200", SHAPE, "folded"): {4096: Config("fused", "hidden", 128, 64, 8, 4)},
-    }
-    write_table(table, path)
-    assert read_table(path) == table and read_table(tmp_path / "none.csv") == {}
-    path.write_text(path.read_text().replace("splits", "shares"))
-    with pytest.raises(ValueError, match="must have the columns gpu, .*castpoint gpu --tune"):
-        read_table(path)
-
-
-def test_dispatch_takes_the_next_larger_number_of_tokens():
-    one, two = Config("split-k", splits=4), Config("fused", "hidden", 128, 64, 8, 4)
-    table = {("H", SHAPE, "prologue"): {1: one, 16: two}}
-    for tokens, config in ((1, one), (2, two), (16, two), (17, two)):
-        assert dispatch.dispatch(table, "H", SHAPE, tokens, PLAN) == config
-    assert dispatch.dispatch(table, "H", (128, 2, 1, 16), 1, PLAN) is None
-    assert dispatch.dispatch(table, "H", SHAPE, 1, PLAN.replace(scale="epilogue")) is None
-    assert dispatch.dispatch(table, "H", SHAPE, 1, PLAN.replace(matmul="tf32", hidden="fp32")) is None
-
-
-def test_another_gpu_falls_back_and_says_so_once():
-    dispatch._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="no config for Another GPU.*`castpoint gpu --tune`"):
-        assert chosen("Another GPU", SHAPE, 1, PLAN) == Config("separate")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert chosen("Another GPU", SHAPE, 1, PLAN.replace(scale="epilogue")).kernel == "fused"
-        assert chosen("Another GPU", SHAPE, 1, PLAN.replace(matmul="fp32", hidden="fp32")).kernel == "fused"
+def test_the_fastest_fused_config_expresses_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked_as(monkeypatch)
+    tuned(tmp_path, one=20, two=30)
+    found = rows(tmp_path, "tuning")
+    assert fastest_fused(found, POINT, plan_named("one-rounding")) == ONE, "though it may be slower than separate"
+    assert fastest_fused(found, POINT, plan_named("fp32")) == TWO, "a stored hidden is bf16"
+    assert fastest_fused(found, Point("tiny", 1), plan_named("one-rounding")) is None
+    failed = [row | {"status": "failed"} if row["config"] == str(ONE) else row for row in found]
+    assert fastest_fused(failed, POINT, plan_named("one-rounding")) == TWO
