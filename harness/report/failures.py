@@ -8,12 +8,13 @@ import pandas as pd
 
 from castpoint.harness.report import model
 from castpoint.harness.report.markdown import under
-from castpoint.harness.runs.frames import latest, load
+from castpoint.harness.runs.frames import GPU_TABLES, latest, load, load_table, newest_gpu_run
 
 BAD = ("failed", "red")
 OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
-NAMES = "model source implementation kernel arm plan config backend how target kind check measure".split()
+NAMES = "model source implementation kernel counter limit arm step plan config backend how target kind check".split()
+NAMES += ["measure"]
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:
@@ -23,22 +24,24 @@ def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     names = [name for name in NAMES if name in rows.columns]
     what = [", ".join(dict.fromkeys(str(cell) for cell in row if cell not in ("", None))) for row in rows[names].values]
     named = pd.DataFrame({"table": table, "what": what, "status": rows["status"], "reason": rows["reason"], "at": ""})
-    if table in ("gpu_speed", "gpu_points"):
+    if table in ("gpu_speed", "gpu_steps"):
         points = zip(rows["tokens"], rows["regime"], strict=True)
-        named["at"] = [f", {tokens:.0f} tokens {regime}" for tokens, regime in points]
+        named["at"] = [f", {tokens:.0f} tokens {regime}" if regime else "" for tokens, regime in points]
     found = named.groupby(["table", "what", "status", "reason"], sort=False)["at"].agg(rows="size", at="first")
     found = found.reset_index()
     return found.assign(what=found["what"] + found.pop("at"))[["table", "what", "status", "reason", "rows"]]
 
 
 def failures(folder: Path, run_id: str) -> pd.DataFrame:
-    """bad_rows of a bench, and of the newest finished run of each study and model beside it."""
+    """bad_rows of a bench, of the GPU run that is shown, and of the newest finished run of each study and model."""
     frames = load(folder, run_id)
     found = [bad_rows(frames[table], table) for table in OF_A_BENCH]
     found += [bad_rows(study.frames["model_tokens"], "model_tokens") for study in model.studies(folder)]
+    on_a_gpu = newest_gpu_run(folder)
+    found += [bad_rows(load_table(folder, on_a_gpu, table), table) for table in GPU_TABLES if on_a_gpu]
     for table in frames:
-        if table not in OF_A_BENCH and not table.startswith("model_") and (newest := latest(folder, table)):
-            found.append(bad_rows(newest[1], table))
+        if table not in (*OF_A_BENCH, *GPU_TABLES) and not table.startswith("model_"):
+            found += [bad_rows(newest[1], table) for newest in [latest(folder, table)] if newest]
     return pd.concat(found, ignore_index=True)
 
 

@@ -12,19 +12,20 @@ from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_tab
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, newest_gpu_run, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
 
 
 def newest_run(folder: Path) -> str:
-    """The newest finished run of `bench` or `gpu` in a results folder. Raises UserError if there is none."""
-    whole = ("bench", "gpu")
-    finished = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") in whole]
-    if not finished:
-        raise UserError(f"{folder} holds no finished run: run `make bench` first")
-    return finished[-1]
+    """The newest finished bench of a results folder; without one its GPU run, finished or not. Raises UserError if there
+    is neither."""
+    benches = [i for i, run in load_runs(folder).items() if "finished" in run and run.get("command") == "bench"]
+    found = benches[-1] if benches else newest_gpu_run(folder)
+    if not found:
+        raise UserError(f"{folder} holds no finished bench and no row of a GPU: run `make bench` first")
+    return found
 
 
 def plan_table(frames: Frames) -> pd.DataFrame:
@@ -137,19 +138,43 @@ def limits(run: dict[str, Any], speed: pd.DataFrame) -> str:
     ceilings = run.get("ceilings")
     if not ceilings or not len(speed):
         return ""
+    regimes = speed["regime"].iloc[0]
+    if speed["regime"].nunique() > 1:  # a GPU rotates fewer weights where outputs fill its memory
+        at = {regime: rows["tokens"].unique() for regime, rows in speed.groupby("regime", sort=False)}
+        regimes = "; ".join(
+            f"{regime} at {', '.join(f'{t:.0f}' for t in tokens)} tokens" for regime, tokens in at.items()
+        )
     rate = ceilings.get("fp32_flops_per_s")
     fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
     return (
         f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} "
-        f"TFLOP/s bf16{fp32} matmul; the roofline takes the faster. {speed['regime'].iloc[0]}. "
+        f"TFLOP/s bf16{fp32} matmul; the roofline takes the faster. {regimes}. "
         f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on "
         f"{run['environment']['threads']} threads; a second busy process multiplies CPU times."
     )
 
 
 def write_report(folder: Path, run_id: str) -> Path:
-    """Writes report.md into the results folder and returns its path."""
+    """Writes report.md into the results folder and returns its path. Of a run that is no bench it has what failed and
+    the sections on GPU and studies alone."""
     frames, run = load(folder, run_id), load_runs(folder)[run_id]
+    failed = failures.section(failures.failures(folder, run_id))
+    if run_id == newest_gpu_run(folder):
+        said, sections = f"Run {run_id} of `castpoint gpu`, without a bench.", [failed]
+    else:
+        said = conditions(run_id, run)
+        found = "\n".join(finding.line() for finding in findings(folder, frames))
+        sections = [f"## Findings\n\n{found}" if found else "", failed, *bench_sections(run, frames)]
+    sections = [*filter(None, sections), *study_sections(folder, run["environment"].get("commit", ""))]
+    headings = [section.splitlines()[0].removeprefix("## ") for section in sections]
+    contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in headings)
+    path = folder / "report.md"
+    path.write_text(paragraphs(f"# Results\n\n{said}", contents, *map(str.rstrip, sections)) + "\n")
+    return path
+
+
+def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
+    """A bench's tables, each with its plots."""
     t, speed, draws = tables(frames), frames["speed"], frames["draws"]
     over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
     cpu = (
@@ -158,10 +183,7 @@ def write_report(folder: Path, run_id: str) -> Path:
         "not cast plans on a GPU. "
     )
     cpu = cpu if len(speed) and best_backend(speed) == "inductor" else ""
-    said = "\n".join(finding.line() for finding in findings(folder, frames))
-    sections = [
-        f"## Findings\n\n{said}" if said else "",
-        failures.section(failures.failures(folder, run_id)),
+    return [
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
@@ -177,10 +199,4 @@ def write_report(folder: Path, run_id: str) -> Path:
         "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
         f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
         f"## Times\n\n{cpu}{limits(run, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
-        *study_sections(folder, run["environment"].get("commit", "")),
     ]
-    headings = [section.splitlines()[0].removeprefix("## ") for section in sections if section]
-    contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in headings)
-    path = folder / "report.md"
-    path.write_text(paragraphs(f"# Results\n\n{conditions(run_id, run)}", contents, *map(str.rstrip, sections)) + "\n")
-    return path

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 
-from castpoint.harness.report import gpu, model
+from castpoint.harness.report import model
 from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
 from castpoint.harness.report.gpu_plots import speedups
+from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
 from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
@@ -42,7 +43,7 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
         if budget := latest(folder, "budget"):
             figures["budget"] = (budget_bars(budget[1]), budget[0])
-        if timed := gpu.newest(folder):
+        if timed := newest(folder):
             figures["gpu_speedup"] = (speedups(timed), timed.run_id)
         for study in model.studies(folder):
             for name, plot in model_plots(study.frames).items():

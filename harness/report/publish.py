@@ -1,13 +1,18 @@
 """What is published: records under results/, with their plots, their report and the README's block, all of one state.
 
-Only `make publish` writes there. It takes the newest finished run of each command from a run folder, and refuses
-what is a part of a whole: a short run, some plans or layers, another model, a checkpoint, code that is not committed.
+Only `make publish` writes there. It takes the newest finished run of each command from a run folder or an archive of
+one, and the newest GPU run also where it was cut off. It refuses what is a part of a whole by choice: a short run, some
+plans or layers, another model, a checkpoint; and code that is not committed.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +20,39 @@ from castpoint.harness.problems.geometry import GEOMETRIES
 from castpoint.harness.report.page import newest_run, write_report
 from castpoint.harness.report.plots import draw
 from castpoint.harness.report.readme import BLOCK, update_readme
-from castpoint.harness.runs.environment import short_name
+from castpoint.harness.runs.archive import unpack
+from castpoint.harness.runs.environment import commit, short_name, sources
 from castpoint.harness.runs.errors import UserError, writing
-from castpoint.harness.runs.records import Settings, load_runs
+from castpoint.harness.runs.frames import newest_gpu_run
+from castpoint.harness.runs.records import Settings, load_runs, whole_lines
+from castpoint.harness.runs.schema import TABLES
 from castpoint.variants.catalogue import PLANS
 
 # model, checkpoint, layers and plans of a bench that leaves nothing out
 WHOLE = (Settings.model, None, list(range(GEOMETRIES[Settings.model].num_layers)), list(PLANS))
 README, PUBLISHED = Path("README.md"), Path("results")
+UNKNOWN = "unknown"  # the commit of a copy of the tree
 OF_README = PUBLISHED / "cpu"  # whose newest run the README's block shows
 
 
 def write(folder: Path) -> str:
-    """Plots and report.md of a folder's newest finished run of `bench` or `gpu`; says where they are."""
+    """Plots and report.md of a folder's newest finished bench, or of its GPU run where it has none; says where they
+    are."""
     run_id = newest_run(folder)
     with writing(folder):
         draw(folder, run_id)
         return f"wrote {write_report(folder, run_id)} and {folder / 'plots'}"
+
+
+@contextmanager
+def unpacked(source: Path | None) -> Iterator[Path | None]:
+    """That folder; of an archive the folder in it, while the context lasts."""
+    if source is None or not source.is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(source, Path(folder, source.name))
+        yield Path(folder, source.name)
 
 
 def publish(source: Path | None) -> list[str]:
@@ -40,40 +61,61 @@ def publish(source: Path | None) -> list[str]:
 
     Raises UserError, before anything is written, for a run that may not be published, and outside of a checkout.
     """
-    if not README.exists() or not BLOCK.search(README.read_text()):
-        raise UserError("publish runs in the root of a checkout, whose README.md has the generated block")
+    check_checkout()
     said, folder = [], OF_README
     if source is not None:
         runs = publishable(source)
         folder = PUBLISHED / machine(runs)
-        said += [f"{folder}: run {run_id}, {run['command']}" for run_id, run in add(source, runs, folder).items()]
+        for run_id, run in add(source, runs, folder).items():
+            said.append(f"{folder}: run {run_id}, {run['command']}{'' if 'finished' in run else ', cut off'}")
     said += [write(each) for each in dict.fromkeys((folder, OF_README))]
     with writing(README):
         update_readme(README, OF_README)
     return [*said, f"wrote the block of {README}"]
 
 
+def check_checkout() -> None:
+    """Raises UserError outside of a checkout."""
+    if not README.exists() or not BLOCK.search(README.read_text()):
+        raise UserError("publish runs in the root of a checkout, whose README.md has the generated block")
+
+
 def publishable(source: Path) -> dict[str, dict[str, Any]]:
-    """run_id -> the newest finished run of each command (and model). Raises UserError where one is not whole."""
+    """run_id -> the newest finished run of each command (and model), and the newest GPU run with rows, finished or not.
+    Raises UserError where one may not be published."""
     newest: dict[tuple[str, str], str] = {}
-    runs = load_runs(source)
+    runs = {run_id: with_commit(run) for run_id, run in load_runs(source).items()}
     for run_id, run in runs.items():
         if "finished" in run:
             command = run["command"].split(" --only")[0]
             newest[command, run["settings"]["model"] if command == "model" else ""] = run_id
+    if on_a_gpu := newest_gpu_run(source):
+        newest["gpu", ""] = on_a_gpu
     if not newest:
         raise UserError(f"{source} holds no finished run: run `castpoint bench` first")
     for run_id in newest.values():
         if reason := unfit(runs[run_id]):
-            raise UserError(f"{source}: run {run_id} ({runs[run_id]['command']}) is not published: {reason}")
+            raise UserError(f"{source}: run {run_id} ({runs[run_id].get('command')}) is not published: {reason}")
     return {run_id: runs[run_id] for run_id in sorted(newest.values())}
+
+
+def with_commit(run: dict[str, Any]) -> dict[str, Any]:
+    """The run; where a copy of the tree did not know its commit, with that of this checkout, if it is clean and has the
+    same sources."""
+    e, here = run["environment"], commit()
+    if e.get("commit") != UNKNOWN or here == UNKNOWN or here.endswith("+") or e.get("sources") != sources():
+        return run
+    return run | {"environment": e | {"commit": here}}
 
 
 def unfit(run: dict[str, Any]) -> str:
     """Why that run may not be published; empty if it may."""
-    commit = run["environment"].get("commit", "unknown")
-    if commit == "unknown" or commit.endswith("+"):
-        return f"its code is at no commit ({commit}): commit, and run it again"
+    e = run["environment"]
+    named = e.get("commit", UNKNOWN)
+    if named == UNKNOWN and "sources" in e:
+        return f"its code is at no commit ({named}): publish it from a clean checkout of its sources, {e['sources']}"
+    if named == UNKNOWN or named.endswith("+"):
+        return f"its code is at no commit ({named}): commit, and run it again"
     if "narrowed_by" not in run:
         return "it was not made by the command line"
     if run["narrowed_by"]:
@@ -97,12 +139,14 @@ def machine(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def add(source: Path, runs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Appends rows and entries of those runs that the published folder does not have yet; returns these."""
+    """Appends rows and entries of those runs that the published folder does not have yet, or has cut off; returns
+    these."""
     held = load_runs(folder)
-    new = {run_id: run for run_id, run in runs.items() if run_id not in held}
+    new = {run_id: run for run_id, run in runs.items() if "finished" not in held.get(run_id, {})}
     if not new:
         return new
-    drafts = {path.name: merged(path, folder / path.name, set(new)) for path in sorted(source.glob("*.csv"))}
+    tables = [path for path in sorted(source.glob("*.csv")) if path.stem in TABLES]  # and no configs beside them
+    drafts = {path.name: merged(path, folder / path.name, set(new)) for path in tables}
     whole = json.loads((source / "environment.json").read_text()) | {"runs": dict(sorted((held | new).items()))}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +157,17 @@ def add(source: Path, runs: dict[str, dict[str, Any]], folder: Path) -> dict[str
 
 
 def merged(source: Path, published: Path, run_ids: set[str]) -> str:
-    """The published table with the rows of those runs behind it. Raises UserError where it has other columns."""
-    lines = source.read_text().splitlines(keepends=True)
-    before = published.read_text() if published.exists() else lines[0]
-    if before.splitlines()[0] != lines[0].rstrip("\n"):
+    """The published table with the rows of those runs behind it, in place of what it has of them. Raises UserError
+    where it has other columns, or more rows of them."""
+
+    def of_these(line: str) -> bool:
+        return next(csv.reader([line]))[0] in run_ids
+
+    header, *lines = whole_lines(source).splitlines(keepends=True) or [""]
+    head, *before = (whole_lines(published) or header).splitlines(keepends=True) or [""]
+    if header and head != header:
         raise UserError(f"{published} has other columns than {source}: bring it to this version's first")
-    return before + "".join(line for line in lines[1:] if next(csv.reader([line]))[0] in run_ids)
+    rows = list(filter(of_these, lines))
+    if len(rows) < sum(map(of_these, before)):
+        raise UserError(f"{published} holds more rows of a run than {source}, an older copy: publish the newest")
+    return "".join([head, *itertools.filterfalse(of_these, before), *rows])

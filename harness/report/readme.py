@@ -9,6 +9,7 @@ import pandas as pd
 
 from castpoint.harness.report import gpu
 from castpoint.harness.report.findings import anchor, findings
+from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
@@ -53,10 +54,12 @@ def conditions(folder: Path, run_id: str) -> str:
 
 
 def gpus(results: Path) -> str:
-    """One sentence on every folder of results that holds times of a GPU."""
-    runs = {folder: gpu.newest(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
-    where = f"report.md#{anchor(gpu.HEADING)}"
-    found = [f"[{run.gpu}]({folder.as_posix()}/{where})" for folder, run in runs.items() if run]
+    """One sentence on every folder of results that holds rows of a GPU, whatever its name."""
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if run := newest(folder):
+            link = f"[{run.gpu}]({folder.as_posix()}/report.md#{anchor(gpu.HEADING)})"
+            found.append(f"{link} (cut off after {run.reached})" if run.cut_off else link)
     return f"Times on a GPU: {', '.join(found)}." if found else "No kernel has run on a GPU yet, only its PTX on a CPU."
 
 

@@ -87,7 +87,7 @@ def configs_section(frame: pd.DataFrame) -> str:
     return (
         "## Configs\n\nEvery tile that `norm_qkv` may be launched with, and its main loop by itself (`matmul`), "
         "compiled ahead of time: registers a thread / bytes spilled a thread / KiB of "
-        "shared memory a block. Nothing is timed by this: `castpoint gpu --tune` does that on a GPU."
+        "shared memory a block. Nothing is timed by this: `castpoint gpu` does that on a GPU."
         f"\n\n{markdown(table.reset_index())}"
     )
 

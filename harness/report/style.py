@@ -69,8 +69,9 @@ def panels(
 
 
 def save(figure: Figure, path: Path, label: str) -> Path:
-    """Writes the figure as PNG, with a small line at its foot on what was measured where."""
-    figure.text(0.005, 0.005, label, fontsize=7, color=GREY)
+    """Writes the figure as PNG, with a small line at its foot on what was measured where; two on a narrow figure."""
+    lines = textwrap.wrap(label, int(16 * figure.get_figwidth()), max_lines=2, placeholder=" …")  # letters an inch
+    figure.text(0.005, 0.005, "\n".join(lines), fontsize=7, color=GREY)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 
 import pytest
-from invented_gpu import CHAIN, FUSED, SEPARATE, SMALL, add, opened
+from invented_gpu import CHAIN, FUSED, SEPARATE, SMALL, add, invent_cut_off, opened
 
-from castpoint.harness.gpu import arms
 from castpoint.harness.problems import grid
-from castpoint.harness.report.gpu import EXACT, newest, section, what_of
+from castpoint.harness.problems.geometry import layer_work
+from castpoint.harness.report.gpu import section
 from castpoint.harness.report.gpu_plots import speedups
+from castpoint.harness.report.gpu_runs import EXACT, newest, what_of
 from castpoint.harness.report.plots import draw
-from castpoint.harness.runs.schema import Kind
+from castpoint.harness.runs.schema import Kind, Step
 from castpoint.variants.catalogue import PLANS
 
 
@@ -24,15 +25,16 @@ def invent_whole(folder: Path) -> str:
         key = (point.model, point.tokens, point.regime)
         if point.regime != grid.COLD or point.model == "qwen3-235b-a22b" or point.tokens == 512:
             continue
-        floor = next(row for row in arms.rows(point) if row.arm == "P1 best").floor_s() * 1e6
+        work = layer_work(point.geometry, point.tokens)
+        floor = work.floor_s(*grid.ASSUMED["h200"]) * 1e6
         p4 = 1.15 * floor + 2.5
         p1 = p4 + 3.0 + 0.02 * point.tokens**0.9
         add(records, key, CHAIN, p1, p1, roofline_share=floor / p1)
         add(records, key, "P4 cuBLAS", p4, roofline_share=floor / p4)
-        for row in arms.rows(point):
-            if row.arm.startswith("P2 "):
-                add(records, key, row.arm, 1.1 * p1, p1)
-        for place, name in enumerate(grid.own_plans(point)):
+        if point.model in grid.GOAL_MODELS and point.tokens in (1, 256, 4096):
+            add(records, key, CHAIN, p1, p1, step=Step.COMPILED)
+            add(records, key, "P2 torch.compile", 1.1 * p1, p1, step=Step.COMPILED)
+        for place, name in enumerate((*grid.MAIN_PLANS, *grid.other_plans(point))):
             us = (1.12 + 0.05 * math.log2(point.tokens) / 6) * floor + 2.3 + 0.12 * (place % 4)
             wide = PLANS[name].plan.matmul
             us *= {"bf16": 1, "tf32": 2, "tf32x3": 4, "fp32": 9}[wide]
@@ -52,11 +54,26 @@ def test_the_plot_is_drawn_and_the_same_every_time(tmp_path: Path) -> None:
     assert plot.read_bytes() == first
 
 
+def test_the_plot_of_a_run_that_was_cut_off_says_so(tmp_path: Path, by_hand: Path) -> None:
+    """One panel of one point is a plot: its marker, and bands that are wide enough to be seen."""
+    invent_cut_off(tmp_path, [(SMALL, 16, grid.COLD)])
+    figure = speedups(newest(tmp_path))
+    (panel,) = figure.axes
+    assert figure.get_suptitle().endswith("CUT OFF: 1 of 152 points")
+    assert "CUT OFF" not in speedups(newest(by_hand)).get_suptitle()
+    bands = [band.get_paths()[0].get_extents() for band in panel.collections]
+    assert len(bands) == 4 and all(band.width > 1 and band.height > 0.01 for band in bands)
+    low, high = panel.get_ylim()
+    assert low < 0.9 and high > 1.5
+    assert draw(tmp_path, newest(tmp_path).run_id)[0].stat().st_size > 5000
+
+
 def test_the_plot_of_a_grid_with_holes(by_hand: Path) -> None:
     """The red P1's speed-ups are not drawn."""
     figure = speedups(newest(by_hand))
-    panels = dict(zip(grid.MODELS, figure.axes, strict=True))
-    empty = {model for model, axes in panels.items() if any(t.get_text() == "not measured" for t in axes.texts)}
-    assert empty == set(grid.MODELS) - {SMALL}
-    heights = [y for line in panels[SMALL].lines for y in line.get_ydata()]
+    (panel,) = figure.axes
+    assert panel.get_title(loc="left") == SMALL
+    (missing,) = (text.get_text() for text in figure.texts if "without a time" in text.get_text())
+    assert missing.removeprefix("without a time: ").split(", ") == [m for m in grid.MODELS if m != SMALL]
+    heights = [y for line in panel.lines for y in line.get_ydata()]
     assert min(heights) == pytest.approx(0.75) and max(heights) == pytest.approx(1.6)

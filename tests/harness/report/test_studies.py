@@ -106,10 +106,7 @@ def test_a_survey_that_was_stopped_goes_on(surveyed: Path, monkeypatch: pytest.M
         raise AssertionError("measured again")
 
     monkeypatch.setattr(survey, "identify", never)
-    runs = load_runs(surveyed)
-    records = Records(surveyed, {"other": 1}, {"commit": "x"})
-    records.run_id = next(iter(runs))
-    records.done = {table: records._read_keys(table) for table in TABLES}
+    records = Records.of_run(surveyed, next(iter(load_runs(surveyed))))
     survey.survey_implementations(records, "cpu")
     assert len(records.rows("implementations")) == len(a_few())
 
