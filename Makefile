@@ -10,7 +10,7 @@ ARGS    ?=
 WHERE   := $(if $(RESULTS),--results $(RESULTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-real compare study models gpu gpu-quick gpu-tune report publish lint format clean
+.PHONY: help bench test test-real compare study models gpu report publish lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -49,19 +49,13 @@ models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into m
 test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
 	$(BIN)/pytest -q tests/real -o addopts="" $(ARGS)
 
-gpu:  ## everything that wants a CUDA device, with $(PYTHON) as it is: nothing is set up
+gpu:  ## all that wants a CUDA device, with $(PYTHON) as it is: nothing is set up; ARGS='--minutes 9', and it goes on
 	$(PYTHON) -m castpoint gpu $(WHERE) $(ARGS)
-
-gpu-quick:  ## two models at four token counts, to see whether `make gpu` would run
-	$(PYTHON) -m castpoint gpu --quick $(WHERE) $(ARGS)
-
-gpu-tune:  ## time every tile of the kernels and write the fastest into kernels/dispatch.csv; then `make gpu` takes them
-	$(PYTHON) -m castpoint gpu --tune $(WHERE) $(ARGS)
 
 report: $(READY)  ## plots and report.md from the newest finished run
 	$(BIN)/castpoint report $(WHERE)
 
-publish: $(READY)  ## maintainers: a whole run of committed code (RESULTS=runs/cpu) into results/, with plots, report and README
+publish: $(READY)  ## maintainers: a run of committed code (RESULTS=runs/cpu or run.tar.gz) into results/, with plots, report, README
 	$(BIN)/castpoint publish $(RESULTS)
 
 lint: $(READY)  ## check style, the import rule and types, change nothing

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -100,34 +102,43 @@ def bench(
 @app.command(rich_help_panel=BUYS)
 def gpu(
     results: ResultsFolder = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two models at four token counts, three layers.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every measurement; touch no GPU.")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="Time every config instead, for kernels/dispatch.csv.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Time to spend. Default: until all is measured.", min=0)] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            help="One file with the whole run, kept up to date; where the results folder has no records, the run goes "
+            "on from it. Default: the folder's name with .tar.gz."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Every step in order, with a clock; no GPU.")] = False,
+    from_records: Annotated[
+        bool,
+        typer.Option("--from-records", help="What was tuned into kernels/dispatch.csv; outputs against this CPU's."),
+    ] = False,
 ) -> None:
-    """Everything that wants a CUDA device: checks, errors, the grid of speeds, fingerprints. Continues where it was."""
+    """Speeds on a CUDA device, checked before they count, most worth first. Continues where it was."""
     if dry_run:
-        from castpoint.harness.gpu.arms import listing
+        from castpoint.harness.gpu.order import listing
 
-        print("\n".join(listing(quick)))
+        print("\n".join(listing()))
         return
-    device = options.device_named("cuda")
+    if from_records:
+        folder = results or options.newest_folder()
+        print(steps.write_dispatch(folder))
+        print("\n".join(steps.compare_outputs(folder)))
+        return
+    options.compiling()
     options.check_dispatch()
-    from castpoint.harness.timing.cuda import DeviceLost
+    from castpoint.harness.runs.process import apart, supervised
 
-    with mistakes(DeviceLost, about="what was measured is kept, the same command goes on from there"):
-        if tune:
-            part_of = options.narrowed({}, quick=quick)
-            records = options.records_of("tune", results, part_of, device=device, quick=quick)
-            steps.tune_kernels(records, quick)
-            return
-        settings, records = options.select("gpu", device=device, results=results, short=quick)
-        steps.measure_gpu(settings, records, quick)
-    red = steps.print_red(records, "errors", "speed", "gpu_checks", "gpu_speed")
-    try:
-        steps.write_report(records.folder)
-    except ModuleNotFoundError as error:
-        print(f"records are in {records.folder}; {error.name} is missing, so plots and report wait for `make report`")
-    raise typer.Exit(red)
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
+    folder = apart(options.gpu_folder, results)
+    archive = archive or folder.with_name(f"{folder.name}.tar.gz")
+    status = supervised(folder, deadline)
+    if status is None:
+        raise typer.Exit(steps.measure_gpu(folder, archive, deadline))
+    steps.keep(folder, archive)
+    raise typer.Exit(status)
 
 
 # Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
@@ -234,18 +245,18 @@ def study(
 def report(
     results: Annotated[Path | None, typer.Option(help="Results folder. Default: the newest under runs/.")] = None,
 ) -> None:
-    """Plots and report.md from the newest finished bench or gpu run of a results folder."""
+    """Plots and report.md from a results folder's newest finished bench and its newest GPU run, cut off or not."""
     folder = results or options.newest_folder()
     options.refuse_published(folder)
     steps.write_report(folder)
 
 
 @app.command(hidden=True)
-def publish(source: Annotated[Path | None, typer.Argument(help="A run folder, such as runs/cpu.")] = None) -> None:
+def publish(
+    source: Annotated[Path | None, typer.Argument(help="A run folder, such as runs/cpu, or an archive of one.")] = None,
+) -> None:
     """For maintainers (`make publish`): a run folder's records into results/, with plots, report and README."""
-    from castpoint.harness.report.publish import publish
-
-    print("\n".join(publish(source)))
+    print("\n".join(steps.publish(source)))
 
 
 @app.command(rich_help_panel=LAB)

@@ -86,14 +86,29 @@ def select(
 
 
 def records_of(
-    command: str, results: Path | None, part_of: dict[str, str] | None = None, *, device: str, **settings: object
+    command: str,
+    results: Path | None,
+    part_of: dict[str, str] | None = None,
+    archive: Path | None = None,
+    *,
+    device: str,
+    **settings: object,
 ) -> Records:
-    """The results folder of a command, where its run is opened. part_of: as narrowed says; the rest is recorded."""
+    """The results folder of a command, where its run is opened. part_of: as narrowed says; archive: the folder as one
+    file, as Records says; the rest is recorded."""
     folder = results or RUNS / machine_name(device)
     refuse_published(folder)
-    records = Records(folder, {"command": command, "device": device, **settings}, describe(device))
+    records = Records(folder, {"command": command, "device": device, **settings}, describe(device), archive)
     records.note(command=command, narrowed_by=part_of or {})
     return records
+
+
+def gpu_folder(results: Path | None) -> Path:
+    """Where the records of a GPU run go. Raises UserError without a CUDA device, and for published results."""
+    device = device_named("cuda")
+    folder = results or RUNS / machine_name(device)
+    refuse_published(folder)
+    return folder
 
 
 def refuse_published(folder: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from castpoint.harness import options
-from castpoint.harness.runs.errors import writing
+from castpoint.harness.runs.errors import UserError, mistakes, writing
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
 
@@ -30,42 +30,37 @@ def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> Non
         sweep_speed(settings, records)
 
 
-def measure_gpu(settings: Settings, records: Records, quick: bool) -> None:
-    from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
-    from castpoint.harness.conformance.cuda import check_eager, check_interpreter, check_kernels
-    from castpoint.harness.fingerprint.survey import survey_implementations
-    from castpoint.harness.gpu.sweep import sweep_gpu
-    from castpoint.harness.problems import grid
-    from castpoint.harness.timing.cuda import Cuda
-    from castpoint.harness.timing.sweep import sweep_speed
+def measure_gpu(folder: Path, archive: Path, deadline: float) -> int:
+    """The steps of a GPU run until time.monotonic() passes the deadline; the exit status of the process."""
+    from castpoint.harness.conformance.warm import Compilers
 
-    device = Cuda()
-    check_kernels(records, device)
-    check_eager(records, device)
-    check_interpreter(records, device)
-    sweep_precision(settings, records)
-    sweep_kernels(settings, records)
-    sweep_gpu(grid.points(quick), records, device, quick)
-    sweep_speed(settings, records)
-    if not quick:
-        survey_implementations(records, "cuda")
-    records.finish()
+    compilers = Compilers()  # before CUDA is touched
+    from castpoint.harness.gpu.run import run
+    from castpoint.harness.runs.process import LOST
+    from castpoint.harness.timing.cuda import Cuda, DeviceLost
+
+    records = options.records_of("gpu", folder, device="cuda", archive=archive)
+    try:
+        gpu = Cuda()
+        compilers.target = gpu.target()
+        if run(records, gpu, compilers, deadline):
+            records.finish()
+    except DeviceLost as error:
+        print(f"{error}; what was measured is kept, a new process goes on from there", file=sys.stderr)
+        return LOST
+    finally:
+        records.close()
+        compilers.close()
+    return int(print_red(records, "gpu_checks", "gpu_speed", "tuning", "gpu_steps"))
 
 
-def tune_kernels(records: Records, quick: bool) -> None:
-    from castpoint.harness.gpu.tune import tune
-    from castpoint.harness.problems import grid
-    from castpoint.harness.timing.cuda import Cuda
-    from castpoint.kernels.dispatch import TABLE, read_table, write_table
+def keep(folder: Path, archive: Path) -> None:
+    """The archive of a GPU run as its folder is now: a process that was killed did not write it."""
+    from castpoint.harness.runs import archive as archives
+    from castpoint.harness.runs.records import load_runs
 
-    found = tune([p for p in grid.points(quick) if p.regime == grid.COLD], records, Cuda())
-    records.finish()
-    table = read_table()
-    for key, configs in found.items():
-        table.setdefault(key, {}).update(configs)
-    with writing(TABLE):
-        write_table(table)
-    print(f"wrote {sum(map(len, found.values()))} configs to {TABLE}")
+    if load_runs(folder):
+        archives.write(folder, archive)
 
 
 COUNTED = {  # what three columns of an audited kernel count
@@ -164,6 +159,58 @@ def print_parts(records: Records, parts: tuple[str, ...]) -> None:
         print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")
 
 
+def publish(source: Path | None) -> list[str]:
+    """report.publish.publish of a run folder or an archive of one, after its outputs are compared with this CPU's; its
+    configs into kernels/dispatch.csv. What may not be published is refused before anything is computed."""
+    from castpoint.harness.report.publish import check_checkout, publish, publishable, unpacked
+    from castpoint.harness.runs.frames import latest
+
+    options.check_dispatch()
+    check_checkout()
+    with unpacked(source) as folder:
+        if folder is None:
+            return publish(None)
+        publishable(folder)
+        compared = compare_outputs(folder)
+        tuned = latest(folder, "tuning", cut_off=True)
+        return [*publish(folder), *compared, *([write_dispatch(folder)] if tuned else [])]
+
+
+def compare_outputs(folder: Path) -> list[str]:
+    """Outputs of the folder's newest GPU run against this CPU's, into its gpu_checks. Says in a line what it did;
+    nothing where there is no such run."""
+    from castpoint.harness.runs.frames import newest_gpu_run
+
+    if not (run_id := newest_gpu_run(folder)):
+        return []
+    from castpoint.harness.conformance.outputs import compare_outputs
+
+    found = compare_outputs(folder, run_id)
+    said = found if isinstance(found, str) else f"{found} rows added to gpu_checks"
+    return [f"outputs of run {run_id} {'not compared' if isinstance(found, str) else 'compared'}: {said}"]
+
+
+def write_dispatch(folder: Path) -> str:
+    """The fastest configs of the newest run with rows of tuning, finished or not, into kernels/dispatch.csv, whose
+    other rows stay; says what it did. Raises UserError where no run of the folder has such rows."""
+    from castpoint.harness.gpu.tune import table_of
+    from castpoint.harness.runs.frames import latest
+    from castpoint.harness.runs.records import load_runs, rows_of
+    from castpoint.kernels.dispatch import TABLE, read_table, write_table
+
+    if not (newest := latest(folder, "tuning", cut_off=True)):
+        raise UserError(f"{folder} holds no rows of tuning: `castpoint gpu` measures them")
+    run_id = newest[0]
+    with mistakes(ValueError, KeyError, TypeError, about=str(TABLE)):
+        table = read_table(TABLE)
+    found = table_of(rows_of(folder, run_id, "tuning"), load_runs(folder)[run_id]["environment"]["gpu"]["name"])
+    for key, configs in found.items():
+        table.setdefault(key, {}).update(configs)
+    with writing(TABLE):
+        write_table(table, TABLE)
+    return f"wrote {sum(map(len, found.values()))} configs of run {run_id} to {TABLE}"
+
+
 def write_report(folder: Path) -> None:
     from castpoint.harness.report.publish import write
 
@@ -174,5 +221,6 @@ def print_red(records: Records, *tables: str) -> bool:
     """Names what is red or failed on standard error; whether anything is."""
     found = red_rows(records, *tables)
     for row in found:
-        print(f"{row.get('arm') or row['plan']} {row['status']}: {row['reason']}", file=sys.stderr)
+        name = next(row[column] for column in ("arm", "plan", "config", "step") if row.get(column))
+        print(f"{name} {row['status']}: {row['reason']}", file=sys.stderr)
     return bool(found)
