@@ -23,22 +23,23 @@ from pathlib import Path
 
 import torch
 
+from castpoint.harness.gpu.order import tiles
 from castpoint.harness.problems.drawn import synthetic_problem
-from castpoint.harness.problems.geometry import geometry_named
+from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.environment import ROOT
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.process import die_with_parent
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuCounterRow, Status
 from castpoint.harness.timing.cuda import DeviceLost
-from castpoint.kernels.config import Config, candidates
+from castpoint.kernels.config import Config
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import Outputs, plan_weight
 
 LIMIT_S = 180.0  # start of Python, drawn weights, two compilations, and some passes over two kernels
 WARMED = 3  # launches of each before the one that is counted
-INSTALLED = Path("/opt/nvidia/nsight-compute")  # a folder a version, where it is not on PATH
+INSTALLED = Path("/opt/nvidia/nsight-compute")  # where NVIDIA installs it, a folder a version
 L2_BYTES, CYCLES = "l1tex__m_xbar2l1tex_read_bytes.sum", "sm__cycles_elapsed.sum"
 ISSUED = "smsp__issue_active.avg.pct_of_peak_sustained_active"
 # Its names for sm_70 and later -> their units as --print-units base gives them; older versions write nsecond.
@@ -72,14 +73,9 @@ class Launch:
         return f"{self.model}, {self.tokens} token{'s' * (self.tokens > 1)}, {self.plan}: {self.config}"
 
 
-def first_candidate(model: str, tokens: int) -> Config:
-    g = geometry_named(model)
-    return candidates(tokens, g.hidden_size, g.num_q_heads + 2 * g.num_kv_heads, g.head_dim)[0]
-
-
 LAUNCHES = (
     Launch("norm_qkv_kernel", "qwen3-8b", 4096, "one-rounding", Config("fused", "hidden", 128, 64, 8, 4)),
-    Launch("split_k_kernel", "qwen3-0.6b", 1, "deferred", first_candidate("qwen3-0.6b", 1)),
+    Launch("split_k_kernel", "qwen3-0.6b", 1, "deferred", tiles(Point("qwen3-0.6b", 1), "deferred")[0]),
 )
 
 

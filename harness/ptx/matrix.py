@@ -2,7 +2,7 @@
 
 Fragments lie as the PTX ISA draws them (ldmatrix, mma.m16n8k16, wgmma.m64nNk16): in a warp, thread 4 g + t holds rows g
 and g + 8, and columns 2 t and 2 t + 1 of each eight. A product is added to its accumulator in float64 and rounded
-once: exact where the sums are. A tensor core truncates instead, in an order that is not published.
+once: exact where the sums are. A tensor core truncates instead (conformance/tensor_model.py has the published model).
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def empty_kernel():
     pass
 
 
+@functools.lru_cache(maxsize=1)  # two of LIMITS are of it
 def launch_costs(gpu: Cuda) -> dict[str, Any]:
     """Seconds of replaying graphs of 1, 3, 30 and 300 empty kernels, and what follows from them.
 
