@@ -119,10 +119,16 @@ def binaries(item: Item) -> list[Binary]:
     return own_chain
 
 
+def configs_of(point: Point, plan: str, tuned: Config | None = None, fused: Config | None = None) -> dict[str, Config]:
+    """How that plan is timed there, by what follows its name: as tuned, else as a launch that no table tells; and where
+    that is `separate`, as the fastest fused config too, else the most promising."""
+    config, fused = tuned or default_tile(point, plan), fused or next(iter(tiles(point, plan)), None)
+    return {"": config, ", fused": fused} if config == SEPARATE and fused else {"": config}
+
+
 def expected(point: Point, plan: str) -> list[Config]:
-    """The default tile, and the first fused one where that is `separate`: before tuning has its say."""
-    default = default_tile(point, plan)
-    return [default, *(tiles(point, plan)[:1] if default == SEPARATE else [])]
+    """Before tuning has its say."""
+    return list(configs_of(point, plan).values())
 
 
 # ---------------------------------------------------------------- how long it may take

@@ -19,7 +19,7 @@ from castpoint.harness.gpu.order import (
     Item,
     binaries,
     compiled_peers,
-    tiles,
+    configs_of,
     work_of,
 )
 from castpoint.harness.gpu.point import OwnPeer, Setting, own_peer, timed
@@ -34,7 +34,7 @@ from castpoint.harness.timing import rig
 from castpoint.harness.timing.rig import Measurement
 from castpoint.harness.timing.state import gpu_state
 from castpoint.kernels.config import Config
-from castpoint.kernels.dispatch import dispatch, reasoned
+from castpoint.kernels.dispatch import dispatch
 from castpoint.variants.catalogue import plan_named
 
 STATE = ("sm_mhz", "memory_mhz", "watts", "celsius", "slowed_by")
@@ -93,9 +93,8 @@ def own_configs(point: Point, name: str, tuned: Sequence[TunedRow], gpu: str) ->
     """What follows the plan's name -> its config."""
     g, plan = point.geometry, plan_named(name)
     shape = (g.hidden_size, g.num_q_heads, g.num_kv_heads, g.head_dim)
-    config = dispatch(table_of(tuned, gpu), gpu, shape, point.tokens, plan) or reasoned(shape, point.tokens, plan)
-    fused = fastest_fused(tuned, point, plan) or next(iter(tiles(point, name)), None)
-    return {"": config, ", fused": fused} if config == SEPARATE and fused else {"": config}
+    found = dispatch(table_of(tuned, gpu), gpu, shape, point.tokens, plan)
+    return configs_of(point, name, found, fastest_fused(tuned, point, plan))
 
 
 def launched(item: Item, tuned: Sequence[TunedRow], gpu: str) -> list[Binary]:
