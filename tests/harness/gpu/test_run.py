@@ -14,7 +14,10 @@ from gpu_support import rows
 
 import castpoint.harness.gpu.run
 from castpoint.harness.gpu.order import Item, clock, order
-from castpoint.harness.problems.grid import Point
+from castpoint.harness.problems.grid import Point, points
+from castpoint.harness.report.gpu import section, speed_table
+from castpoint.harness.report.gpu_runs import newest
+from castpoint.harness.report.readme import gpus
 from castpoint.harness.runs.schema import KEYS, Kind, Step
 
 GOALS = [
@@ -24,20 +27,26 @@ GOALS = [
 
 def test_cut_off_anywhere_the_best_so_far_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 5, 10 and 28 minutes of one run that each time goes on where it was."""
-    run_until = staged(monkeypatch, tmp_path)
+    folder = tmp_path / "scripted"
+    run_until = staged(monkeypatch, folder)
     estimates = list(clock(order(), CARD))
     seen = 0
     for minutes in (5, 10, 28):
         assert not run_until(minutes - seen)
         ends = [e.start + e.seconds for e in estimates]
         planned = sum(end <= 60 * minutes for end in ends)
-        found = rows(tmp_path, "gpu_steps")
+        found = rows(folder, "gpu_steps")
         assert [r["step"] for r in found] == [e.item.step for e in estimates[: len(found)]], "another order"
         assert len(found) == pytest.approx(planned, rel=0.07), f"{minutes} minutes: the dry run's clock is off"
         chains = [(r["model"], int(r["tokens"])) for r in found if r["step"] == Step.CHAINS]
         assert chains[:16] == GOALS, "the points that say most come first, all within five minutes"
+        reached = f"{len(chains)} of {len(points())} points"
+        assert f"**cut off: {reached}**" in section(folder), "the report does not say how far it came"
+        assert f"(cut off after {reached})" in gpus(tmp_path), "nor does the README"
+        shown = speed_table(newest(folder))
+        assert {*zip(shown["model"], shown["tokens"].astype(int), strict=True)} >= {*chains}
         seen = minutes
-    speed = rows(tmp_path, "gpu_speed")
+    speed = rows(folder, "gpu_speed")
     assert {r["status"] for r in speed} <= {"ok", "not installed", "not applicable"}
     keys = Counter((r["model"], r["tokens"], r["regime"], r["step"], r["arm"]) for r in speed)
     assert max(keys.values()) == 1, "a row was measured twice"
@@ -47,7 +56,7 @@ def test_cut_off_anywhere_the_best_so_far_is_on_disk(tmp_path: Path, monkeypatch
         assert {r["function"] for r in fused} == {"hf", "one-rounding", "deferred", "folded"}, "a plan never ran fused"
         assert {"P1 own kernels | cuBLAS", "P4 cuBLAS + 2 empty kernels"} <= here.keys()
         assert all(r["p1"] and r["p4"] and r["over_p4_p50"] for r in fused)
-    spent = [(float(r["seconds"]), float(r["estimated_s"])) for r in rows(tmp_path, "gpu_steps")]
+    spent = [(float(r["seconds"]), float(r["estimated_s"])) for r in rows(folder, "gpu_steps")]
     assert sum(s for s, _ in spent) == pytest.approx(sum(e for _, e in spent), rel=0.05)
 
 
