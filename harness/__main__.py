@@ -143,6 +143,7 @@ def gpu(
 
 # Cast before the matmul, twice and once a norm; after it; not at all before the store; and by truncation.
 MODEL_PLANS = "hf,one-rounding,cast-after-matmul,fp32,truncating"
+MODEL_TOKENS, MODEL_PASSAGES = 96, 32  # all passages have more tokens, and there are no more passages
 
 
 @app.command(rich_help_panel=MATTERS)
@@ -157,8 +158,10 @@ def model(
     plans: Annotated[str, typer.Option(help="Plans by name, with commas (see `plans`).")] = MODEL_PLANS,
     backend: Annotated[str, typer.Option(help="eager, inductor, triton, triton-separate or spec.")] = "eager",
     prompts: Annotated[Path | None, typer.Option(help="Text file, blank lines between prompts.")] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens of each prompt.", min=2)] = 128,
-    passages: Annotated[int, typer.Option(help="How many of the eight fixed passages to read.", min=1, max=8)] = 8,
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each prompt.", min=2)] = MODEL_TOKENS,
+    passages: Annotated[
+        int, typer.Option(help="How many of the fixed passages to read.", min=1, max=MODEL_PASSAGES)
+    ] = MODEL_PASSAGES,
     results: ResultsFolder = None,
     device: DeviceName = "",
     fetch_only: Annotated[bool, typer.Option("--fetch-only", help="Have the model ready, and stop.")] = False,
@@ -186,7 +189,7 @@ def model(
     arms(lm, names, backend)  # raises what does not fit, before work starts
     found = texts(lm, prompts, tokens, passages)
     asked = {"plans": names, "backend": backend, "prompts": read, "tokens": tokens, "passages": passages}
-    whole = {"plans": MODEL_PLANS, "backend": "eager", "tokens": 128, "passages": 8}
+    whole = {"plans": MODEL_PLANS, "backend": "eager", "tokens": MODEL_TOKENS, "passages": MODEL_PASSAGES}
     part_of = options.narrowed(whole, **asked | {"plans": plans, "prompts": prompts})
     records = options.records_of("model", results, part_of, device=device, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)

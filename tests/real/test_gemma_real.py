@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny_models import reference_plan
 
+import castpoint.harness.__main__ as cli
 from castpoint.harness.model import fetch as gemma
 from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
-from castpoint.harness.model.study import parting, token_errors
+from castpoint.harness.model.study import PASSAGES, parting, read_prompts, token_errors
 from castpoint.harness.model.yardsticks import in_precision
 from castpoint.harness.problems.checkpoint import open_checkpoint
 from castpoint.variants.backends import run
@@ -67,6 +68,10 @@ def test_it_is_gemma(lm: LanguageModel, ids: list[int]) -> None:
     assert (c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps) == (4, 1, 1e-6)
     assert lm.weights == "GGUF, dequantised to bf16" and {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
     assert len(ids) == 32 and ids[0] == c.bos_token_id and PASSAGE.startswith(lm.tokenizer.decode(ids[1:]))
+
+
+def test_every_passage_has_as_many_tokens_as_a_study_reads(lm: LanguageModel) -> None:
+    assert all(len(lm.encode(passage)) >= cli.MODEL_TOKENS for passage in read_prompts(PASSAGES))
 
 
 def test_the_largest_k_norm_weight_is_in_layer_11(lm: LanguageModel) -> None:

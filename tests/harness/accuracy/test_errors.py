@@ -1,13 +1,15 @@
 """Error statistics against values worked out by hand, and their behaviour on NaN, infinity and planted faults."""
 
 import math
+import struct
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castpoint.harness.accuracy.errors import bf16_ulp, error_stats, ulp_histogram
+from castpoint.harness.accuracy.errors import bf16_ulp, error_stats, nearest_bf16, ulp_histogram
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,76 @@ def test_by_hand() -> None:
 def test_equal_means_equal_to_the_rounded_reference() -> None:
     reference = torch.tensor([[[1.001, 3.0]]], dtype=torch.float64)
     assert error_stats(actual=reference.to(torch.bfloat16), reference=reference).share_equal == 1
+
+
+def test_the_reference_is_rounded_once() -> None:
+    """By way of float32 the first falls on the tie between 1 and 1 + 2^-7, and from there to the even neighbour."""
+    above, below = 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8 - 2**-40
+    value = torch.tensor([[[above, below, -above, 1.0]]], dtype=torch.float64)
+    assert value.to(torch.bfloat16).flatten().tolist() == [1, 1 + 2**-6, -1, 1], "a cast rounds twice"
+    once = torch.tensor([[[1 + 2**-7, 1 + 2**-7, -1 - 2**-7, 1]]], dtype=torch.float64)
+    assert nearest_bf16(value).equal(once) and error_stats(actual=once, reference=value).share_equal == 1
+
+
+@given(st.integers(0, 2**16 - 1), st.sampled_from([0, 1, 2**20, 2**44 - 1, 2**44, 2**44 + 1, 2**45 - 1]))
+@settings(max_examples=300, deadline=None)
+def test_rounding_once_is_the_nearest_by_exact_fractions(word: int, behind: int) -> None:
+    """Any bf16 and any float64 that begins with its bits: nearest of the two beside it, ties to the even word."""
+    sign, exponent, mantissa = word >> 15, word >> 7 & 255, word & 127
+    if exponent in (0, 255):
+        return  # subnormal to float64 in other bits; infinite
+    bits = (sign << 63) | ((exponent - 127 + 1023) << 52) | (mantissa << 45) | behind
+    value = struct.unpack("<d", struct.pack("<Q", bits))[0]
+    low, step = (
+        (-1) ** sign * Fraction(128 + mantissa) * Fraction(2) ** (exponent - 134),
+        Fraction(2) ** (exponent - 134),
+    )
+    part = abs(Fraction(value) - low) / step
+    up = part > Fraction(1, 2) or (part == Fraction(1, 2) and mantissa % 2 == 1)
+    expected = abs(low) + (step if up else 0)
+    found = nearest_bf16(torch.tensor([value], dtype=torch.float64)).item()
+    assert math.copysign(1, found) == (-1) ** sign
+    assert found == (-1) ** sign * (math.inf if expected >= Fraction(2) ** 128 else float(expected))
+
+
+def test_rounding_once_at_the_ends_of_the_range() -> None:
+    largest, tie = 2.0**127 * (2 - 2**-7), 2.0**127 * (2 - 2**-8)
+    values = [0.0, -0.0, 1e-300, 2**-134, 2**-134 * 1.001, 3 * 2**-134, 2**-126 * (1 - 2**-9)]
+    values += [math.nextafter(tie, 0), tie, 1e300, math.inf, -math.inf]
+    found = nearest_bf16(torch.tensor(values, dtype=torch.float64)).tolist()
+    assert found[:7] == [0, 0, 0, 0, 2**-133, 2**-132, 2**-126]
+    assert found[7:] == [largest, math.inf, math.inf, math.inf, -math.inf]
+    assert math.copysign(1, found[1]) == -1
+    assert nearest_bf16(torch.tensor([math.nan], dtype=torch.float64)).isnan().all()
+
+
+def test_an_error_at_a_reference_of_zero_is_no_number_of_ulps() -> None:
+    reference = torch.tensor([[[0.0, 0.0, 1.0, -2.0]]], dtype=torch.float64)
+    actual = reference + torch.tensor([0.0, 1.0, 2**-7, 0.0], dtype=torch.float64)
+    stats = error_stats(actual=actual, reference=reference)
+    assert (stats.max_ulp, stats.p99_ulp, stats.mean_ulp) == (1, 1, 1 / 3)
+    assert stats.max_abs == 1 and stats.share_equal == 0.5 and stats.at_channel == 1, "it counts everywhere else"
+    nothing, zeros = error_stats(actual=actual + 1, reference=reference * 0), torch.zeros(1, 1, 4)
+    assert math.isnan(nothing.max_ulp) and math.isnan(nothing.p99_ulp) and math.isnan(nothing.mean_ulp)
+    assert nothing.max_abs == 2 + 2**-7 and nothing.share_equal == 0
+    same = error_stats(actual=zeros, reference=zeros)
+    assert (same.max_ulp, same.p99_ulp, same.mean_ulp, same.share_equal) == (0, 0, 0, 1)
+
+
+def test_the_mean_of_ulps_does_not_follow_the_smallest_references() -> None:
+    """Errors of one absolute size, and references of which one in a thousand is next to nothing; and 2 % NaN."""
+    reference = 1 + torch.rand(1, 1, 10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual = reference + 2**-7
+    small = reference.clone()
+    small[..., ::1000] = 2.0**-120
+    near = error_stats(actual=torch.where(small == reference, actual, small + 2**-7), reference=small)
+    assert near.mean_ulp == error_stats(actual=actual, reference=reference).mean_ulp == 1
+    assert near.max_ulp == 2.0**120 and near.p99_ulp == 1
+    actual[..., :9] = math.nan
+    lost = error_stats(actual=actual, reference=reference)
+    assert math.isnan(lost.max_ulp) and math.isnan(lost.mean_abs) and lost.mean_ulp == 1
+    actual[..., :200] = math.nan
+    assert math.isnan(error_stats(actual=actual, reference=reference).mean_ulp)
 
 
 def test_truncation_shows_as_a_negative_bias_and_noise_does_not() -> None:

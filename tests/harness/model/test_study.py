@@ -13,6 +13,7 @@ from commands import failure
 from gguf.quants import QuantError
 from tiny_models import IDS, tiny_lm, tiny_model
 
+import castpoint.harness.__main__ as cli
 from castpoint.harness.model import language_model
 from castpoint.harness.model import study as impact
 from castpoint.harness.model.language_model import LanguageModel, precision_for
@@ -56,6 +57,11 @@ def test_texts_are_cut_and_a_prompt_beyond_the_context_is_refused(tmp_path: Path
         texts(lm, path, tokens=4, passages=1)
     path.write_text("word " * 224)
     assert len(texts(lm, path, tokens=4, passages=1)) == 2
+
+
+def test_every_fixed_passage_is_another_and_is_read_by_default() -> None:
+    passages = read_prompts(impact.PASSAGES)
+    assert len(passages) == cli.MODEL_PASSAGES == len(set(passages)) >= 32
 
 
 @pytest.mark.parametrize("ids", [[], [3]])
