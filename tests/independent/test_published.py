@@ -1,0 +1,165 @@
+"""Published figures of a bench, recomputed by plain_chain on the inputs of the lab, agree to the printed digits."""
+
+import csv
+import itertools
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plain_chain import PLANS, TRUTH, attention_logits, chain, cut, relative_rms, softmax, spacing
+
+from castpoint.harness.problems.drawn import synthetic_problem
+
+RESULTS = Path(os.environ.get("OWN") or Path(__file__).parents[2] / "results" / "cpu")
+MODEL, LAYERS = "qwen3-0.6b", (0, 9, 27)
+
+
+@cache
+def rows(table):
+    with open(RESULTS / f"{table}.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    newest = max(row["run_id"] for row in found)
+    return [row for row in found if row["run_id"] == newest and row["status"] == "ok"]
+
+
+def published(table, **key):
+    """The rows in which these columns hold these words."""
+    return [row for row in rows(table) if all(row[name] == str(word) for name, word in key.items())]
+
+
+def agree(published, own):
+    """To the six digits that are printed."""
+    return float(published) == pytest.approx(own, rel=6e-6, abs=1e-300)
+
+
+@cache
+def inputs(layer, offset, tokens, k_norm=None):
+    problem = synthetic_problem(MODEL, layer, tokens, weight_offset=offset, uniform_k_norm=k_norm)
+    names = ("x", "norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight")
+    given = {name: getattr(problem, name).double().numpy() for name in names}
+    return given | {"num_q_heads": 16, "num_kv_heads": 8, "eps": 1e-6, "weight_offset": offset}
+
+
+@cache
+def run(plan, layer, tokens, k_norm=None):
+    """Of a plan's words, and of the truth beside it."""
+    given = inputs(layer, plan.startswith("gemma"), tokens, k_norm)
+    return chain(given, PLANS[plan]), true_chain(layer, plan.startswith("gemma"), tokens, k_norm)
+
+
+@cache
+def true_chain(layer, offset, tokens, k_norm=None):
+    return chain(inputs(layer, offset, tokens, k_norm), TRUTH)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_errors(plan, layer):
+    found = published("errors", plan=plan, layer=layer, backend="spec", reference="truth", uniform_k_norm="")
+    assert [row["output"] for row in found] == ["k_proj", "q", "k", "v"]
+    made, true = run(plan, layer, int(found[0]["tokens"]))
+    for row in found:
+        actual, reference = made[row["output"]], true[row["output"]]
+        error = actual - reference
+        assert agree(row["max_abs"], np.abs(error).max())
+        assert agree(row["mean_abs"], np.abs(error).mean())
+        assert agree(row["rms"], np.sqrt(np.mean(error**2)))
+        assert agree(row["rel_rms"], relative_rms(actual, reference))
+        assert agree(row["share_equal"], np.mean(actual == cut(reference, 8, np.rint)))
+        shrunk = np.mean(error * np.sign(reference)) / np.mean(np.abs(reference))
+        assert float(row["signed_mean"]) == pytest.approx(shrunk, rel=6e-6, abs=1e-12)
+        at = int(row["at_token"]), int(row["at_head"]), int(row["at_channel"])
+        assert at == np.unravel_index(np.abs(error).argmax(), error.shape)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_histograms_of_ulps(plan):
+    found = published("ulps", plan=plan, layer=0)
+    made, true = run(plan, 0, int(published("errors", plan=plan, layer=0)[0]["tokens"]))
+    ulps = np.abs(made["k"] - true["k"]) / spacing(true["k"])
+    assert sum(float(row["share"]) for row in found) == pytest.approx(1, abs=1e-4)
+    for row in found:
+        share = np.mean((ulps >= float(row["ulp_from"])) & (ulps < float(row["ulp_to"])))
+        assert float(row["share"]) == pytest.approx(share, rel=6e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_attention_sees(plan):
+    (row,) = published("amplification", plan=plan, layer=0, uniform_k_norm="")
+    tokens = int(published("errors", plan=plan, layer=0)[0]["tokens"])
+    made, true = run(plan, 0, tokens)
+    for name, value in attention_errors(made, true).items():
+        assert agree(row[name], value)
+    assert agree(row["k_norm_max"], 96.5)
+    assert agree(row["k_max_abs_after"], np.abs(made["k"] - true["k"]).max())
+    assert agree(row["k_rel_rms_after"], relative_rms(made["k"], true["k"]))
+    assert agree(row["k_rel_rms_before"], relative_rms(made["k_proj"], true["k_proj"]))
+
+
+def attention_errors(made, true):
+    logits, true_logits = (attention_logits(each["q"], each["k"]) for each in (made, true))
+    error = (logits - true_logits)[np.isfinite(true_logits)]
+    variation = np.abs(softmax(logits) - softmax(true_logits)).sum(-1) / 2
+    return {
+        "logit_rms_error": np.sqrt(np.mean(error**2)),
+        "logit_max_error": np.abs(error).max(),
+        "softmax_tv_mean": variation.mean(),
+        "softmax_tv_max": variation.max(),
+        "top_key_flips": np.mean(logits.argmax(-1) != true_logits.argmax(-1)),
+    }
+
+
+def test_gain_of_each_channel():
+    """First order by the formula, and measured by a norm in float64 behind both."""
+    made, true = run("hf", 0, int(published("errors", plan="hf", layer=0)[0]["tokens"]))
+    weight = inputs(0, False, len(made["k"]))["k_norm_weight"]
+    k, true_k = made["k_proj"], true["k_proj"]
+    size, true_size = (np.sqrt(np.mean(value**2, -1, keepdims=True) + 1e-6) for value in (k, true_k))
+    arriving = np.mean((k - true_k) ** 2, (0, 1))
+    predicted = np.sqrt(np.mean((weight * (k - true_k) / true_size) ** 2, (0, 1)) / arriving)
+    measured = np.sqrt(np.mean((weight * (k / size - true_k / true_size)) ** 2, (0, 1)) / arriving)
+    found = published("channels", plan="hf", layer=0)
+    assert len(found) == 128
+    for row in found:
+        channel = int(row["channel"])
+        assert agree(row["k_norm_weight"], weight[channel])
+        assert agree(row["gain_predicted"], predicted[channel])
+        assert agree(row["gain_measured"], measured[channel])
+
+
+# ---------------------------------------------------------------- error budget, by walking through all orders
+
+
+@pytest.mark.parametrize("plan", ["hf", "one-rounding", "rstd-rounded", "folded", "fp32-tf32", "gemma-bf16-offset"])
+def test_budget(plan):
+    """What each rounding adds, averaged over all orders in which the roundings can be made."""
+    found = published("budget", plan=plan, layer=0, backend="spec", rotated_from="")
+    tokens, names = int(found[0]["tokens"]), {"folded": "scale", "tf32": "matmul", "offset_bf16": "weight_offset"}
+    given, true = inputs(0, plan.startswith("gemma"), tokens), true_chain(0, plan.startswith("gemma"), tokens)
+    players = [word for word in PLANS[plan].split() if word not in ("unrotated", "cos_sin", "products", "offset")]
+    always = {"offset"} & set(PLANS[plan].split())
+
+    @cache
+    def squared(rounded):
+        unfolded = {"deferred"} if "folded" in players and "folded" not in rounded else set()
+        made = chain(given, always | unfolded | rounded)
+        logits = [attention_logits(each["q"], each["k"]) for each in (made, true)]
+        error = (logits[0] - logits[1])[np.isfinite(logits[1])]
+        return np.array([relative_rms(made["k"], true["k"]) ** 2, np.mean(error**2)])
+
+    parts = dict.fromkeys(players, 0.0)
+    orders = list(itertools.permutations(players))
+    for order in orders:
+        for n, player in enumerate(order):
+            added = squared(frozenset(order[: n + 1])) - squared(frozenset(order[:n]))
+            parts[player] = parts[player] + added / len(orders)
+    total = squared(frozenset(players))
+    assert len(found) == 2 * (len(players) + 1)  # of fp32 arithmetic too
+    for measure, column in (("k_rel_ms", 0), ("logit_ms", 1)):
+        by_player = {row["player"]: row for row in found if row["measure"] == measure}
+        for player, part in parts.items():
+            row = by_player[names.get(player, player)]
+            assert agree(row["total"], total[column])
+            assert float(row["shapley"]) == pytest.approx(part[column], rel=6e-6, abs=2e-9 * total[column])

@@ -1,0 +1,61 @@
+"""The README's table, recomputed from the records by the definitions beneath it; and that plain code is independent."""
+
+import ast
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ONE_ROUNDING = 2**-7 / math.sqrt(32 * math.log(2))  # rms relative error of rounding to bf16, log-uniform significands
+
+
+@pytest.fixture(scope="module")
+def block():
+    return re.search(
+        r"<!-- generated from results/cpu, run (\S+): begin -->(.*?)generated: end",
+        (ROOT / "README.md").read_text(),
+        re.S,
+    )
+
+
+def test_the_table_of_plans(block):
+    with open(ROOT / "results/cpu/errors.csv", newline="") as file:
+        rows = [
+            r for r in csv.DictReader(file) if r["run_id"] == block[1] and r["backend"] == "spec" and r["output"] == "k"
+        ]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in block[2].splitlines() if line.startswith("|")
+    ]
+    assert cells[0][0] == "plan" and len(cells) == 10
+    for plan, _, _, error, equal in cells[2:]:
+        own = [
+            r
+            for r in rows
+            if r["plan"] == plan and r["weights"].startswith("calibrated") and "k_norm=" not in r["weights"]
+        ]
+        to_truth = [float(r["rel_rms"]) for r in own if r["reference"] == "truth"]
+        to_eager = [float(r["share_equal"]) for r in own if r["reference"] == "eager"]
+        assert len(to_truth) == len(to_eager) == 28
+        assert error == f"{math.sqrt(sum(v * v for v in to_truth) / 28) / ONE_ROUNDING:.2f}"
+        assert float(equal.removesuffix(" %")) == pytest.approx(100 * sum(to_eager) / 28, abs=0.0051)
+
+
+def test_one_rounding_is_what_the_table_says():
+    """By trying: every significand of a fine grid, weighted as if its logarithm were uniform."""
+    total = weight = 0.0
+    for n in range(1 << 14):
+        value = 2 ** ((n + 0.5) / (1 << 14))
+        total += (round(value * 128) / 128 / value - 1) ** 2
+        weight += 1
+    assert math.sqrt(total / weight) == pytest.approx(ONE_ROUNDING, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["plain_chain.py", "plain_model.py"])
+def test_plain_code_imports_nothing_of_the_lab(name):
+    tree = ast.parse((Path(__file__).parent / name).read_text())
+    found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert found <= {"math", "numpy", "torch", "torch.nn.functional"}
