@@ -176,6 +176,7 @@ def model(
     if results is not None:
         options.refuse_published(results)
     from castpoint.harness.model.fetch import FOLDER, fetch
+    from castpoint.harness.model.k_norms import sweep_k_norms
     from castpoint.harness.model.language_model import load
     from castpoint.harness.model.study import CONTINUATION, arms, read_prompts, sweep_model, texts
     from castpoint.harness.report.model import section, study_of
@@ -193,6 +194,7 @@ def model(
     part_of = options.narrowed(whole, **asked | {"plans": plans, "prompts": prompts})
     records = options.records_of("model", results, part_of, device=device, model=lm.name, weights=lm.weights, **asked)
     sweep_model(lm, names, backend, found, records)
+    sweep_k_norms(lm, found, records)
     records.finish()
     print(section(study_of(records.folder, records.run_id)))
 

@@ -37,7 +37,7 @@ def amplification(problem: Problem, chain: Chain, truth: Chain) -> dict[str, flo
     weights, true_weights = logits.softmax(-1), true_logits.softmax(-1)
     variation = (weights - true_weights).abs().sum(-1) / 2
     return {
-        "k_norm_max": _applied(problem).abs().max().item(),
+        "k_norm_max": applied(problem, problem.k_norm_weight).abs().max().item(),
         "gain_predicted_max": predicted.max().item(),
         "gain_measured_max": measured.max().item(),
         "k_max_abs_before": before.max_abs,
@@ -61,7 +61,7 @@ def channel_gains(problem: Problem, chain: Chain, truth: Chain) -> tuple[Tensor,
     """
     k, true_k = k_before(problem, chain), k_before(problem, truth)
     error = k - true_k
-    weight = _applied(problem)
+    weight = applied(problem, problem.k_norm_weight)
     true_rstd = (true_k.square().mean(-1, keepdim=True) + problem.eps).rsqrt()
     arriving = error.square().mean((0, 1)).sqrt()
     predicted = (error * true_rstd).square().mean((0, 1)).sqrt() * weight.abs() / arriving
@@ -77,5 +77,6 @@ def attention_logits(q: Tensor, k: Tensor) -> Tensor:
     return logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -math.inf)
 
 
-def _applied(problem: Problem) -> Tensor:
-    return problem.k_norm_weight.to(torch.float64) + (1.0 if problem.weight_offset else 0.0)
+def applied(problem: Problem, weight: Tensor) -> Tensor:
+    """The factor that a norm weight of that problem stands for, float64."""
+    return weight.to(torch.float64) + (1.0 if problem.weight_offset else 0.0)

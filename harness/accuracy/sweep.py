@@ -5,8 +5,6 @@ Each sweep asks the records what they have, measures what is missing, and goes o
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import amplification, channel_gains, k_before
 from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
+from castpoint.harness.accuracy.k_norms import add_k_norms, eager_plan
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
@@ -22,7 +21,7 @@ from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, DrawRow, ErrorRow, Status, UlpRow
+from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, ErrorRow, Status, UlpRow
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
@@ -34,8 +33,7 @@ from castpoint.variants.spec import Chain, spec, truth
 # On a CPU the second structure is left to the tests: interpreted, it says nothing that they do not. On a GPU Inductor,
 # the plans' way to run compiled on a CPU, is left out: it is timed nowhere there.
 KERNEL_BACKENDS = {"cpu": (Backend.TRITON, Backend.INDUCTOR), "cuda": (Backend.TRITON, Backend.TRITON_SEPARATE)}
-UNIFORM_K_NORMS = (1.0, 64.0)  # controls: no amplification, and one by a power of two, the same in every channel
-DRAWS = 5  # seeds, the settings' own first: how far one draw of weights and inputs can be trusted
+DRAWS = 20  # seeds, the settings' own first, of what K-norm weights do: one draw of weights says little of the next
 
 
 def sweep_precision(settings: Settings, records: Records) -> None:
@@ -52,12 +50,9 @@ def sweep_precision(settings: Settings, records: Records) -> None:
             if layer == s.layers[0]:
                 _noise_floor(records, s, problem)
                 _first_layer_details(records, s, problem, names)
-        if layer == s.layers[0] and s.checkpoint is None and geometry_named(s.model).head_norm:
-            for uniform in UNIFORM_K_NORMS:
-                control = synthetic_problem(s.model, layer, s.tokens, s.seed, uniform_k_norm=uniform)
-                fitting = [n for n in s.plans if (plan_named(n).weight_offset != "none") == control.weight_offset]
-                _layer_precision(records, s, control.to(s.device), fitting, uniform)
-            _draws(records, s, layer)
+    if s.checkpoint is None and geometry_named(s.model).head_norm:
+        for seed in track(range(s.seed, s.seed + DRAWS), "K-norm weights"):
+            add_k_norms(records, synthetic_problem(s.model, s.layers[0], s.tokens, seed).to(s.device), seed)
 
 
 def sweep_kernels(settings: Settings, records: Records) -> None:
@@ -67,53 +62,31 @@ def sweep_kernels(settings: Settings, records: Records) -> None:
             _kernel_errors(records, settings, settings.layers[0], name, backend)
 
 
-def _layer_precision(
-    records: Records, s: Settings, problem: Problem, names: list[str], uniform: float | None = None
-) -> None:
-    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete.
-    uniform: its one K-norm weight, if it is a control."""
+def _layer_precision(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
+    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete."""
     todo = [n for n in names if not records.has(ErrorRow, **_key(s, problem, n, Backend.SPEC, "v", "eager"))]
     if not todo:
         return
     exact = truth(problem)
     true_values = _values(problem, exact)
     eager_values = _eager_values(problem)
-    control = {"uniform_k_norm": uniform}
     for output, value in eager_values.items():
-        key = _key(s, problem, _eager_plan(problem), Backend.EAGER, output, "truth")
-        _add_error(records, key | control, value, true_values[output])
+        key = _key(s, problem, eager_plan(problem), Backend.EAGER, output, "truth")
+        _add_error(records, key, value, true_values[output])
     for name in todo:
-        row = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name, **control}
+        row = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name}
         try:
             chain = spec(plan_named(name), problem)
             measured = amplification(problem, chain, exact) if problem.has_head_norm else None
         except Exception as error:  # a plan that cannot be measured is a row, and the others go on
-            _failed(records, _key(s, problem, name, Backend.SPEC, "v", "eager") | control, error)
+            _failed(records, _key(s, problem, name, Backend.SPEC, "v", "eager"), error)
             continue
         if measured:
             records.add(AmplificationRow(**row, **measured))
         for output, value in _values(problem, chain).items():
             for reference, values in (("truth", true_values), ("eager", eager_values)):
                 key = _key(s, problem, name, Backend.SPEC, output, reference)
-                _add_error(records, key | control, value, values[output])
-
-
-def _draws(records: Records, s: Settings, layer: int) -> None:
-    """What eager's plan and the K norm do on other draws of the layer, and on its controls."""
-    columns = {field.name for field in fields(DrawRow)}
-    for seed, uniform in itertools.product(range(s.seed, s.seed + DRAWS), (None, *UNIFORM_K_NORMS)):
-        problem = synthetic_problem(s.model, layer, s.tokens, seed, uniform_k_norm=uniform).to(s.device)
-        name = _eager_plan(problem)
-        row = {"model": s.model, "tokens": s.tokens, "weights": problem.weights, "layer": layer, "seed": seed}
-        row |= {"plan": name, "uniform_k_norm": uniform}
-        if records.has(DrawRow, **row):
-            continue
-        try:
-            measured = amplification(problem, spec(plan_named(name), problem), truth(problem))
-        except Exception as error:
-            records.add(DrawRow(**row, status=Status.FAILED, reason=reason_of(error)))
-            continue
-        records.add(DrawRow(**row, **{column: v for column, v in measured.items() if column in columns}))
+                _add_error(records, key, value, values[output])
 
 
 def by_storage(plans: tuple[str, ...]) -> list[tuple[bool, list[str]]]:
@@ -149,14 +122,9 @@ def _eager_values(problem: Problem) -> dict[str, Tensor]:
     return _named(problem, eager(problem), eager(problem, proj_only=True)[1])
 
 
-def _eager_plan(problem: Problem) -> str:
-    """The plan that Hugging Face's code for this way of storing norm weights implements."""
-    return "gemma" if problem.weight_offset else "hf"
-
-
 def _noise_floor(records: Records, s: Settings, problem: Problem) -> None:
     """Eager against itself: one token at a time, and (on a CPU) on one thread."""
-    name, expected = _eager_plan(problem), _eager_values(problem)
+    name, expected = eager_plan(problem), _eager_values(problem)
     if records.has(ErrorRow, **_key(s, problem, name, Backend.EAGER_BATCH_OF_1, "v", "eager")):
         return
     rows = [eager(problem.replace(x=problem.x[i : i + 1])) for i in range(problem.tokens)]

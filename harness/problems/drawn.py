@@ -149,13 +149,11 @@ def synthetic_problem(
     seed: int = 0,
     *,
     weight_offset: bool | None = None,
-    uniform_k_norm: float | None = None,
 ) -> Problem:
     """One layer of a model with drawn weights: `calibrated` for qwen3-0.6b, `random` for every other.
 
     `random` takes the statistics of the layer of Qwen3-0.6B at the same depth, the projection scaled to keep the
-    size of its results. weight_offset: store norm weights as w - 1 (default: as the model does). uniform_k_norm:
-    that number in place of every K-norm weight, a control for what the calibrated ones amplify.
+    size of its results. weight_offset: store norm weights as w - 1 (default: as the model does).
     Raises UserError for an unknown model, ValueError for a layer that the model does not have.
     """
     g = geometry_named(model)
@@ -176,11 +174,7 @@ def synthetic_problem(
     if g.head_norm:
         norms["q_norm_weight"] = heavy_tailed(g.head_dim, row["q_norm_mean"], row["q_norm_std"], None, rng)
         norms["k_norm_weight"] = heavy_tailed(g.head_dim, *k_norm_statistics(source), rng)
-        if uniform_k_norm is not None:
-            norms["k_norm_weight"] = torch.full([g.head_dim], uniform_k_norm, dtype=torch.float64)
     label = "calibrated" if model == CALIBRATED_MODEL else "random"
-    if uniform_k_norm is not None:
-        label += f", k_norm={uniform_k_norm:g}"
     if offset != g.weight_offset:
         label += ", stored as w-1" if offset else ", stored as w"
     return Problem(

@@ -11,7 +11,7 @@ from castpoint.harness.report.markdown import under
 from castpoint.harness.runs.frames import GPU_TABLES, latest, load, load_table, newest_gpu_run
 
 BAD = ("failed", "red")
-OF_A_BENCH = ("errors", "amplification", "draws", "ulps", "channels", "speed")
+OF_A_BENCH = ("errors", "amplification", "k_norms", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
 NAMES = "model source implementation kernel counter limit arm step plan config backend how target kind check".split()
 NAMES += ["measure"]
@@ -36,7 +36,8 @@ def failures(folder: Path, run_id: str) -> pd.DataFrame:
     """bad_rows of a bench, of the GPU run that is shown, and of the newest finished run of each study and model."""
     frames = load(folder, run_id)
     found = [bad_rows(frames[table], table) for table in OF_A_BENCH]
-    found += [bad_rows(study.frames["model_tokens"], "model_tokens") for study in model.studies(folder)]
+    of_a_model = ("model_tokens", "k_norms")
+    found += [bad_rows(study.frames[table], table) for study in model.studies(folder) for table in of_a_model]
     on_a_gpu = newest_gpu_run(folder)
     found += [bad_rows(load_table(folder, on_a_gpu, table), table) for table in GPU_TABLES if on_a_gpu]
     for table in frames:

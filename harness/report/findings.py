@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report import model
+from castpoint.harness.report import k_norms, model
 from castpoint.harness.report.fingerprints import answer_words
 from castpoint.harness.runs.frames import Frames, first_layer, latest, noise_floor, over_layers
+from castpoint.harness.runs.schema import KNorms
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def anchor(heading: str) -> str:
 
 def findings(folder: Path, frames: Frames) -> list[Finding]:
     """frames: of a bench; studies are the folder's newest. Without the rows for one of them there is no such line."""
-    return [*_noise(frames["errors"]), *_amplified(frames["draws"]), *_compiled(folder), *_noticed(folder)]
+    return [*_noise(frames["errors"]), *_amplified(folder, frames["k_norms"]), *_compiled(folder), *_noticed(folder)]
 
 
 NOISE, AMPLIFIED, IMPLEMENTATIONS = "Noise floor", "What the K-norm weights amplify", "What public implementations do"
@@ -49,47 +50,28 @@ def _noise(errors: pd.DataFrame) -> Iterator[Finding]:
         )
 
 
-def _amplified(draws: pd.DataFrame) -> Iterator[Finding]:
-    if controls := _controls(draws):
-        own, ones, _ = controls
-        ratios = own["logit_rms_error"] / ones["logit_rms_error"]
-        yield Finding(
-            f"**A K-norm weight of {own['k_norm_max'].iloc[0]:g}** multiplies the logits' rms error by {_spread(ratios)}, "
-            f"against weights of one in the same layer (`{own['plan'].iloc[0]}`; median and range over draws).",
-            AMPLIFIED,
+def _amplified(folder: Path, drawn: pd.DataFrame) -> Iterator[Finding]:
+    """On the bench's draws; and on every model with real weights, the median of its layers."""
+    if not k_norms.measured(drawn):
+        return
+    largest = k_norms.arm(drawn, KNorms.OWN)["k_norm_there"].iloc[0]
+    low, _, high = k_norms.middle_and_ends(k_norms.multiples(drawn, "logit_rms_error", KNorms.OWN))
+    said = (
+        "**K-norm weights multiply logits and their errors about alike**: those drawn for the first layer, "
+        f"{largest:g} among them, the logits' rms error by {low:.2g} to {high:.2g} (four fifths of draws), against weights "
+        "near one"
+    )
+    for study in model.studies(folder):
+        rows = study.frames["k_norms"]
+        if study.drawn or not k_norms.measured(rows):
+            continue
+        own, without = (
+            f"{k_norms.middle_and_ends(k_norms.multiples(rows, 'logit_rms_error', k_norm))[1]:.2g}"
+            for k_norm in (KNorms.OWN, KNorms.WITHOUT_LARGEST)
         )
-
-
-def draw_table(draws: pd.DataFrame) -> pd.DataFrame:
-    """From the draws of the first layer: measures over those of K-norm weights of 1 and of the same seed, their median,
-    least and greatest. A column each for the drawn weights, weights of 1, and another weight in every channel; empty where
-    one of them was not measured."""
-    measures = {
-        "K max abs error, after: multiple": "k_max_abs_after",
-        "logit rms error: multiple": "logit_rms_error",
-        "softmax total variation, mean: multiple": "softmax_tv_mean",
-    }
-    controls = _controls(draws)
-    table = {"measure; largest K-norm weight:": [*measures, "most attended key flips, %"] if controls else []}
-    for rows in controls:
-        cells = [_spread(rows[column] / controls[1][column]) for column in measures.values()]
-        head = f"{rows['weights'].iloc[0]}: {rows['k_norm_max'].iloc[0]:g}"
-        table[head] = [*cells, _spread(100 * rows["top_key_flips"])]
-    return pd.DataFrame(table)
-
-
-def _controls(draws: pd.DataFrame) -> list[pd.DataFrame]:
-    """By seed: the drawn K-norm weights, 1, and another weight in every channel; none where one was not measured."""
-    draws = draws[draws["status"] == "ok"]
-    uniform = draws["uniform_k_norm"]
-    found = [draws[rows].set_index("seed") for rows in (uniform.isna(), uniform == 1, uniform > 1)]
-    return found if all(map(len, found)) else []
-
-
-def _spread(values: pd.Series) -> str:
-    """`81 (57 to 123)`: the median, the least and the greatest; one number where they agree."""
-    low, middle, high = (f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in values.quantile([0, 0.5, 1]))
-    return middle if low == high else f"{middle} ({low} to {high})"
+        rest = "with and without" if own == without else f"{without} without"
+        said += f"; {study.model}'s own by {own}, {rest} each layer's largest (median of layers)"
+    yield Finding(f"{said}.", AMPLIFIED)
 
 
 def _compiled(folder: Path) -> Iterator[Finding]:

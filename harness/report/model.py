@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from castpoint.harness.report import k_norms
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.paired import difference, given_depth, told_apart
 from castpoint.harness.runs.frames import Frames, load
@@ -202,4 +203,13 @@ def section(study: Study) -> str:
         f"Eager against {truth}, layer by layer; attention logits without positions, hidden states before the final norm.",
         markdown(layers),
         under("Rank correlation over layers with the largest K-norm weight, depth held fixed.", depth_table(layers)),
+        _k_norms(frames["k_norms"]),
+    )
+
+
+def _k_norms(rows: pd.DataFrame) -> str:
+    found = k_norms.explained(rows)
+    return found and (
+        "### Its K-norm weights\n\nEvery layer by itself, on the stream of eager bf16 that enters it: with its own K-norm "
+        f"weights, and with others in their place. Attention is causal, without positions. {found}"
     )

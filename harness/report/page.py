@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from castpoint.harness.report import failures
-from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_table, findings
-from castpoint.harness.report.markdown import markdown, paragraphs, under
+from castpoint.harness.report import failures, k_norms
+from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, findings
+from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, newest_gpu_run, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, load, newest_gpu_run, over_layers, own
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -66,37 +66,6 @@ def kernel_table(frames: Frames) -> pd.DataFrame:
     return table.rename(columns={"share_equal": "equal to spec"}).reset_index()
 
 
-def amplification_table(frames: Frames) -> pd.DataFrame:
-    """What grows with the K-norm weights and what does not: plan hf, first layer, own weights and controls."""
-    amplified, errors = frames["amplification"], frames["errors"]
-    rows = first_layer(amplified).query("plan == 'hf'")
-    same = errors[errors["layer"].isin(rows["layer"])].query(
-        "plan == 'hf' and reference == 'truth' and backend == 'spec'"
-    )
-    before, after = (same[same["output"] == output].set_index("weights") for output in ("k_proj", "k"))
-    measures = {
-        "largest K-norm weight": rows["k_norm_max"],
-        "gain of a channel, largest (measured)": rows["gain_measured_max"],
-        "K max abs error, before the norm": rows["k_max_abs_before"],
-        "K max abs error, after": rows["k_max_abs_after"],
-        "logit rms error": rows["logit_rms_error"],
-        "logit max error": rows["logit_max_error"],
-        "softmax total variation, mean": rows["softmax_tv_mean"],
-        "most attended key flips": rows["top_key_flips"],
-        "K relative rms error, before": rows["k_rel_rms_before"],
-        "K relative rms error, after": rows["k_rel_rms_after"],
-        "K p99 error in ulps, before": rows["weights"].map(before["p99_ulp"]),
-        "K p99 error in ulps, after": rows["weights"].map(after["p99_ulp"]),
-        "K correctly rounded, before": rows["weights"].map(before["share_equal"]),
-        "K correctly rounded, after": rows["weights"].map(after["share_equal"]),
-    }
-    shares = [name for name in measures if "flips" in name or "rounded" in name]  # of rows: markdown knows columns
-    cells = {name: values.map("{:.4g}".format) for name, values in measures.items()}
-    cells |= {name: (100 * measures[name]).map("{:.3g} %".format) for name in shares}
-    table = pd.DataFrame(cells).T.set_axis(list(rows["weights"]), axis=1)
-    return table.reset_index(names="measure, plan hf")
-
-
 def speed_table(frames: Frames) -> pd.DataFrame:
     names = {"tokens": "tokens", "plan": "plan", "backend": "backend", "p10_us": "p10, µs", "p50_us": "p50, µs"}
     names |= {"p90_us": "p90, µs", "roofline_share": "share of roofline", "speedup_vs_eager": "against eager"}
@@ -106,12 +75,11 @@ def speed_table(frames: Frames) -> pd.DataFrame:
 
 def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
-    amplified = amplification_table(frames)
     return {
         "plans": markdown(plan_table(frames)),
         "noise": markdown(noise_floor_table(frames)),
         "kernels": markdown(kernel_table(frames)),
-        "amplification": markdown(amplified, right=amplified.columns[1:]),
+        "amplification": k_norms.explained(frames["k_norms"]),
         "speed": markdown(speed_table(frames)),
     }
 
@@ -175,8 +143,7 @@ def write_report(folder: Path, run_id: str) -> Path:
 
 def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
     """A bench's tables, each with its plots."""
-    t, speed, draws = tables(frames), frames["speed"], frames["draws"]
-    over = f"Over {draws['seed'].nunique()} draws, against weights of 1: median (least to greatest)."
+    t, speed = tables(frames), frames["speed"]
     cpu = (
         "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
         "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
@@ -189,9 +156,11 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
         "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
         paragraphs(
-            f"## {AMPLIFIED}\n\nFirst layer, and the same layer with every K-norm weight set to one "
-            f"number. Attention is causal, without position encoding.\n\n{t['amplification']}",
-            under(over, draw_table(draws)),
+            f"## {AMPLIFIED}",
+            "The first layer with its K-norm weights as drawn, and with others in their place. q's and K's are drawn "
+            "independently: which q weight meets the largest of K's is chance here, and in a trained model is not. Attention is "
+            "causal, without position encoding.",
+            t["amplification"],
             "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
         ),
         f"## {NOISE}\n\nEager against itself, first layer.\n\n{t['noise']}",

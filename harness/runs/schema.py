@@ -96,6 +96,16 @@ class Kind(StrEnum):
     OWN = "own"
 
 
+class KNorms(StrEnum):
+    """What stands in place of a layer's q- or K-norm weights."""
+
+    OWN = "own"
+    NEAR_1 = "near 1"  # 129 / 128, every one
+    ALL_LARGEST = "all the largest"
+    LARGEST_ALONE = "largest alone"  # all others near 1
+    WITHOUT_LARGEST = "without the largest"  # that one near 1
+
+
 # Measures of the error budget. k_rel_ms: mean over heads of (mean square of the head's error / of the head), the square
 # of rel_rms. logit_ms: mean square of the error of causal attention logits, the square of logit_rms_error.
 MEASURES = ("k_rel_ms", "logit_ms")
@@ -178,10 +188,15 @@ class AmplificationRow(Row, table="amplification", key=("weights", "layer", "pla
     k_rel_rms_after: Number = None; logit_rms_error: Number = None; logit_max_error: Number = None
     softmax_tv_mean: Number = None; softmax_tv_max: Number = None; top_key_flips: Number = None
 
-class DrawRow(Row, table="draws", key=("weights", "layer", "seed", "plan")):
-    model: str; weights: str; uniform_k_norm: Number = None; layer: int; tokens: int; seed: int; plan: str
-    k_norm_max: Number = None; k_max_abs_after: Number = None; logit_rms_error: Number = None
-    softmax_tv_mean: Number = None; top_key_flips: Number = None
+class KNormRow(Row, table="k_norms", key=("weights", "layer", "sample", "q_norm", "k_norm")):
+    model: str; weights: str; layer: int; tokens: int; sample: int  # the seed of a drawn layer, the number of a text
+    plan: str; q_norm: str; k_norm: str  # what is in place of the weights; words of KNorms
+    channel: Count = None; k_norm_there: Number = None  # where the layer's own largest K-norm weight is
+    q_norm_there: Number = None; weights_rank: Number = None  # over the rms of q's; rank correlation of q's and K's
+    gain_predicted: Number = None; logit_terms: Number = None; channel_share: Number = None; cross_share: Number = None
+    k_max_abs: Number = None; k_rel_rms: Number = None; k_p99_ulp: Number = None; k_share_equal: Number = None
+    logit_rms_error: Number = None; logit_rel_error: Number = None; softmax_tv_mean: Number = None
+    top_key_flips: Number = None
 
 class UlpRow(Row, table="ulps", key=("weights", "layer", "plan", "output", "reference", "ulp_from")):
     model: str; weights: str; layer: int; plan: str; backend: str; output: str; reference: str

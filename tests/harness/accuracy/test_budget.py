@@ -246,8 +246,9 @@ def test_rounding_rstd_costs_nothing_where_a_head_norm_follows_in_fp32() -> None
 
 
 def test_a_power_of_two_in_the_k_norm_leaves_every_share() -> None:
-    one, many = (synthetic_problem("qwen3-0.6b", 0, 8, uniform_k_norm=weight) for weight in (1.0, 64.0))
-    small_k, large_k = (budget(plan_named("hf"), problem) for problem in (one, many))
+    own = synthetic_problem("qwen3-0.6b", 0, 8)
+    ones = torch.ones_like(own.k_norm_weight)
+    small_k, large_k = (budget(plan_named("hf"), own.replace(k_norm_weight=w * ones)) for w in (1, 64))
     for player, value in small_k["k_rel_ms"].parts.items():
         assert large_k["k_rel_ms"].parts[player] == pytest.approx(value, rel=1e-9)
         assert large_k["logit_ms"].parts[player] == pytest.approx(64**2 * small_k["logit_ms"].parts[player], rel=1e-9)

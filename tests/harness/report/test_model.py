@@ -111,7 +111,7 @@ def known() -> Study:
                     found = {"max_abs": 1.0, "rms": 1.0, "one_minus_cosine": 0.0, "rel_rms": size * 3 + prompt}
                     found |= {"k_max_abs": weight, "k_rel_rms": -weight, "k_p99_ulp": 1 / weight, "k_norm_max": weight}
                     layers.append(same | found | {"layer": layer, "attention_logit_rms": [1, 2, 3][layer]})
-    frames = {"model_tokens": tokens, "model_layers": layers, "model_dlogp": dlogp}
+    frames = {"model_tokens": tokens, "model_layers": layers, "model_dlogp": dlogp, "k_norms": []}
     tables = {name: pd.DataFrame(rows).reindex(columns=list(TABLES[name])) for name, rows in frames.items()}
     settings = {"model": "m", "weights": "checkpoint", "tokens": 8}
     return Study("m", "r1", {"settings": settings, "environment": {"commit": "c0ffee"}}, tables)
@@ -230,8 +230,9 @@ def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passage
 
 def without(study: Study, arms: tuple[str, ...], texts: tuple[int, ...] = (0, 1)) -> Study:
     """The study as its records are where these arms failed on these texts: one row each, with the reason."""
-    frames = {}
-    for name, rows in study.frames.items():
+    frames = dict(study.frames)
+    for name in ("model_tokens", "model_layers", "model_dlogp"):
+        rows = study.frames[name]
         lost = rows["arm"].isin(arms) & rows["prompt"].isin(texts)
         failed = rows[lost & (rows["reference"] == "eager")] if name == "model_tokens" else rows[:0]
         measures = [column for column in rows.columns if rows[column].dtype.kind == "f" and column != "prompt"]

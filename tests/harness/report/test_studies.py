@@ -14,7 +14,7 @@ import typer
 import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.survey as survey
 from castpoint.harness.peers.implementations import Implementation
-from castpoint.harness.report.findings import draw_table, findings
+from castpoint.harness.report.findings import findings
 from castpoint.harness.report.fingerprints import (
     ANOTHER,
     OPEN,
@@ -184,22 +184,6 @@ def test_cases_and_budget_commands_fill_the_report(
     commit = load_runs(tmp_path)[run_id]["environment"]["commit"]
     assert study_sections(tmp_path, commit) == sections, "a study of the same commit does not say so"
     assert study_sections(tmp_path, "c0ffee") == [f"{section}\n\nCommit {commit}." for section in sections]
-
-
-def test_draws_without_a_control_are_no_finding(tmp_path: Path) -> None:
-    """A control of which nothing was measured leaves nothing to compare with."""
-    same = {"plan": "hf", "k_max_abs_after": 2.0, "logit_rms_error": 3.0, "softmax_tv_mean": 1.0, "top_key_flips": 0.1}
-    rows = [
-        {"weights": name, "uniform_k_norm": every, "seed": seed, "k_norm_max": every or 9.0, "status": status, **same}
-        for name, every, status in (("w", None, "ok"), ("w, k_norm=1", 1.0, "ok"), ("w, k_norm=64", 64.0, "failed"))
-        for seed in (0, 1)
-    ]
-    draws = pd.DataFrame(rows)
-    frames = {"errors": pd.DataFrame(columns=list(TABLES["errors"])), "draws": draws}
-    assert not len(draw_table(draws)) and findings(tmp_path, frames) == []
-    whole = draw_table(draws.assign(status="ok"))
-    assert list(whole.columns)[1:] == ["w: 9", "w, k_norm=1: 1", "w, k_norm=64: 64"]
-    assert list(whole.iloc[3])[1:] == ["10"] * 3 and findings(tmp_path, frames | {"draws": draws.assign(status="ok")})
 
 
 def test_cells_of_a_table() -> None:
