@@ -15,10 +15,10 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import amplification, channel_gains, k_before
 from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
+from castpoint.harness.accuracy.machines import Machines, eager_plan
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
@@ -41,6 +41,7 @@ DRAWS = 5  # seeds, the settings' own first: how far one draw of weights and inp
 def sweep_precision(settings: Settings, records: Records) -> None:
     """Errors and amplification of the spec of every plan, and of eager, on every layer."""
     s = settings
+    machines = Machines(s, records, _problems(s))
     for layer in track(s.layers, "errors and amplification"):
         for stored_as_offset, names in by_storage(s.plans):
             if not offset_fits(s, stored_as_offset):
@@ -48,9 +49,8 @@ def sweep_precision(settings: Settings, records: Records) -> None:
                     _refused(records, s, layer, name)
                 continue
             problem = problem_at(s, layer, s.tokens, names[0])
-            _layer_precision(records, s, problem, names)
+            _layer_precision(records, s, problem, names, machines=machines)
             if layer == s.layers[0]:
-                _noise_floor(records, s, problem)
                 _first_layer_details(records, s, problem, names)
         if layer == s.layers[0] and s.checkpoint is None and geometry_named(s.model).head_norm:
             for uniform in UNIFORM_K_NORMS:
@@ -68,10 +68,15 @@ def sweep_kernels(settings: Settings, records: Records) -> None:
 
 
 def _layer_precision(
-    records: Records, s: Settings, problem: Problem, names: list[str], uniform: float | None = None
+    records: Records,
+    s: Settings,
+    problem: Problem,
+    names: list[str],
+    uniform: float | None = None,
+    machines: Machines | None = None,
 ) -> None:
     """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete.
-    uniform: its one K-norm weight, if it is a control."""
+    uniform: its one K-norm weight, if it is a control; machines: other instruction sets whose eager is compared too."""
     todo = [n for n in names if not records.has(ErrorRow, **_key(s, problem, n, Backend.SPEC, "v", "eager"))]
     if not todo:
         return
@@ -80,7 +85,7 @@ def _layer_precision(
     eager_values = _eager_values(problem)
     control = {"uniform_k_norm": uniform}
     for output, value in eager_values.items():
-        key = _key(s, problem, _eager_plan(problem), Backend.EAGER, output, "truth")
+        key = _key(s, problem, eager_plan(problem), Backend.EAGER, output, "truth")
         _add_error(records, key | control, value, true_values[output])
     for name in todo:
         row = {"model": s.model, "weights": problem.weights, "layer": problem.layer, "plan": name, **control}
@@ -92,6 +97,8 @@ def _layer_precision(
             continue
         if measured:
             records.add(AmplificationRow(**row, **measured))
+        if machines:
+            records.add(*machines.compared(problem, name, chain.k))
         for output, value in _values(problem, chain).items():
             for reference, values in (("truth", true_values), ("eager", eager_values)):
                 key = _key(s, problem, name, Backend.SPEC, output, reference)
@@ -103,7 +110,7 @@ def _draws(records: Records, s: Settings, layer: int) -> None:
     columns = {field.name for field in fields(DrawRow)}
     for seed, uniform in itertools.product(range(s.seed, s.seed + DRAWS), (None, *UNIFORM_K_NORMS)):
         problem = synthetic_problem(s.model, layer, s.tokens, seed, uniform_k_norm=uniform).to(s.device)
-        name = _eager_plan(problem)
+        name = eager_plan(problem)
         row = {"model": s.model, "tokens": s.tokens, "weights": problem.weights, "layer": layer, "seed": seed}
         row |= {"plan": name, "uniform_k_norm": uniform}
         if records.has(DrawRow, **row):
@@ -130,6 +137,12 @@ def offset_fits(s: Settings, stored_as_offset: bool) -> bool:
     return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
 
 
+def _problems(s: Settings) -> list[tuple[int, str]]:
+    """Layers, and a plan of each way of storing norm weights that fits the settings' problems."""
+    fitting = [names[0] for kind, names in by_storage(s.plans) if offset_fits(s, kind)]
+    return list(itertools.product(s.layers, fitting))
+
+
 def _refused(records: Records, s: Settings, layer: int, name: str) -> None:
     reason = "the plan reads norm weights as 1 + w, this checkpoint stores w, or the other way round"
     key = _key(s, problem_at(s, layer, 1), name, Backend.SPEC, "", "")
@@ -147,26 +160,6 @@ def _values(problem: Problem, chain: Chain) -> dict[str, Tensor]:
 
 def _eager_values(problem: Problem) -> dict[str, Tensor]:
     return _named(problem, eager(problem), eager(problem, proj_only=True)[1])
-
-
-def _eager_plan(problem: Problem) -> str:
-    """The plan that Hugging Face's code for this way of storing norm weights implements."""
-    return "gemma" if problem.weight_offset else "hf"
-
-
-def _noise_floor(records: Records, s: Settings, problem: Problem) -> None:
-    """Eager against itself: one token at a time, and (on a CPU) on one thread."""
-    name, expected = _eager_plan(problem), _eager_values(problem)
-    if records.has(ErrorRow, **_key(s, problem, name, Backend.EAGER_BATCH_OF_1, "v", "eager")):
-        return
-    rows = [eager(problem.replace(x=problem.x[i : i + 1])) for i in range(problem.tokens)]
-    floors = {Backend.EAGER_BATCH_OF_1: [torch.cat(parts) for parts in zip(*rows, strict=True)]}
-    if s.device == "cpu":
-        with one_thread():
-            floors[Backend.EAGER_ONE_THREAD] = list(eager(problem))
-    for backend, outputs in floors.items():
-        for output, value in zip("qkv", outputs, strict=True):
-            _add_error(records, _key(s, problem, name, backend, output, "eager"), value, expected[output])
 
 
 def _first_layer_details(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
