@@ -29,6 +29,11 @@ def eager_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: bool) -> Te
     return weight * normed.to(x.dtype)
 
 
+def eager_plan(problem: Problem) -> str:
+    """The plan that Hugging Face's code for this way of storing norm weights implements."""
+    return "gemma" if problem.weight_offset else "hf"
+
+
 def rope_table(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """cos and sin of each token [T, 1, Dh] in bf16, which a model makes once for all its layers; None: no positions."""
     if problem.positions is None:

@@ -26,6 +26,7 @@ from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import KNormRow, KNorms, Status
 from castpoint.variants.catalogue import plan_named
+from castpoint.variants.eager import eager_plan
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth
 
@@ -66,11 +67,6 @@ def _k_norm(problem: Problem, which: KNorms) -> Tensor:
 
 def _stored(problem: Problem, weight: Tensor) -> Tensor:
     return weight - 1 if problem.weight_offset else weight
-
-
-def eager_plan(problem: Problem) -> str:
-    """The plan that Hugging Face's code for this way of storing norm weights implements."""
-    return "gemma" if problem.weight_offset else "hf"
 
 
 def add_k_norms(records: Records, problem: Problem, sample: int) -> None:

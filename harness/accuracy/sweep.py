@@ -5,6 +5,7 @@ Each sweep asks the records what they have, measures what is missing, and goes o
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import amplification, channel_gains, k_before
 from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
-from castpoint.harness.accuracy.k_norms import add_k_norms, eager_plan
+from castpoint.harness.accuracy.k_norms import add_k_norms
+from castpoint.harness.accuracy.machines import Machines
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
@@ -25,7 +26,7 @@ from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow,
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
-from castpoint.variants.eager import eager
+from castpoint.variants.eager import eager, eager_plan
 from castpoint.variants.envelope import envelope, outside
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth
@@ -39,6 +40,7 @@ DRAWS = 20  # seeds, the settings' own first, of what K-norm weights do: one dra
 def sweep_precision(settings: Settings, records: Records) -> None:
     """Errors and amplification of the spec of every plan, and of eager, on every layer."""
     s = settings
+    machines = Machines(s, records, _problems(s))
     for layer in track(s.layers, "errors and amplification"):
         for stored_as_offset, names in by_storage(s.plans):
             if not offset_fits(s, stored_as_offset):
@@ -46,9 +48,8 @@ def sweep_precision(settings: Settings, records: Records) -> None:
                     _refused(records, s, layer, name)
                 continue
             problem = problem_at(s, layer, s.tokens, names[0])
-            _layer_precision(records, s, problem, names)
+            _layer_precision(records, s, problem, names, machines)
             if layer == s.layers[0]:
-                _noise_floor(records, s, problem)
                 _first_layer_details(records, s, problem, names)
     if s.checkpoint is None and geometry_named(s.model).head_norm:
         for seed in track(range(s.seed, s.seed + DRAWS), "K-norm weights"):
@@ -62,8 +63,9 @@ def sweep_kernels(settings: Settings, records: Records) -> None:
             _kernel_errors(records, settings, settings.layers[0], name, backend)
 
 
-def _layer_precision(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:
-    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete."""
+def _layer_precision(records: Records, s: Settings, problem: Problem, names: list[str], machines: Machines) -> None:
+    """Rows of one problem. The row of v against eager comes last for each plan: it says that the plan is complete.
+    machines: other instruction sets whose eager is compared too."""
     todo = [n for n in names if not records.has(ErrorRow, **_key(s, problem, n, Backend.SPEC, "v", "eager"))]
     if not todo:
         return
@@ -83,6 +85,7 @@ def _layer_precision(records: Records, s: Settings, problem: Problem, names: lis
             continue
         if measured:
             records.add(AmplificationRow(**row, **measured))
+        records.add(*machines.compared(problem, name, chain.k))
         for output, value in _values(problem, chain).items():
             for reference, values in (("truth", true_values), ("eager", eager_values)):
                 key = _key(s, problem, name, Backend.SPEC, output, reference)
@@ -103,6 +106,12 @@ def offset_fits(s: Settings, stored_as_offset: bool) -> bool:
     return s.checkpoint is None or problem_at(s, s.layers[0], 1).weight_offset == stored_as_offset
 
 
+def _problems(s: Settings) -> list[tuple[int, str]]:
+    """Layers, and a plan of each way of storing norm weights that fits the settings' problems."""
+    fitting = [names[0] for kind, names in by_storage(s.plans) if offset_fits(s, kind)]
+    return list(itertools.product(s.layers, fitting))
+
+
 def _refused(records: Records, s: Settings, layer: int, name: str) -> None:
     reason = "the plan reads norm weights as 1 + w, this checkpoint stores w, or the other way round"
     key = _key(s, problem_at(s, layer, 1), name, Backend.SPEC, "", "")
@@ -120,21 +129,6 @@ def _values(problem: Problem, chain: Chain) -> dict[str, Tensor]:
 
 def _eager_values(problem: Problem) -> dict[str, Tensor]:
     return _named(problem, eager(problem), eager(problem, proj_only=True)[1])
-
-
-def _noise_floor(records: Records, s: Settings, problem: Problem) -> None:
-    """Eager against itself: one token at a time, and (on a CPU) on one thread."""
-    name, expected = eager_plan(problem), _eager_values(problem)
-    if records.has(ErrorRow, **_key(s, problem, name, Backend.EAGER_BATCH_OF_1, "v", "eager")):
-        return
-    rows = [eager(problem.replace(x=problem.x[i : i + 1])) for i in range(problem.tokens)]
-    floors = {Backend.EAGER_BATCH_OF_1: [torch.cat(parts) for parts in zip(*rows, strict=True)]}
-    if s.device == "cpu":
-        with one_thread():
-            floors[Backend.EAGER_ONE_THREAD] = list(eager(problem))
-    for backend, outputs in floors.items():
-        for output, value in zip("qkv", outputs, strict=True):
-            _add_error(records, _key(s, problem, name, backend, output, "eager"), value, expected[output])
 
 
 def _first_layer_details(records: Records, s: Settings, problem: Problem, names: list[str]) -> None:

@@ -57,7 +57,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """Twelve hexadecimal digits that any bit of these tensors changes."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:12]
 
 

@@ -63,8 +63,8 @@ def _kernels(frame: pd.DataFrame) -> str:
         return ""
     worst = rows.loc[rows["kernel_vs_spec_share"].idxmax()]
     return (
-        f" Order of sums comes on top: at most {worst['kernel_vs_spec_share']:.1g} of a plan's squared error "
-        f"(`{worst['plan']}`, {WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens)."
+        f" Order of sums comes on top: at most {worst['kernel_vs_spec_share']:.1g} of a plan's squared error, of this "
+        f"machine (`{worst['plan']}`, {WHOSE[worst['measure']]}, layer {worst['layer']}, {worst['tokens']} tokens)."
     )
 
 

@@ -11,10 +11,10 @@ from castpoint.harness.report.markdown import under
 from castpoint.harness.runs.frames import GPU_TABLES, latest, load, load_table, newest_gpu_run
 
 BAD = ("failed", "red")
-OF_A_BENCH = ("errors", "amplification", "k_norms", "ulps", "channels", "speed")
+OF_A_BENCH = ("errors", "eager", "amplification", "k_norms", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
 NAMES = "model source implementation kernel counter limit arm step plan config backend how target kind check".split()
-NAMES += ["measure"]
+NAMES += ["isa", "measure"]
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:

@@ -11,8 +11,9 @@ import pandas as pd
 
 from castpoint.harness.report import k_norms, model
 from castpoint.harness.report.fingerprints import answer_words
-from castpoint.harness.runs.frames import Frames, first_layer, latest, noise_floor, over_layers
-from castpoint.harness.runs.schema import KNorms
+from castpoint.harness.report.markdown import percent
+from castpoint.harness.runs.frames import Frames, differing, latest
+from castpoint.harness.runs.schema import Backend, KNorms
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ def anchor(heading: str) -> str:
 
 def findings(folder: Path, frames: Frames) -> list[Finding]:
     """frames: of a bench; studies are the folder's newest. Without the rows for one of them there is no such line."""
-    return [*_noise(frames["errors"]), *_amplified(folder, frames["k_norms"]), *_compiled(folder), *_noticed(folder)]
+    return [*_noise(frames["eager"]), *_amplified(folder, frames["k_norms"]), *_compiled(folder), *_noticed(folder)]
 
 
 NOISE, AMPLIFIED, IMPLEMENTATIONS = "Noise floor", "What the K-norm weights amplify", "What public implementations do"
 
 
-def _noise(errors: pd.DataFrame) -> Iterator[Finding]:
-    noise, equal = noise_floor(errors), over_layers(first_layer(errors), "eager", "share_equal").get("one-rounding")
-    if noise is not None and equal is not None:
+def _noise(eager: pd.DataFrame) -> Iterator[Finding]:
+    itself, one = (differing(eager, *of) for of in ((Backend.EAGER_BATCH_OF_1,), (Backend.SPEC, "one-rounding")))
+    if itself and one:
         yield Finding(
-            f"**One rounding a norm instead of two** changes {1 - equal:.0%} of K's elements; eager run one token at a time "
-            f"changes {noise:.3%} of its own (first layer).",
+            f"**One rounding a norm instead of two** changes {percent(*one, 2)} of K's elements; eager read token by token changes "
+            f"{percent(*itself, 2)} of its own (over layers and the instruction sets that this CPU plays).",
             NOISE,
         )
 

@@ -32,6 +32,12 @@ def markdown(frame: pd.DataFrame, right: Collection[str] = ()) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(frame.columns), rule, *rows])
 
 
+def percent(low: float, high: float, digits: int = 3) -> str:
+    """`0.013 to 0.031 %` of two shares; one number where they print alike."""
+    least, most = (f"{100 * share:.{digits}g}" for share in (low, high))
+    return f"{least} %" if least == most else f"{least} to {most} %"
+
+
 def under(words: str, frame: pd.DataFrame) -> str:
     """Words and a table; empty where it has no rows."""
     return f"{words}\n\n{markdown(frame)}" if len(frame) else ""

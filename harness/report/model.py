@@ -186,7 +186,7 @@ def section(study: Study) -> str:
     layers = layer_table(frames)
     return paragraphs(
         f"## In a whole model: {model}",
-        f"{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA. The truth: "
+        f"{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA, and of this machine, as is all against it. The truth: "
         f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "
         "continuation parts at the first token that the arm would not have chosen. Δ log p is the absolute change of a token's "
         "log probability against eager, nats; quantiles are of one text, and all figures means over texts. Perplexity is that of "

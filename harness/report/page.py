@@ -9,10 +9,20 @@ import pandas as pd
 
 from castpoint.harness.report import failures, k_norms
 from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, findings
-from castpoint.harness.report.markdown import markdown, paragraphs
+from castpoint.harness.report.markdown import markdown, paragraphs, percent
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, load, newest_gpu_run, over_layers, own
+from castpoint.harness.runs.frames import (
+    Frames,
+    best_backend,
+    between_machines,
+    instruction_sets,
+    load,
+    newest_gpu_run,
+    over_layers,
+    own,
+)
+from castpoint.harness.runs.holds import MARK
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -36,7 +46,7 @@ def plan_table(frames: Frames) -> pd.DataFrame:
         "rounds": pd.Series({name: " ".join(named.plan.roundings()) for name, named in PLANS.items()}),
         "K error, relative rms": over_layers(errors, "truth", "rel_rms"),
         "K correctly rounded": over_layers(errors, "truth", "share_equal"),
-        "K equal to eager": over_layers(errors, "eager", "share_equal"),
+        f"K equal to eager {MARK}": over_layers(errors, "eager", "share_equal"),
         "K bias": over_layers(errors, "truth", "signed_mean"),
     }
     if best_backend(speed) != "inductor":
@@ -47,13 +57,27 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(names, name="plan")).reset_index()
 
 
-def noise_floor_table(frames: Frames) -> pd.DataFrame:
-    """Eager against itself."""
-    errors = own(frames["errors"])
-    itself = errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
-    names = {"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs", "rel_rms": "rel_rms"}
-    return errors[(errors["reference"] == "eager") & itself][["plan", "backend", "output", *names]].rename(
-        columns=names
+def noise_floor_table(eager: pd.DataFrame) -> pd.DataFrame:
+    """Least and greatest share of K's elements over layers that differ from eager's, a column an instruction set."""
+    rows = eager[eager["status"] == "ok"].sort_values("backend", key=lambda named: named == Backend.SPEC, kind="stable")
+    against = rows["backend"].where(rows["backend"] != Backend.SPEC, rows["plan"] + "'s spec")
+    table = pd.DataFrame(index=against.unique())
+    for isa in instruction_sets(eager):
+        here = rows[rows["isa"] == isa]
+        shares = (1 - here["share_equal"]).groupby(against).agg(["min", "max"])
+        cells = {name: percent(low, high) for name, low, high in shares.itertuples()}
+        table[f"eager on {isa}: {here['kernel'].iloc[0]}"] = pd.Series(cells)
+    return table.rename_axis("K elements that differ, over layers").reset_index()
+
+
+def machine_note(eager: pd.DataFrame) -> str:
+    """What a mark beside a share of eager's bits means, by how much another instruction set moves it; empty without rows."""
+    moves = between_machines(eager)
+    if len(instruction_sets(eager)) < 2:
+        return f"{MARK} Of this machine's PyTorch." if len(moves) else ""
+    return (
+        f"{MARK} Of this machine's PyTorch: with the instruction sets that this CPU plays ({', '.join(instruction_sets(eager))}) a "
+        f"share moves by at most {100 * moves.max():.1g} percentage points (`{moves.idxmax()}`)."
     )
 
 
@@ -63,7 +87,8 @@ def kernel_table(frames: Frames) -> pd.DataFrame:
     rows = errors[(errors["reference"] == "spec") | (errors["status"] == "failed")]
     worst = {"share_equal": "min", "rel_rms": "max", "status": lambda said: next((s for s in said if s != "ok"), "ok")}
     table = rows.groupby(["plan", "backend"], sort=False).agg(worst)
-    return table.rename(columns={"share_equal": "equal to spec"}).reset_index()
+    names = {"share_equal": f"equal to spec {MARK}", "rel_rms": f"rel_rms {MARK}"}
+    return table.rename(columns=names).reset_index()
 
 
 def speed_table(frames: Frames) -> pd.DataFrame:
@@ -77,7 +102,7 @@ def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
     return {
         "plans": markdown(plan_table(frames)),
-        "noise": markdown(noise_floor_table(frames)),
+        "noise": markdown(noise_floor_table(frames["eager"])),
         "kernels": markdown(kernel_table(frames)),
         "amplification": k_norms.explained(frames["k_norms"]),
         "speed": markdown(speed_table(frames)),
@@ -141,9 +166,15 @@ def write_report(folder: Path, run_id: str) -> Path:
     return path
 
 
+def _not_played(eager: pd.DataFrame) -> str:
+    """A sentence an instruction set that was not played; empty without one."""
+    rows = eager[eager["status"] != "ok"]
+    return "".join(f"\n\nWithout {row.isa}: {row.reason}." for row in rows.itertuples())
+
+
 def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
     """A bench's tables, each with its plots."""
-    t, speed = tables(frames), frames["speed"]
+    t, speed, eager = tables(frames), frames["speed"], frames["eager"]
     cpu = (
         "These are CPU times through Inductor. PyTorch's bf16 matmul returns bf16 on a CPU, so only plans that round proj to "
         "nearest can use it; all others run an fp32 matmul over widened operands. They rank these two matmuls on this machine, "
@@ -154,7 +185,7 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
         "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
-        "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
+        f"{machine_note(eager)}\n\n![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
         paragraphs(
             f"## {AMPLIFIED}",
             "The first layer with its K-norm weights as drawn, and with others in their place. q's and K's are drawn "
@@ -163,9 +194,12 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
             t["amplification"],
             "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
         ),
-        f"## {NOISE}\n\nEager against itself, first layer.\n\n{t['noise']}",
+        f"## {NOISE}\n\nEager's K against eager in another batch, on other threads or on another instruction set, and against the "
+        f"spec of every plan: least to greatest share of elements that differ, over layers. One CPU plays the instruction sets "
+        "(`ONEDNN_MAX_CPU_ISA`); behind each stands what oneDNN multiplies by. Another make of CPU may add otherwise with the same."
+        f"\n\n{t['noise']}{_not_played(eager)}",
         "## Kernels against their specs\n\nFirst layer; the worst of q, k and v. `ok`: every element lies in the plan's "
         "envelope, and on inputs whose sums are exact Triton equals the spec bit for bit. "
-        f"On a CPU Triton runs interpreted.\n\n{t['kernels']}",
-        f"## Times\n\n{cpu}{limits(run, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
+        f"On a CPU Triton runs interpreted. {MARK} Of this machine: its BLAS decides the order of sums.\n\n{t['kernels']}",
+        f"## Times\n\nAll of this machine. {cpu}{limits(run, speed)}\n\n{t['speed']}\n\n![time against tokens](plots/time.png)",
     ]

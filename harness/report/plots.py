@@ -18,10 +18,12 @@ from castpoint.harness.report.budget_plot import budget_bars
 from castpoint.harness.report.failures import note
 from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.gpu_runs import newest
+from castpoint.harness.report.markdown import percent
 from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
-from castpoint.harness.runs.frames import Frames, best_backend, latest, load, noise_floor, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, differing, latest, load, over_layers, own
 from castpoint.harness.runs.records import load_runs
+from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
 
 BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line
@@ -93,8 +95,8 @@ def error_per_plan(frames: Frames) -> Figure | None:
     unit = "in units of one rounding to bf16,\nrelative rms (dot: all layers; bar: smallest to largest layer)"
     left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None))
     left.set_xlabel(f"K's error against float64 {unit}")
-    noise = noise_floor(errors)
-    floor = f"\n(eager against itself, one token at a time: {noise * 100:.2g} %)" if noise is not None else ""
+    noise = differing(frames["eager"], Backend.EAGER_BATCH_OF_1)
+    floor = f"\n(eager against itself, one token at a time: {percent(*noise, 2)})" if noise else ""
     right.set(xlim=(0, 100), xlabel=f"K elements that differ from eager bf16{floor}")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     for axes, words in ((left, "the truth"), (right, "the PyTorch bf16 path")):

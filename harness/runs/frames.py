@@ -67,16 +67,25 @@ def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
 
 
-def noise_floor(errors: pd.DataFrame) -> float | None:
-    """Share of the first layer's K elements that eager changes against itself when it runs one token at a time."""
-    rows = own(errors)
-    rows = rows[(rows["backend"] == Backend.EAGER_BATCH_OF_1) & (rows["plan"] == "hf") & (rows["output"] == "k")]
-    return 1 - rows["share_equal"].iloc[0] if len(rows) else None
+def differing(eager: pd.DataFrame, backend: str, plan: str = "") -> tuple[float, float] | None:
+    """Least and greatest share of K's elements in which that backend (a plan's spec, if one is named) differs from
+    eager, over layers and the instruction sets that the CPU played; None without such rows."""
+    rows = eager[(eager["backend"] == backend) & (eager["status"] == "ok")]
+    shares = 1 - rows[rows["plan"] == plan if plan else rows["plan"] != ""]["share_equal"]
+    return (shares.min(), shares.max()) if len(shares) else None
 
 
-def first_layer(errors: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the first layer, to be set beside the noise floor."""
-    return errors[errors["layer"] == errors["layer"].min()]
+def between_machines(eager: pd.DataFrame) -> pd.Series:
+    """Plan -> by how much the share of K's elements that equal eager's, mean over layers, moves with the instruction
+    set."""
+    rows = eager[(eager["backend"] == Backend.SPEC) & (eager["status"] == "ok")]
+    by_isa = rows.groupby(["plan", "isa"])["share_equal"].mean().groupby("plan")
+    return by_isa.max() - by_isa.min()
+
+
+def instruction_sets(eager: pd.DataFrame) -> list[str]:
+    """Those that the CPU played."""
+    return sorted(set(eager.loc[eager["status"] == "ok", "isa"]))
 
 
 def best_backend(speed: pd.DataFrame) -> str:

@@ -36,7 +36,6 @@ class Backend(StrEnum):
     SPEC = "spec"
     EAGER = "eager"
     EAGER_BATCH_OF_1 = "eager, batch of 1"
-    EAGER_ONE_THREAD = "eager, 1 thread"
     COMPILED_EAGER = "torch.compile"
     INDUCTOR = "inductor"
     TRITON = "triton"
@@ -174,6 +173,11 @@ class ErrorRow(Row, table="errors", key=("weights", "layer", "tokens", "plan", "
     max_abs: Number = None; mean_abs: Number = None; rms: Number = None; rel_rms: Number = None
     max_ulp: Number = None; p99_ulp: Number = None; mean_ulp: Number = None; share_equal: Number = None
     signed_mean: Number = None; at_token: Count = None; at_head: Count = None; at_channel: Count = None
+
+class EagerRow(Row, table="eager", key=("weights", "layer", "tokens", "isa", "plan", "backend")):
+    model: str; weights: str; layer: int; tokens: int; seed: int; isa: str  # K against eager's on that instruction
+    kernel: str = ""; plan: str; backend: str  # set; kernel: oneDNN's name of its matmul
+    share_equal: Number = None; rel_rms: Number = None; max_ulp: Number = None; max_abs: Number = None
 
 class SpeedRow(Row, table="speed", key=("tokens", "plan", "backend")):
     model: str; tokens: int; plan: str; backend: str; regime: str
