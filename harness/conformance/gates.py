@@ -1,0 +1,162 @@
+"""Which gate sees which planted fault: every plan's kernel, wrong in one place, before everything that could notice.
+
+A gate sees a fault if one element of q, k and v is not what it allows. The right kernel is put before each gate too: a
+gate that sees it is red.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from castpoint.harness.conformance.faults import RIGHT, RIGHTS, Fault, faults
+from castpoint.harness.conformance.tolerances import (
+    chain_row,
+    norm_rows,
+    own_summary,
+    row_of,
+    summary,
+    tolerances,
+)
+from castpoint.harness.problems.drawn import residual_stream, synthetic_problem, with_positions
+from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.runs.progress import track
+from castpoint.harness.runs.records import Records
+from castpoint.harness.runs.schema import Gate, GateRow, Verdict
+from castpoint.kernels.plan import KEEP, CastPlan
+from castpoint.variants.catalogue import PLANS
+from castpoint.variants.eager import Outputs
+from castpoint.variants.envelope import Interval, envelope, outside
+from castpoint.variants.problem import Problem
+from castpoint.variants.spec import spec
+
+TOKENS = 33
+Q_HEADS, KV_HEADS = 2, 1  # of the drawn layer
+
+
+# ---------------------------------------------------------------- what each gate looks at
+
+
+def one_product(plan: CastPlan, rope: bool) -> Problem:
+    return exact_problem(plan, tokens=TOKENS, rope=rope)
+
+
+def drawn(plan: CastPlan, rope: bool) -> Problem:
+    """The first layer of the drawn Qwen3-0.6B, all its channels and four of its heads, and a residual and a bias, which
+    it has not, so that every boundary is there."""
+    problem = _drawn(plan.weight_offset != "none")
+    return with_positions(problem) if rope else problem
+
+
+@functools.cache
+def _drawn(weight_offset: bool) -> Problem:
+    p = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=weight_offset)
+    first = [0, p.num_q_heads, p.num_q_heads + p.num_kv_heads]
+    heads = [head + i for head, n in zip(first, (Q_HEADS, KV_HEADS, KV_HEADS), strict=True) for i in range(n)]
+    weight = p.qkv_weight.view(p.num_heads, p.head_dim, -1)[heads].flatten(0, 1)
+    rng = torch.Generator().manual_seed(1)
+    return p.replace(
+        qkv_weight=weight,
+        num_q_heads=Q_HEADS,
+        num_kv_heads=KV_HEADS,
+        residual=residual_stream(TOKENS, p.hidden_size, 0, rng),
+        bias=torch.randn(weight.shape[0], generator=rng).mul(0.3).to(torch.bfloat16),  # about the size of proj
+    )
+
+
+def same_bits(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
+    """Nothing but the spec's own values."""
+    return {name: (value, value) for name, value in spec(plan, problem).outputs().items()}
+
+
+Inputs = Callable[[CastPlan, bool], Problem]
+Allowed = Callable[[CastPlan, Problem], dict[str, Interval]]
+GATES: dict[Gate, tuple[Inputs, Allowed]] = {
+    Gate.ONE_PRODUCT: (one_product, same_bits),
+    Gate.ONE_PRODUCT_FP32: (one_product, same_bits),
+    Gate.ENVELOPE: (drawn, envelope),
+    Gate.ENVELOPE_FP32: (drawn, envelope),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One gate before one plan: how it stores, on which problem, what the right kernel returns there, what may be."""
+
+    plan: CastPlan
+    problem: Problem
+    right: Outputs
+    allowed: list[Interval]
+
+
+@functools.cache
+def case(gate: Gate, plan: CastPlan, rope: bool) -> Case:
+    plan = plan.replace(out=KEEP) if gate.stores_fp32 else plan
+    inputs, allowed = GATES[gate]
+    problem = inputs(plan, rope)
+    return Case(plan, problem, RIGHT.run(plan, problem), list(allowed(plan, problem).values()))
+
+
+# ---------------------------------------------------------------- the study
+
+
+OWN = {  # our gates as rows of the peers' table, each by itself and together
+    "exact inputs": [gate for gate in GATES if GATES[gate][1] is same_bits],
+    "envelope, bf16 outputs": [Gate.ENVELOPE],
+    "envelope, fp32 outputs": [Gate.ENVELOPE_FP32],
+    "all of them": list(GATES),
+}
+
+
+def sweep_gates(records: Records) -> None:
+    """A row of `gates` for each plan, fault and gate, peers' tolerances among them; then a row of `tolerances` for each
+    of those. One or two minutes."""
+    torch.set_num_threads(1)
+    for test in track(tolerances(), "peers' norms"):
+        records.add(*norm_rows(test))
+    for name, named in track(list(PLANS.items()), "gates"):
+        for fault in [*RIGHTS, *faults(named.plan)]:
+            records.add(*rows_of(name, fault))
+        case.cache_clear()
+    rows = records.rows("gates")
+    records.add(
+        *(summary(test, rows) for test in tolerances()), *(own_summary(name, of, rows) for name, of in OWN.items())
+    )
+
+
+def rows_of(name: str, fault: Fault) -> list[GateRow]:
+    """Every gate's verdict on one fault of a plan; `same function` where it changes nothing that could be changed."""
+    rope, store = fault.of == "positions", fault.kind == "out"
+    rows = [judged(name, fault, gate, rope) for gate in GATES if not (store and gate.stores_fp32)]
+    c = case(Gate.ENVELOPE, PLANS[name].plan, rope)
+    wrong = fault.run(c.plan, c.problem)
+    rows += [chain_row(test, name, fault, wrong, c.right) for test in tolerances()]
+    if fault in RIGHTS or any(row.differ for row in rows) or differs(PLANS[name].plan, fault, rope):
+        return rows
+    return [dataclasses.replace(row, verdict=Verdict.SAME_FUNCTION) for row in rows]
+
+
+def differs(plan: CastPlan, fault: Fault, rope: bool) -> bool:
+    """Whether the fault changes any element, stored in fp32, where x and proj are so small that eps counts too: a fault
+    that no gate's inputs show, but no other name of the same function."""
+    p = drawn(plan, rope)
+    small = {n: (getattr(p, n) * 2.0**-8).bfloat16() for n in ("x", "residual", "qkv_weight", "bias")}
+    plan = plan if fault.kind == "out" else plan.replace(out=KEEP)
+    pair = zip(RIGHT.run(plan, p.replace(**small)), fault.run(plan, p.replace(**small)), strict=True)
+    return not all(torch.equal(right, wrong) for right, wrong in pair)
+
+
+def judged(name: str, fault: Fault, gate: Gate, rope: bool) -> GateRow:
+    """That gate's row on a fault of that plan's kernel."""
+    c = case(gate, PLANS[name].plan, rope)
+    wrong = fault.run(c.plan, c.problem)
+    elements, differ = (
+        sum(a.numel() for a in wrong),
+        sum(int((a != b).sum()) for a, b in zip(wrong, c.right, strict=True)),
+    )
+    found = sum(int(outside(a, allowed).sum()) for a, allowed in zip(wrong, c.allowed, strict=True))
+    return row_of(name, fault, gate, elements, differ, found)
