@@ -19,6 +19,7 @@ from torch import Tensor
 
 from castpoint.kernels.plan import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants import eager
+from castpoint.variants.backends import run_triton
 from castpoint.variants.eager import Outputs, plan_weight
 from castpoint.variants.problem import Problem
 
@@ -31,7 +32,7 @@ SHARES = (2, 4, 8)  # of D, each summed by itself
 @dataclass(frozen=True)
 class Fault:
     """One way to be wrong. move: a boundary or choice and its new word. changes: old and new text of eager.py.
-    after: changes q and k, and the output of a single norm, in place.
+    after: changes q, k and v, or the output of a single norm, in place.
 
     kind: what it is one of, a boundary's name for a move. of: what can show it, the `chain`, `positions` for what needs
     q and k rotated, or `norm` for what a single norm can show too.
@@ -53,8 +54,9 @@ class Fault:
         if (run_as := self.plan(plan)) is None:
             raise ValueError(f"{self.name} contradicts {plan}")
         q, k, v = changed(self.changes).plan_eager(run_as, problem, plan_weight(run_as, problem))
-        if self.after:
-            self.after(q), self.after(k)
+        for value in (q, k, v):
+            if self.after:
+                self.after(value)
         return q, k, v
 
     def run_norm(
@@ -158,6 +160,9 @@ def away(value: Tensor, storage: str) -> Tensor:
     return torch.where(value.isnan(), value, bits.view(torch.float32))
 
 
+TERMS, OF_NORM, BESIDE = "channels left out of the sum", "eps, mean or rstd of a norm", "weights, bias or residual"
+TIES, STORES, TURNED = "ties away from zero", "elements that are not stored", "turned otherwise"  # kinds
+
 OWN_MATMUL = ('if plan.matmul == "bf16" and plan.proj == "bf16-rne" and plan.scale == "prologue":', "if False:")
 WIDE = "wide = weight.float()"
 NORM, HEAD = "_rstd(x, plan, p.eps, plan.rstd)", "_rstd(proj, plan, eps, plan.head_rstd)"
@@ -177,8 +182,8 @@ def in_chain(name: str, kind: str, old: str, new: str, of: str = "chain") -> Fau
 def in_norms(name: str, argument: str, head: str) -> list[Fault]:
     """The same fault in the layer's norm and in the head's. Text of _rstd's arguments."""
     return [
-        in_chain(name, "statistics of a norm", NORM, f"_rstd({argument}, plan.rstd)"),
-        in_chain(f"head norm: {name}", "statistics of a norm", HEAD, f"_rstd({head}, plan.head_rstd)", "norm"),
+        in_chain(name, OF_NORM, NORM, f"_rstd({argument}, plan.rstd)"),
+        in_chain(f"head norm: {name}", OF_NORM, HEAD, f"_rstd({head}, plan.head_rstd)", "norm"),
     ]
 
 
@@ -189,40 +194,44 @@ RIGHTS = [  # orders of summation in fp32 that nobody would call wrong, one of t
     in_matmul("none: fp32 sums one by one", RIGHT.kind, "step=1"),
     in_matmul("none: fp32 sums by 16, cut", RIGHT.kind, "cut=True"),
 ]
+INTERPRETED = in_chain("none: Triton", RIGHT.kind, "x = p.x.float()", "return run_triton(plan, p)")
 ACCUMULATORS = [
     in_matmul(f"accumulator of {bits} bits", f"accumulator of {bits} bits", f"bits={bits}") for bits in BITS
 ]
-SPLITS = [in_matmul(f"split-K, {n} shares in bf16", "split-K in bf16", f"shares={n}") for n in SHARES]
+SPLITS = [in_matmul(f"split-K, {n} shares in bf16", "split-K with bf16 partial sums", f"shares={n}") for n in SHARES]
 PLANTED = [
     *ACCUMULATORS,
     *SPLITS,
-    in_chain("last channel left out", "terms of the sum", HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, 1),")),
-    in_chain("last 16 channels left out", "terms of the sum", HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, 16),")),
-    in_chain("last channel twice", "terms of the sum", HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, -1),")),
+    in_chain("last channel left out", TERMS, HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, 1),")),
+    in_chain("last 16 channels left out", TERMS, HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, 16),")),
+    in_chain("last channel twice", TERMS, HIDDEN, HIDDEN.replace("hidden,", "_short(hidden, -1),")),
     *in_norms("eps dropped", "x, plan, 0.0", "proj, plan, 0.0"),
     *in_norms("eps doubled", "x, plan, 2 * p.eps", "proj, plan, 2 * eps"),
     *in_norms("mean over one channel more", "F.pad(x, (0, 1)), plan, p.eps", "F.pad(proj, (0, 1)), plan, eps"),
     *in_norms("last channel left out of the mean", "_short(x, 1), plan, p.eps", "_short(proj, 1), plan, eps"),
-    in_chain("rstd of the first token for all", "statistics of a norm", NORM, f"{NORM}[:1].expand(len(x), 1)"),
-    in_chain("rstd in fp16", "statistics of a norm", "torch.rsqrt(variance + eps)",
+    in_chain("rstd of the first token for all", OF_NORM, NORM, f"{NORM}[:1].expand(len(x), 1)"),
+    in_chain("rstd in fp16", OF_NORM, "torch.rsqrt(variance + eps)",
              "torch.rsqrt(variance + eps).half().float()", "norm"),
-    Fault("variance of the sum before it is rounded", "statistics of a norm", changes=(
+    Fault("variance of the sum before it is rounded", OF_NORM, changes=(
         ("x = p.x.float()", "x = whole = p.x.float()"),
         ("x = round_to(x + p.residual.float(), plan.x)", "whole = x + p.residual.float(); x = round_to(whole, plan.x)"),
         (NORM, "_rstd(whole, plan, p.eps, plan.rstd)"),
     )),
-    in_chain("bias dropped", "inputs", HIDDEN, HIDDEN.replace("p.bias", "None")),
-    in_chain("residual dropped", "inputs", "x + p.residual.float()", "x"),
-    in_chain("k normed with q's weight", "inputs", WEIGHTS, WEIGHTS.replace("weights", "weights[:1] * 2")),
-    in_chain("weights of q and k exchanged", "inputs", WEIGHTS, WEIGHTS.replace("weights", "weights[::-1]")),
-    in_chain("weight of the channel before", "inputs", "return head_normed * _applied_weight(weight, plan)",
+    in_chain("bias dropped", BESIDE, HIDDEN, HIDDEN.replace("p.bias", "None")),
+    in_chain("bias twice", BESIDE, "proj + bias.float()", "proj + 2 * bias.float()"),
+    in_chain("residual dropped", BESIDE, "x + p.residual.float()", "x"),
+    in_chain("k normed with q's weight", BESIDE, WEIGHTS, WEIGHTS.replace("weights", "weights[:1] * 2")),
+    in_chain("weights of q and k exchanged", BESIDE, WEIGHTS, WEIGHTS.replace("weights", "weights[::-1]")),
+    in_chain("weight of the channel before", BESIDE, "return head_normed * _applied_weight(weight, plan)",
              "return head_normed * _applied_weight(weight.roll(1), plan)", "norm"),
-    in_chain("ties away from zero", "rounding", ROUND, "from castpoint.variants.spec import truncate_tf32", "norm"),
-    Fault("one element in 500 zero", "stores", after=lambda y: y.view(-1)[::500].zero_(), of="norm"),
-    Fault("last token not written", "stores", after=lambda y: y[-1:].zero_(), of="norm"),
-    Fault("last token holds the one before", "stores", after=lambda y: y[-1:].copy_(y[-2:][:1]), of="norm"),
-    in_chain("turned the other way", "rotation", "+ round_to(rotate_half", "- round_to(rotate_half", "positions"),
-    in_chain("angle of the first token for all", "rotation", "in p.cos_sin())\n    return",
+    in_chain(TIES, TIES, ROUND, "from castpoint.variants.spec import truncate_tf32", "norm"),
+    Fault("one element in 500 zero", STORES, after=lambda y: y.view(-1)[::500].zero_(), of="norm"),
+    Fault("last token not written", STORES, after=lambda y: y[-1:].zero_(), of="norm"),
+    Fault("last token holds the one before", STORES, after=lambda y: y[-1:].copy_(y[-2:][:1]), of="norm"),
+    in_chain("one of two products not rounded", TURNED, "round_to(rotate_half(value) * sin, plan.products)",
+             "rotate_half(value) * sin", "positions"),
+    in_chain("turned the other way", TURNED, "+ round_to(rotate_half", "- round_to(rotate_half", "positions"),
+    in_chain("angle of the first token for all", TURNED, "in p.cos_sin())\n    return",
              "in (c[:1] for c in p.cos_sin()))\n    return", "positions"),
 ]  # fmt: skip
 
@@ -243,7 +252,7 @@ def changed(changes: tuple[tuple[str, str], ...]) -> ModuleType:
             raise ValueError(f"variants/eager.py holds no {old!r}")
         text = text.replace(old, new)
     module = ModuleType("planted")
-    module.__dict__.update(Summed=Summed, round_to=away, _short=_short)
+    module.__dict__.update(Summed=Summed, round_to=away, _short=_short, run_triton=run_triton)
     exec(compile(text, f"planted: {changes}", "exec"), module.__dict__)
     return module
 

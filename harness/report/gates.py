@@ -82,7 +82,8 @@ def peers_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a test of other people's, and of our gates at the end."""
     lines = []
     for row in frame.itertuples(index=False):
-        allowed = "–" if pd.isna(row.atol) else f"{row.atol:g} + {row.rtol:g} · \\|y\\|"
+        allowed = f"{row.atol:g} + {row.rtol:g} · abs(y)" if row.atol or row.rtol else "equal bits"
+        allowed = "–" if pd.isna(row.atol) else allowed
         inputs = f"x {row.x}; w {row.weight}" if row.x else "–"
         name = f"[{row.peer}]({row.url}), {row.test}" if row.url else f"{row.peer}, {row.test}"
         norm, chain = share(row.norm_passed, row.norm_faults), share(row.chain_passed, row.chain_faults)
