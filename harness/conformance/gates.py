@@ -46,6 +46,10 @@ def one_product(plan: CastPlan, rope: bool) -> Problem:
     return exact_problem(plan, tokens=TOKENS, rope=rope)
 
 
+def many_products(plan: CastPlan, rope: bool) -> Problem:
+    return exact_problem(plan, products="many", tokens=TOKENS, rope=rope, bias=True, residual=True)
+
+
 def drawn(plan: CastPlan, rope: bool) -> Problem:
     """The first layer of the drawn Qwen3-0.6B, all its channels and four of its heads, and a residual and a bias, which
     it has not, so that every boundary is there."""
@@ -79,6 +83,8 @@ Allowed = Callable[[CastPlan, Problem], dict[str, Interval]]
 GATES: dict[Gate, tuple[Inputs, Allowed]] = {
     Gate.ONE_PRODUCT: (one_product, same_bits),
     Gate.ONE_PRODUCT_FP32: (one_product, same_bits),
+    Gate.MANY_PRODUCTS: (many_products, same_bits),
+    Gate.MANY_PRODUCTS_FP32: (many_products, same_bits),
     Gate.ENVELOPE: (drawn, envelope),
     Gate.ENVELOPE_FP32: (drawn, envelope),
 }
