@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from castpoint.harness.problems.drawn import residual_stream, synthetic_problem, with_positions
 from castpoint.kernels.plan import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants import eager
 from castpoint.variants.backends import run_triton
@@ -27,6 +28,7 @@ NEIGHBOURS = {KEEP: (RNE,), RNE: (KEEP, RTZ), RTZ: (RNE,)}
 STEP = 16  # products that are summed before an accumulator is rounded, as on a tensor core
 BITS = (8, 12, 16, 19, 22)  # of a short accumulator's significand; fp32 has 24
 SHARES = (2, 4, 8)  # of D, each summed by itself
+TOKENS, Q_HEADS, KV_HEADS = 33, 2, 1  # of the drawn layer
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ PLANTED = [
         (NORM, "_rstd(whole, plan, p.eps, plan.rstd)"),
     )),
     in_chain("bias dropped", BESIDE, HIDDEN, HIDDEN.replace("p.bias", "None")),
-    in_chain("bias twice", BESIDE, "proj + bias.float()", "proj + 2 * bias.float()"),
+    Fault("bias twice", BESIDE, changes=(OWN_MATMUL, ("proj + bias.float()", "proj + 2 * bias.float()"))),
     in_chain("residual dropped", BESIDE, "x + p.residual.float()", "x"),
     in_chain("k normed with q's weight", BESIDE, WEIGHTS, WEIGHTS.replace("weights", "weights[:1] * 2")),
     in_chain("weights of q and k exchanged", BESIDE, WEIGHTS, WEIGHTS.replace("weights", "weights[::-1]")),
@@ -264,3 +266,42 @@ def changed(changes: tuple[tuple[str, str], ...]) -> ModuleType:
 def faults(plan: CastPlan) -> list[Fault]:
     """All that is planted in a kernel of that plan."""
     return list(itertools.chain(move_faults(plan), PLANTED))
+
+
+# ---------------------------------------------------------------- on a layer
+
+
+def drawn(plan: CastPlan, rope: bool) -> Problem:
+    """The first layer of the drawn Qwen3-0.6B, all its channels and four of its heads, and a residual and a bias, which
+    it has not, so that every boundary is there."""
+    problem = _drawn(plan.weight_offset != "none")
+    return with_positions(problem) if rope else problem
+
+
+@functools.cache
+def _drawn(weight_offset: bool) -> Problem:
+    p = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=weight_offset)
+    first = [0, p.num_q_heads, p.num_q_heads + p.num_kv_heads]
+    heads = [head + i for head, n in zip(first, (Q_HEADS, KV_HEADS, KV_HEADS), strict=True) for i in range(n)]
+    weight = p.qkv_weight.view(p.num_heads, p.head_dim, -1)[heads].flatten(0, 1)
+    rng = torch.Generator().manual_seed(1)
+    return p.replace(
+        qkv_weight=weight,
+        num_q_heads=Q_HEADS,
+        num_kv_heads=KV_HEADS,
+        residual=residual_stream(TOKENS, p.hidden_size, 0, rng),
+        bias=torch.randn(weight.shape[0], generator=rng).mul(0.3).to(torch.bfloat16),  # about the size of proj
+    )
+
+
+def same_function(plan: CastPlan, fault: Fault) -> bool:
+    """Whether the fault changes no element of the layer stored in fp32, at its own size and where x and proj are so
+    small that eps counts as much: it is then another name of the plan, as far as this shows. False for right kernels.
+    """
+    if fault.kind == RIGHT.kind:
+        return False
+    p = drawn(plan, fault.of == "positions")
+    small = {n: (getattr(p, n) * 2.0**-8).bfloat16() for n in ("x", "residual", "qkv_weight", "bias")}
+    plan = plan if fault.kind == "out" else plan.replace(out=KEEP)
+    pairs = [zip(RIGHT.run(plan, q), fault.run(plan, q), strict=True) for q in (p, p.replace(**small))]
+    return all(torch.equal(right, wrong) for pair in pairs for right, wrong in pair)

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
-from castpoint.harness.conformance.faults import INTERPRETED, RIGHT, RIGHTS, Fault, faults
+from castpoint.harness.conformance.faults import (
+    INTERPRETED,
+    RIGHT,
+    RIGHTS,
+    TOKENS,
+    Fault,
+    drawn,
+    faults,
+    same_function,
+)
 from castpoint.harness.conformance.tolerances import (
     chain_row,
     norm_rows,
@@ -22,7 +31,6 @@ from castpoint.harness.conformance.tolerances import (
     summary,
     tolerances,
 )
-from castpoint.harness.problems.drawn import residual_stream, synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
@@ -34,8 +42,6 @@ from castpoint.variants.envelope import Interval, envelope, outside
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec
 
-TOKENS = 33
-Q_HEADS, KV_HEADS = 2, 1  # of the drawn layer
 INTERPRETED_PLANS = ("hf", "fp32", "deferred", "gemma")  # whose Triton kernel is put before the gates too
 
 
@@ -48,29 +54,6 @@ def one_product(plan: CastPlan, rope: bool) -> Problem:
 
 def many_products(plan: CastPlan, rope: bool) -> Problem:
     return exact_problem(plan, products="many", tokens=TOKENS, rope=rope, bias=True, residual=True)
-
-
-def drawn(plan: CastPlan, rope: bool) -> Problem:
-    """The first layer of the drawn Qwen3-0.6B, all its channels and four of its heads, and a residual and a bias, which
-    it has not, so that every boundary is there."""
-    problem = _drawn(plan.weight_offset != "none")
-    return with_positions(problem) if rope else problem
-
-
-@functools.cache
-def _drawn(weight_offset: bool) -> Problem:
-    p = synthetic_problem("qwen3-0.6b", 0, TOKENS, weight_offset=weight_offset)
-    first = [0, p.num_q_heads, p.num_q_heads + p.num_kv_heads]
-    heads = [head + i for head, n in zip(first, (Q_HEADS, KV_HEADS, KV_HEADS), strict=True) for i in range(n)]
-    weight = p.qkv_weight.view(p.num_heads, p.head_dim, -1)[heads].flatten(0, 1)
-    rng = torch.Generator().manual_seed(1)
-    return p.replace(
-        qkv_weight=weight,
-        num_q_heads=Q_HEADS,
-        num_kv_heads=KV_HEADS,
-        residual=residual_stream(TOKENS, p.hidden_size, 0, rng),
-        bias=torch.randn(weight.shape[0], generator=rng).mul(0.3).to(torch.bfloat16),  # about the size of proj
-    )
 
 
 def same_bits(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
@@ -143,19 +126,9 @@ def rows_of(name: str, fault: Fault) -> list[GateRow]:
     c = case(Gate.ENVELOPE, PLANS[name].plan, rope)
     wrong = fault.run(c.plan, c.problem)
     rows += [chain_row(test, name, fault, wrong, c.right) for test in tolerances()]
-    if fault.kind == RIGHT.kind or any(row.differ for row in rows) or differs(PLANS[name].plan, fault, rope):
+    if any(row.differ for row in rows) or not same_function(PLANS[name].plan, fault):
         return rows
     return [dataclasses.replace(row, verdict=Verdict.SAME_FUNCTION) for row in rows]
-
-
-def differs(plan: CastPlan, fault: Fault, rope: bool) -> bool:
-    """Whether the fault changes any element, stored in fp32, where x and proj are so small that eps counts too: a fault
-    that no gate's inputs show, but no other name of the same function."""
-    p = drawn(plan, rope)
-    small = {n: (getattr(p, n) * 2.0**-8).bfloat16() for n in ("x", "residual", "qkv_weight", "bias")}
-    plan = plan if fault.kind == "out" else plan.replace(out=KEEP)
-    pair = zip(RIGHT.run(plan, p.replace(**small)), fault.run(plan, p.replace(**small)), strict=True)
-    return not all(torch.equal(right, wrong) for right, wrong in pair)
 
 
 def judged(name: str, fault: Fault, gate: Gate, rope: bool) -> GateRow:

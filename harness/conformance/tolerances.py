@@ -10,6 +10,7 @@ test says of gradients, other dtypes or the residual is left out.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from castpoint.harness.conformance.faults import PLANTED, RIGHT, Fault, move_faults
+from castpoint.harness.conformance.faults import PLANTED, RIGHT, Fault, move_faults, same_function
 from castpoint.harness.runs.schema import Gate, GateRow, Status, ToleranceRow, Verdict
 from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
@@ -158,7 +159,9 @@ def norm_rows(test: Tolerance) -> Iterator[GateRow]:
             found[1] += int((wrong != right).sum())
             found[2] += int(test.outside(wrong, reference).sum())
     for fault in tried:
-        yield row_of(test.plan, fault, f"{test.name}, by itself", *counted[fault.name])
+        row = row_of(test.plan, fault, f"{test.name}, by itself", *counted[fault.name])
+        no_fault = not row.differ and same_function(PLANS[test.plan].plan, fault)
+        yield dataclasses.replace(row, verdict=Verdict.SAME_FUNCTION) if no_fault else row
 
 
 def chain_row(test: Tolerance, plan: str, fault: Fault, wrong: Outputs, right: Outputs) -> GateRow:

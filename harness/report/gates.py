@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from castpoint.harness.report.markdown import markdown, paragraphs
+from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.runs.schema import Gate, Verdict
 
 RIGHT = "right kernel"  # the kind of what is planted nowhere
@@ -40,20 +40,41 @@ def matrix(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["moved boundary or planted fault", *gates, "any of them"])
 
 
+def unseen(rows: pd.DataFrame) -> pd.DataFrame:
+    """Fault and plan that none of these rows' gates sees -> differ: how many elements it changes, at most."""
+    of = rows.assign(seen=rows["verdict"] == Verdict.SEEN).groupby(["fault", "plan"], sort=False)
+    found = of.agg(seen=("seen", "any"), differ=("differ", "max"))
+    return found.loc[~found["seen"], ["differ"]].reset_index()
+
+
 def blind_spots(frame: pd.DataFrame) -> list[str]:
     """One line a fault that no gate sees in some plan: in which, and how many elements it changes there."""
-    rows = faults_of(frame)
-    plans = rows["plan"].nunique()
-    seen = rows.assign(seen=rows["verdict"] == Verdict.SEEN)
-    of = seen.groupby(["fault", "plan"], sort=False).agg(seen=("seen", "any"), differ=("differ", "max"))
     lines = []
-    for fault, unseen in of[~of["seen"]].groupby("fault", sort=False):
-        names = list(unseen.index.get_level_values("plan"))
-        most = int(unseen["differ"].max())
-        where = "every plan" if len(names) == plans else ", ".join(names)
-        what = f"changes up to {most:,} elements, none beyond what is allowed" if most else "changes no element there"
-        lines.append(f"- {fault}: {where}; {what}")
+    for fault, found in unseen(faults_of(frame)).groupby("fault", sort=False):
+        most = int(found["differ"].max())
+        what = f"up to {most:,} elements change, none beyond what is allowed" if most else "no element changes there"
+        lines.append(f"- **{fault}** in {', '.join(found['plan'])}: {what}")
     return lines
+
+
+def alone(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a fault: plans in which exact inputs alone, and the envelope alone, do not see it."""
+    rows = faults_of(frame)
+    named = {
+        "exact inputs alone": rows["gate"].str.contains("product"),
+        "the envelope alone": rows["gate"].str.contains("envelope"),
+    }
+    found = {name: unseen(rows[of]).groupby("fault", sort=False)["plan"].agg(list) for name, of in named.items()}
+    table = pd.DataFrame(found).map(lambda v: few(v, rows["plan"].nunique()) if isinstance(v, list) else "–")
+    order = [fault for fault in rows["fault"].unique() if fault in table.index]
+    return table.loc[order].rename_axis("not seen by").reset_index()
+
+
+def few(plans: list[str], every: int) -> str:
+    """Up to four names, or how many."""
+    if len(plans) == every:
+        return "every plan"
+    return ", ".join(plans) if len(plans) <= 4 else f"{len(plans)} plans"
 
 
 def section(frame: pd.DataFrame) -> str:
@@ -68,9 +89,10 @@ def section(frame: pd.DataFrame) -> str:
         "of a drawn layer, with a residual and a bias. `fp32`: outputs stored in fp32. "
         f"Of {len(right)} looks at a right kernel, in four orders of summation, {refused} were refused."
     )
-    spots = blind_spots(frame)
-    unseen = f"Seen by none ({len(spots)} faults):" if spots else "Each is seen by one gate at least."
-    return paragraphs(said, markdown(matrix(frame)), unseen, "\n".join(spots))
+    spots, missed = blind_spots(frame), alone(frame)
+    none = f"Seen by none, {len(unseen(rows))} of {len(faults)}:" if spots else "Each is seen by one gate at least."
+    apart = under("What each kind of inputs misses by itself:", missed)
+    return paragraphs(said, markdown(matrix(frame)), none, "\n".join(spots), apart)
 
 
 def share(passed: float, of: float) -> str:

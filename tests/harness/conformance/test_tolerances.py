@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from castpoint.harness.conformance.faults import PLANTED, RIGHT
+from castpoint.harness.conformance.faults import PLANTED, RIGHT, TURNED
 from castpoint.harness.conformance.tolerances import (
     Tolerance,
     chain_row,
@@ -127,7 +127,7 @@ def test_only_a_gate_of_ours_is_red_for_a_right_kernel() -> None:
 def test_what_a_norm_shows_is_planted_in_it() -> None:
     plain, rotated = norm_faults(named("vLLM: RMSNorm")), norm_faults(named("vLLM: q/k norm + RoPE"))
     assert {fault.kind for fault in rotated} - {fault.kind for fault in plain} == {
-        "unrotated", "cos_sin", "products", "rotation",
+        "unrotated", "cos_sin", "products", TURNED,
     }  # fmt: skip
     assert all(fault.plan(HF) is None or fault.plan(HF).out != "fp32" for fault in rotated)
 

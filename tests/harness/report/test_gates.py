@@ -11,7 +11,17 @@ import torch
 import castpoint.harness.__main__ as cli
 from castpoint.harness.conformance import gates as study
 from castpoint.harness.conformance.faults import RIGHT as CONTROL
-from castpoint.harness.report.gates import RIGHT, blind_spots, cell, matrix, peers_table, section, tolerances_section
+from castpoint.harness.report.gates import (
+    RIGHT,
+    alone,
+    blind_spots,
+    cell,
+    few,
+    matrix,
+    peers_table,
+    section,
+    tolerances_section,
+)
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import Records
@@ -90,15 +100,22 @@ def test_kinds_that_every_gate_answers_alike_share_a_row(frame: pd.DataFrame) ->
 
 def test_what_no_gate_sees_is_named_with_its_plans(frame: pd.DataFrame) -> None:
     assert blind_spots(frame) == [
-        "- short moved: b; changes up to 1,234 elements, none beyond what is allowed",
-        "- eps moved: b; changes no element there",
+        "- **short moved** in b: up to 1,234 elements change, none beyond what is allowed",
+        "- **eps moved** in b: no element changes there",
     ]
+
+
+def test_what_one_kind_of_inputs_misses_is_named(frame: pd.DataFrame) -> None:
+    assert alone(frame).values.tolist() == [
+        ["short moved", "every plan", "b"], ["eps moved", "b", "b"], ["cos_sin moved", "b", "–"],
+    ]  # fmt: skip
+    assert few(list("abcde"), 6) == "5 plans" and few(list("abcd"), 6) == "a, b, c, d"
 
 
 def test_the_section_counts_what_is_a_fault(frame: pd.DataFrame) -> None:
     text = section(frame)
     assert "7 kernels" in text and "Of 4 looks at a right kernel" in text and "0 were refused" in text
-    assert "Seen by none (2 faults):" in text and "Liger" not in text
+    assert "Seen by none, 2 of 7:" in text and "Liger" not in text
     refused = frame.assign(verdict=frame["verdict"].where(frame["kind"] != RIGHT, SEEN))
     assert "4 were refused" in section(refused)
 
