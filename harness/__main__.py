@@ -229,21 +229,22 @@ def audit(
 
 @app.command(rich_help_panel=LAB)
 def study(
-    name: Annotated[str, typer.Argument(help="survey, cases or confusion.")],
+    name: Annotated[str, typer.Argument(help="survey, cases, confusion or gates.")],
     results: ResultsFolder = None,
     device: DeviceName = "",
 ) -> None:
-    """A study by its name: survey, cases or confusion.
+    """A study by its name: survey, cases, confusion or gates.
 
     survey: fingerprints of public implementations that are installed. cases: what moved boundaries did to public
     engines, measured here beside what was claimed. confusion: fingerprints of the lab's own plans (half an hour).
+    gates: which of the lab's checks, and of other people's tolerances, see which planted fault.
     """
     if name not in steps.STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")
     device = options.device_named(device if name == "survey" else "cpu")
     records = options.records_of(name, results, device=device)
     steps.study(name, records, device)
-    steps.finish_study(records, steps.STUDIES[name])
+    steps.finish_study(records, *steps.STUDIES[name])
 
 
 @app.command(rich_help_panel=LAB)

@@ -111,7 +111,12 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
     return red
 
 
-STUDIES = {"survey": "implementations", "cases": "cases", "confusion": "fingerprints"}  # name -> its table
+STUDIES = {  # name -> its tables
+    "survey": ("implementations",),
+    "cases": ("cases",),
+    "confusion": ("fingerprints",),
+    "gates": ("gates", "tolerances"),
+}
 
 
 def study(name: str, records: Records, device: str) -> None:
@@ -119,12 +124,15 @@ def study(name: str, records: Records, device: str) -> None:
     if name == "survey":
         options.compiling()
     from castpoint.harness.cases.run import run_cases
+    from castpoint.harness.conformance.gates import sweep_gates
     from castpoint.harness.fingerprint.survey import survey_implementations, survey_known
 
     if name == "survey":
         survey_implementations(records, device)
     elif name == "confusion":
         survey_known(records)
+    elif name == "gates":
+        sweep_gates(records)
     else:
         for row in run_cases():
             records.add(CaseRow(**row))
@@ -134,17 +142,17 @@ def red_rows(records: Records, *tables: str) -> list[dict[str, str]]:
     return [row for table in tables for row in records.rows(table) if row["status"] in ("red", "failed")]
 
 
-def finish_study(records: Records, table: str) -> bool:
-    """Ends the run and prints its section of a report; whether any row is red."""
+def finish_study(records: Records, *tables: str) -> bool:
+    """Ends the run and prints its sections of a report; whether any row is red."""
     from castpoint.harness.report.failures import bad_rows, section
     from castpoint.harness.report.markdown import paragraphs
     from castpoint.harness.report.studies import SECTIONS
     from castpoint.harness.runs.frames import load
 
     records.finish()
-    frame = load(records.folder, records.run_id)[table]
-    print(paragraphs(SECTIONS[table](frame), section(bad_rows(frame, table))))
-    return bool(red_rows(records, table))
+    frames = load(records.folder, records.run_id)
+    print(paragraphs(*(part for t in tables for part in (SECTIONS[t](frames[t]), section(bad_rows(frames[t], t))))))
+    return bool(red_rows(records, *tables))
 
 
 def print_parts(records: Records, parts: tuple[str, ...]) -> None:

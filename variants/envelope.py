@@ -7,13 +7,26 @@ so the interval's ends are values the plan can produce. Most elements come out w
 an implementation must agree with the spec bit for bit. Widths follow from the number of terms and the data, under
 the model below; one constant is chosen, the six standard deviations that are allowed.
 
-Error of a sum (Higham, Accuracy and Stability of Numerical Algorithms, ch. 4, with rounding errors
-taken as independent, Higham & Mary 2019): rounding the k-th partial sum s_k errs by at most u |s_k|, rms
-u |s_k| / sqrt(3), u = 2^-24. For n terms of random sign the partial sums grow as sqrt(k), for positive ones
-as k, so that the rms error is u sqrt(n / 6) |terms|_2 and u sqrt(n) / 3 * sum. Six of those are allowed; a
-sum in blocks errs less. Tensor cores do not round but truncate, once every 16 terms (Hopper) or 8 (Ampere), which
-always errs toward zero: a matmul is allowed 2u |s_k| for each step of 16 on top, with |terms|_2 for |s_k|
-(MMA-Sim, arXiv 2511.10909; Khattak & Mikaitis, arXiv 2512.07004).
+Error of a sum in fp32 (Higham, Accuracy and Stability of Numerical Algorithms, ch. 4, with rounding errors taken as
+independent, Higham & Mary 2019): rounding the k-th partial sum s_k errs by at most u |s_k|, rms u |s_k| / sqrt(3),
+u = 2^-24; n terms err by rms u sqrt(n / 3) rms(s_k), of which six are allowed. rms(s_k) is bounded by the data, as the
+largest of three: of these terms from the first to the last, from the last to the first, and in random order. There k of
+n terms sum to k S / n on average, with variance k (n - k) / (n - 1) (|t|^2 / n - S^2 / n^2), which over all k makes a
+mean square of S^2 / 3 + |t|^2 / 6 (and less than 1 / n of it). Blocks, trees, the shares of a split K err less.
+
+Tensor cores do not round but truncate toward zero, which never cancels. Allowed for it on top is the mean on Ampere,
+the larger (24 fraction bits, steps of 8; Hopper 25 and 16): of each step's sum u |s_k|, of each product, cut at 2^-24 of
+the largest operand, u |s_k| / 2 with the product's own sign (MMA-Sim, arXiv 2511.10909; Khattak & Mikaitis, arXiv
+2512.07004). tf32 and tf32x3 are allowed the same, which holds on Hopper; fp32 is not multiplied there.
+
+How often it is wrong: a sum leaves its interval by rounding with probability 2e-9 if six deviations are exceeded as
+of a normal distribution (`false_red`); measured errors have an rms of 0.2 to 0.55 of the deviation that is assumed,
+for what u |s_k| overstates. What the model does not hold: errors of equal terms are equal. As many terms as are expected
+to repeat, were x's and W's repetitions independent, are counted as one; that holds for rows of a constant.
+Not explained, so red though right: orders that gather by a stride terms which alternate in sign by that stride; a single
+chain of fp32 additions, of n = 1024 terms of one sign after one that is 2^20 to 2^25 times as large, or of the squares of
+1,000 and more bf16 values in [0, 1), whose low bits are alike (8 or more chains beside each other err by a tenth of
+it); results that a processor flushes to zero.
 """
 
 from __future__ import annotations
@@ -46,7 +59,8 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
         x = store(x + p.residual.to(torch.float64), plan.x)
     rstd = _rstd((x, x), plan, p.eps, plan.rstd)
     hidden: Interval = (x, x)
-    if plan.scale == "prologue":
+    early = plan.scale == "prologue" and not _keeps_hidden(plan)
+    if early:
         hidden = _stored(_product(hidden, rstd), plan.normed)
     weight = p.qkv_weight.to(torch.float64)
     w_in = applied_weight(p.norm_weight, plan)
@@ -54,8 +68,10 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
         weight = store(weight * w_in, RNE)
     else:
         hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
-    proj = dot_interval((matmul_operand(hidden[0], plan), matmul_operand(hidden[1], plan)), weight)
-    if plan.scale != "prologue":
+    if _keeps_hidden(plan):
+        hidden = _widened(hidden, 2 * U)  # two products in fp32, whichever comes first
+    proj = dot_interval((matmul_operand(hidden[0], plan), matmul_operand(hidden[1], plan)), weight, plan.matmul)
+    if not early:
         proj = _widened(_product(proj, rstd), U)
     if p.bias is not None:
         bias = p.bias.to(torch.float64)
@@ -69,6 +85,17 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     if p.positions is not None:
         q, k = _rotated(q, p, plan), _rotated(k, p, plan)
     return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
+
+
+def false_red(sums: int) -> float:
+    """Largest probability, under the model, that fp32 sums so many in number are not all in their intervals."""
+    return min(1.0, sums * math.erfc(SIGMAS / math.sqrt(2)))
+
+
+def _keeps_hidden(plan: CastPlan) -> bool:
+    """Nothing between rstd and the sums is rounded but in fp32: rstd's error is one factor of a whole row, which taken
+    channel by channel would widen proj by |terms|_1, as if each channel had its own."""
+    return plan.scale != "folded" and plan.normed == plan.hidden == KEEP and plan.matmul == "fp32"
 
 
 def outside(actual: Tensor, envelope: Interval) -> Tensor:
@@ -105,10 +132,9 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
     squares = _squares(value)
     if plan.statistics != KEEP:
         squares = _stored(squares, plan.statistics)
-    n = squares[0].shape[-1]
-    error = SIGMAS * U * math.sqrt(n) / 3 + 3 * U  # the sum; squaring, dividing by n and adding eps
-    means = squares[0].mean(-1, keepdim=True), squares[1].mean(-1, keepdim=True)
-    variance = _stored(_widened(means, error), plan.variance)
+    low, high = (end.mean(-1, keepdim=True) for end in squares)
+    error = _sum_error(squares[1]) / squares[1].shape[-1] + 3 * U * high  # and squaring, dividing by n, adding eps
+    variance = _stored((low - error, high + error), plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
     return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
 
@@ -122,13 +148,57 @@ def _rotated(value: Interval, p: Problem, plan: CastPlan) -> Interval:
     return own[0] + crossed[0], own[1] + crossed[1]
 
 
-def dot_interval(hidden: Interval, weight: Tensor) -> Interval:
+def dot_interval(hidden: Interval, weight: Tensor, matmul: str = "bf16") -> Interval:
+    """Lowest and highest hidden @ weight^T [T, rows], summed in fp32; float64 hidden [T, D] and weight [rows, D].
+
+    matmul: precision of the operands, a word of the plan; tensor cores multiply all but fp32.
+    """
     middle, radius = (hidden[0] + hidden[1]) / 2, (hidden[1] - hidden[0]) / 2
-    proj = middle @ weight.T
-    terms = (middle.square() @ weight.T.square()).sqrt()  # 2-norm of the terms
     n = weight.shape[1]
-    error = radius @ weight.T.abs() + (SIGMAS * math.sqrt(n / 6) + 2 * n / 16) * U * terms
-    return proj - error, proj + error
+    total, size = _partial_sums(middle, weight)
+    repeated = _repeats(middle)[:, None] * _repeats(weight) / n
+    error = SIGMAS * (n / 3 * (1 + repeated)).sqrt()
+    if matmul != "fp32":
+        one_sign = (middle.float().sign() @ weight.float().sign().T).abs()  # so many more terms have the one sign
+        error = error + n / 8 + one_sign / 2
+    error = radius @ weight.T.abs() + U * size * error
+    return total - error, total + error
+
+
+def _partial_sums(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden @ weight^T, and the rms of the partial sums on the way there, forward, backward or in random order,
+    whichever is the largest. Seen at the ends of about sqrt(D) blocks."""
+    n = weight.shape[1]
+    block = 2 ** round(math.log2(n) / 2)
+    total, sums, squares = (hidden.new_zeros(len(hidden), len(weight)) for _ in range(3))
+    for part, rows in zip(hidden.split(block, dim=1), weight.split(block, dim=1), strict=True):
+        total.addmm_(part, rows.T)
+        sums += total
+        squares.addcmul_(total, total)
+    blocks = math.ceil(n / block)
+    forward = squares / blocks
+    backward = ((blocks + 1) * total.square() - 2 * total * sums + squares) / blocks  # of total - total so far
+    in_any = total.square() / 3 + hidden.square() @ weight.square().T / 6
+    return total, torch.maximum(torch.maximum(forward, backward), in_any).sqrt()
+
+
+def _sum_error(terms: Tensor) -> Tensor:
+    """Error of the sum of terms >= 0 [..., n], which is no dot product on tensor cores; [..., 1]."""
+    total, forward = terms.sum(-1, keepdim=True), terms.cumsum(-1)
+    backward = total - forward + terms
+    in_any = total.square() / 3 + terms.square().sum(-1, keepdim=True) / 6
+    mean_square = torch.stack([*(sums.square().mean(-1, keepdim=True) for sums in (forward, backward)), in_any]).amax(0)
+    lost = torch.where(terms < U * total, terms, 0.0).sum(-1, keepdim=True)
+    n = terms.shape[-1]
+    error = SIGMAS * U * (mean_square * n / 3 * (1 + _repeats(terms)[..., None] ** 2 / n)).sqrt() + lost
+    return error.nan_to_num(0.0)  # of an infinite sum
+
+
+def _repeats(terms: Tensor) -> Tensor:
+    """How many others of the terms [..., n] equal one of them that is not zero, on average, by pairs n / 3 apart; [...]."""
+    apart = max(1, terms.shape[-1] // 3)
+    one, other = terms[..., apart:], terms[..., :-apart]
+    return 1.5 * ((one == other) & (one != 0)).sum(-1)
 
 
 def _head_norm(proj: Interval, weight: Tensor, plan: CastPlan, eps: float) -> Interval:

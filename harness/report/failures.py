@@ -14,7 +14,7 @@ BAD = ("failed", "red")
 OF_A_BENCH = ("errors", "eager", "amplification", "k_norms", "ulps", "channels", "speed")
 # Columns that say what a row is of, as far as its table has them.
 NAMES = "model source implementation kernel counter limit arm step plan config backend how target kind check".split()
-NAMES += ["isa", "measure"]
+NAMES += ["isa", "measure", "fault", "gate"]
 
 
 def bad_rows(frame: pd.DataFrame, table: str) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report import budget, gpu, model
+from castpoint.harness.report import budget, gates, gpu, model
 from castpoint.harness.report.fingerprints import confusion_section, implementations_section
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
@@ -100,6 +100,8 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "audit": _audit,
     "executed": _executed,
     "configs": configs_section,
+    "gates": gates.section,
+    "tolerances": gates.tolerances_section,
 }
 
 

@@ -54,6 +54,30 @@ class Check(StrEnum):
     TENSOR_CORE = "tensor core"
 
 
+class Gate(StrEnum):
+    """What a planted fault is put before: the spec's bits on inputs with exact sums, and the envelope of a drawn layer,
+    each with outputs as the plan stores them and in fp32."""
+
+    ONE_PRODUCT = "one product"
+    ONE_PRODUCT_FP32 = "one product, fp32"
+    MANY_PRODUCTS = "many products"
+    MANY_PRODUCTS_FP32 = "many products, fp32"
+    ENVELOPE = "envelope"
+    ENVELOPE_FP32 = "envelope, fp32"
+
+    @property
+    def stores_fp32(self) -> bool:
+        return self.endswith("fp32")
+
+
+class Verdict(StrEnum):
+    """What a gate says of a planted fault. `same function`: the fault changes no element on the inputs of any gate."""
+
+    SEEN = "seen"
+    UNSEEN = "unseen"
+    SAME_FUNCTION = "same function"
+
+
 class Regime(StrEnum):
     """How weights lie at a point of the GPU grid: rotated over 3 x L2; one weight; one a layer; rotated, with RoPE."""
 
@@ -233,6 +257,18 @@ class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords"))
 
 class ExecutedRow(Row, table="executed", key=("target", "plan", "config", "rope", "tokens", "check")):
     target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str; share_equal: Number = None
+
+class GateRow(Row, table="gates", key=("plan", "fault", "gate")):
+    plan: str; fault: str; kind: str; gate: str; elements: Count = None
+    differ: Count = None  # elements of the wrong kernel that are not the right one's
+    outside: Count = None; verdict: str = ""
+
+class ToleranceRow(Row, table="tolerances", key=("peer", "test")):
+    peer: str; test: str; atol: Number = None; rtol: Number = None; x: str = ""; weight: str = ""
+    norm_faults: Count = None; norm_passed: Count = None  # of a norm by itself, on the test's own inputs
+    chain_faults: Count = None; chain_passed: Count = None  # of every plan, in q, k and v of the drawn layer
+    right_kernels: Count = None; right_refused: Count = None  # of every plan, in other orders of summation
+    passed: str = ""; url: str = ""  # faults of a norm that it lets pass
 
 class ModelLayerRow(Row, table="model_layers", key=("model", "weights", "text", "prompt", "arm", "reference", "layer")):
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str; layer: int

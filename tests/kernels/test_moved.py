@@ -6,9 +6,6 @@ Kernels with a changed source: test_mutation.py.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import pytest
 from nets import (
     exact_case,
@@ -16,44 +13,21 @@ from nets import (
 )
 from support import KERNELS, assert_bit_equal, assert_inside
 
-from castpoint.kernels.plan import BOUNDARIES, CHOICES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
+from castpoint.harness.conformance.faults import moved, moves
+from castpoint.kernels.plan import RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 
-NEIGHBOURS = {KEEP: (RNE,), RNE: (KEEP, RTZ), RTZ: (RNE,)}
 TINY = {"tokens": 33, "hidden_size": 200, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 32}
 
 
-def moved(plan: CastPlan, name: str, word: str) -> CastPlan | None:
-    """The plan with one choice made otherwise, and with it what must follow; None where no such plan exists."""
-    if name == "hidden" and plan.scale != "folded" and KEEP in (word, plan.hidden):
-        return plan.replace(hidden=word, matmul="fp32" if word == KEEP else "bf16")
-    if name == "scale":
-        if word != "prologue":
-            plan = plan.replace(normed=KEEP)
-        if word == "folded":
-            return plan.replace(scale=word, hidden=KEEP, matmul="bf16")
-        return plan.replace(scale=word, **({"hidden": RNE} if plan.scale == "folded" else {}))
-    try:
-        return plan.replace(**{name: word})
-    except ValueError:
-        return None
-
-
-def moves() -> Iterator[tuple[str, str, str]]:
-    """Plan, name and new word of every choice of every plan that can be made otherwise."""
-    for (plan, entry), name in itertools.product(PLANS.items(), (*BOUNDARIES, *CHOICES)):
-        now = getattr(entry.plan, name)
-        words = NEIGHBOURS[now] if name in BOUNDARIES else [word for word in CHOICES[name] if word != now]
-        yield from ((plan, name, word) for word in words)
-
-
-MOVES = [move for move in moves() if moved(PLANS[move[0]].plan, *move[1:])]
+ALL_MOVES = [(name, *move) for name, entry in PLANS.items() for move in moves(entry.plan)]
+MOVES = [move for move in ALL_MOVES if moved(PLANS[move[0]].plan, *move[1:])]
 
 
 def test_only_what_contradicts_itself_is_not_moved():
     """A value that is never formed cannot be rounded, folded multiplies the bf16 x itself, and the matmul's precision
     follows from hidden, with which it was moved."""
-    left_out = {move for move in moves() if not moved(PLANS[move[0]].plan, *move[1:])}
+    left_out = set(ALL_MOVES).difference(MOVES)
     for plan, name, word in left_out:
         plan = PLANS[plan].plan
         assert (
