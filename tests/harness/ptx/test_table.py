@@ -1,0 +1,139 @@
+"""Every instruction of registers in isa.TABLE against exact rationals: all values of 16 bits where one operand has no
+more, else numbers at every edge with each other, and drawn ones."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from ptx_isa import FLOATS, Definition, definition, width
+from ptx_support import run
+
+from castpoint.harness.ptx import isa
+
+REGISTERS = (
+    "neg abs copysign add sub mul fma max min div rcp sqrt rsqrt ex2 lg2 rem mad and or xor not shl shr bfe prmt lop3 setp "
+    "selp mov cvt"
+).split()
+ELSEWHERE = {  # names whose tests are in test_memory and test_warps
+    "ld", "st", "cp", "atom", "red", "bra", "ret", "exit", "bar", "barrier", "fence", "membar", "griddepcontrol", "prefetch",
+    "applypriority", "createpolicy", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "wgmma",
+}  # fmt: skip
+EDGES = {
+    # zeros, subnormals, the least normal, 1 and its neighbours, halves, bounds of integers, the largest, infinity, NaN
+    "f32": [
+        0, 1, 0x3FFFFF, 0x7FFFFF, 0x800000, 0x800001, 0x33800000, 0x3F000000, 0x3F000001, 0x3F7FFFFF, 0x3F800000, 0x3F800001,
+        0x3FC00000, 0x40200000, 0x42FE0000, 0x42FF0000, 0x43000000, 0x437F8000, 0x43800000, 0x46FFFF00, 0x47000000,
+        0x477FFF80, 0x4B000001, 0x4EFFFFFF, 0x4F000000, 0x4F7FFFFF, 0x4F800000, 0x5EFFFFFF, 0x5F000000, 0x5F7FFFFF,
+        0x5F800000, 0x7E800000, 0x7E800001, 0x7F000000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF,
+    ],
+    "bf16": [0, 1, 0x3F, 0x7F, 0x80, 0x81, 0x3F7F, 0x3F80, 0x3F81, 0x4000, 0x7F00, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF],
+}  # fmt: skip
+FEW = [0, 1, 0x7FFFFF, 0x800000, 0x33800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000, 0x7F800001]
+SHIFTS = [0, 1, 2, 5, 7, 15, 16, 17, 31, 32, 33, 48, 62, 63, 64, 65, 100, 200, 255, 256, 263, 0x80000000, 0xFFFFFFFF]
+
+
+def edges(kind: str, few: bool = False) -> list[int]:
+    bits = width(kind)
+    if kind.endswith("x2"):
+        return [v | v << 16 for v in edges(kind[:-2])]
+    if kind in EDGES:
+        values = FEW if few and kind == "f32" else EDGES[kind]
+        return values + [v | 1 << bits - 1 for v in values]
+    sizes = {0, 1, 2, 3, 7, 10, 1 << bits // 2, (1 << bits // 2) - 1, 1 << bits - 2, (1 << bits - 1) - 1}
+    return sorted({v & (1 << bits) - 1 for size in sizes for v in (size, -size, ~size, size ^ 1)})
+
+
+def drawn(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Bits of every size; of floats half are near 1 and have few bits, so that sums and quotients are ties."""
+    found = rng.integers(0, 1 << width(kind), count, np.uint64, endpoint=False) if width(kind) < 64 else None
+    if found is None:
+        return rng.integers(0, 1 << 64, count, np.uint64, endpoint=False) >> rng.integers(0, 64, count, np.uint64)
+    if kind == "f32":
+        near = (rng.integers(-4096, 4096, count) * 2.0 ** rng.integers(-14, 8, count)).astype(np.float32)
+        found[::2] = near.view(np.uint32)[::2]
+    if kind == "bf16x2":
+        found[::2] = (found[::2] & 0x8FFF8FFF) | 0x30003000
+    if kind == "bf16":
+        found[::2] = (found[::2] & 0x8FFF) | 0x3000
+    return found
+
+
+def inputs(takes: Sequence[str]) -> list[np.ndarray]:
+    """Operands, an array of 64 bits each."""
+    rng = np.random.default_rng(len(takes))
+    if len(takes) == 1 and width(takes[0]) <= 16:
+        return [np.arange(1 << 16, dtype=np.uint64)]
+    lists = [edges(kind, few=len(takes) == 3) if kind != "pred" else [0, 1] for kind in takes]
+    if takes[1:] in (("u32",), ("u32", "u32")) and takes[0] not in ("u16", "u32"):
+        lists[1:] = [SHIFTS] * (len(takes) - 1)
+    pairs = np.array(list(itertools.product(*lists)), np.uint64)
+    if len(pairs) > 30_000:
+        pairs = pairs[rng.permutation(len(pairs))[:30_000]]
+    more = np.stack([drawn(kind, 2000, rng) for kind in takes], 1)
+    whole = np.concatenate([pairs, more])
+    if 16 in map(width, takes):  # every value of one, beside drawn ones
+        whole = np.concatenate([whole, np.stack([rng.permutation(1 << 16).astype(np.uint64) % (1 << width(k)) for k in takes], 1)])
+    return list(whole.T)
+
+
+def outcome(opcode: str, defined: Definition, operands: Sequence[np.ndarray], fixed: str = "") -> np.ndarray:
+    """Bits that the instruction leaves, an element a thread: in a register of 32 bits where the type has 8."""
+    loads, names = "", []
+    for n, kind in enumerate(kind for kind in defined.takes if kind != "#"):
+        bits = max(32 if width(kind) in (1, 8) else width(kind), 16)
+        name = {16: f"%rs{n + 1}", 32: f"%r{n + 5}", 64: f"%rd{n + 10}"}[bits]
+        loads += f"add.s64 %rd{n + 1}, %rd{n + 1}, %rd9; ld.global.b{bits} {name}, [%rd{n + 1}];\n"
+        if kind == "pred":
+            loads += f"setp.ne.b32 %p{n + 1}, {name}, 0;\n"
+        names.append(f"%p{n + 1}" if kind == "pred" else name)
+    bits = 32 if width(defined.gives) in (1, 8) else width(defined.gives)
+    to = "%p7" if defined.gives == "pred" else {16: "%rs7", 32: "%r8", 64: "%rd15"}[bits]
+    last = len(operands) + 1
+    body = f"mul.wide.u32 %rd9, %r4, 4; {loads} {opcode} {', '.join([to, *names])}{fixed};\n"
+    body += "selp.b32 %r8, 1, 0, %p7;\n" if defined.gives == "pred" else ""
+    body += f"add.s64 %rd{last}, %rd{last}, %rd9; st.global.b{bits} [%rd{last}], {'%r8' if to == '%p7' else to};"
+    tensors = [torch.from_numpy(each.view(np.int64).copy()) for each in operands]
+    out = torch.zeros(len(operands[0]), dtype=torch.int64)
+    programs = -(-len(out) // 64)
+    for tensor in (pad := [torch.cat([each, each.new_zeros(programs * 64 - len(each))]) for each in (*tensors, out)]):
+        assert len(tensor) == programs * 64
+    run(body, *pad, programs=programs)
+    return pad[-1].numpy().view(np.uint64)[: len(out)]
+
+
+def differences(opcode: str) -> Iterator[str]:
+    defined = definition(opcode)
+    if defined is None:
+        yield f"{opcode} has no definition"
+        return
+    takes = [kind for kind in defined.takes if kind != "#"]
+    operands = inputs(takes)
+    if opcode.startswith(("div", "rem")) and takes[0] not in FLOATS:
+        operands = [each[operands[1] & ((1 << width(takes[0])) - 1) != 0] for each in operands]
+    bits = 32 if width(defined.gives) == 8 else width(defined.gives)
+    for number in range(256) if "#" in defined.takes else [None]:
+        given = operands if number is None else [each[: 1 << 9] for each in drawn_words()]
+        fixed = [] if number is None else [number]
+        found = outcome(opcode, defined, given, "".join(f", {n}" for n in fixed)).tolist()
+        for *values, result in zip(*(each.tolist() for each in given), found, strict=True):
+            if (expected := defined.of(*values, *fixed) & (1 << bits) - 1) != result:
+                shown = ", ".join(f"{v:#x}" for v in (*values, *fixed))
+                yield f"{opcode} of {shown}: {result:#x}, not {expected:#x}"
+
+
+def drawn_words() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 1 << 32, (3, 8), np.uint64))
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_an_instruction_is_what_the_isa_says(name: str):
+    opcodes = sorted({opcode for opcode in isa.opcodes() if opcode.split(".")[0] == name})
+    assert opcodes
+    for opcode in opcodes:
+        assert not list(itertools.islice(differences(opcode), 3))
+
+
+def test_every_instruction_is_compared_somewhere():
+    assert {opcode.split(".")[0] for opcode in isa.opcodes()} == set(REGISTERS) | ELSEWHERE
