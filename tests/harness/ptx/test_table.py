@@ -47,9 +47,9 @@ def edges(kind: str, few: bool = False) -> list[int]:
 
 def drawn(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """Bits of every size; of floats half are near 1 and have few bits, so that sums and quotients are ties."""
-    found = rng.integers(0, 1 << width(kind), count, np.uint64, endpoint=False) if width(kind) < 64 else None
-    if found is None:
-        return rng.integers(0, 1 << 64, count, np.uint64, endpoint=False) >> rng.integers(0, 64, count, np.uint64)
+    if width(kind) > 32:
+        return rng.integers(0, 1 << 64, count, np.uint64) >> rng.integers(0, 64, count, np.uint64)
+    found = rng.integers(0, 1 << width(kind), count, np.uint64)
     if kind == "f32":
         near = (rng.integers(-4096, 4096, count) * 2.0 ** rng.integers(-14, 8, count)).astype(np.float32)
         found[::2] = near.view(np.uint32)[::2]
@@ -60,21 +60,27 @@ def drawn(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
     return found
 
 
-def inputs(takes: Sequence[str]) -> list[np.ndarray]:
+def inputs(name: str, takes: Sequence[str], gives: str) -> list[np.ndarray]:
     """Operands, an array of 64 bits each."""
     rng = np.random.default_rng(len(takes))
-    if len(takes) == 1 and width(takes[0]) <= 16:
+    if len(takes) == 1 and width(takes[0]) == 16:
         return [np.arange(1 << 16, dtype=np.uint64)]
-    lists = [edges(kind, few=len(takes) == 3) if kind != "pred" else [0, 1] for kind in takes]
-    if takes[1:] in (("u32",), ("u32", "u32")) and takes[0] not in ("u16", "u32"):
+    if gives.startswith("bf16") and takes[0] == "f32":  # every upper half, with lower ones that are ties and beside them
+        upper = np.arange(1 << 16, dtype=np.uint64).repeat(3) << 16
+        lower = np.stack([np.full(1 << 16, 0x8000), *rng.choice([0, 1, 0x7FFF, 0x8001, 0xFFFF], (2, 1 << 16))], 1)
+        whole = upper | lower.reshape(-1).astype(np.uint64)
+        return [whole, rng.permutation(whole)][: len(takes)]
+    select = name in ("setp", "selp", "mov")
+    lists = [edges(kind, few=select or len(takes) == 3) if kind != "pred" else [0, 1] for kind in takes]
+    if name in ("shl", "shr", "bfe"):
         lists[1:] = [SHIFTS] * (len(takes) - 1)
     pairs = np.array(list(itertools.product(*lists)), np.uint64)
-    if len(pairs) > 30_000:
-        pairs = pairs[rng.permutation(len(pairs))[:30_000]]
-    more = np.stack([drawn(kind, 2000, rng) for kind in takes], 1)
+    pairs = rng.permutation(pairs)[: 500 if select else 6000]
+    more = np.stack([drawn(kind, 100 if select else 1500, rng) for kind in takes], 1)
     whole = np.concatenate([pairs, more])
-    if 16 in map(width, takes):  # every value of one, beside drawn ones
-        whole = np.concatenate([whole, np.stack([rng.permutation(1 << 16).astype(np.uint64) % (1 << width(k)) for k in takes], 1)])
+    if takes[0] == "bf16" and not select:  # every value of one, beside drawn ones
+        each = np.stack([rng.permutation(1 << 16).astype(np.uint64) for _ in takes], 1)
+        whole = np.concatenate([whole, each])
     return list(whole.T)
 
 
@@ -94,13 +100,12 @@ def outcome(opcode: str, defined: Definition, operands: Sequence[np.ndarray], fi
     body = f"mul.wide.u32 %rd9, %r4, 4; {loads} {opcode} {', '.join([to, *names])}{fixed};\n"
     body += "selp.b32 %r8, 1, 0, %p7;\n" if defined.gives == "pred" else ""
     body += f"add.s64 %rd{last}, %rd{last}, %rd9; st.global.b{bits} [%rd{last}], {'%r8' if to == '%p7' else to};"
-    tensors = [torch.from_numpy(each.view(np.int64).copy()) for each in operands]
-    out = torch.zeros(len(operands[0]), dtype=torch.int64)
-    programs = -(-len(out) // 64)
-    for tensor in (pad := [torch.cat([each, each.new_zeros(programs * 64 - len(each))]) for each in (*tensors, out)]):
-        assert len(tensor) == programs * 64
-    run(body, *pad, programs=programs)
-    return pad[-1].numpy().view(np.uint64)[: len(out)]
+    programs = -(-len(operands[0]) // 64)
+    padded = np.ones((last, programs * 64), np.uint64)
+    padded[:-1, : len(operands[0])] = operands
+    tensors = [torch.from_numpy(row.view(np.int64)) for row in padded]
+    run(body, *tensors, programs=programs)
+    return padded[-1, : len(operands[0])] & np.uint64((1 << bits) - 1)
 
 
 def differences(opcode: str) -> Iterator[str]:
@@ -109,7 +114,7 @@ def differences(opcode: str) -> Iterator[str]:
         yield f"{opcode} has no definition"
         return
     takes = [kind for kind in defined.takes if kind != "#"]
-    operands = inputs(takes)
+    operands = inputs(opcode.split(".")[0], takes, defined.gives)
     if opcode.startswith(("div", "rem")) and takes[0] not in FLOATS:
         operands = [each[operands[1] & ((1 << width(takes[0])) - 1) != 0] for each in operands]
     bits = 32 if width(defined.gives) == 8 else width(defined.gives)
