@@ -3,7 +3,8 @@
 What the PTX ISA defines is done to the bit, or refused: ptx.isa lists what is known. What it leaves open is chosen:
 approximate instructions are rounded correctly, tensor cores add as ptx.matrix says, a NaN that is converted or loses its
 sign is the canonical one or keeps its bits, and a product and a sum without `.rn`, which ptxas may fuse, stay two. A
-kernel that reads a register which it never wrote runs twice, with other bits there, and is refused if that shows. Copies and products that run on their own finish where they start, and programs run in step, so that no
+kernel that reads a register which it never wrote runs three times, with other bits there, and is refused if that shows.
+Copies and products that run on their own finish where they start, and programs run in step, so that no
 race is found here, and programs that wait for one another would wait for ever. Threads that part at a branch run apart,
 those behind first, and join where they meet.
 """
@@ -26,7 +27,7 @@ from castpoint.harness.ptx.warps import Warps
 THREADS = 1 << 15  # in step: with more, registers leave the cache
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
-UNKNOWN = ((1 << 64) - 1, 0x42F6E97842F6E978, 0)  # of a register that was never written: NaN, a number, nothing
+UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
 WAITS = ("commit_group", "wait_group", "wait_all", "fence")
 Argument = Tensor | int | float | None
 

@@ -14,14 +14,14 @@ SHARED = "global_smem"  # Triton's only shared array; it starts at 0
 
 
 class Threads:
-    """places: of the programs, [programs, 3], x y z; values: of the kernel's parameters; unknown: 64 bits that a
-    register holds which was never written; a predicate is true where they are not 0."""
+    """places: of the programs, [programs, 3], x y z; values: of the kernel's parameters; unknown: 64 bits that
+    a register holds which was never written, the last one of a predicate; None: drawn ones."""
 
     def __init__(
         self, program: Program, places: Array, grid: Sequence[int], threads: int, shared: int, memory: Global,
-        values: dict[str, Array], unknown: int,
+        values: dict[str, Array], unknown: int | None,
     ) -> None:  # fmt: skip
-        self.program, self.memory, self.values, self.unknown = program, memory, values, np.uint64(unknown)
+        self.program, self.memory, self.values, self.unknown = program, memory, values, unknown
         self.shared = Shared(len(places), shared)
         self.threads = len(places) * threads
         self.of_program = np.repeat(np.arange(len(places)), threads)
@@ -44,19 +44,23 @@ class Threads:
             return np.array(operand & (1 << 64) - 1, np.uint64)
         if operand == SHARED:
             return np.uint64(0)
-        if operand in self.registers:
-            if operand in self.unwritten and (self.unwritten[operand] & self.executing).any():
-                self.guessed.add(operand)
-            return self.registers[operand]
-        return self._unknown(operand)
+        if operand not in self.registers:
+            self._start(operand)
+        if operand in self.unwritten and (self.unwritten[operand] & self.executing).any():
+            self.guessed.add(operand)
+        return self.registers[operand]
 
-    def _unknown(self, name: str) -> Array:
-        """What a register holds that was never written. Raises Unsupported for what is no register."""
+    def _start(self, name: str) -> None:
+        """Fills a register that was never written. Raises Unsupported for what is no register."""
         kind = declared(name, self.program.registers)
         if kind is None:
             raise Unsupported(name)
-        self.guessed.add(name)
-        return self.unknown.astype(bool) if kind == "pred" else self.unknown
+        if self.unknown is None:
+            bits = np.random.default_rng(list(name.encode())).integers(0, 1 << 64, self.threads, np.uint64)
+        else:
+            bits = np.full(self.threads, self.unknown, np.uint64)
+        self.registers[name] = bits & np.uint64(1) == 1 if kind == "pred" else bits
+        self.unwritten[name] = np.ones(self.threads, bool)
 
     def get(self, operand: Operand, kind: str) -> Array:
         return read(self.bits(operand), kind)
@@ -74,7 +78,8 @@ class Threads:
             self.registers[name] = bits
             return
         if name not in self.registers:
-            self.registers[name], self.unwritten[name] = self.unknown.astype(bits.dtype), np.ones(self.threads, bool)
+            self._start(name)
+            self.registers[name] = self.registers[name].astype(bits.dtype)
         if name in self.unwritten:
             self.unwritten[name] = self.unwritten[name] & ~mask
         self.registers[name] = np.where(mask, bits, self.registers[name])

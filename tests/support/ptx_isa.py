@@ -17,6 +17,7 @@ from fractions import Fraction
 
 FLOATS = {"f32": (24, 8), "bf16": (8, 8)}  # significant bits, bits of the exponent
 INFINITE, NAN = "infinite", "nan"
+LARGE = Fraction(2) ** 200  # than any number
 Size = Fraction | str
 Real = tuple[int, Size]  # whether it is negative, and its size
 DIGITS = Context(prec=60, Emax=10**6, Emin=-(10**6))
@@ -155,7 +156,7 @@ def extreme(words: list[str], larger: bool, a: Real, b: Real) -> Real:
 
 
 def _order(a: Real) -> Fraction:
-    size = Fraction(2) ** 200 if a[1] == INFINITE else a[1]
+    size = LARGE if a[1] == INFINITE else a[1]
     return -size if a[0] else size
 
 

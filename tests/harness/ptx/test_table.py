@@ -63,11 +63,12 @@ def drawn(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
 def inputs(name: str, takes: Sequence[str], gives: str) -> list[np.ndarray]:
     """Operands, an array of 64 bits each."""
     rng = np.random.default_rng(len(takes))
-    if len(takes) == 1 and width(takes[0]) == 16:
-        return [np.arange(1 << 16, dtype=np.uint64)]
+    if len(takes) == 1 and width(takes[0]) <= 16:  # of 8 bits with others above them, which do not count
+        numbers = np.arange(1 << width(takes[0]), dtype=np.uint64)
+        return [numbers if width(takes[0]) == 16 else np.concatenate([numbers, numbers | rng.integers(1, 1 << 24) << 8])]
     if gives.startswith("bf16") and takes[0] == "f32":  # every upper half, with lower ones that are ties and beside them
-        upper = np.arange(1 << 16, dtype=np.uint64).repeat(3) << 16
-        lower = np.stack([np.full(1 << 16, 0x8000), *rng.choice([0, 1, 0x7FFF, 0x8001, 0xFFFF], (2, 1 << 16))], 1)
+        upper = np.arange(1 << 16, dtype=np.uint64).repeat(2) << 16
+        lower = np.stack([np.full(1 << 16, 0x8000), rng.choice([0, 1, 0x7FFF, 0x8001, 0xFFFF], 1 << 16)], 1)
         whole = upper | lower.reshape(-1).astype(np.uint64)
         return [whole, rng.permutation(whole)][: len(takes)]
     select = name in ("setp", "selp", "mov")
