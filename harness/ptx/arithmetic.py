@@ -1,7 +1,7 @@
 """What PTX's arithmetic instructions compute, on numpy arrays of their types.
 
-Approximate instructions (rsqrt.approx, div.full, ex2.approx, ...) are rounded correctly here; a GPU may be off by the
-error that the PTX ISA states for them.
+Every one is of isa.TABLE. Approximate instructions (rsqrt.approx, div.full, ...) are rounded correctly here, ex2, lg2
+and rsqrt from float64; a GPU may be off by the error that the PTX ISA states for them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import numpy as np
 from castpoint.harness.ptx.numbers import (
     NAN,
     SIGNED,
-    TYPE,
     UNSIGNED,
     Array,
-    Unsupported,
     bits_of,
     extended,
     flushed,
@@ -26,8 +24,6 @@ from castpoint.harness.ptx.numbers import (
 )
 
 Binary = Callable[[Array, Array], Array]
-# Parts of an opcode that change no bit of a result, or say what is done here anyway.
-KNOWN = {"rn", "approx", "full", "ftz", "lo", "wide", "hi", "NaN", "xorsign", "abs", "clamp"}
 COMPARE: dict[str, Binary] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -46,10 +42,7 @@ WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
-    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them). Raises Unsupported
-    for what no kernel here has needed yet."""
-    if unknown := [word for word in words[1:-1] if word not in KNOWN]:
-        raise Unsupported(f"{words[0]} with .{unknown[0]}")
+    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them)."""
     if kind.endswith("x2"):
         half = kind.removesuffix("x2")
         shift = np.uint32(width(half))
@@ -64,7 +57,8 @@ def arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Ar
 def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
     ftz, name = "ftz" in words, words[0]
     if name in ("neg", "abs", "copysign"):  # of bits: a NaN keeps its own
-        return _signed(name, kind, operands)
+        bits = _signed(name, kind, operands)
+        return _flushed_bits(bits) if ftz else bits
     values = [flushed(value) if ftz else value for value in (read(bits, kind) for bits in operands)]
     if name in UNARY:
         result = UNARY[name](*values)
@@ -75,13 +69,17 @@ def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Ar
     elif name == "mul":
         result = fma(*values, np.float32(-0.0))
     elif name == "div":
-        result = np.divide(*values)
-    elif name in ("max", "min") and len(values) == 2:
-        result = _extreme(words, *values)
+        result = _ratio(*values) if "approx" in words else np.divide(*values)
     else:
-        raise Unsupported(name)
+        result = _extreme(words, *values)
     bits = bits_of(result, kind)
-    return _flushed_bits(bits) if ftz and kind == "f32" else bits
+    return _flushed_bits(bits) if ftz else bits
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """div.approx: a times the reciprocal of b, which is 0 for the largest."""
+    large = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
+    return np.where(large, a * np.copysign(np.float32(0), b), a / b)
 
 
 def _flushed_bits(bits: Array) -> Array:
@@ -112,41 +110,45 @@ def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> 
     name, bits = words[0], width(kind)
     if name in ("shl", "shr"):
         return _shifted(name, read(operands[0], kind), read(operands[1], "u32"), bits)
+    if name == "bfe":
+        return _field(read(operands[0], kind), *(read(operand, "u8") for operand in operands[1:])).astype(UNSIGNED[bits])
     values = [read(operand, kind) for operand in operands]
     a = values[0]
     if "wide" in words or "hi" in words:
         result = _long_product(words, bits, *values)
-    elif name == "bfe":
-        result = _field(bits, *values)
     elif name == "prmt":
         result = _permuted(*values)
     elif name == "lop3":
         result = _table(*values)
     elif name in ("div", "rem"):
-        a, b = (value.astype(np.int64) if value.dtype.kind == "i" else value for value in values)
-        quotient = np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))  # towards zero
-        result = quotient if name == "div" else a - quotient * b
+        result = _divided(name, *values)
     elif name == "mad":
         result = a * values[1] + values[2]
     elif name in ("not", "neg", "abs"):
         result = {"not": np.invert, "neg": np.negative, "abs": np.abs}[name](a)
-    elif name in INTEGER and len(values) == 2:
-        result = INTEGER[name](*values)
     else:
-        raise Unsupported(name)
+        result = INTEGER[name](*values)
     return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits])
 
 
-def _long_product(words: Sequence[str], bits: int, *values: Array) -> Array:
+def _long_product(words: Sequence[str], bits: int, a: Array, b: Array) -> Array:
     """mul.wide and mul.hi."""
-    if words[0] != "mul":
-        raise Unsupported(f"{words[0]} with .hi")
     if bits == 64:
-        exact = values[0].astype(object) * values[1].astype(object) >> 64 & (1 << 64) - 1
+        exact = a.astype(object) * b.astype(object) >> 64 & (1 << 64) - 1
         return np.asarray(exact).astype(np.uint64)
-    long = (SIGNED if values[0].dtype.kind == "i" else UNSIGNED)[64]
-    product = values[0].astype(long) * values[1].astype(long)
+    long = (SIGNED if a.dtype.kind == "i" else UNSIGNED)[64]
+    product = a.astype(long) * b.astype(long)
     return product.view(np.uint64) if "wide" in words else product >> long(bits)
+
+
+def _divided(name: str, a: Array, b: Array) -> Array:
+    """div, rounded towards zero, and what it leaves."""
+    if a.dtype.kind == "i":
+        a, b = a.astype(np.int64), b.astype(np.int64)
+    sizes = np.abs(a).astype(np.uint64), np.abs(b).astype(np.uint64)  # 2^63 too
+    quotient = sizes[0] // sizes[1]
+    quotient = np.where((a < 0) ^ (b < 0), np.negative(quotient), quotient)
+    return quotient if name == "div" else a.astype(np.uint64) - quotient * b.astype(np.uint64)
 
 
 def _shifted(name: str, a: Array, by: Array, bits: int) -> Array:
@@ -157,14 +159,14 @@ def _shifted(name: str, a: Array, by: Array, bits: int) -> Array:
     return (moved if kept else np.where(by >= bits, a.dtype.type(0), moved)).astype(UNSIGNED[bits])
 
 
-def _field(bits: int, a: Array, start: Array, count: Array) -> Array:
-    """bfe of one field in all threads, which lies inside of the register, with its sign."""
-    places = np.unique(start), np.unique(count)
-    if any(len(place) > 1 for place in places) or not 0 < int(places[1][0]) <= bits - int(places[0][0]):
-        raise Unsupported("bfe of a field that differs by thread, or reaches out of its register")
-    first, size = (int(place[0]) for place in places)
-    kind = a.dtype.type
-    return a << kind(bits - first - size) >> kind(bits - size)
+def _field(a: Array, start: Array, count: Array) -> Array:
+    """bfe: so many bits from that one on, of a with its sign, or zeros, before it."""
+    wide = a.astype((SIGNED if a.dtype.kind == "i" else UNSIGNED)[64])
+    word = wide.dtype.type
+    first, size = np.minimum(start, 63).astype(word), np.minimum(count, 64).astype(word)
+    moved = wide >> first if a.dtype.kind == "i" else np.where(start > 63, word(0), wide >> first)
+    left = np.minimum(word(64) - size, word(63))
+    return np.where(size == 0, word(0), moved << left >> left)
 
 
 def _permuted(a: Array, b: Array, choice: Array) -> Array:
@@ -190,36 +192,32 @@ def _table(a: Array, b: Array, c: Array, table: Array) -> Array:
 
 def converted(words: Sequence[str], bits: Array, of: str, to: str) -> Array:
     """cvt of bits of one type to bits of another; integers keep their sign in a wider register."""
-    how = [word for word in words[1:] if word not in ("rn", "ftz") and not TYPE.fullmatch(word.removesuffix("x2"))]
-    if len(how) > 1 or how and how[0] not in (*WHOLE, "rz", "sat"):
-        raise Unsupported(f"cvt with .{how[-1]}")
     values = read(bits, of)
     if values.dtype.kind in "iu":
         if to[0] in "us":
             return extended(extended(bits, of), to)
-        return bits_of(values.astype(np.float64) if to == "bf16" else values.astype(np.float32), to)
+        return bits_of(values.astype(np.float64 if to == "bf16" else np.float32), to)
     values = flushed(values) if "ftz" in words else values
-    if how and how[0] in WHOLE:
-        values = WHOLE[how[0]](values)
-    if how == ["sat"]:
-        values = np.where(np.isnan(values), np.float32(0), np.clip(values, np.float32(0), np.float32(1)))
+    whole = [WHOLE[word] for word in words if word in WHOLE]
+    values = whole[0](values) if whole else values
     if to[0] in "us":
         return _whole_number(values.astype(np.float64), to)
-    if how == ["rz"]:
-        if (of, to) != ("f32", "bf16"):
-            raise Unsupported("cvt with .rz")
+    if "sat" in words:  # NaN, and zeros of both signs, become 0
+        values = np.where(values > 0, np.minimum(values, np.float32(1)), np.float32(0))
+    if "rz" in words:
         return np.where(np.isnan(values), NAN, values.view(np.uint32)).astype(np.uint32) >> np.uint32(16)
     return bits_of(values, to)
 
 
 def _whole_number(values: Array, to: str) -> Array:
-    """float64 that hold whole numbers as an integer type: the nearest there is; 0 for NaN."""
+    """float64 that hold whole numbers as an integer type: the nearest there is; for NaN 0, or the top bit of 64."""
     limits = np.iinfo((SIGNED if to[0] == "s" else UNSIGNED)[width(to)])
     inside = (values > float(limits.min)) & (values < float(limits.max))
     found = np.where(inside, values, 0).astype(limits.dtype)
     found = np.where(values >= float(limits.max), limits.max, found)
-    found = np.where(values <= float(limits.min), limits.min, found).astype(limits.dtype)
-    return extended(found.view(UNSIGNED[width(to)]), to)
+    found = np.where(values <= float(limits.min), limits.min, found).astype(limits.dtype).view(UNSIGNED[width(to)])
+    none = UNSIGNED[width(to)](1 << 63 if width(to) == 64 else 0)
+    return extended(np.where(np.isnan(values), none, found), to)
 
 
 def compared(words: Sequence[str], a: Array, b: Array) -> Array:

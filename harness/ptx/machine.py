@@ -1,8 +1,10 @@
 """PTX run on a CPU: every thread of some programs in step, a register one numpy array with an element a thread.
 
-What the PTX ISA defines is done to the bit, or refused. What it leaves open is chosen: approximate instructions are
-rounded correctly, tensor cores add as ptx.matrix says, and a product and a sum without `.rn`, which ptxas may
-fuse, stay two. Copies and products that run on their own finish where they start, and programs run in step, so that no
+What the PTX ISA defines is done to the bit, or refused: ptx.isa lists what is known. What it leaves open is chosen:
+approximate instructions are rounded correctly, tensor cores add as ptx.matrix says, a NaN that is converted or loses its
+sign is the canonical one or keeps its bits, and a product and a sum without `.rn`, which ptxas may fuse, stay two. A
+kernel that reads a register which it never wrote runs three times, with other bits there, and is refused if that shows.
+Copies and products that run on their own finish where they start, and programs run in step, so that no
 race is found here, and programs that wait for one another would wait for ever. Threads that part at a branch run apart,
 those behind first, and join where they meet.
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from castpoint.harness.ptx.arithmetic import LOGIC, arithmetic, compared, converted
 from castpoint.harness.ptx.memory import Global, check_aligned
-from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, width
+from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, read, width
 from castpoint.harness.ptx.program import Instruction, Program
 from castpoint.harness.ptx.threads import listed
 from castpoint.harness.ptx.warps import Warps
@@ -25,6 +27,7 @@ from castpoint.harness.ptx.warps import Warps
 THREADS = 1 << 15  # in step: with more, registers leave the cache
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
+UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
 WAITS = ("commit_group", "wait_group", "wait_all", "fence")
 Argument = Tensor | int | float | None
 
@@ -35,16 +38,26 @@ def launch(
     """Runs a kernel on its arguments, CPU tensors and numbers in the order of its parameters; None is a null pointer.
 
     threads and bytes of shared memory: of a program. Parameters behind the arguments, Triton's scratch memory, are 0.
-    Raises IndexError for an access outside of the tensors' storages or not aligned, Unsupported for what no
-    kernel here has needed yet.
+    Raises IndexError for an access outside of the tensors' storages or not aligned, Unsupported for what is not in
+    isa.TABLE, and where what the tensors hold in the end depends on a register that was never written.
     """
     memory = Global([a for a in arguments if isinstance(a, Tensor)])
     given = itertools.zip_longest(program.parameters, arguments)
     values = {name: parameter(argument, kind) for (name, kind), argument in given}
     places = np.array(list(itertools.product(*map(range, reversed(grid))))).reshape(-1, 3)[:, ::-1]  # x counts fastest
     step = max(1, THREADS // threads)
-    for first in range(0, len(places), step):
-        _Run(program, places[first : first + step], grid, threads, shared, memory, values).run()
+    before, found, guessed = memory.contents(), [], set()
+    for unknown in UNKNOWN:
+        memory.fill(before)
+        for first in range(0, len(places), step):
+            run = _Run(program, places[first : first + step], grid, threads, shared, memory, values, unknown)
+            run.run()
+            guessed |= run.guessed
+        if not guessed:
+            return
+        found.append(memory.contents())
+        if not all(map(np.array_equal, found[0], found[-1])):
+            raise Unsupported(f"{program.name} depends on {', '.join(sorted(guessed))}, read before it is written")
 
 
 def parameter(argument: Argument, kind: str) -> Array:
@@ -81,13 +94,19 @@ class _Run(Warps):
 
     def _step(self, instruction: Instruction, place: int) -> int | None:
         """The place that follows; None behind the end of the last thread."""
+        self.executing = self.active
         mask, kind = self._guarded(instruction), instruction.words[0]
+        self.executing = mask
+        if instruction.refusal and mask.any():
+            raise Unsupported(instruction.refusal)
         if kind == "bra":
             return self._branch(mask, self.program.labels[instruction.operands[0]], place + 1)
         if kind in ("ret", "exit"):
             self.active = self.active & ~mask
             return place + 1 if self.active.any() else self._next()
         if kind in BARRIERS:
+            if not np.array_equal(mask, self.active):
+                raise Unsupported("a barrier that not all threads of a program reach together")
             self._check_together()
         elif mask.any() and kind not in NOTHING:
             self._execute(instruction, mask)
@@ -144,6 +163,8 @@ class _Run(Warps):
             self.put(i.operands[0], product + self.get(i.operands[3], "u64"), mask)
         else:
             values = [self.bits(operand) for operand in i.operands[1:]]
+            if kind in ("div", "rem") and types[0] in "us" and (self.each(read(values[1], types))[mask] == 0).any():
+                raise Unsupported("a division by zero, whose result the PTX ISA leaves open")
             self.put(i.operands[0], arithmetic(i.words, types, values), mask)
 
     def _mov(self, i: Instruction, mask: Array) -> None:
@@ -189,7 +210,10 @@ class _Run(Warps):
     def _ld(self, i: Instruction, mask: Array) -> None:
         names, address, kind = listed(i.operands[0]), i.operands[1], i.words[-1]
         if "param" in i.words:
-            self.put(names[0], extended(self.values[address.base], kind), mask)
+            given = self.values[address.base]
+            if address.offset or given.itemsize * 8 < width(kind):
+                raise Unsupported("other bits than the first of a parameter")
+            self.put(names[0], extended(given, kind), mask)
             return
         bits, space = width(kind), _space(i)
         addresses = self.addresses(address)[mask]
@@ -216,8 +240,6 @@ class _Run(Warps):
 
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
-        if i.words[1] != "async" or "bulk" in i.words or not {"shared", "shared_cta"} & set(i.words):
-            raise Unsupported("this copy")
         target, source = (self.addresses(operand)[mask] for operand in i.operands[:2])
         size, *rest = i.operands[2 : -1 if "L2_cache_hint" in i.words else None]
         given = self.each(self.get(rest[0] if rest else size, "u32"))[mask]
@@ -230,17 +252,17 @@ class _Run(Warps):
             self.shared.store(self.of_program[mask], target + byte, word, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
-        """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order."""
+        """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those
+        of floats flush subnormals."""
         kind = i.words[-1]
-        if "global" not in i.words or i.words[-2] != "add" or kind not in ("u32", "s32", "f32"):
-            raise Unsupported("this atomic operation")
+        words = ("add", "ftz", kind) if kind == "f32" else ("add", kind)
         addresses, values = self.addresses(i.operands[-2]), self.each(self.get(i.operands[-1], "b32"))
         check_aligned(addresses[mask], 4)
         old = np.zeros(self.threads, np.uint32)
         for thread in np.flatnonzero(mask).tolist():
             place = addresses[[thread]]
             old[[thread]] = self.memory.load(place, 32)
-            self.memory.store(place, arithmetic(("add", kind), kind, [old[[thread]], values[[thread]]]), 32)
+            self.memory.store(place, arithmetic(words, kind, [old[[thread]], values[[thread]]]), 32)
         if i.words[0] == "atom":
             self.put(i.operands[0], old, mask)
 
@@ -248,8 +270,4 @@ class _Run(Warps):
 
 
 def _space(i: Instruction) -> str:
-    """`global` or `shared`."""
-    for word in i.words[1:-1]:
-        if word == "global" or word in ("shared", "shared_cta"):
-            return word.removesuffix("_cta")
-    raise Unsupported("this memory")
+    return "global" if "global" in i.words else "shared"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from castpoint.harness.ptx.memory import Shared, check_aligned
-from castpoint.harness.ptx.numbers import Array, Unsupported, read
+from castpoint.harness.ptx.numbers import Array, Unsupported, bits_of, read
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
@@ -22,10 +22,8 @@ WARPS = np.arange(4)[:, None]  # of a warp group
 def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
     """[W, 32] values of other threads, and whether there is one: `idx` of the one that lanes name, `bfly` of the
     exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own."""
-    lanes = lanes.astype(np.int64)
-    if mode not in ("bfly", "idx", "up"):
-        raise Unsupported(f"shfl.sync.{mode}")
-    source = {"idx": lanes & 31, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
+    lanes = lanes.astype(np.int64) & 31
+    source = {"idx": lanes, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
     there = (source >= 0) & (source < 32)
     return np.take_along_axis(values, np.where(there, source, LANE), 1), there
 
@@ -62,14 +60,9 @@ def _halves(transposed: bool) -> list[tuple[Array, Array]]:
 # ---------------------------------------------------------------- products
 
 
-def mma(shape: str, kinds: Sequence[str], a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
     """Accumulators [W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A by rows and B by columns."""
-    if (shape, *kinds) == ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
-        values_of, columns = pair, 2 * T
-    elif (shape, *kinds) == ("m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"):
-        values_of, columns = tf32, T
-    else:
-        raise Unsupported(f"mma of {shape} in {kinds[-2]}")
+    values_of, columns = (pair, 2 * T) if kind == "bf16" else (tf32, T)
     depth = 8 * len(values_of(a[0]))
     left, right = np.zeros((len(c[0]), 16, depth)), np.zeros((len(c[0]), 8, depth))
     for n, word in enumerate(a):
@@ -133,4 +126,4 @@ def tf32(word: Array) -> tuple[Array]:
 
 
 def _added(word: Array, total: Array) -> Array:
-    return (read(word, "f32").astype(np.float64) + total).astype(np.float32).view(np.uint32)
+    return bits_of(read(word, "f32").astype(np.float64) + total, "f32")

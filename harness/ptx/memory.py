@@ -29,6 +29,18 @@ class Global:
             for start, end in zip(self.aligned.tolist(), self.ends.tolist(), strict=True)
         ]
 
+    def contents(self) -> list[Array]:
+        """A copy of every byte."""
+        return [part[start:].copy() for part, start in self._parts()]
+
+    def fill(self, contents: list[Array]) -> None:
+        for (part, start), saved in zip(self._parts(), contents, strict=True):
+            part[start:] = saved
+
+    def _parts(self) -> Iterator[tuple[Array, int]]:
+        """Each storage's view, and where in it the storage begins."""
+        yield from zip(self.bytes, (self.starts - self.aligned).tolist(), strict=True)
+
     def load(self, addresses: Array, bits: int) -> Array:
         found = np.zeros(addresses.shape, UNSIGNED[bits])
         for elements, mine, places in self._places(addresses, bits):

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from castpoint.harness.ptx.memory import Global, Shared
 from castpoint.harness.ptx.numbers import Array, Unsupported, read
-from castpoint.harness.ptx.program import Address, Operand, Program
+from castpoint.harness.ptx.program import Address, Operand, Program, declared
 
-REGISTER = re.compile(r"%[a-z]+\d+")
 SHARED = "global_smem"  # Triton's only shared array; it starts at 0
 
 
 class Threads:
-    """places: of the programs, [programs, 3], x y z; values: of the kernel's parameters."""
+    """places: of the programs, [programs, 3], x y z; values: of the kernel's parameters; unknown: 64 bits that
+    a register holds which was never written, the last one of a predicate; None: drawn ones."""
 
     def __init__(
         self, program: Program, places: Array, grid: Sequence[int], threads: int, shared: int, memory: Global,
-        values: dict[str, Array],
+        values: dict[str, Array], unknown: int | None,
     ) -> None:  # fmt: skip
-        self.program, self.memory, self.values = program, memory, values
+        self.program, self.memory, self.values, self.unknown = program, memory, values, unknown
         self.shared = Shared(len(places), shared)
         self.threads = len(places) * threads
         self.of_program = np.repeat(np.arange(len(places)), threads)
@@ -35,6 +34,9 @@ class Threads:
             self.registers[f"%nctaid.{axis}"] = np.uint32(size)
         self.active = np.ones(self.threads, bool)  # threads that are at this place
         self.waiting: dict[int, Array] = {}  # threads that are at others
+        self.executing = self.active  # threads that execute the instruction
+        self.unwritten: dict[str, Array] = {}  # threads for which a register that others wrote is not
+        self.guessed: set[str] = set()  # registers that were read and never written
 
     def bits(self, operand: Operand) -> Array:
         """A register's bits, an element a thread or one for all; an integer's in 64 bits."""
@@ -42,11 +44,23 @@ class Threads:
             return np.array(operand & (1 << 64) - 1, np.uint64)
         if operand == SHARED:
             return np.uint64(0)
-        if operand in self.registers:
-            return self.registers[operand]
-        if REGISTER.fullmatch(operand):
-            return ~np.uint64(0)  # never written: the compiler said that its value does not matter
-        raise Unsupported(operand)
+        if operand not in self.registers:
+            self._start(operand)
+        if operand in self.unwritten and (self.unwritten[operand] & self.executing).any():
+            self.guessed.add(operand)
+        return self.registers[operand]
+
+    def _start(self, name: str) -> None:
+        """Fills a register that was never written. Raises Unsupported for what is no register."""
+        kind = declared(name, self.program.registers)
+        if kind is None:
+            raise Unsupported(name)
+        if self.unknown is None:
+            bits = np.random.default_rng(list(name.encode())).integers(0, 1 << 64, self.threads, np.uint64)
+        else:
+            bits = np.full(self.threads, self.unknown, np.uint64)
+        self.registers[name] = bits & np.uint64(1) == 1 if kind == "pred" else bits
+        self.unwritten[name] = np.ones(self.threads, bool)
 
     def get(self, operand: Operand, kind: str) -> Array:
         return read(self.bits(operand), kind)
@@ -57,9 +71,18 @@ class Threads:
         return ~self.bits(operand[1:]) if operand.startswith("!") else self.bits(operand)
 
     def put(self, name: str, bits: Array, mask: Array) -> None:
-        if not mask.all():
-            bits = np.where(mask, bits, self.registers.get(name, bits.dtype.type(0)))
-        self.registers[name] = bits
+        if name == "_":
+            return
+        if mask.all():
+            self.unwritten.pop(name, None)
+            self.registers[name] = bits
+            return
+        if name not in self.registers:
+            self._start(name)
+            self.registers[name] = self.registers[name].astype(bits.dtype)
+        if name in self.unwritten:
+            self.unwritten[name] = self.unwritten[name] & ~mask
+        self.registers[name] = np.where(mask, bits, self.registers[name])
 
     def each(self, values: Array) -> Array:
         """An element a thread."""

@@ -23,6 +23,12 @@ class Warps(Threads):
             raise Unsupported("a part of a warp at an instruction of whole warps")
         return groups[:, 0]
 
+    def _whole(self, i: Instruction, mask: Array) -> Array:
+        """Warps that take part in an instruction whose last operand says which threads do: all, or it is refused."""
+        if (self.each(self.get(i.operands[-1], "u32"))[mask] != np.uint32(0xFFFFFFFF)).any():
+            raise Unsupported("an instruction of parts of a warp")
+        return self._groups(mask, 32)
+
     def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
         """Registers as [groups, threads], those that take part."""
         return [self.each(self.get(name, "b32")).reshape(len(groups), -1)[groups] for name in names]
@@ -34,7 +40,7 @@ class Warps(Threads):
             self.put(name, bits, mask)
 
     def _shfl(self, i: Instruction, mask: Array) -> None:
-        groups = self._groups(mask, 32)
+        groups = self._whole(i, mask)
         if i.operands[3] != (0 if i.words[2] == "up" else 31):
             raise Unsupported("shfl within parts of a warp")
         name, _, inside = i.operands[0].partition("|")
@@ -47,7 +53,7 @@ class Warps(Threads):
 
     def _redux(self, i: Instruction, mask: Array) -> None:
         """Sum, least or greatest of a warp's 32-bit integers, or a logical function of them."""
-        groups, kind = self._groups(mask, 32), i.words[-1]
+        groups, kind = self._whole(i, mask), i.words[-1]
         (values,) = self._rows(i.operands[1:2], groups)
         found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
         self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], mask)
@@ -68,14 +74,14 @@ class Warps(Threads):
     def _mma(self, i: Instruction, mask: Array) -> None:
         groups = self._groups(mask, 32)
         a, b, c = (self._rows(names, groups) for names in i.operands[1:])
-        self._put_rows(i.operands[0], matrix.mma(i.words[3], i.words[4:], a, b, c), mask)
+        self._put_rows(i.operands[0], matrix.mma(i.words[-2], a, b, c), mask)
 
     def _wgmma(self, i: Instruction, mask: Array) -> None:
         """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
         groups = self._groups(mask, 128)
         accumulators, left, right, keep, *signs = i.operands
-        if i.words[-3:] != ("f32", "bf16", "bf16") or signs[:2] != [1, 1]:
-            raise Unsupported("wgmma of other types than bf16, or with signs")
+        if signs[:2] != [1, 1]:
+            raise Unsupported("wgmma with signs")
         if any(signs[2:]):
             raise Unsupported("wgmma of a transposed matrix")
         keep = np.unique(self.each(self.predicate(keep))[mask])

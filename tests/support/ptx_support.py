@@ -9,7 +9,7 @@ from castpoint.harness.ptx.machine import launch
 from castpoint.harness.ptx.program import parse
 
 THREADS = 64
-REGISTERS = ".reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .b16 %rs<9>; .reg .pred %p<9>;"
+REGISTERS = ".reg .b32 %r<9>; .reg .b64 %rd<20>; .reg .b16 %rs<9>; .reg .pred %p<9>;"
 
 
 def kernel(body: str, parameters: int = 4) -> str:

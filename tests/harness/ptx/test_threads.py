@@ -178,7 +178,7 @@ def test_products_of_tf32_do_not_read_the_low_bits():
     ]
     right = [(b[t + 4 * n, g].view(np.uint32) | low)[None] for n in (0, 1)]
     start = [np.full((1, 32), n, np.float32).view(np.uint32) for n in range(4)]
-    found = matrix.mma("m16n8k8", ("row", "col", "f32", "tf32", "tf32", "f32"), left, right, start)
+    found = matrix.mma("tf32", left, right, start)
     for n, (row, column) in enumerate(((g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1))):
         assert found[n].view(np.float32)[0].tolist() == ((a @ b)[row, column] + n).tolist()
 
