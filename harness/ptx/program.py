@@ -71,7 +71,9 @@ def parse(text: str) -> Program:
     labels: dict[str, int] = {}
     body = text[text.index("{", entry.end()) + 1 :].split("\t.section", 1)[0]
     registers = {
-        _NUMBERED.sub(r"\1<>", name.strip()): kind for kind, names in _REGISTERS.findall(body) for name in names.split(",")
+        _NUMBERED.sub(r"\1<>", name.strip()): kind
+        for kind, names in _REGISTERS.findall(body)
+        for name in names.split(",")
     }
     for statement in body.split(";"):
         rest = statement.strip()

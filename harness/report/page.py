@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from castpoint.harness.report import failures, k_norms
+from castpoint.harness.report import checks, failures, k_norms
 from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, findings
 from castpoint.harness.report.markdown import markdown, paragraphs, percent
 from castpoint.harness.report.studies import study_sections
@@ -153,12 +153,14 @@ def write_report(folder: Path, run_id: str) -> Path:
     frames, run = load(folder, run_id), load_runs(folder)[run_id]
     failed = failures.section(failures.failures(folder, run_id))
     if run_id == newest_gpu_run(folder):
-        said, sections = f"Run {run_id} of `castpoint gpu`, without a bench.", [failed]
+        said, sections, checked = f"Run {run_id} of `castpoint gpu`, without a bench.", [failed], ""
     else:
         said = conditions(run_id, run)
         found = "\n".join(finding.line() for finding in findings(folder, frames))
         sections = [f"## Findings\n\n{found}" if found else "", failed, *bench_sections(run, frames)]
-    sections = [*filter(None, sections), *study_sections(folder, run["environment"].get("commit", ""))]
+        checked = checks.section(folder)
+    sections += [*study_sections(folder, run["environment"].get("commit", "")), checked]
+    sections = list(filter(None, sections))
     headings = [section.splitlines()[0].removeprefix("## ") for section in sections]
     contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in headings)
     path = folder / "report.md"

@@ -43,7 +43,10 @@ def in_words(words, x, weight):
     return store(normed * weight, "hidden")
 
 
-@pytest.mark.parametrize("name", ["F.rms_norm", *CLASSES])
+NORMS = ("F.rms_norm", *CLASSES)
+
+
+@pytest.mark.parametrize("name", NORMS)
 def test_the_answer_in_words_is_the_function(name):
     with open(PUBLISHED, newline="") as file:
         rows = list(csv.DictReader(file))

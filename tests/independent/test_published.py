@@ -192,7 +192,10 @@ def parts_of_logits(made, true, there):
 # ---------------------------------------------------------------- error budget, by walking through all orders
 
 
-@pytest.mark.parametrize("plan", ["hf", "one-rounding", "rstd-rounded", "folded", "fp32-tf32", "gemma-bf16-offset"])
+BUDGETS = ("hf", "one-rounding", "rstd-rounded", "folded", "fp32-tf32", "gemma-bf16-offset")
+
+
+@pytest.mark.parametrize("plan", BUDGETS)
 def test_budget(plan):
     """What each rounding adds, averaged over all orders in which the roundings can be made."""
     found = published("budget", plan=plan, layer=0, backend="spec", rotated_from="")

@@ -7,6 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import test_cases
+import test_norms
+import test_published
+
+from castpoint.harness.report import checks
+from castpoint.variants.envelope import false_red
 
 ROOT = Path(__file__).parents[2]
 ONE_ROUNDING = 2**-7 / math.sqrt(32 * math.log(2))  # rms relative error of rounding to bf16, log-uniform significands
@@ -55,3 +61,13 @@ def test_plain_code_imports_nothing_of_the_lab(name):
     found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert found <= {"math", "numpy", "torch", "torch.nn.functional"}
+
+
+def test_the_report_counts_what_is_recomputed_here():
+    assert checks.LAYERS == "{}, {} and {}".format(*test_published.LAYERS)
+    assert (checks.CASES, checks.NORMS, checks.BUDGETS) == (
+        len(test_cases.CASES),
+        len(test_norms.NORMS),
+        len(test_published.BUDGETS),
+    )
+    assert f"{false_red(1):.0e}" == f"{checks.FALSE_RED:.0e}"

@@ -1,0 +1,158 @@
+"""What was checked how, and what each check cannot see: the page that a sceptic reads first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from castpoint.harness.report import gates
+from castpoint.harness.report.fingerprints import OPEN, SAME_BITS, THAT, outcome
+from castpoint.harness.report.markdown import markdown, paragraphs
+from castpoint.harness.report.studies import executed_words
+from castpoint.harness.runs.frames import latest
+from castpoint.harness.runs.schema import Verdict
+
+HEADING = "What was checked how, and what each check cannot see"
+# What tests/independent recomputes; its tests hold these numbers to it.
+LAYERS, CASES, NORMS, BUDGETS = "0, 9 and 27", 13, 6, 6
+FALSE_RED = 2e-9  # of the envelope, a sum: variants.envelope.false_red
+
+Found = pd.DataFrame | None
+
+
+def of_gates(frame: Found) -> str:
+    if frame is None:
+        return ""
+    rows = gates.faults_of(frame)
+    faults = len(rows[["plan", "fault"]].drop_duplicates())
+    right = frame[frame["kind"] == gates.RIGHT]
+    return (
+        f"Of {faults} kernels with a planted fault {faults - len(gates.unseen(rows))} are seen; of "
+        f"{len(right)} looks at right ones {int((right['verdict'] == Verdict.SEEN).sum())} were refused."
+    )
+
+
+def of_audit(frame: Found) -> str:
+    return "" if frame is None else f"{int((frame['status'] == 'ok').sum())} of {len(frame)} kernels."
+
+
+def of_fingerprints(frame: Found) -> str:
+    if frame is None:
+        return ""
+    found = pd.Series([outcome(row) for row in frame.itertuples(index=False)])
+    right = int(found.isin([THAT, SAME_BITS, OPEN]).sum())
+    return f"Of {len(found)} planted plans {right} are answered with that plan or one of the same bits."
+
+
+def of_cases(frame: Found) -> str:
+    return "" if frame is None else f"{CASES} of {len(frame)} figures again in NumPy."
+
+
+def of_compiled(frame: Found) -> str:
+    return "" if frame is None else executed_words(frame)
+
+
+def uncounted(frame: Found) -> str:
+    return ""
+
+
+# Figures, the table that counts what was checked, how, in which numbers, and what that cannot see.
+CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
+    (
+        "Errors of plans, ulps, gains, logits",
+        "",
+        f"Again in NumPy, by code that imports nothing of the lab: every plan at layers {LAYERS}, to the six digits that are "
+        "printed. Hugging Face's own modules give `hf` bit for bit, `F.rms_norm` gives `one-rounding`.",
+        uncounted,
+        "Whether drawn weights stand for a checkpoint's: how weights correlate with each other and with activations is not in "
+        "them.",
+    ),
+    (
+        "What K-norm weights do",
+        "",
+        "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone.",
+        uncounted,
+        "Positions, the values that attention adds up, and training: no other weights were ever trained with these.",
+    ),
+    (
+        "Error budget",
+        "",
+        f"{BUDGETS} plans of the first layer again, by walking through all orders of making their roundings. The parts of every "
+        "row sum to the whole.",
+        uncounted,
+        "A share's noise: a rounding redraws what those behind it do, by up to a few percent of the whole.",
+    ),
+    (
+        "Kernels against their specs",
+        "gates",
+        "Equal bits where no sum depends on order, the envelope elsewhere.",
+        of_gates,
+        f"The faults listed as seen by none; a fault of another kind. The envelope is wrong about a right sum once in {1 / FALSE_RED:.0e} "
+        "under its model. Interpreted, no race and no compiler.",
+    ),
+    (
+        "Compiled kernels, run on a CPU",
+        "executed",
+        "The same two checks on PTX; each instruction against exact rationals, over all its modifiers.",
+        of_compiled,
+        "ptxas, races between threads, a tensor core's own order and truncation, the last bits of approximate instructions.",
+    ),
+    (
+        "Static audit",
+        "audit",
+        "Every rounding of the plan followed from TTIR into machine code; kernels with one moved are found red by the tests.",
+        of_audit,
+        "Values: a rounding in the right place of a wrong number; the order of sums.",
+    ),
+    (
+        "What public implementations do",
+        "fingerprints",
+        f"Answers on plans that are known. The words found for {NORMS} public norms give the same bits in NumPy.",
+        of_fingerprints,
+        "Inputs and shapes that were not asked; boundaries that the family does not have.",
+    ),
+    (
+        "Cases of the field",
+        "cases",
+        "Measured on inputs as their authors describe them.",
+        of_cases,
+        "What a thread does not say: weights, the residual's size, the model. Benchmarks and generated text.",
+    ),
+    (
+        "A whole model",
+        "",
+        "Plain tensor code without a module gives eager's bits and float64's logits on small models, and the real model's log "
+        "likelihoods; every column again from these.",
+        uncounted,
+        "Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
+    ),
+    (
+        "Eager's own figures",
+        "",
+        "On every instruction set that this CPU plays, as ranges; the other columns of a bench byte for byte on two.",
+        uncounted,
+        "Another make of CPU, a GPU.",
+    ),
+    (
+        "Times",
+        "",
+        "Arms in turns, cold weights, medians beside quantiles and the roofline of the same machine.",
+        uncounted,
+        "A GPU: times of a CPU rank two matmuls of PyTorch, not plans.",
+    ),
+)
+
+
+def section(folder: Path) -> str:
+    """Of report.md, with what the folder's newest studies count."""
+    lines = []
+    for figures, table, how, count, unseen in CHECKS:
+        found = latest(folder, table) if table else None
+        lines.append([figures, " ".join(filter(None, [how, count(found[1] if found else None)])), unseen])
+    frame = pd.DataFrame(lines, columns=["figures", "checked by", "what that cannot see"])
+    said = (
+        "By `make test`, of the figures that are published with the project; numbers are of the studies in this report."
+    )
+    return paragraphs(f"## {HEADING}", said, markdown(frame))
