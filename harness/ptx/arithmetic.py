@@ -111,9 +111,8 @@ def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> 
     if name in ("shl", "shr"):
         return _shifted(name, read(operands[0], kind), read(operands[1], "u32"), bits)
     if name == "bfe":
-        return _field(read(operands[0], kind), *(read(operand, "u8") for operand in operands[1:])).astype(
-            UNSIGNED[bits]
-        )
+        start, count = (read(operand, "u8") for operand in operands[1:])
+        return _field(read(operands[0], kind), start, count).astype(UNSIGNED[bits])
     values = [read(operand, kind) for operand in operands]
     a = values[0]
     if "wide" in words or "hi" in words:

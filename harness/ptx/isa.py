@@ -25,6 +25,7 @@ WORDS = {
     "FLAT": "f32|bf16",
     "BF16": "bf16|bf16x2",
     "ANY": "b8|b16|b32|b64|u8|u16|u32|u64|s8|s16|s32|s64|f32",  # in memory
+    "UPTO32": "b8|b16|b32|u8|u16|u32|s8|s16|s32|f32",
     "EVEN": "s8|s16|s32|s64|u8|u16|u32|u64",
     "SMALL": "s8|s16|s32|u8|u16|u32",
     "ORDER": "eq|ne|lt|le|gt|ge",
@@ -99,18 +100,24 @@ cvt.ftz?.sat.f32.f32                                            r v
 ld.param.ANY                                                    r [
 ld.volatile?.global|SHARED.ANY                                  w [
 ld.volatile?.global|SHARED.v2.ANY                               {2 [
-ld.volatile?.global|SHARED.v4.ANY                               {4 [
+ld.volatile?.global|SHARED.v4.UPTO32                            {4 [
 ld.relaxed|acquire.SCOPE.global.ANY                             w [
-ld.global.ca|cg|cv?.nc?.KEEP?.L2_cache_hint?.ANY                w [ r?
-ld.global.ca|cg|cv?.nc?.KEEP?.L2_cache_hint?.v2.ANY             {2 [ r?
-ld.global.ca|cg|cv?.nc?.KEEP?.L2_cache_hint?.v4.ANY             {4 [ r?
+ld.global.ca|cg|cv?.nc?.L2_cache_hint?.ANY                      w [ r?
+ld.global.nc?.KEEP.L2_cache_hint?.ANY                           w [ r?
+ld.global.ca|cg|cv?.nc?.L2_cache_hint?.v2.ANY                   {2 [ r?
+ld.global.nc?.KEEP.L2_cache_hint?.v2.ANY                        {2 [ r?
+ld.global.ca|cg|cv?.nc?.L2_cache_hint?.v4.UPTO32                {4 [ r?
+ld.global.nc?.KEEP.L2_cache_hint?.v4.UPTO32                     {4 [ r?
 st.volatile?.global|SHARED.ANY                                  [ w
 st.volatile?.global|SHARED.v2.ANY                               [ {2
-st.volatile?.global|SHARED.v4.ANY                               [ {4
+st.volatile?.global|SHARED.v4.UPTO32                            [ {4
 st.relaxed|release.SCOPE.global.ANY                             [ w
-st.global.wb|cg|cs|wt?.KEEP?.L2_cache_hint?.ANY                 [ w r?
-st.global.wb|cg|cs|wt?.KEEP?.L2_cache_hint?.v2.ANY              [ {2 r?
-st.global.wb|cg|cs|wt?.KEEP?.L2_cache_hint?.v4.ANY              [ {4 r?
+st.global.wb|cg|cs|wt?.L2_cache_hint?.ANY                       [ w r?
+st.global.KEEP.L2_cache_hint?.ANY                               [ w r?
+st.global.wb|cg|cs|wt?.L2_cache_hint?.v2.ANY                    [ {2 r?
+st.global.KEEP.L2_cache_hint?.v2.ANY                            [ {2 r?
+st.global.wb|cg|cs|wt?.L2_cache_hint?.v4.UPTO32                 [ {4 r?
+st.global.KEEP.L2_cache_hint?.v4.UPTO32                         [ {4 r?
 cp.async.ca|cg.SHARED.global                                    [ [ # v?
 cp.async.ca|cg.SHARED.global.L2_cache_hint                      [ [ # v? r
 cp.async.commit_group|wait_all
@@ -133,7 +140,7 @@ membar.cta|gl|sys
 griddepcontrol.wait|launch_dependents
 prefetch.global.L1|L2                                           [
 applypriority.global.L2_evict_normal                            [ #
-createpolicy.fractional.L2_evict_first|L2_evict_last|L2_evict_normal|L2_evict_unchanged.b64    r s
+createpolicy.fractional.L2_evict_first|L2_evict_last|L2_evict_normal|L2_evict_unchanged.b64  r s
 
 shfl.sync.bfly|idx|up.b32                                       d v v # v
 redux.sync.add|min|max.u32|s32                                  r v v

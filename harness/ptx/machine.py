@@ -1,12 +1,12 @@
 """PTX run on a CPU: every thread of some programs in step, a register one numpy array with an element a thread.
 
 What the PTX ISA defines is done to the bit, or refused: ptx.isa lists what is known. What it leaves open is chosen:
-approximate instructions are rounded correctly, tensor cores add as ptx.matrix says, a NaN that is converted or loses its
-sign is the canonical one or keeps its bits, and a product and a sum without `.rn`, which ptxas may fuse, stay two. A
-kernel that reads a register which it never wrote runs three times, with other bits there, and is refused if that shows.
-Copies and products that run on their own finish where they start, and programs run in step, so that no
-race is found here, and programs that wait for one another would wait for ever. Threads that part at a branch run apart,
-those behind first, and join where they meet.
+approximate instructions are rounded correctly, tensor cores add as ptx.matrix says, a NaN that is converted is the
+canonical one, one whose sign changes keeps its other bits, and a product and a sum without `.rn`, which ptxas may fuse,
+stay two. A kernel that reads a register which it never wrote runs three times, with other bits there, and is refused if
+what it wrote to memory differs. Copies and products that run on their own finish where they start, and programs run in
+step, so that no race is found here, and programs that wait for one another would wait for ever. Threads that part at a
+branch run apart, those behind first, and join where they meet.
 """
 
 from __future__ import annotations

@@ -70,11 +70,8 @@ def parse(text: str) -> Program:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     body = text[text.index("{", entry.end()) + 1 :].split("\t.section", 1)[0]
-    registers = {
-        _NUMBERED.sub(r"\1<>", name.strip()): kind
-        for kind, names in _REGISTERS.findall(body)
-        for name in names.split(",")
-    }
+    declarations = ((name.strip(), kind) for kind, names in _REGISTERS.findall(body) for name in names.split(","))
+    registers = {_NUMBERED.sub(r"\1<>", name): kind for name, kind in declarations}
     for statement in body.split(";"):
         rest = statement.strip()
         while skipped := _SKIPPED.match(rest):

@@ -13,22 +13,25 @@ from ptx_support import run
 from castpoint.harness.ptx import isa
 
 REGISTERS = (
-    "neg abs copysign add sub mul fma max min div rcp sqrt rsqrt ex2 lg2 rem mad and or xor not shl shr bfe prmt lop3 setp "
-    "selp mov cvt"
+    "neg abs copysign add sub mul fma max min div rcp sqrt rsqrt ex2 lg2 rem mad and or xor not shl shr bfe prmt lop3 "
+    "setp selp mov cvt"
 ).split()
 ELSEWHERE = {  # names whose tests are in test_memory and test_warps
-    "ld", "st", "cp", "atom", "red", "bra", "ret", "exit", "bar", "barrier", "fence", "membar", "griddepcontrol", "prefetch",
-    "applypriority", "createpolicy", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "wgmma",
+    "ld", "st", "cp", "atom", "red", "bra", "ret", "exit", "bar", "barrier", "fence", "membar", "griddepcontrol",
+    "prefetch", "applypriority", "createpolicy", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "wgmma",
 }  # fmt: skip
 EDGES = {
     # zeros, subnormals, the least normal, 1 and its neighbours, halves, bounds of integers, the largest, infinity, NaN
     "f32": [
-        0, 1, 0x3FFFFF, 0x7FFFFF, 0x800000, 0x800001, 0x33800000, 0x3F000000, 0x3F000001, 0x3F7FFFFF, 0x3F800000, 0x3F800001,
-        0x3FC00000, 0x40200000, 0x42FE0000, 0x42FF0000, 0x43000000, 0x437F8000, 0x43800000, 0x46FFFF00, 0x47000000,
+        0, 1, 0x3FFFFF, 0x7FFFFF, 0x800000, 0x800001, 0x33800000, 0x3F000000, 0x3F000001, 0x3F7FFFFF, 0x3F800000,
+        0x3F800001, 0x3FC00000, 0x40200000, 0x42FE0000, 0x42FF0000, 0x43000000, 0x437F8000, 0x43800000, 0x46FFFF00,
+        0x47000000,
         0x477FFF80, 0x4B000001, 0x4EFFFFFF, 0x4F000000, 0x4F7FFFFF, 0x4F800000, 0x5EFFFFFF, 0x5F000000, 0x5F7FFFFF,
         0x5F800000, 0x7E800000, 0x7E800001, 0x7F000000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF,
     ],
-    "bf16": [0, 1, 0x3F, 0x7F, 0x80, 0x81, 0x3F7F, 0x3F80, 0x3F81, 0x4000, 0x7F00, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF],
+    "bf16": [
+        0, 1, 0x3F, 0x7F, 0x80, 0x81, 0x3F7F, 0x3F80, 0x3F81, 0x4000, 0x7F00, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF,
+    ],
 }  # fmt: skip
 FEW = [0, 1, 0x7FFFFF, 0x800000, 0x33800000, 0x3F800000, 0x3F800001, 0x7F7FFFFF, 0x7F800000, 0x7F800001]
 SHIFTS = [0, 1, 2, 5, 7, 15, 16, 17, 31, 32, 33, 48, 62, 63, 64, 65, 100, 200, 255, 256, 263, 0x80000000, 0xFFFFFFFF]
@@ -65,8 +68,9 @@ def inputs(name: str, takes: Sequence[str], gives: str) -> list[np.ndarray]:
     rng = np.random.default_rng(len(takes))
     if len(takes) == 1 and width(takes[0]) <= 16:  # of 8 bits with others above them, which do not count
         numbers = np.arange(1 << width(takes[0]), dtype=np.uint64)
-        return [numbers if width(takes[0]) == 16 else np.concatenate([numbers, numbers | rng.integers(1, 1 << 24) << 8])]
-    if gives.startswith("bf16") and takes[0] == "f32":  # every upper half, with lower ones that are ties and beside them
+        more = [numbers | np.uint64(n << 8) for n in (1, 0x80, 0xFFFFFF)] if width(takes[0]) == 8 else []
+        return [np.concatenate([numbers, *more])]
+    if gives.startswith("bf16") and takes[0] == "f32":  # every upper half; lower ones that are ties, and beside them
         upper = np.arange(1 << 16, dtype=np.uint64).repeat(2) << 16
         lower = np.stack([np.full(1 << 16, 0x8000), rng.choice([0, 1, 0x7FFF, 0x8001, 0xFFFF], 1 << 16)], 1)
         whole = upper | lower.reshape(-1).astype(np.uint64)
