@@ -12,6 +12,7 @@ import pandas as pd
 from castpoint.harness.report import k_norms, model
 from castpoint.harness.report.fingerprints import answer_words
 from castpoint.harness.report.markdown import percent
+from castpoint.harness.report.paired import LEVEL, interval
 from castpoint.harness.runs.frames import Frames, differing, latest
 from castpoint.harness.runs.schema import Backend, KNorms
 
@@ -94,16 +95,34 @@ def _compiled(folder: Path) -> Iterator[Finding]:
 def _noticed(folder: Path) -> Iterator[Finding]:
     """One line a model with real weights: the plans beside what eager changes in itself. Drawn weights say nothing."""
     for study in model.studies(folder):
-        rows = model.against(study.frames["model_tokens"], "eager").groupby("arm").mean(numeric_only=True)
-        noise = rows["dlogp_p50"].get(model.YARDSTICKS[0], 0.0)
-        plans = [plan for plan in model.plans_of(study.frames) if plan in rows.index and rows.loc[plan, "logit_max"]]
-        if study.drawn or not noise or not plans:
+        rows = model.against(study.frames["model_tokens"], "eager")
+        by_text = rows.pivot(index=["text", "prompt"], columns="arm", values="dlogp_p50")
+        moved = set(rows.loc[rows["logit_max"] > 0, "arm"])
+        plans = [plan for plan in model.plans_of(study.frames) if plan in moved]
+        if study.drawn or model.YARDSTICKS[0] not in moved or not plans:
             continue
-        times = rows.loc[plans, "dlogp_p50"] / noise
-        marks = [mark for mark in model.YARDSTICKS[3:] if mark in rows.index]
-        beside = "".join(f", {mark} by {rows.loc[mark, 'dlogp_p50'] / noise:.0f} times that" for mark in marks)
+        times = _times(by_text, plans)
+        marks = _times(by_text, [mark for mark in model.YARDSTICKS[3:] if mark in by_text])
+        beside = "".join(
+            f", {at} by {x:.0f} ({low:.0f} to {high:.0f}) times that" for at, x, low, high in marks.itertuples()
+        )
+        text = (
+            f"**In {study.model}** plans change a token's log probability by {times['times'].min():.1f} to "
+            f"{times['times'].max():.1f} times ({times['low'].min():.1f} to {times['high'].max():.1f} with all intervals) what eager "
+            f"changes in itself, read token by token{beside} (medians; 95 % over {len(by_text)} texts)."
+        )
         yield Finding(
-            f"**In {study.model}** plans change a token's log probability by {times.min():.1f} to {times.max():.1f} times "
-            f"what eager changes in itself, read token by token{beside} (medians).",
+            text.replace("inf ", "∞ ").replace("inf)", "∞)"),
             f"In a whole model: {study.model}",
         )
+
+
+def _times(by_text: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
+    """Arm -> times: its mean over texts as a multiple of that of eager, read token by token; low, high: where that may
+    lie, at 95 % for all these arms together. by_text: a row a text, a column an arm; failed ones are left out."""
+    found = {}
+    for arm in arms:
+        values, over = by_text[[arm, model.YARDSTICKS[0]]].dropna().to_numpy(float).T
+        low, high = interval(values, over, LEVEL / len(arms))
+        found[arm] = (values.mean() / over.mean(), max(low, 0.0), high)
+    return pd.DataFrame.from_dict(found, orient="index", columns=["times", "low", "high"])

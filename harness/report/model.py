@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from castpoint.harness.report import k_norms
 from castpoint.harness.report.markdown import markdown, paragraphs, under
-from castpoint.harness.report.paired import difference, given_depth, told_apart
+from castpoint.harness.report.paired import LEVEL, differences, given_depth, interval, least_chance
 from castpoint.harness.runs.frames import Frames, load
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
 
 YARDSTICKS = ("eager, token by token", "one ulp on K", "float32", "4-bit weights")
+LAYER_COLUMNS = {
+    "k_max_abs": "K, max abs error",
+    "attention_logit_rms": "attention logits, rms error",
+    "k_rel_rms": "K, relative rms error",
+    "k_p99_ulp": "K, p99 error in ulps",
+    "rel_rms": "hidden state, relative rms error",
+    "one_minus_cosine": "hidden state, 1 − cosine",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def layer_errors(frames: Frames) -> pd.Series:
 
 
 def perplexity(frames: Frames) -> pd.Series:
-    """Arm -> perplexity on the fixed passages, every token of which counts the same."""
+    """Arm -> perplexity on the fixed passages, each of which counts the same."""
     return _of_passages(frames).groupby("arm")["nll"].mean().map(math.exp)
 
 
@@ -95,39 +105,48 @@ def parted(frames: Frames) -> pd.DataFrame:
 
 
 def arm_table(frames: Frames) -> pd.DataFrame:
-    """One row an arm: distance to the truth, distance to eager, what it says."""
-    truth, partings = truth_name(frames), parted(frames)
+    """One row an arm: distance to the truth, distance to eager, what it says; means over texts, see plus_minus."""
+    truth = truth_name(frames)
     to_truth, to_eager = (against(frames["model_tokens"], reference).groupby("arm") for reference in (truth, "eager"))
-    means = to_eager.mean(numeric_only=True)
+    behind = against(frames["model_layers"], truth).query("layer == layer.max()").groupby("arm")["rel_rms"]
+    partings = parted(frames)
     columns = {
-        f"last hidden state, relative rms to {truth}": layer_errors(frames).groupby("arm").last(),
-        f"KL to {truth}, nats": to_truth["kl_mean"].mean(),
-        "KL to eager, nats": means["kl_mean"],
-        "top-1 equal to eager": means["top1"],
-        "top-5 share of eager's": means["top5"],
-        "Δ log p, p50 of a text": means["dlogp_p50"],
-        "Δ log p, p99 of a text": means["dlogp_p99"],
+        f"last hidden state, relative rms to {truth}": behind.apply(lambda v: plus_minus(v**2, np.sqrt)),
+        f"KL to {truth}, 10⁻³ nats": to_truth["kl_mean"].apply(lambda v: plus_minus(1000 * v)),
+        "KL to eager, 10⁻³ nats": to_eager["kl_mean"].apply(lambda v: plus_minus(1000 * v)),
+        "top-1 equal to eager, %": to_eager["top1"].apply(lambda v: plus_minus(100 * v)),
+        "top-5 of eager's, %": to_eager["top5"].apply(lambda v: plus_minus(100 * v)),
+        "Δ log p, p50 of a text": to_eager["dlogp_p50"].apply(plus_minus),
+        "Δ log p, p99 of a text": to_eager["dlogp_p99"].apply(plus_minus),
         "Δ log p, max": to_eager["dlogp_max"].max(),
         "greedy: parted": partings["parted"].astype(str) + " of " + partings["of"].astype(str),
-        "perplexity": perplexity(frames).map("{:.3f}".format),
+        "perplexity": _of_passages(frames).groupby("arm")["nll"].apply(between),
     }
     return pd.DataFrame(columns, index=pd.Index(arms_of(frames), name="arm")).reset_index()
+
+
+def plus_minus(values: pd.Series, to: Callable[[Any], Any] = float) -> str:
+    """`to` of the mean over texts, and half of its 95 % interval: `1.72 ± 0.4`; one number where all texts agree."""
+    low, high = (to(max(end, 0.0)) for end in interval(values.to_numpy(float)))  # no figure here is below 0
+    half = "" if values.nunique() == 1 < len(values) else f" ± {figure((high - low) / 2, 1)}"
+    return f"{to(values.mean()):.3g}{half}"
+
+
+def between(values: pd.Series) -> str:
+    """exp of the mean over texts, and of the ends of its 95 % interval."""
+    low, high = (figure(math.exp(end), 2) for end in interval(values.to_numpy(float)))
+    return f"{math.exp(values.mean()):.3f} ({low} to {high})"
+
+
+def figure(value: float, digits: int, sign: str = "") -> str:
+    return f"{float(f'{value:.{digits}g}'):{sign}g}".replace("inf", "∞")
 
 
 def layer_table(frames: Frames) -> pd.DataFrame:
     """One row a layer, eager against the truth: the K norm's largest weight, and what goes with it."""
     rows = against(frames["model_layers"], truth_name(frames)).query("arm == 'eager'")
     means = rows.groupby("layer").mean(numeric_only=True).reset_index()
-    names = {
-        "layer": "layer",
-        "k_norm_max": "largest K-norm weight",
-        "k_max_abs": "K, max abs error",
-        "attention_logit_rms": "attention logits, rms error",
-        "k_rel_rms": "K, relative rms error",
-        "k_p99_ulp": "K, p99 error in ulps",
-        "rel_rms": "hidden state, relative rms error",
-        "one_minus_cosine": "hidden state, 1 − cosine",
-    }
+    names = {"layer": "layer", "k_norm_max": "largest K-norm weight", **LAYER_COLUMNS}
     return means[list(names)].rename(columns=names)
 
 
@@ -136,11 +155,23 @@ def eager_measured(frames: Frames) -> bool:
     return len(frames["model_tokens"].query("arm == 'eager' and status == 'ok'")) > 0
 
 
-def paired_table(frames: Frames) -> pd.DataFrame:
-    """One row an arm: by how much it is off eager, text by text, with the standard error, and whether it is told apart.
+def layers_known_to(frames: Frames) -> dict[str, float]:
+    """Of every column of layer_table the widest 95 % interval over texts: half of it over the layer's mean."""
+    rows = against(frames["model_layers"], truth_name(frames)).query("arm == 'eager'")
+    widths: dict[str, float] = {}
+    for _, texts in rows.groupby("layer"):
+        for column, name in LAYER_COLUMNS.items():
+            low, high = interval(texts[column].to_numpy(float))
+            widths[name] = max(widths.get(name, 0.0), (high - low) / 2 / abs(texts[column].mean()))
+    return widths
 
-    Plans are tested together, and so are float32 and 4-bit weights, at the level of 5 % each. Log perplexity is that of
-    the passages, nats a token. Empty where eager has no figure.
+
+def paired_table(frames: Frames) -> pd.DataFrame:
+    """One row an arm: by how much it is off eager, text by text, with an interval that holds at 95 % for all plans of a
+    column together, whether it is told apart (0 lies outside), and from which true difference on that was to be expected.
+
+    Plans are taken together, and so are float32 and 4-bit weights. Log perplexity is that of the passages. Empty where
+    eager has no figure.
     """
     if not eager_measured(frames):
         return pd.DataFrame()
@@ -149,33 +180,65 @@ def paired_table(frames: Frames) -> pd.DataFrame:
     kl = (f"KL to {truth}, less eager's", against(tokens, truth), "kl_mean")
     for name, rows, column in (kl, ("log perplexity, less eager's", _of_passages(frames), "nll")):
         for group in (plans_of(frames), ["float32", "4-bit weights"]):
-            found = {arm: difference(rows, column, arm) for arm in group if arm in set(rows["arm"])}
-            apart = told_apart(found)
-            for arm, d in found.items():
-                more = ", told apart" if arm in apart else ""
-                table.setdefault(arm, {})[name] = f"{d.mean:+.2g} ± {d.error:.1g}{more}" if d.mean else "the same"
+            for arm, d in differences(rows.assign(**{column: 1000 * rows[column]}), column, group).items():
+                mean, low, high = (figure(value, 2, "+") for value in (d.mean, d.low, d.high))
+                said = f"{mean} ({low} to {high}){', told apart' if d.apart else ''}"
+                same, none = d.low == d.high == 0, math.isnan(d.mean)
+                cells = ("the same" if same else "–", "–") if same or none else (said, figure(d.seen_from, 2))
+                table[arm] = table.get(arm, {}) | {name: cells[0], f"{name.split(',')[0]}: seen from": cells[1]}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("arm").reset_index()
 
 
 def depth_table(layers: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of eager's errors with the largest K-norm weight, the layer's number held fixed, since errors
-    grow with it; empty where there is none: no K norms, or too few layers. layers: layer_table(...)."""
+    grow with it, each with an interval that holds at 95 % for all four together; empty where there is none: no K norms,
+    or too few layers. layers: layer_table(...)."""
     names = ("K, max abs error", "attention logits, rms error", "K, relative rms error", "K, p99 error in ulps")
     if len(layers) < 3 or layers["largest K-norm weight"].isna().any():
         return pd.DataFrame()
-    found = {name: given_depth(layers, name) for name in names}  # undefined where a rank follows depth alone
-    return pd.DataFrame([{name: "–" if math.isnan(value) else f"{value:+.2f}" for name, value in found.items()}])
+    cells = {}
+    for name in names:
+        found, low, high = given_depth(layers, name, LEVEL / len(names))
+        said = f"{found:+.2f} ({low:+.2f} to {high:+.2f}{', may be 0' if low < 0 < high else ''})"
+        cells[name] = "–" if math.isnan(found) else said  # undefined where a rank follows depth alone
+    return pd.DataFrame([cells])
 
 
 # ---------------------------------------------------------------- the report's section
 
 
+def texts_of(frames: Frames) -> int:
+    return len(read_texts(frames["model_tokens"])[["text", "prompt"]].drop_duplicates())
+
+
 def conditions(study: Study) -> str:
     settings = study.run["settings"]
-    count = len(read_texts(study.frames["model_tokens"])[["text", "prompt"]].drop_duplicates())
     return (
-        f"{settings['weights']}; {count} texts of up to {settings['tokens']} tokens and the continuation that eager wrote; commit "
-        f"{study.run['environment']['commit']}, run {study.run_id}"
+        f"{settings['weights']}; {texts_of(study.frames)} texts of up to {settings['tokens']} tokens and the continuation that eager "
+        f"wrote; commit {study.run['environment']['commit']}, run {study.run_id}"
+    )
+
+
+def paired_words(frames: Frames) -> str:
+    """Above paired_table: how to read it, and what so many texts can show at all."""
+    count, plans = texts_of(frames), len(plans_of(frames))
+    least = least_chance(count)
+    able = "so that all can be told apart" if least * plans < LEVEL else "so that none can be told apart"
+    return (
+        "Text by text against eager, 10⁻³ nats a token: the mean, and in brackets what a sign-flip test at 5 % for all plans of a "
+        f"column together leaves of it; told apart: not 0. The least p of {count} texts is {figure(least, 1)}, times {plans} plans "
+        f"{figure(least * plans, 1)}, {able}. Seen from: the true mean difference that would be told apart in 80 % of such samples; what is "
+        "not told apart may be as large."
+    )
+
+
+def layer_words(frames: Frames) -> str:
+    """Above the table of layers."""
+    known = layers_known_to(frames)
+    said = "; ".join(f"{name}: {figure(100 * width, 2)} %" for name, width in known.items())
+    return (
+        f"Eager against {truth_name(frames)}, layer by layer; attention logits without positions, hidden states before the final "
+        f"norm. Means over texts. Half of a layer's 95 % interval, over its mean, of the layer where that is widest: {said}."
     )
 
 
@@ -183,26 +246,28 @@ def section(study: Study) -> str:
     """Of report.md, on one model."""
     frames, model, truth = study.frames, study.model, truth_name(study.frames)
     lost = frames["model_tokens"].query("status != 'ok'").groupby(["arm", "status", "reason"], sort=False)
-    layers = layer_table(frames)
+    layers, arms = layer_table(frames), arm_table(frames)
     return paragraphs(
         f"## In a whole model: {model}",
         f"{conditions(study)}. Eager is transformers' bf16, uncompiled, attention by SDPA, and of this machine, as is all against it. The truth: "
         f"the same bf16 weights, all arithmetic in {truth} but the float32 table of rotary angles. Every arm reads the same tokens; a "
         "continuation parts at the first token that the arm would not have chosen. Δ log p is the absolute change of a token's "
-        "log probability against eager, nats; quantiles are of one text, and all figures means over texts. Perplexity is that of "
-        "the passages. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark.",
+        "log probability against eager, nats; quantiles are of one text, and all figures means over texts, ± half of the 95 % "
+        "interval of each by itself: texts differ by more than arms do, whose differences are below. Perplexity is that of the "
+        "passages, in brackets its interval. 4-bit weights: Q4_0 of every layer's matrices, on top of what the weights had been through: an upper mark.",
         *(f"`{arm}` {said} in {count} texts: {why}" for (arm, said, why), count in lost.size().items()),
-        markdown(arm_table(frames)),
-        under(
-            "Text by text against eager, mean ± standard error; told apart at 5 % for all plans together, by a sign-flip test.",
-            paired_table(frames),
-        ),
+        markdown(arms, right=arms.columns[1:]),
+        under(paired_words(frames), paired_table(frames)),
         f"![error of each layer](plots/model-{model}-layers.png)",
         f"![change of log p](plots/model-{model}-tokens.png)",
         f"![where greedy text parts](plots/model-{model}-parting.png)",
-        f"Eager against {truth}, layer by layer; attention logits without positions, hidden states before the final norm.",
+        layer_words(frames),
         markdown(layers),
-        under("Rank correlation over layers with the largest K-norm weight, depth held fixed.", depth_table(layers)),
+        under(
+            "Rank correlation over layers with the largest K-norm weight, depth held fixed; in brackets what 95 % for all four "
+            "together leaves, as if layers were independent draws.",
+            depth_table(layers),
+        ),
         _k_norms(frames["k_norms"]),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from castpoint.harness.report import model as impact_report
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.model import (
     Study,
-    against,
     arm_table,
     conditions,
     depth_table,
     layer_errors,
     layer_table,
+    layers_known_to,
     paired_table,
+    paired_words,
     parted,
     perplexity,
     section,
@@ -34,7 +36,6 @@ from castpoint.harness.report.model import (
     truth_name,
 )
 from castpoint.harness.report.model_plot import model_plots, quantiles
-from castpoint.harness.report.paired import Difference, difference, given_depth, told_apart
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.schema import BINS, TABLES
@@ -124,18 +125,12 @@ def test_what_is_taken_over_texts(known: Study) -> None:
     table = parted(frames)
     assert table.loc["hf"].tolist() == [1, 2, 5] and table.loc["eager", "parted"] == 0
     arms = arm_table(frames).set_index("arm")
-    assert arms.loc["one-rounding", "KL to eager, nats"] == 6.5 and arms.loc["hf", "greedy: parted"] == "1 of 2"
+    assert (
+        arms.loc["one-rounding", "KL to eager, 10⁻³ nats"] == "6.5e+03 ± ∞"
+        and arms.loc["hf", "greedy: parted"] == "1 of 2"
+    )
     assert arms.loc["one-rounding", "Δ log p, max"] == 7
     assert layer_table(frames)["K, max abs error"].tolist() == [10, 30, 20]
-
-
-def test_differences_are_paired_by_text(known: Study) -> None:
-    """Texts differ by one, arms by one: the difference has no error where that of the means would have."""
-    rows = against(known.frames["model_tokens"], "float64")
-    assert difference(rows, "kl_mean", "one ulp on K") == Difference(1.0, 0.0, 0.5)
-    rows = rows.assign(kl_mean=rows["kl_mean"] * rows["kl_mean"])  # 1, 4 of eager; 4, 9 of the other
-    assert difference(rows, "kl_mean", "one ulp on K") == Difference(4.0, pytest.approx(1.0), 0.5)
-    assert difference(rows[rows["prompt"] == 0], "kl_mean", "one ulp on K") == Difference(3.0, math.inf, 1.0)
 
 
 def test_quantiles_of_a_histogram() -> None:
@@ -151,42 +146,51 @@ def test_a_plan_has_one_colour_of_its_own() -> None:
     assert len({colour(plan) for plan in catalogue.PLANS}) == len(catalogue.PLANS)
 
 
-def test_a_correlation_that_is_depth_alone_is_none() -> None:
-    """Two columns that each follow depth, and otherwise nothing that they share."""
-    depth = pd.Series(range(16), dtype=float)
-    one = pd.Series([1, 1, -1, -1] * 4) * 1.6
-    other = pd.Series([1, -1, -1, 1] * 4) * 1.6
-    table = pd.DataFrame({"layer": depth, "largest K-norm weight": depth + one, "goes with depth": depth + other})
-    table["goes with weight"] = table["largest K-norm weight"] * 3
-    assert given_depth(table, "goes with weight") == pytest.approx(1.0)
-    assert table["goes with depth"].corr(table["largest K-norm weight"]) > 0.8
-    assert abs(given_depth(table, "goes with depth")) < 0.2
-
-
 def test_tables_of_pairs_and_of_depth_say_those_figures(known: Study) -> None:
     table = paired_table(known.frames).set_index("arm")
     assert list(table.index) == [*PLANS, "float32", "4-bit weights"]
-    assert table.loc["hf"].iloc[0] == "+4 ± 0" and table.loc["float32"].iloc[0] == "+2 ± 0"
-    assert table.loc["hf"].iloc[1].startswith("+0.4 ± ")
-    assert depth_table(layer_table(known.frames)).iloc[0].tolist()[0] == "+1.00"
+    assert table.columns.str.replace(" to float64", "").tolist() == [
+        "KL, less eager's", "KL: seen from", "log perplexity, less eager's", "log perplexity: seen from"
+    ]  # fmt: skip
+    assert table.loc["hf"].tolist() == ["+4000 (-∞ to +∞)", "∞", "+400 (-∞ to +∞)", "∞"], "two texts say nothing"
+    assert "so that none can be told apart" in paired_words(known.frames)
+    table = paired_table(repeated(known, 8).frames).set_index("arm")
+    assert table.loc["hf"].tolist()[:2] == ["+4000 (+4000 to +4000), told apart", "0"]
+    assert "The least p of 16 texts is 3e-05, times 2 plans 6e-05, so that all" in paired_words(
+        repeated(known, 8).frames
+    )
+    same = known.frames["model_tokens"].assign(kl_mean=1.0)
+    assert paired_table(known.frames | {"model_tokens": same}).set_index("arm").loc["hf"].tolist()[:2] == [
+        "the same",
+        "–",
+    ]
+    table = depth_table(layer_table(known.frames))
+    assert table.iloc[0].tolist()[0] == "+1.00 (-1.00 to +1.00, may be 0)", "three layers say nothing"
     assert not len(depth_table(layer_table(known.frames).assign(**{"largest K-norm weight": math.nan})))
 
 
-def test_plans_are_told_apart_by_all_ways_to_choose_signs(known: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(values: list[float]) -> Difference:
-        rows = [{"text": "t", "prompt": n, "arm": "eager", "x": 1.0} for n in range(len(values))]
-        rows += [{"text": "t", "prompt": n, "arm": "hf", "x": 1 + v} for n, v in enumerate(values)]
-        return difference(pd.DataFrame(rows), "x", "hf")
+def repeated(study: Study, times: int) -> Study:
+    """The study with so many copies of each of its two texts."""
+    copies = {
+        name: pd.concat([rows.assign(prompt=rows["prompt"] + 2 * n) for n in range(times)], ignore_index=True)
+        for name, rows in study.frames.items()
+    }
+    return dataclasses.replace(study, frames=copies)
 
-    all_above, one_below = [1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, 2, 3, 4, 5, 6, 7, 8]
-    assert found(all_above).chance == 2 / 256 and found(one_below).chance == 4 / 256
-    assert found([1.0, -1.0] * 4).chance == 1 and found(all_above * 3).chance < 1e-3
-    same = Difference(0.0, 0.0, 1.0)
-    assert told_apart({"a": found(all_above), **dict.fromkeys("bcd", found(one_below)), "same": same}) == ["a"]
-    assert told_apart(dict.fromkeys("abcdefg", found(all_above))) == []  # 7 * 2 / 256 is above 5 %
-    assert "told apart" not in str(paired_table(known.frames).to_numpy())  # two texts say nothing
-    monkeypatch.setattr(impact_report, "told_apart", lambda found: ["hf"])
-    assert paired_table(known.frames).set_index("arm").loc["hf"].iloc[0] == "+4 ± 0, told apart"
+
+def test_what_is_taken_over_texts_has_an_interval(known: Study) -> None:
+    """Texts of 1 and of 2, eight of each: the mean of 1.5 is known to 0.3."""
+    table = arm_table(repeated(known, 8).frames).set_index("arm")
+    found = table.loc["eager"]
+    assert found["KL to float64, 10⁻³ nats"] == "1.5e+03 ± 300" and found["KL to eager, 10⁻³ nats"] == "0"
+    assert table.loc["one ulp on K", "top-1 equal to eager, %"] == "75 ± 3"
+    assert found["perplexity"] == "1.649 (1.2 to 2.2)", "exp of 0.5, 0.2 and 0.8"
+    assert arm_table(known.frames).set_index("arm").loc["eager", "KL to float64, 10⁻³ nats"] == "1.5e+03 ± ∞"
+    widths = layers_known_to(repeated(known, 8).frames)
+    assert (
+        widths["hidden state, relative rms error"] == pytest.approx(0.2, abs=0.1) and widths["K, max abs error"] < 1e-12
+    )
+    assert re.search(r"hidden state, relative rms error: 2\d %; hidden state", section(repeated(known, 8)))
 
 
 def noticed(folder: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -203,10 +207,14 @@ def test_plans_are_measured_by_what_eager_does_to_itself(
     tokens = known.frames["model_tokens"].replace({"arm": {"one ulp on K": "eager, token by token"}})
     study = dataclasses.replace(known, frames={**known.frames, "model_tokens": tokens})
     (said,) = noticed(tmp_path, study, monkeypatch)  # 5.5 and 6.5 of 2.5; 4.5 of 2.5
-    assert "by 2.2 to 2.6 times what eager changes in itself" in said and "4-bit weights by 2 times that" in said
+    assert "by 2.2 to 2.6 times (0.0 to ∞ with all intervals) what eager changes in itself" in said, "two texts"
+    (said,) = noticed(tmp_path, repeated(study, 8), monkeypatch)  # of a text: 6 / 2 and 5 / 3, 7 / 2 and 6 / 3 ...
+    low, high = map(float, re.search(r"2.2 to 2.6 times \((.*) to (.*) with all intervals\)", said).groups())
+    assert 5 / 3 < low < 2.2 and 2.6 < high < 7 / 2 and re.search(r"4-bit weights by 2 \(\d to \d\) times that", said)
+    assert said.endswith("(medians; 95 % over 16 texts).")
     same = tokens.assign(logit_max=tokens["logit_max"].where(tokens["arm"] != "one-rounding", 0.0))
     study = dataclasses.replace(known, frames={**known.frames, "model_tokens": same})
-    assert "by 2.2 to 2.2 times" in noticed(tmp_path, study, monkeypatch)[0], "the same bits are no change"
+    assert "by 2.2 to 2.2 times (" in noticed(tmp_path, study, monkeypatch)[0], "the same bits are no change"
 
 
 def test_drawn_weights_are_no_finding(known: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,7 +229,8 @@ def test_prompts_count_where_there_are_any_and_perplexity_stays_with_the_passage
     asked = tokens[tokens["prompt"] == 0].assign(text="prompts", kl_mean=77.0, nll=9.0)
     both = {**known.frames, "model_tokens": pd.concat([tokens, asked], ignore_index=True)}
     table = arm_table(both).set_index("arm")
-    assert table.loc["hf", "KL to eager, nats"] == 77 and table.loc["hf", "perplexity"] == f"{math.exp(0.9):.3f}"
+    assert table.loc["hf", "KL to eager, 10⁻³ nats"] == "7.7e+04 ± ∞"
+    assert table.loc["hf", "perplexity"].startswith(f"{math.exp(0.9):.3f} (")
     assert "1 texts of up to" in conditions(dataclasses.replace(known, frames=both))
 
 
@@ -264,10 +273,3 @@ def test_every_section_and_plot_says_which_arm_failed(
 def test_counts_are_whole_where_an_arm_failed(known: Study) -> None:
     table = arm_table(without(known, ("float32",)).frames).set_index("arm")["greedy: parted"]
     assert table["hf"] == "1 of 2" and table.isna().tolist() == [arm == "float32" for arm in table.index]
-
-
-def test_a_failed_text_is_left_out_of_differences(known: Study) -> None:
-    rows = against(without(known, ("hf",), (1,)).frames["model_tokens"], "float64")
-    assert difference(rows, "kl_mean", "hf") == Difference(4.0, math.inf, 1.0)
-    nothing = against(without(without(known, ("hf",), (1,)), ("eager",), (0,)).frames["model_tokens"], "float64")
-    assert difference(nothing, "kl_mean", "hf") == Difference(0.0, math.inf, 1.0)
