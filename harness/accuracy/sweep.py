@@ -16,7 +16,7 @@ from torch import Tensor
 from castpoint.harness.accuracy.amplification import amplification, channel_gains, k_before
 from castpoint.harness.accuracy.errors import error_stats, ulp_histogram
 from castpoint.harness.problems.drawn import problem_at, synthetic_problem
-from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
@@ -233,10 +233,12 @@ def _exact_share(plan: CastPlan, head_dim: int, backend: str, device: str) -> fl
     """
     if backend == Backend.INDUCTOR:
         return 1.0
-    problem = exact_problem(plan, head_dim=head_dim).to(device)
-    pairs = zip(run(plan, problem, backend), spec(plan, problem).outputs().values(), strict=True)
-    equal = torch.cat([(actual.double() == expected).flatten() for actual, expected in pairs])
-    return equal.double().mean().item()
+    equal = []
+    for products in PRODUCTS:
+        problem = exact_problem(plan, products=products, head_dim=head_dim).to(device)
+        pairs = zip(run(plan, problem, backend), spec(plan, problem).outputs().values(), strict=True)
+        equal += [(actual.double() == expected).flatten() for actual, expected in pairs]
+    return torch.cat(equal).double().mean().item()
 
 
 def _key(s: Settings, problem: Problem, plan: str, backend: str, output: str, reference: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What must hold before a kernel of a GPU is timed, and what the GPU's own arithmetic does.
 
-Each binary is checked once, when it is first wanted: bit-equal to its spec on inputs whose sums are exact, inside its
-envelope on a layer with drawn weights; our own loop by itself likewise. Eager with cuBLAS as it is set by default, and
-told to add in fp32. Outputs are kept for whoever compares them, elsewhere, with the same kernels on a CPU.
+Each binary is checked once, when it is first wanted: bit-equal to its spec on inputs whose sums are exact, with one
+product a sum and with many, inside its envelope on a layer with drawn weights; our own loop by itself likewise. Eager
+with cuBLAS as it is set by default, and told to add in fp32. Outputs are kept for whoever compares them, elsewhere,
+with the same kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.peers import chains as peers
 from castpoint.harness.problems.drawn import synthetic_problem, with_positions
-from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
@@ -111,7 +112,8 @@ class Checks:
             return loop_checked(binary.config, check, self.gpu)
         shared = (binary.plan, binary.rope, binary.tokens, binary.hidden_size)
         if self.kept.get(check, (None,))[0] != shared:
-            self.kept[check] = shared, reference(PLANS[binary.plan].plan, check, self.gpu.device, *shared[1:])
+            plan = PLANS[binary.plan].plan
+            self.kept[check] = shared, reference(plan, check, problems_for(plan, check, self.gpu.device, *shared[1:]))
         return checked(PLANS[binary.plan].plan, binary.config, self.kept[check][1], check, self.gpu)
 
 
@@ -120,50 +122,62 @@ class Checks:
 
 @dataclass(frozen=True)
 class Reference:
-    """A problem, what its outputs should be, and the bounds of each element."""
+    """Problems, what q, k and v of each should be, and the bounds of each element."""
 
-    problem: Problem
+    problems: list[Problem]
     expected: list[Tensor]
     bounds: list[Interval]
 
 
-def reference(
-    plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS, hidden_size: int = 1024
-) -> Reference:
-    problem = problem_for(plan, check, device, rope, tokens, hidden_size)
-    expected = spec(plan, problem).outputs()
-    bounds = {name: (v, v) for name, v in expected.items()} if check == Check.EXACT else envelope(plan, problem)
-    return Reference(problem, list(expected.values()), [bounds[name] for name in expected])
+def reference(plan: CastPlan, check: str, problems: list[Problem]) -> Reference:
+    """What that check asks of those problems."""
+    expected = [value for problem in problems for value in spec(plan, problem).outputs().values()]
+    if check == Check.EXACT:
+        return Reference(problems, expected, [(value, value) for value in expected])
+    return Reference(problems, expected, [ends for p in problems for ends in envelope(plan, p).values()])
 
 
-def checked(plan: CastPlan, config: Config | None, wanted: Reference, check: str, gpu: Cuda) -> dict[str, object]:
-    """share_equal, status and reason of one check of one config, None for the default one."""
+def checked(
+    plan: CastPlan, config: Config | None, wanted: Reference, check: str, gpu: Cuda, runs: int = 2
+) -> dict[str, object]:
+    """share_equal, elements, status and reason of one check of one config, None for the default one. runs: of each
+    problem, which must give the same bits."""
     exact = check == Check.EXACT
     what = "differ from the spec where no sum depends on order" if exact else "lie outside the envelope"
     try:
-        runs = [run_triton(plan, wanted.problem, config=config) for _ in range(2)]
-        return _judged(runs, wanted.expected, wanted.bounds, what)
+        ran = [[out for p in wanted.problems for out in run_triton(plan, p, config=config)] for _ in range(runs)]
+        return _judged(ran, wanted.expected, wanted.bounds, what)
     except Exception as error:  # no compile, no memory, or a launch whose fault shows when its outputs are read
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}
 
 
-def _judged(runs: list[Outputs], expected: list[Tensor], bounds: list[Interval], what: str) -> dict[str, object]:
-    """share_equal, status and reason of two runs. what: is wrong with elements outside their bounds."""
+def _judged(
+    runs: Sequence[Sequence[Tensor]], expected: list[Tensor], bounds: list[Interval], what: str
+) -> dict[str, object]:
+    """share_equal, elements, status and reason of runs. what: is wrong with elements outside their bounds."""
     equal = torch.cat([(a.double() == e).flatten() for a, e in zip(runs[0], expected, strict=True)])
     wrong = sum(int(outside(a, allowed).sum()) for a, allowed in zip(runs[0], bounds, strict=True))
     reason = f"{wrong} of {equal.numel()} elements {what}" if wrong else ""
-    if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):
+    if not all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)):
         reason += "; two runs differ"
-    share = equal.double().mean().item()
-    return {"share_equal": share, "status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
+    found = {"share_equal": equal.double().mean().item(), "elements": equal.numel()}
+    return found | {"status": Status.RED if reason else Status.OK, "reason": reason.removeprefix("; ")}
 
 
-def problem_for(
+def problems_for(
     plan: CastPlan, check: str, device: str, rope: bool = False, tokens: int = TOKENS, hidden_size: int = 1024
+) -> list[Problem]:
+    """The problems of a check. hidden_size: of the drawn one, one of WIDTHS."""
+    if check != Check.EXACT:
+        return [drawn_problem(plan, device, rope, tokens, hidden_size)]
+    shape = {"tokens": tokens, "hidden_size": hidden_size, "head_dim": HEAD_DIM, "rope": rope}
+    return [exact_problem(plan, products=products, **shape).to(device) for products in PRODUCTS]
+
+
+def drawn_problem(
+    plan: CastPlan, device: str, rope: bool = False, tokens: int = TOKENS, hidden_size: int = 1024
 ) -> Problem:
-    """The problem of a check. hidden_size: one of WIDTHS."""
-    if check == Check.EXACT:
-        return exact_problem(plan, tokens=tokens, hidden_size=hidden_size, head_dim=HEAD_DIM, rope=rope).to(device)
+    """The first layer of the model of WIDTHS with so many channels."""
     model = next(model for model, width in WIDTHS.values() if width == hidden_size)
     problem = _drawn(model, tokens, plan.weight_offset != "none", device)
     return with_positions(problem) if rope else problem
@@ -213,7 +227,7 @@ def proj_bounds(hidden: Tensor, weight: Tensor) -> Interval:
 def check_eager(records: Records, gpu: Cuda) -> None:
     """Eager against the spec of its plan, with partial sums in bf16 allowed (PyTorch's default) and not."""
     plan = PLANS["hf"].plan
-    problem = problem_for(plan, Check.ENVELOPE, gpu.device)
+    problem = drawn_problem(plan, gpu.device)
     for setting in peers.REDUCTIONS:
         row = GpuCheckRow(plan="hf", config=setting, tokens=TOKENS, check=Check.EAGER)
         if records.has(GpuCheckRow, **vars(row)):
@@ -248,7 +262,7 @@ def store_outputs(records: Records, gpu: Cuda) -> None:
 def fused_outputs(name: str, device: str) -> Outputs:
     """q, k and v of that plan's fused kernel with its default tiles, on drawn weights."""
     plan = PLANS[name].plan
-    problem = problem_for(plan, Check.ENVELOPE, device, tokens=OUTPUT_TOKENS)
+    problem = drawn_problem(plan, device, tokens=OUTPUT_TOKENS)
     return run_triton(plan, problem, config=default_config(HEAD_DIM, plan, False))
 
 
@@ -256,7 +270,7 @@ def inputs_digest() -> str:
     """Of the inputs of those kernels as they are drawn here: some weights differ on a CPU without AVX2."""
     digest = hashlib.sha256()
     for name in ("hf", "gemma"):  # norm weights stored as w, and as w - 1
-        problem = problem_for(PLANS[name].plan, Check.ENVELOPE, "cpu", tokens=OUTPUT_TOKENS)
+        problem = drawn_problem(PLANS[name].plan, "cpu", tokens=OUTPUT_TOKENS)
         for tensor in filter(torch.is_tensor, vars(problem).values()):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -9,8 +9,8 @@ sum, in any order, is exact in fp32, and on a tensor core that keeps 23 bits bel
   holds, products cancel in pairs. One pair of a row outgrows all others: between its two products a partial sum has
   21 to 23 bits, and one that is not held in fp32 loses what is small.
 - Digits, 2 x 3 channels at which hidden is UNIT or -UNIT, three with one sign a token and three with another, carry
-  what is left of the sum, a whole number: two of 11 bits for a Q or K head whose squares are summed next, for V one of
-  22 bits a row. A third of them are ties of bf16, a third one unit beside such a tie.
+  what is left of the sum, a whole number: eight of 10 bits for a Q or K head whose squares are summed next, for V one
+  of 22 bits a row. A third of them are ties of bf16, a third one unit beside such a tie.
 - In every fourth row of V there are none, and the small weights on the right are others than on the left: sums which
   differ by token.
 """
@@ -20,14 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
+from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.spec import store
 
 UNIT = 2.0**-5
 LARGE = 2.0**13  # the weights of the pair that outgrows all others: hidden is below 2^9 units
 WIDEST = 8192  # channels for which all products of a row, in magnitude, add up to less than 2^24
-HEAD_BITS, V_BITS = 11, 22  # of sums: two squares of the first, with a bias too, add up to less than 2^24
-PARTS = 2.0**-9  # x and residual are whole multiples of it; x + residual lies in [1, 2), where bf16's are of 2^-7
+SUMS, HEAD_BITS = 8, 10  # of a normed head: so many squares of so many bits, a bias too, add up to less than 2^24
+V_BITS = 22
 
 
 def channels(hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,12 +38,10 @@ def channels(hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return digits.reshape(3, 2).T, left, right
 
 
-def draw_rows(
-    plan: CastPlan, tokens: int, hidden_size: int, residual: bool, rng: torch.Generator
-) -> dict[str, Tensor | float | None]:
-    """x and residual [T, D], norm_weight [D] and eps of the problem."""
+def draw_rows(plan: CastPlan, tokens: int, hidden_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """x [T, D], norm_weight [D] and eps of the problem."""
     digits, left, right = channels(hidden_size)
-    x = torch.ones(tokens, hidden_size)  # x + residual as the plan rounds it
+    x = torch.ones(tokens, hidden_size)
     row = (31 - torch.arange(len(left)) % 12) / 16
     order = torch.rand(tokens, len(left), generator=rng).argsort()
     x[:, left] = x[:, right] = row[order] * signs(rng, tokens, len(left))
@@ -52,9 +50,7 @@ def draw_rows(
     weight[left] = weight[right] = torch.randint(8, 16, (len(left),), generator=rng).float()
     weight[digits] = 2 * UNIT
     weight = weight - int(plan.weight_offset != "none")
-    parts = parted(x, plan.x, rng) if residual else (x.to(torch.bfloat16), None)
-    eps = 4 - variance(plan, x[:1].double()).item()
-    return {"x": parts[0], "residual": parts[1], "norm_weight": weight.to(torch.bfloat16), "eps": eps}
+    return x, weight.to(torch.bfloat16), 4 - variance(plan, x[:1].double()).item()
 
 
 def variance(plan: CastPlan, value: Tensor) -> Tensor:
@@ -66,16 +62,15 @@ def variance(plan: CastPlan, value: Tensor) -> Tensor:
 def draw_head(weight: Tensor, bias: Tensor, *, normed: bool, pairs: bool, biased: bool, rng: torch.Generator) -> None:
     """Fills a head's rows of W [Dh, D], and its bias [Dh], which stays zero unless biased.
 
-    normed: its squares are summed next, so that all but two sums are zero; those of a pair i and i + Dh/2, for pairs.
+    normed: its squares are summed next, so that all but eight sums are zero; those of pairs i and i + Dh/2, for pairs.
     """
     rows = weight.shape[0]
     sums, group = torch.zeros(rows).long(), torch.arange(rows) % 2
     if normed:
-        two = torch.randperm(rows, generator=rng)[:2]
-        if pairs:
-            two[1] = (two[0] + rows // 2) % rows
-        sums[two], group[two] = whole_numbers(2, HEAD_BITS, rng), torch.arange(2)
-        beside = torch.zeros(rows).long().index_put((two,), torch.randint(-200, 201, (2,), generator=rng))
+        few = torch.randperm(rows // 2 if pairs else rows, generator=rng)[: SUMS // 2 if pairs else SUMS]
+        few = torch.cat([few, few + rows // 2]) if pairs else few
+        sums[few], group[few] = whole_numbers(SUMS, HEAD_BITS, rng), torch.arange(SUMS) % 2
+        beside = torch.zeros(rows).long().index_put((few,), torch.randint(-100, 101, (SUMS,), generator=rng))
     else:
         sums = whole_numbers(rows, V_BITS, rng)
         beside = torch.randint(-255, 256, (rows,), generator=rng) << torch.randint(0, 9, (rows,), generator=rng)
@@ -106,17 +101,6 @@ def whole_numbers(count: int, bits: int, rng: torch.Generator) -> Tensor:
     ties = ties << torch.randint(1, bits - 8, (count,), generator=rng)
     kinds = torch.stack([ties, ties + signs(rng, count).long(), torch.randint(256, 2**bits, (count,), generator=rng)])
     return kinds[torch.randint(0, 3, (count,), generator=rng), torch.arange(count)] * signs(rng, count).long()
-
-
-def parted(x: Tensor, storage: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two bf16 tensors whose sum rounds to x [T, D] of draw_rows as that storage type does: ties, and beside them; for
-    fp32, which keeps it, x itself."""
-    taken = 4 * torch.randint(0, 60, x.shape, generator=rng)
-    low, high = {RNE: (-2, 3), RTZ: (0, 4)}.get(storage, (0, 1))
-    beyond = torch.randint(low, high, x.shape, generator=rng)
-    beyond = torch.where(x.abs() == 1, beyond.clamp(min=0), beyond)  # below 1 bf16's values lie closer
-    parts = x - x.sign() * taken * PARTS, x.sign() * (taken + beyond) * PARTS
-    return parts[0].to(torch.bfloat16), parts[1].to(torch.bfloat16)
 
 
 def signs(rng: torch.Generator, *shape: int) -> Tensor:

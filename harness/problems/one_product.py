@@ -1,7 +1,7 @@
 """Inputs of the exact problem with one product a dot product (exact.py).
 
-- Rows of x are signed permutations of one row of 5-bit values, so that all tokens share one variance and its sum is
-  exact in fp32.
+- Rows of x are signed permutations of one row of values of 7 bits, or of as few as make the sum of its squares exact
+  in fp32. All tokens share one variance.
 - Every row of W holds one power of two, so that a dot product is one exact product.
 - The two channels of a normed head that are not zero are always fed by the same two magnitudes, so that its sum of
   squares is the same for every token.
@@ -9,24 +9,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from castpoint.kernels.plan import CastPlan
 
 FIXED = 32  # channels that change sign but not place: those which normed heads read
-WIDEST = 16384  # channels whose squares add up to less than 2^24 of their unit
+WIDEST = 65536  # channels, whose squares leave 4 bits to x
 
 
-def draw_rows(
-    plan: CastPlan, tokens: int, hidden_size: int, residual: bool, rng: torch.Generator
-) -> dict[str, Tensor | float]:
-    """x [T, D] and norm_weight [D] of the problem."""
-    row = torch.randint(16, 32, (hidden_size,), generator=rng) / 16
+def draw_rows(plan: CastPlan, tokens: int, hidden_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """x [T, D], norm_weight [D] and eps of the problem."""
+    half = 2 ** (min(7, (24 - math.ceil(math.log2(hidden_size))) // 2) - 1)
+    row = torch.randint(half, 2 * half, (hidden_size,), generator=rng) / half
     signs = torch.randint(0, 2, (tokens, hidden_size), generator=rng) * 2 - 1
     order = [FIXED + torch.randperm(hidden_size - FIXED, generator=rng) for _ in range(tokens)]
     places = torch.stack([torch.cat([torch.arange(FIXED), o]) for o in order]) if tokens else signs
-    return {"x": (row[places] * signs).to(torch.bfloat16), "norm_weight": weights(hidden_size, 0.5, 2.0, rng)}
+    return row[places] * signs, weights(hidden_size, 0.5, 2.0, rng), 1e-6
 
 
 def weights(size: int, low: float, high: float, rng: torch.Generator) -> Tensor:

@@ -61,20 +61,43 @@ def _audit(frame: pd.DataFrame) -> str:
 
 def executed_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a target and plan."""
-    kernels = frame["config"] + frame["rope"].astype(str) + frame["tokens"].astype(str)
-    exact = frame["share_equal"].where(frame["check"] == Check.EXACT)
-    rows = frame.assign(kernels=kernels, ok=frame["status"] == "ok", exact=exact)
-    found = rows.groupby(["target", "plan"], sort=False).agg(
-        kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "min")
+    is_exact = frame["check"] == Check.EXACT
+    columns = {
+        "kernels": _kernels(frame), "ok": frame["status"] == "ok", "exact": frame["elements"].where(is_exact),
+        "equal": frame["share_equal"].where(is_exact), "drawn": frame["elements"].where(~is_exact),
+    }  # fmt: skip
+    found = frame.assign(**columns).groupby(["target", "plan"], sort=False).agg(
+        kernels=("kernels", "nunique"), checks=("ok", "size"), ok=("ok", "sum"), exact=("exact", "sum"),
+        equal=("equal", "min"), drawn=("drawn", "sum"),
+    )  # fmt: skip
+    found = found.astype({"exact": int, "drawn": int})
+    names = {"exact": "elements, exact inputs", "equal": "least share equal to the spec there"}
+    return found.rename(columns=names | {"drawn": "elements, drawn inputs"}).reset_index()
+
+
+def _kernels(frame: pd.DataFrame) -> pd.Series:
+    """A word for the kernel of each row: its plan, and what makes another binary."""
+    return frame[["target", "plan", "config", "rope", "tokens"]].astype(str).agg(" ".join, axis=1)
+
+
+def executed_words(frame: pd.DataFrame) -> str:
+    """What was compared, counted."""
+    exact, drawn = (frame[frame["check"] == check] for check in (Check.EXACT, Check.ENVELOPE))
+    equal = (exact["share_equal"] * exact["elements"]).sum()
+    return (
+        f"{_kernels(frame).nunique()} kernels. Exact inputs, {_kernels(exact).nunique()} kernels: {equal:,.0f} of "
+        f"{exact['elements'].sum():,.0f} elements equal their spec in every bit, half of these elements with one product a "
+        f"dot product, half with many. Drawn inputs, {_kernels(drawn).nunique()} kernels: {drawn['elements'].sum():,.0f} "
+        f"elements, all inside their envelope in {(drawn['status'] == 'ok').sum()} kernels."
     )
-    return found.rename(columns={"exact": "least share equal to the spec, exact inputs"}).reset_index()
 
 
 def _executed(frame: pd.DataFrame) -> str:
     return (
         "## Compiled kernels, run on a CPU\n\nEvery kernel as a launch compiles it, its PTX run instruction by instruction "
         "(`castpoint audit --run`): what Triton's compiler made of it, without ptxas and without a GPU's order of sums. "
-        f"Tiles of tuning are run for a plan of each place of rstd.\n\n{markdown(executed_table(frame))}"
+        "Tiles of tuning are run for a plan of each place of rstd. "
+        f"{executed_words(frame)}\n\n{markdown(executed_table(frame))}"
     )
 
 

@@ -237,7 +237,8 @@ class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords"))
     matrix: str = ""; registers: Count = None; spills: Count = None; shared: Count = None
 
 class ExecutedRow(Row, table="executed", key=("target", "plan", "config", "rope", "tokens", "check")):
-    target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str; share_equal: Number = None
+    target: str; plan: str; config: str; rope: bool = False; tokens: int; check: str
+    share_equal: Number = None; elements: Count = None  # compared; of an exact check, half with many products a sum
 
 class GateRow(Row, table="gates", key=("plan", "fault", "gate")):
     plan: str; fault: str; kind: str; gate: str; elements: Count = None
@@ -269,7 +270,7 @@ class ModelDlogpRow(Row, table="model_dlogp", key=("model", "weights", "text", "
 
 class GpuCheckRow(Row, table="gpu_checks", key=("plan", "config", "rope", "tokens", "hidden_size", "check")):
     plan: str; config: str; rope: bool = False; tokens: int; hidden_size: int = 1024; check: str
-    share_equal: Number = None; max_ulp: Number = None
+    share_equal: Number = None; elements: Count = None; max_ulp: Number = None
 
 class GpuLimitRow(Row, table="gpu_limits", key=("limit",)):
     limit: str; value: Number = None; unit: str  # what the GPU can do at most, and what a launch costs

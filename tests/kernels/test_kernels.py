@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from nets import (
+    EXACT,
     SMALL,
     check_addressing,
     check_envelope,
@@ -25,6 +26,7 @@ from nets import (
 from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, pinned_share, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem
+from castpoint.harness.problems.exact import PRODUCTS
 from castpoint.kernels.config import default_config
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import fold_norm_weight
@@ -78,10 +80,11 @@ def test_equals_the_spec_bit_for_bit_in_fp32(plan: str, geometry: str):
     check_exact_fp32(KERNELS, plan, **GEOMETRIES[geometry])
 
 
+@pytest.mark.parametrize("kind", EXACT, ids=PRODUCTS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_pytorch_and_inductor_equal_the_spec_bit_for_bit(plan: str):
+def test_pytorch_and_inductor_equal_the_spec_bit_for_bit(plan: str, kind: dict):
     plan = PLANS[plan].plan.replace(out="fp32")
-    problem, expected = exact_case(plan, **SMALL)
+    problem, expected = exact_case(plan, **kind, **SMALL)
     for way, outputs in (
         ("plan_eager", plan_eager(plan, problem, plan_weight(plan, problem))),
         ("inductor", run(plan, problem, "inductor")),

@@ -43,7 +43,7 @@ from castpoint.variants.spec import spec
 
 
 @functools.cache
-def exact_case(plan: CastPlan, **geometry: int) -> tuple[Problem, dict[str, Tensor]]:
+def exact_case(plan: CastPlan, **geometry: object) -> tuple[Problem, dict[str, Tensor]]:
     problem = exact_problem(plan, **geometry)
     return problem.to(DEVICE), spec(plan, problem).outputs()
 
@@ -54,6 +54,8 @@ def random_case(plan: CastPlan, **geometry: object) -> tuple[Problem, dict[str, 
     return problem, envelope(plan, problem.to("cpu"))
 
 
+# Both exact problems, so that what may be absent, a residual and a bias, is there in one and absent in the other.
+EXACT = ({"products": "one", "residual": True}, {"products": "many", "bias": True})
 SMALL = {"tokens": 33, "hidden_size": 200, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 
 
@@ -67,11 +69,13 @@ def check_exact(
 ) -> None:
     """Equals the spec bit for bit where no sum depends on its order. separate None: both ways."""
     plan = PLANS[plan].plan if isinstance(plan, str) else plan
-    problem, expected = exact_case(plan, **(geometry or SMALL))
-    ways = (False, True) if separate is None and problem.has_head_norm else (bool(separate),)
-    for way in ways:
-        for name, actual in kernels.run(plan, problem, separate=way, config=config).items():
-            assert_bit_equal(actual=actual, expected=expected[name], what=f"{'separate' if way else 'fused'} {name}:")
+    for kind in EXACT:
+        problem, expected = exact_case(plan, **kind, **(geometry or SMALL))
+        ways = (False, True) if separate is None and problem.has_head_norm else (bool(separate),)
+        for way in ways:
+            for name, actual in kernels.run(plan, problem, separate=way, config=config).items():
+                what = f"{kind['products']} product, {'separate' if way else 'fused'} {name}:"
+                assert_bit_equal(actual=actual, expected=expected[name], what=what)
 
 
 def check_exact_fp32(kernels: Kernels, plan: str, **options: object) -> None:

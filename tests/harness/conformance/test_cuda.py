@@ -16,7 +16,7 @@ from support import random_problem
 from castpoint.harness.conformance import cuda
 from castpoint.harness.conformance.cuda import TOKENS, WIDTHS, Binary, Checks, binary_of
 from castpoint.harness.problems import grid
-from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.schema import Check
 from castpoint.harness.timing.cuda import DeviceLost
@@ -33,7 +33,7 @@ def test_one_token_has_a_split_k_binary_of_its_own() -> None:
     one, two = (binary_of("hf", SPLIT, tokens, 1024) for tokens in (1, 2))
     assert (one.tokens, two.tokens) == (1, TOKENS) and binary_of("hf", SPLIT, 4096, 1024) == two
     assert {binary_of("hf", config, 1, 1024).tokens for config in (SEPARATE, FUSED, AFTER)} == {TOKENS}
-    assert cuda.problem_for(plan_named("gemma"), Check.EXACT, "cpu", tokens=1).tokens == 1
+    assert {p.tokens for p in cuda.problems_for(plan_named("gemma"), Check.EXACT, "cpu", tokens=1)} == {1}
     assert two == binary_of("hf", Config("split-k", block_m=16, splits=7), 16, 1024), "shares are no constant of it"
     assert len({binary_of("hf", SPLIT, 2, 1024, rope) for rope in (False, True)}) == 2
 
@@ -59,9 +59,11 @@ def test_the_width_of_every_model_is_checked_with_as_many_channels_a_program(mod
 @pytest.mark.parametrize("check", cuda.AGAINST_SPEC)
 def test_checks_rotate_with_rope_and_are_as_wide_as_asked(check: Check) -> None:
     for rope, width in ((False, 1024), (True, 2560)):
-        problem = cuda.problem_for(plan_named("hf"), check, "cpu", rope, hidden_size=width)
-        assert (problem.positions is not None) == rope and problem.head_dim == 128
-        assert problem.x.shape == (TOKENS, width)
+        problems = cuda.problems_for(plan_named("hf"), check, "cpu", rope, hidden_size=width)
+        assert len(problems) == (2 if check == Check.EXACT else 1)
+        for problem in problems:
+            assert (problem.positions is not None) == rope and problem.head_dim == 128
+            assert problem.x.shape == (TOKENS, width)
 
 
 # ---------------------------------------------------------------- checks, each once
@@ -69,12 +71,13 @@ def test_checks_rotate_with_rope_and_are_as_wide_as_asked(check: Check) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    def problem_for(plan, check, device, rope=False, tokens=5, hidden_size=64):
+    def problems_for(plan, check, device, rope=False, tokens=5, hidden_size=64):
         if check == Check.EXACT:
-            return exact_problem(plan, tokens=5, hidden_size=64, num_q_heads=2, num_kv_heads=1, head_dim=16, rope=rope)
-        return random_problem(tokens=5, weight_offset=plan.weight_offset != "none", rope=rope)
+            shape = {"tokens": 5, "hidden_size": 64, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 16, "rope": rope}
+            return [exact_problem(plan, products=products, **shape) for products in PRODUCTS]
+        return [random_problem(tokens=5, weight_offset=plan.weight_offset != "none", rope=rope)]
 
-    monkeypatch.setattr(cuda, "problem_for", problem_for)
+    monkeypatch.setattr(cuda, "problems_for", problems_for)
 
 
 def ran(monkeypatch: pytest.MonkeyPatch, instead: Callable[..., Any] | None = None) -> list[tuple[str, Config]]:
@@ -96,9 +99,9 @@ def test_right_binaries_pass_and_each_is_checked_once(tmp_path: Path, monkeypatc
     found.append(Binary("hf", FUSED, rope=True))
     checks = Checks(records_in(tmp_path), FakeCuda())
     assert [checks.why_red(binary) for binary in (*found, *found)] == [""] * 10
-    assert len(seen) == 2 * 2 * len(found), "two runs, two checks"
+    assert len(seen) == 2 * 3 * len(found), "two runs, of two exact problems and one that is drawn"
     again = Checks(records_in(tmp_path), FakeCuda())
-    assert not any(again.why_red(binary) for binary in found) and len(seen) == 2 * 2 * len(found), "checked in vain"
+    assert not any(again.why_red(binary) for binary in found) and len(seen) == 2 * 3 * len(found), "checked in vain"
     written = rows(tmp_path, "gpu_checks")
     assert [row["check"] for row in written] == ["exact", "envelope"] * len(found)
     assert {(row["status"], row["share_equal"] == "1") for row in written if row["check"] == "exact"} == {("ok", True)}
@@ -109,7 +112,7 @@ def test_configs_of_a_plan_share_its_spec_and_no_other_plan_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real = [], cuda.reference
-    monkeypatch.setattr(cuda, "reference", lambda *of: made.append(of[1:2] + of[3:]) or real(*of))
+    monkeypatch.setattr(cuda, "reference", lambda *of: made.append(of) or real(*of))
     checks = Checks(records_in(tmp_path), FakeCuda())
     order = [Binary("hf", SEPARATE), Binary("hf", FUSED), Binary("hf", FUSED, rope=True), Binary("folded", FUSED)]
     assert not any(checks.why_red(binary) for binary in (*order, Binary("hf", AFTER)))
@@ -141,7 +144,7 @@ def test_two_runs_that_differ_are_red(tmp_path: Path, monkeypatch: pytest.Monkey
     def other(real, plan, problem, config):
         q, k, v = real(plan, problem, config=config)
         seen.append(config)
-        return (-q, k, v) if len(seen) % 2 == 0 else (q, k, v)
+        return (-q, k, v) if len(seen) == 4 else (q, k, v)  # the second run of the second problem
 
     ran(monkeypatch, other)
     assert Checks(records_in(tmp_path), FakeCuda()).why_red(Binary("hf", FUSED)).endswith("exact: two runs differ")
@@ -173,7 +176,7 @@ def test_an_element_outside_its_bounds_is_red_by_one() -> None:
     right = torch.ones(2, 3, dtype=torch.bfloat16)
     expected = right.double()
     found = cuda._judged([(right,), (right,)], [expected], [(expected, expected)], "differ")
-    assert found == {"share_equal": 1.0, "status": "ok", "reason": ""}
+    assert found == {"share_equal": 1.0, "elements": 6, "status": "ok", "reason": ""}
     wrong = right.clone()
     wrong[1, 2] = float("nan")
     found = cuda._judged([(wrong,), (wrong,)], [expected], [(expected, expected)], "differ")

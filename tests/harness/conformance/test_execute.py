@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from audit_support import in_process
 
 import castpoint.harness.__main__ as cli
-from castpoint.harness.report.studies import executed_table
+from castpoint.harness.conformance import cuda, execute
+from castpoint.harness.report.studies import executed_table, executed_words
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Check, ExecutedRow
 from castpoint.kernels.config import Config
 from castpoint.variants.catalogue import PLANS
+from castpoint.variants.spec import spec
 
 ROOT = Path(__file__).parents[3]
 TILES = (
@@ -247,9 +250,9 @@ def test_another_target_is_refused(tmp_path: Path):
 def records(tmp_path: Path) -> Path:
     found = Records(tmp_path, {"command": "execute"}, {"commit": "abc"})
     key = {"target": "sm_90", "plan": "hf", "tokens": 70}
-    found.add(ExecutedRow(**key, config="default", check=Check.EXACT, share_equal=1.0))
-    found.add(ExecutedRow(**key, config="default", check=Check.ENVELOPE, share_equal=0.999))
-    red = {"share_equal": 0.9, "status": "red", "reason": "7 differ"}
+    found.add(ExecutedRow(**key, config="default", check=Check.EXACT, share_equal=1.0, elements=2000))
+    found.add(ExecutedRow(**key, config="default", check=Check.ENVELOPE, share_equal=0.999, elements=1000))
+    red = {"share_equal": 0.9, "elements": 70, "status": "red", "reason": "7 differ"}
     found.add(ExecutedRow(**key, config="separate", check=Check.EXACT, **red))
     found.finish()
     return tmp_path
@@ -259,6 +262,31 @@ def test_records_of_what_was_run(records: Path):
     frame = latest(records, "executed")[1]
     (row,) = executed_table(frame).to_dict("records")
     assert row == {
-        "target": "sm_90", "plan": "hf", "kernels": 2, "checks": 3, "ok": 2,
-        "least share equal to the spec, exact inputs": 0.9,
+        "target": "sm_90", "plan": "hf", "kernels": 2, "checks": 3, "ok": 2, "elements, exact inputs": 2070,
+        "least share equal to the spec there": 0.9, "elements, drawn inputs": 1000,
     }  # fmt: skip
+    assert executed_words(frame) == (
+        "2 kernels. Exact inputs, 2 kernels: 2,063 of 2,070 elements equal their spec in every bit, half of these "
+        "elements with one product a dot product, half with many. Drawn inputs, 1 kernels: 1,000 elements, all inside "
+        "their envelope in 1 kernels."
+    )
+
+
+def test_every_kernel_has_exact_and_drawn_inputs():
+    checks = [*execute.kernel_checks(), *execute.tile_checks()]
+    by_kernel: dict[tuple, list] = {}
+    for name, config, check, rope, tokens in checks:
+        by_kernel.setdefault((name, config, rope, tokens), []).append(check)
+    assert all(sorted(found) == sorted(cuda.AGAINST_SPEC) for found in by_kernel.values()) and len(by_kernel) > 90
+
+
+def test_what_a_check_asks_ends_in_part_tiles():
+    """Of tokens and of D; many products and one; drawn heads are the layer's first."""
+    exact, drawn = (execute.wanted_of("hf", check, False, 70) for check in cuda.AGAINST_SPEC)
+    assert [p.weights for p in exact.problems] == ["exact, one", "exact, many"]
+    assert [p.x.shape for p in exact.problems] == [(70, 1008)] * 2 and 1008 % 16 == 0 and 1008 % 64 and 1008 % 128
+    (few,), (whole,) = drawn.problems, cuda.problems_for(PLANS["hf"].plan, Check.ENVELOPE, "cpu")
+    assert few.num_heads == 8 == exact.problems[0].num_heads
+    chain, every = spec(PLANS["hf"].plan, few), spec(PLANS["hf"].plan, whole)
+    assert torch.equal(chain.q, every.q[:, :4]) and torch.equal(chain.k, every.k[:, :2])
+    assert torch.equal(chain.v, every.v[:, :2])
