@@ -66,10 +66,10 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     w_in = applied_weight(p.norm_weight, plan)
     if plan.scale == "folded":
         weight = store(weight * w_in, RNE)
+    elif _keeps_hidden(plan):
+        hidden = _widened(_product(hidden, (w_in, w_in)), 2 * U)  # two products in fp32, whichever comes first
     else:
         hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
-    if _keeps_hidden(plan):
-        hidden = _widened(hidden, 2 * U)  # two products in fp32, whichever comes first
     proj = dot_interval((matmul_operand(hidden[0], plan), matmul_operand(hidden[1], plan)), weight, plan.matmul)
     if not early:
         proj = _widened(_product(proj, rstd), U)
@@ -133,7 +133,7 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
     if plan.statistics != KEEP:
         squares = _stored(squares, plan.statistics)
     low, high = (end.mean(-1, keepdim=True) for end in squares)
-    error = _sum_error(squares[1]) / squares[1].shape[-1] + 3 * U * high  # and squaring, dividing by n, adding eps
+    error = sum_error(squares[1]) / squares[1].shape[-1] + 3 * U * high  # and squaring, dividing by n, adding eps
     variance = _stored((low - error, high + error), plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
     return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
@@ -182,7 +182,7 @@ def _partial_sums(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return total, torch.maximum(torch.maximum(forward, backward), in_any).sqrt()
 
 
-def _sum_error(terms: Tensor) -> Tensor:
+def sum_error(terms: Tensor) -> Tensor:
     """Error of the sum of terms >= 0 [..., n], which is no dot product on tensor cores; [..., 1]."""
     total, forward = terms.sum(-1, keepdim=True), terms.cumsum(-1)
     backward = total - forward + terms
@@ -195,10 +195,8 @@ def _sum_error(terms: Tensor) -> Tensor:
 
 
 def _repeats(terms: Tensor) -> Tensor:
-    """How many others of the terms [..., n] equal one of them that is not zero, on average, by pairs n / 3 apart; [...]."""
-    apart = max(1, terms.shape[-1] // 3)
-    one, other = terms[..., apart:], terms[..., :-apart]
-    return 1.5 * ((one == other) & (one != 0)).sum(-1)
+    """How many of the terms [..., n] equal the one before and are not zero; [...]."""
+    return ((terms[..., 1:] == terms[..., :-1]) & (terms[..., 1:] != 0)).sum(-1)
 
 
 def _head_norm(proj: Interval, weight: Tensor, plan: CastPlan, eps: float) -> Interval:
