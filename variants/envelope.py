@@ -9,24 +9,26 @@ the model below; one constant is chosen, the six standard deviations that are al
 
 Error of a sum in fp32 (Higham, Accuracy and Stability of Numerical Algorithms, ch. 4, with rounding errors taken as
 independent, Higham & Mary 2019): rounding the k-th partial sum s_k errs by at most u |s_k|, rms u |s_k| / sqrt(3),
-u = 2^-24; n terms err by rms u sqrt(n / 3) rms(s_k), of which six are allowed. rms(s_k) is bounded by the data, as the
-largest of three: of these terms from the first to the last, from the last to the first, and in random order. There k of
-n terms sum to k S / n on average, with variance k (n - k) / (n - 1) (|t|^2 / n - S^2 / n^2), which over all k makes a
-mean square of S^2 / 3 + |t|^2 / 6 (and less than 1 / n of it). Blocks, trees, the shares of a split K err less.
+u = 2^-24; all n together by rms u sqrt(n / 3) rms(s_k), of which six are allowed. rms(s_k) is bounded by the data t, as
+the largest of three: from the first term to the last, from the last to the first, and in random order. There k of n
+terms with the sum S have the mean k S / n and the variance k (n - k) / (n - 1) (|t|^2 / n - S^2 / n^2), which over all
+k makes a mean square below S^2 / 3 + |t|^2 / 6. Blocks, trees, lanes and the shares of a split K err less than these.
 
-Tensor cores do not round but truncate toward zero, which never cancels. Allowed for it on top is the mean on Ampere,
-the larger (24 fraction bits, steps of 8; Hopper 25 and 16): of each step's sum u |s_k|, of each product, cut at 2^-24 of
+Tensor cores truncate toward zero, which does not cancel. Allowed for it on top is the mean of what Ampere cuts, the
+coarser (24 fraction bits, steps of 8; Hopper 25 and 16): u |s_k| of every 8th sum, and of each product, cut at 2^-24 of
 the largest operand, u |s_k| / 2 with the product's own sign (MMA-Sim, arXiv 2511.10909; Khattak & Mikaitis, arXiv
-2512.07004). tf32 and tf32x3 are allowed the same, which holds on Hopper; fp32 is not multiplied there.
+2512.07004). tf32 gets the same, which is Hopper's steps of 8. fp32 is not multiplied by tensor cores.
 
-How often it is wrong: a sum leaves its interval by rounding with probability 2e-9 if six deviations are exceeded as
-of a normal distribution (`false_red`); measured errors have an rms of 0.2 to 0.55 of the deviation that is assumed,
-for what u |s_k| overstates. What the model does not hold: errors of equal terms are equal. As many terms as are expected
-to repeat, were x's and W's repetitions independent, are counted as one; that holds for rows of a constant.
-Not explained, so red though right: orders that gather by a stride terms which alternate in sign by that stride; a single
-chain of fp32 additions, of n = 1024 terms of one sign after one that is 2^20 to 2^25 times as large, or of the squares of
-1,000 and more bf16 values in [0, 1), whose low bits are alike (8 or more chains beside each other err by a tenth of
-it); results that a processor flushes to zero.
+How often a right kernel is red: a sum leaves its interval with probability 2e-9 (`false_red`), if errors are
+independent, so that six deviations are a normal distribution's. Measured, with additions rounded to nearest, their rms
+is 0.19 to 0.54 of what is assumed, the largest of 2.7 million 2.9 of the six (Gaussian, uniform, one sign; 64 to 1024
+terms). Where they are not independent: equal terms err equally, so of n terms as many are taken to move together as
+x's and W's repetitions, if they fall independently, repeat a product; a constant row is covered by that. Squares far
+below u of their sum may be lost whole, and are allowed to be.
+
+Right, and yet red: one chain of fp32 additions over the squares of 1024 bf16 values of torch.rand, whose low bits are
+alike (7.6 deviations; in 8 and more chains side by side at most 1.1), or over terms of one sign behind one that is
+2^20 to 2^25 times as large; lanes that part what alternates in sign at their own stride; results flushed to zero.
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
         squares = _stored(squares, plan.statistics)
     low, high = (end.mean(-1, keepdim=True) for end in squares)
     error = sum_error(squares[1]) / squares[1].shape[-1] + 3 * U * high  # and squaring, dividing by n, adding eps
-    variance = _stored((low - error, high + error), plan.variance)
+    variance = _stored(((low - error).clamp(min=0), high + error), plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
     return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
 
