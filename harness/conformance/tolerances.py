@@ -191,11 +191,14 @@ def row_of(plan: str, fault: Fault, gate: str, elements: int, differ: int, outsi
 
 def summary(test: Tolerance, rows: list[dict[str, str]]) -> ToleranceRow:
     """That test's row, from all rows of gates."""
-    passed = unseen(rows, [f"{test.name}, by itself"])
+    own = f"{test.name}, by itself"
+    passed = unseen(rows, [own])
+    names = [fault for (_, fault), by_all in passed.items() if by_all]
     facts = {name: getattr(test, name) for name in ("peer", "test", "atol", "rtol", "x", "weight", "url")}
     return ToleranceRow(
-        **facts, **counts(rows, [test.name]), norm_faults=len(passed), norm_passed=sum(passed.values()),
-        passed="; ".join(fault for (_, fault), by_all in passed.items() if by_all),
+        **facts, **counts(rows, [test.name]), norm_faults=len(passed), norm_passed=len(names),
+        norm_hidden=sum(row["gate"] == own and row["fault"] in names and row["differ"] == "0" for row in rows),
+        passed="; ".join(names),
     )  # fmt: skip
 
 

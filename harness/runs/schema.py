@@ -267,6 +267,7 @@ class GateRow(Row, table="gates", key=("plan", "fault", "gate")):
 class ToleranceRow(Row, table="tolerances", key=("peer", "test")):
     peer: str; test: str; atol: Number = None; rtol: Number = None; x: str = ""; weight: str = ""
     norm_faults: Count = None; norm_passed: Count = None  # of a norm by itself, on the test's own inputs
+    norm_hidden: Count = None  # of those that it lets pass: no bit differs on its inputs
     chain_faults: Count = None; chain_passed: Count = None  # of every plan, in q, k and v of the drawn layer
     right_kernels: Count = None; right_refused: Count = None  # of every plan, in other orders of summation
     passed: str = ""; url: str = ""  # faults of a norm that it lets pass

@@ -133,8 +133,8 @@ def test_what_a_norm_shows_is_planted_in_it() -> None:
 
 
 def test_a_summary_counts_what_no_gate_sees() -> None:
-    def row(fault: str, gate: str, verdict: Verdict, kind: str = "proj") -> dict[str, str]:
-        return {**vars(GateRow(plan="hf", fault=fault, kind=kind, gate=gate, verdict=verdict))}
+    def row(fault: str, gate: str, verdict: Verdict, kind: str = "proj", differ: str = "0") -> dict[str, str]:
+        return vars(GateRow(plan="hf", fault=fault, kind=kind, gate=gate, verdict=verdict)) | {"differ": differ}
 
     test = named("Liger: RMSNorm")
     rows = [
@@ -143,9 +143,10 @@ def test_a_summary_counts_what_no_gate_sees() -> None:
         row("c", Gate.ONE_PRODUCT, Verdict.SAME_FUNCTION), row("c", Gate.ENVELOPE, Verdict.SAME_FUNCTION),
         row("none", Gate.ENVELOPE, Verdict.SEEN, RIGHT.kind), row("b", test.name, Verdict.UNSEEN),
         row("n", f"{test.name}, by itself", Verdict.UNSEEN), row("m", f"{test.name}, by itself", Verdict.SEEN),
+        row("o", f"{test.name}, by itself", Verdict.UNSEEN, differ="7"),
     ]  # fmt: skip
     both = own_summary("both", [Gate.ONE_PRODUCT, Gate.ENVELOPE], rows)
     assert (both.chain_passed, both.chain_faults, both.right_refused, both.right_kernels) == (1, 2, 1, 1)
     liger = summary(test, rows)
-    assert (liger.chain_passed, liger.chain_faults, liger.norm_passed, liger.norm_faults) == (1, 1, 1, 2)
-    assert liger.passed == "n" and liger.url == test.url
+    assert (liger.chain_passed, liger.chain_faults, liger.norm_passed, liger.norm_faults) == (1, 1, 2, 3)
+    assert (liger.passed, liger.norm_hidden, liger.url) == ("n; o", 1, test.url)
