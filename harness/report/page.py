@@ -12,7 +12,7 @@ from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, findings
 from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, load, newest_gpu_run, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, load, newest_gpu_run, over_layers
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -49,7 +49,7 @@ def plan_table(frames: Frames) -> pd.DataFrame:
 
 def noise_floor_table(frames: Frames) -> pd.DataFrame:
     """Eager against itself."""
-    errors = own(frames["errors"])
+    errors = frames["errors"]
     itself = errors["backend"].isin([Backend.EAGER_BATCH_OF_1, Backend.EAGER_ONE_THREAD])
     names = {"share_equal": "equal to eager", "max_ulp": "max ulp", "max_abs": "max abs", "rel_rms": "rel_rms"}
     return errors[(errors["reference"] == "eager") & itself][["plan", "backend", "output", *names]].rename(
@@ -59,7 +59,7 @@ def noise_floor_table(frames: Frames) -> pd.DataFrame:
 
 def kernel_table(frames: Frames) -> pd.DataFrame:
     """Each plan's kernels against its spec, worst of q, k and v, and whether the envelope explains every element."""
-    errors = own(frames["errors"])
+    errors = frames["errors"]
     rows = errors[(errors["reference"] == "spec") | (errors["status"] == "failed")]
     worst = {"share_equal": "min", "rel_rms": "max", "status": lambda said: next((s for s in said if s != "ok"), "ok")}
     table = rows.groupby(["plan", "backend"], sort=False).agg(worst)

@@ -54,23 +54,18 @@ def newest_gpu_run(folder: Path) -> str | None:
     return next((run_id for run_id, _ in filter(None, found)), None)
 
 
-def own(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the weights under study, without the controls of uniform K-norm weights."""
-    return frame[frame["uniform_k_norm"].isna()]
-
-
 def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
-    rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == Backend.SPEC)]
+    of_spec = (errors["reference"] == reference) & (errors["backend"] == Backend.SPEC)
+    rows = errors[of_spec & (errors["output"] == "k")]
     by_plan = rows.groupby("plan")[column]
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
 
 
 def noise_floor(errors: pd.DataFrame) -> float | None:
     """Share of the first layer's K elements that eager changes against itself when it runs one token at a time."""
-    rows = own(errors)
-    rows = rows[(rows["backend"] == Backend.EAGER_BATCH_OF_1) & (rows["plan"] == "hf") & (rows["output"] == "k")]
+    of_k = (errors["plan"] == "hf") & (errors["output"] == "k")
+    rows = errors[(errors["backend"] == Backend.EAGER_BATCH_OF_1) & of_k]
     return 1 - rows["share_equal"].iloc[0] if len(rows) else None
 
 
