@@ -87,13 +87,15 @@ def what_it_goes_with(rows: pd.DataFrame) -> str:
     multiple, own = multiples(rows, "logit_rms_error", KNorms.OWN), arm(rows, KNorms.OWN)
     by_terms, by_weights = (multiples(rows, column, KNorms.OWN) for column in ("logit_terms", "gain_predicted"))
     over, there = multiple / by_terms, own["q_norm_there"]
+    without = multiples(rows, "logit_rms_error", KNorms.WITHOUT_LARGEST)
     return (
         "With its own weights, measured over what the products predict: "
         f"{over.median():.3g} ({over.min():.3g} to {over.max():.3g}, least and greatest of all {len(over)}). The "
         f"measured multiple's correlation with that prediction is {multiple.corr(by_terms):.4g}, with that from the "
         f"weights alone {multiple.corr(by_weights):.3g}, with q's weight at the channel of K's largest "
         f"{multiple.corr(there):.2g}. That weight is {spread(there)} times the rms of q's; rank correlation of q's and "
-        f"K's weights over channels: {spread(own['weights_rank'])}."
+        f"K's weights over channels: {spread(own['weights_rank'])}. Without K's largest weight the logits' rms error "
+        f"is {spread(without / multiple)} times that with it."
     )
 
 

@@ -20,7 +20,6 @@ from castpoint.harness.runs.frames import (
     load,
     newest_gpu_run,
     over_layers,
-    own,
 )
 from castpoint.harness.runs.holds import MARK
 from castpoint.harness.runs.records import load_runs
@@ -83,7 +82,7 @@ def machine_note(eager: pd.DataFrame) -> str:
 
 def kernel_table(frames: Frames) -> pd.DataFrame:
     """Each plan's kernels against its spec, worst of q, k and v, and whether the envelope explains every element."""
-    errors = own(frames["errors"])
+    errors = frames["errors"]
     rows = errors[(errors["reference"] == "spec") | (errors["status"] == "failed")]
     worst = {"share_equal": "min", "rel_rms": "max", "status": lambda said: next((s for s in said if s != "ok"), "ok")}
     table = rows.groupby(["plan", "backend"], sort=False).agg(worst)

@@ -21,7 +21,7 @@ from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.markdown import percent
 from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
-from castpoint.harness.runs.frames import Frames, best_backend, differing, latest, load, over_layers, own
+from castpoint.harness.runs.frames import Frames, best_backend, differing, latest, load, over_layers
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -77,7 +77,7 @@ def error_per_plan(frames: Frames) -> Figure | None:
     if not len(truth):
         return None
     eager = 1 - over_layers(errors, "eager", "share_equal")
-    rows = own(errors).query("output == 'k' and reference == 'truth' and backend == 'spec'")
+    rows = errors.query("output == 'k' and reference == 'truth' and backend == 'spec'")
     low, high = (rows.groupby("plan")["rel_rms"].agg(end) / ROUNDING for end in ("min", "max"))
     height = 0.29 * len(truth) + 2  # inches: a row a plan, 1.15 above and 0.85 below
     title = "Every plan's K at two distances: from float64, and from the PyTorch bf16 path"
@@ -119,7 +119,7 @@ def _kinds(figure: Figure, plans: list[str], top: float) -> None:
 
 def error_per_layer(frames: Frames) -> Figure | None:
     """K's error in every layer, absolute and relative, above the layer's largest K-norm weight."""
-    amplified = own(frames["amplification"])
+    amplified = frames["amplification"]
     if not len(amplified):
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]

@@ -54,15 +54,10 @@ def newest_gpu_run(folder: Path) -> str | None:
     return next((run_id for run_id, _ in filter(None, found)), None)
 
 
-def own(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the weights under study, without the controls of uniform K-norm weights."""
-    return frame[frame["uniform_k_norm"].isna()]
-
-
 def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
-    rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == Backend.SPEC)]
+    of_spec = (errors["reference"] == reference) & (errors["backend"] == Backend.SPEC)
+    rows = errors[of_spec & (errors["output"] == "k")]
     by_plan = rows.groupby("plan")[column]
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
 

@@ -192,8 +192,8 @@ def text(value: object) -> str:
 # Several columns a line: a table is read as a whole.
 
 class ErrorRow(Row, table="errors", key=("weights", "layer", "tokens", "plan", "backend", "output", "reference")):
-    model: str; weights: str; uniform_k_norm: Number = None  # that number for every K-norm weight: a control
-    layer: int; tokens: int; seed: int; plan: str; backend: str; output: str; reference: str
+    model: str; weights: str; layer: int; tokens: int; seed: int
+    plan: str; backend: str; output: str; reference: str
     max_abs: Number = None; mean_abs: Number = None; rms: Number = None; rel_rms: Number = None
     max_ulp: Number = None; p99_ulp: Number = None; mean_ulp: Number = None; share_equal: Number = None
     signed_mean: Number = None; at_token: Count = None; at_head: Count = None; at_channel: Count = None
@@ -210,7 +210,7 @@ class SpeedRow(Row, table="speed", key=("tokens", "plan", "backend")):
     speedup_vs_eager: Number = None; speedup_vs_compile: Number = None
 
 class AmplificationRow(Row, table="amplification", key=("weights", "layer", "plan")):
-    model: str; weights: str; uniform_k_norm: Number = None; layer: int; plan: str
+    model: str; weights: str; layer: int; plan: str
     k_norm_max: Number = None; gain_predicted_max: Number = None; gain_measured_max: Number = None
     k_max_abs_before: Number = None; k_max_abs_after: Number = None; k_rel_rms_before: Number = None
     k_rel_rms_after: Number = None; logit_rms_error: Number = None; logit_max_error: Number = None

@@ -139,9 +139,10 @@ def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
     assert f"{float(table(run, 'speed')['p50_us'].iloc[0]):,.0f}" in text
 
 
-@pytest.mark.parametrize("stop_after", [5, 40, 100])
+@pytest.mark.parametrize("stop_after", [5, 100, 170])
 def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch, stop_after: int) -> None:
     settings = dataclasses.replace(CPU, layers=(0,), plans=("hf",))
+    monkeypatch.setattr(castpoint.harness.accuracy.sweep, "DRAWS", 2)
     environment = describe("cpu") | {"commit": "clean"}
     left = [stop_after]
     add = Records.add

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 from tiny_models import reference_plan
 
 import castpoint.harness.__main__ as cli
+from castpoint.harness.accuracy.k_norms import add_k_norms
 from castpoint.harness.model import fetch as gemma
 from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
+from castpoint.harness.model.k_norms import entering
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
 from castpoint.harness.model.study import PASSAGES, parting, read_prompts, token_errors
 from castpoint.harness.model.yardsticks import in_precision
 from castpoint.harness.problems.checkpoint import open_checkpoint
+from castpoint.harness.runs.records import Records
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.envelope import envelope, outside
@@ -80,6 +86,32 @@ def test_the_largest_k_norm_weight_is_in_layer_11(lm: LanguageModel) -> None:
     assert max(largest) == largest[11] and 29.5 < largest[11] < 30.5
     stored = decoder_layers(lm.model)[11].self_attn.k_norm.weight.float()
     assert (stored.abs().max() + 1).item() == pytest.approx(largest[11])
+
+
+def test_where_k_is_weighted_most_q_is_weighted_little(lm: LanguageModel) -> None:
+    """Why its largest K-norm weights carry so little of the logits' error: in every layer q's weight there is among the
+    smaller quarter of its own, and ranks run against each other."""
+    for layer in decoder_layers(lm.model):
+        q, k = (1 + norm.weight.double() for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm))
+        assert (q.abs() < q[k.abs().argmax()].abs()).double().mean() < 0.25
+        assert (
+            torch.corrcoef(torch.stack([q.abs().argsort().argsort(), k.abs().argsort().argsort()]).double())[0, 1] < 0
+        )
+
+
+def test_the_largest_k_norm_weight_matters_in_layer_11_alone(lm: LanguageModel, ids: list[int], tmp_path: Path) -> None:
+    """Without it the logits' error stays within a tenth in every other layer of these."""
+    records = Records(tmp_path, {"model": lm.name}, {})
+    for at, x in enumerate(entering(lm, ids)):
+        if at in (2, 5, 10, 11):
+            problem = layer_problem(decoder_layers(lm.model)[at], lm.config, x)
+            add_k_norms(records, problem.replace(layer=at), 0)
+    frame = pd.DataFrame(records.rows("k_norms")).query("q_norm == 'own'")
+    error = frame.astype({"logit_rms_error": float}).pivot(index="layer", columns="k_norm", values="logit_rms_error")
+    share = frame[frame["k_norm"] == "own"].set_index("layer")["channel_share"].astype(float)
+    assert share["11"] > 0.1 > share.drop("11").max()
+    assert (error["without the largest"] / error["own"]).drop("11").between(0.9, 1.1).all()
+    assert error.loc["11", "largest alone"] > 1.5 * error.loc["11", "near 1"]
 
 
 @pytest.mark.parametrize("layer", [0, 11])

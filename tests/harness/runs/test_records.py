@@ -32,7 +32,7 @@ def rows(folder: Path, table: str = "errors") -> list[dict[str, str]]:
 
 def test_columns_are_those_that_tools_rely_on() -> None:
     assert ",".join(TABLES["errors"]) == (
-        "run_id,model,weights,uniform_k_norm,layer,tokens,seed,plan,backend,output,reference,max_abs,mean_abs,rms,"
+        "run_id,model,weights,layer,tokens,seed,plan,backend,output,reference,max_abs,mean_abs,rms,"
         "rel_rms,max_ulp,p99_ulp,mean_ulp,share_equal,signed_mean,at_token,at_head,at_channel,status,reason"
     )
     assert ",".join(TABLES["speed"]) == (
@@ -40,7 +40,7 @@ def test_columns_are_those_that_tools_rely_on() -> None:
         "speedup_vs_eager,speedup_vs_compile,status,reason"
     )
     assert ",".join(TABLES["amplification"]) == (
-        "run_id,model,weights,uniform_k_norm,layer,plan,k_norm_max,gain_predicted_max,gain_measured_max,k_max_abs_before,"
+        "run_id,model,weights,layer,plan,k_norm_max,gain_predicted_max,gain_measured_max,k_max_abs_before,"
         "k_max_abs_after,k_rel_rms_before,k_rel_rms_after,logit_rms_error,logit_max_error,softmax_tv_mean,"
         "softmax_tv_max,top_key_flips,status,reason"
     )
