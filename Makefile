@@ -35,10 +35,11 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
-study: $(READY)  ## fingerprints of public implementations, cases, audit, compiled kernels run on a CPU
+study: $(READY)  ## fingerprints of public implementations, cases, massive tokens, audit, compiled kernels run on a CPU
 	$(BIN)/python -m pip install -q -e '.[studies]'
 	$(BIN)/castpoint study survey $(WHERE)
 	$(BIN)/castpoint study cases $(WHERE)
+	$(BIN)/castpoint study streams $(WHERE)
 	$(BIN)/castpoint audit $(WHERE)
 	$(BIN)/castpoint audit --run $(WHERE)
 	$(BIN)/castpoint audit --configs $(WHERE)

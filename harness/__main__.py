@@ -224,14 +224,15 @@ def audit(
 
 @app.command(rich_help_panel=LAB)
 def study(
-    name: Annotated[str, typer.Argument(help="survey, cases or confusion.")],
+    name: Annotated[str, typer.Argument(help="survey, cases, streams or confusion.")],
     results: ResultsFolder = None,
     device: DeviceName = "",
 ) -> None:
-    """A study by its name: survey, cases or confusion.
+    """A study by its name: survey, cases, streams or confusion.
 
     survey: fingerprints of public implementations that are installed. cases: what moved boundaries did to public
-    engines, measured here beside what was claimed. confusion: fingerprints of the lab's own plans (half an hour).
+    engines, measured here beside what was claimed. streams: what massive tokens change (a quarter of an hour).
+    confusion: fingerprints of the lab's own plans (half an hour).
     """
     if name not in steps.STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")

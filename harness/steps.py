@@ -111,13 +111,19 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
     return red
 
 
-STUDIES = {"survey": "implementations", "cases": "cases", "confusion": "fingerprints"}  # name -> its table
+STUDIES = {
+    "survey": "implementations",
+    "cases": "cases",
+    "confusion": "fingerprints",
+    "streams": "streams",
+}  # name -> its table
 
 
 def study(name: str, records: Records, device: str) -> None:
     """Measures what that study is of."""
     if name == "survey":
         options.compiling()
+    from castpoint.harness.accuracy.streams import sweep_streams
     from castpoint.harness.cases.run import run_cases
     from castpoint.harness.fingerprint.survey import survey_implementations, survey_known
 
@@ -125,6 +131,8 @@ def study(name: str, records: Records, device: str) -> None:
         survey_implementations(records, device)
     elif name == "confusion":
         survey_known(records)
+    elif name == "streams":
+        sweep_streams(records)
     else:
         for row in run_cases():
             records.add(CaseRow(**row))
