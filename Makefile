@@ -35,11 +35,12 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
-study: $(READY)  ## fingerprints of public implementations, cases, what each gate sees, audit, compiled kernels run on a CPU
+study: $(READY)  ## fingerprints of public implementations, cases, what each gate sees, massive tokens, audit, compiled kernels
 	$(BIN)/python -m pip install -q -e '.[studies]'
 	$(BIN)/castpoint study survey $(WHERE)
 	$(BIN)/castpoint study cases $(WHERE)
 	$(BIN)/castpoint study gates $(WHERE)
+	$(BIN)/castpoint study streams $(WHERE)
 	$(BIN)/castpoint audit $(WHERE)
 	$(BIN)/castpoint audit --run $(WHERE)
 	$(BIN)/castpoint audit --configs $(WHERE)

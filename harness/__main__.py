@@ -229,15 +229,16 @@ def audit(
 
 @app.command(rich_help_panel=LAB)
 def study(
-    name: Annotated[str, typer.Argument(help="survey, cases, confusion or gates.")],
+    name: Annotated[str, typer.Argument(help="survey, cases, gates, streams or confusion.")],
     results: ResultsFolder = None,
     device: DeviceName = "",
 ) -> None:
-    """A study by its name: survey, cases, confusion or gates.
+    """A study by its name: survey, cases, gates, streams or confusion.
 
     survey: fingerprints of public implementations that are installed. cases: what moved boundaries did to public
-    engines, measured here beside what was claimed. confusion: fingerprints of the lab's own plans (half an hour).
-    gates: which of the lab's checks, and of other people's tolerances, see which planted fault.
+    engines, measured here beside what was claimed. gates: which of the lab's checks, and of other people's tolerances,
+    see which planted fault. streams: what massive tokens change (a quarter of an hour). confusion: fingerprints of the
+    lab's own plans (half an hour).
     """
     if name not in steps.STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")

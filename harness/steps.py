@@ -114,8 +114,9 @@ def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bo
 STUDIES = {  # name -> its tables
     "survey": ("implementations",),
     "cases": ("cases",),
-    "confusion": ("fingerprints",),
     "gates": ("gates", "tolerances"),
+    "streams": ("streams",),
+    "confusion": ("fingerprints",),
 }
 
 
@@ -123,6 +124,7 @@ def study(name: str, records: Records, device: str) -> None:
     """Measures what that study is of."""
     if name == "survey":
         options.compiling()
+    from castpoint.harness.accuracy.streams import sweep_streams
     from castpoint.harness.cases.run import run_cases
     from castpoint.harness.conformance.gates import sweep_gates
     from castpoint.harness.fingerprint.survey import survey_implementations, survey_known
@@ -133,6 +135,8 @@ def study(name: str, records: Records, device: str) -> None:
         survey_known(records)
     elif name == "gates":
         sweep_gates(records)
+    elif name == "streams":
+        sweep_streams(records)
     else:
         for row in run_cases():
             records.add(CaseRow(**row))

@@ -122,12 +122,11 @@ def heavy_tailed(size: int, mean: float, std: float, maximum: float | None, rng:
     return values[torch.randperm(size, generator=rng)]
 
 
-def residual_stream(tokens: int, hidden_size: int, layer: int, rng: torch.Generator) -> Tensor:
-    """[tokens, hidden_size] bf16: a stream with massive channels, of Qwen3-0.6B's published deviation at that layer.
+def ordinary_tokens(tokens: int, hidden_size: int, layer: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A stream [tokens, hidden_size] float64 of no particular size, without massive tokens, and its massive channels.
 
     Channel scales are lognormal (width 0.2 at the embedding, 0.5 later, as in Qwen2.5-Coder-0.5B). From layer 1
-    on four massive channels keep their sign over all tokens. From layer 2 on the first token carries one massive
-    activation; the published deviation is taken as that of the tokens after it.
+    of Qwen3-0.6B on the four massive channels keep their sign over all tokens.
     """
     scale = (standard_normal(rng, hidden_size) * (0.5 if layer else 0.2)).exp()
     stream = standard_normal(rng, tokens, hidden_size) * scale
@@ -135,11 +134,29 @@ def residual_stream(tokens: int, hidden_size: int, layer: int, rng: torch.Genera
     if layer >= 1:
         level = torch.tensor(MASSIVE_CHANNELS, dtype=torch.float64) * scale.median()
         stream[:, massive] = level * (1 + 0.1 * standard_normal(rng, tokens, len(massive)))
+    return stream, massive
+
+
+def residual_stream(tokens: int, hidden_size: int, layer: int, rng: torch.Generator) -> Tensor:
+    """[tokens, hidden_size] bf16: ordinary tokens of Qwen3-0.6B's published deviation at that layer. From layer 2 on
+    the first token carries one massive activation; the published deviation is taken as that of the tokens after it.
+    """
+    stream, massive = ordinary_tokens(tokens, hidden_size, layer, rng)
     if tokens:
         stream *= residual_std(layer) / (ordered_sum(stream.square()) / stream.numel()).sqrt()
     if layer >= 2:
         stream[:1, massive[0]] = MASSIVE_FIRST_TOKEN * residual_std(layer)
     return stream.to(torch.bfloat16)
+
+
+def depth(layer: int, g: Geometry) -> int:
+    """The layer of Qwen3-0.6B at the same depth."""
+    return layer * len(layer_statistics()) // g.num_layers
+
+
+def seeded(seed: int, layer: int) -> torch.Generator:
+    """What draws a layer, its residual stream first."""
+    return torch.Generator().manual_seed(seed * 1000 + layer)
 
 
 def synthetic_problem(
@@ -159,9 +176,9 @@ def synthetic_problem(
     g = geometry_named(model)
     if not 0 <= layer < g.num_layers:
         raise ValueError(f"{model} has layers 0 to {g.num_layers - 1}, not {layer}")
-    source = layer * len(layer_statistics()) // g.num_layers
+    source = depth(layer, g)
     row = layer_statistics()[source]
-    rng = torch.Generator().manual_seed(seed * 1000 + layer)
+    rng = seeded(seed, layer)
     x = residual_stream(tokens, g.hidden_size, source, rng)
     rescale = math.sqrt(geometry_named(CALIBRATED_MODEL).hidden_size / g.hidden_size)
     projections = [
@@ -215,8 +232,7 @@ def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: i
         tensors["x"] = tensors["x"][:tokens]
     else:
         weights = "checkpoint, drawn residual stream"
-        depth = layer * len(layer_statistics()) // g.num_layers
-        tensors["x"] = residual_stream(tokens, g.hidden_size, depth, torch.Generator().manual_seed(seed * 1000 + layer))
+        tensors["x"] = residual_stream(tokens, g.hidden_size, depth(layer, g), seeded(seed, layer))
     words = {"model": model, "layer": layer, "weights": weights}
     heads = {"num_q_heads": g.num_q_heads, "num_kv_heads": g.num_kv_heads}
     try:

@@ -234,6 +234,12 @@ class ChannelRow(Row, table="channels", key=("weights", "layer", "plan", "channe
     model: str; weights: str; layer: int; plan: str; channel: int
     k_norm_weight: float; gain_predicted: float; gain_measured: float
 
+class StreamRow(Row, table="streams", key=("model", "weights", "layer", "seed", "part", "plan", "backend")):
+    model: str; weights: str; layer: int; seed: int; tokens: int; part: str; plan: str; backend: str
+    largest_over_median: Number = None; k_rel_rms: Number = None; k_equal: Number = None; k_equal_eager: Number = None
+    v_rel_rms: Number = None; logit_rms_error: Number = None; before_matmul: Number = None
+    k_norm_multiple: Number = None; elements: Count = None; outside: Count = None; equal_spec: Number = None
+
 class ImplementationRow(Row, table="implementations", key=("implementation", "kind", "how")):
     implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None

@@ -11,6 +11,7 @@ from castpoint.harness.cases.elementwise import angles, indexer_outputs
 from castpoint.harness.cases.inputs import calibrated, normal
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.problems.drawn import digest, ordered_sum, synthetic_problem, with_positions
+from castpoint.harness.problems.streams import with_published_stream
 from castpoint.variants.problem import Problem
 
 # Of synthetic_problem(layer=layer), layers 0 to 27 of qwen3-0.6b with the seed and the 128 tokens of published figures.
@@ -20,11 +21,13 @@ ce256c0c37d4 e5de569c662e a91cc0c4648f ab6a1f9ab7b0 23b32672cb5f 434e851abb7b de
 53155b19001c c7bc0b3c1641 f1e6fe59fc85 01daab564ba3 80cc5d3cb88a 8b5df2c09bc6 29ed147f5eb4
 19ba1624dde9 87e2f12dfd7c 1afc653b0f83 a9af828cd6ac 1f616c8db226 25850c26f194 88a7aaf8b6b1
 """.split()
-# Rotated problems: QKV bias; norm weights stored as w - 1; more than one D. Then what cases and fingerprints draw.
+# Rotated problems: QKV bias; norm weights stored as w - 1; another D. A published stream. Then what cases and
+# fingerprints draw.
 OTHERS = {
     "qwen2.5-0.5b": "7271b02f24b3",
     "gemma-3-270m": "700cc421a33a",
     "qwen3-1.7b": "a37d4d734ea1",
+    "published": "2d18c54ee213",
     "cases": "a2be9db3ebfe",
     "probes": "9e42b2f70df0",
 }
@@ -39,6 +42,8 @@ def found(name: int | str) -> str:
     rng = torch.Generator().manual_seed(0)
     if isinstance(name, int):
         return digest_of(synthetic_problem(layer=name))
+    if name == "published":
+        return digest_of(with_published_stream(synthetic_problem("qwen3-1.7b", 3, 16), 0))
     if name == "cases":
         return digest(
             [normal(rng, 64, 512), calibrated(3)(rng, 512), angles(rng, 64, 128), indexer_outputs(rng)[0]["value"]]
