@@ -1,7 +1,7 @@
 """What PTX's arithmetic instructions compute, on numpy arrays of their types.
 
-Every one is of isa.TABLE. Approximate instructions (rsqrt.approx, div.full, ...) are rounded correctly here, ex2, lg2
-and rsqrt from float64; a GPU may be off by the error that the PTX ISA states for them.
+Every one is of isa.TABLE. Approximate instructions are rounded correctly here, ex2, lg2 and rsqrt as far as float64
+tells; a GPU may be off by the error that the PTX ISA states for them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What the tests of PTX share: kernels of a few instructions, and numbers to run them on."""
 
-from fractions import Fraction
-
 import numpy as np
 import torch
 
@@ -42,36 +40,3 @@ def computed(instruction: str, *inputs: np.ndarray) -> np.ndarray:
     body = f"{loads} {instruction}; st.global.b32 [%rd{len(inputs) + 1}], %r8;"
     run(body, *tensors, out, threads=len(inputs[0]))
     return words(out)
-
-
-def rounded(value: Fraction, bits: int, least: int) -> Fraction:
-    """To nearest even, in that many bits, with no bit below 2^least."""
-    if not value:
-        return value
-    size = abs(value)
-    exponent = (size.numerator.bit_length() - size.denominator.bit_length()) - bits - 1
-    while Fraction(2) ** (exponent + bits) <= size:
-        exponent += 1
-    unit = Fraction(2) ** max(exponent, least)
-    return round(value / unit) * unit  # Fraction rounds ties to even
-
-
-def f32(value: Fraction) -> float:
-    return float(rounded(value, 24, -149))
-
-
-def bf16(value: Fraction) -> float:
-    return float(rounded(value, 8, -133))
-
-
-def drawn(seed: int, low: int = -20, high: int = 20) -> np.ndarray:
-    """float32 of many sizes, a third of them with few bits, so that sums are ties, and some subnormal."""
-    rng = np.random.default_rng(seed)
-    values = rng.standard_normal(960) * 2.0 ** rng.integers(low, high, 960)
-    values[:320] = rng.integers(-255, 256, 320) * 2.0 ** rng.integers(-12, 12, 320)
-    values[320:340] *= 2.0**-130
-    return values.astype(np.float32)
-
-
-def signed(value: int, bits: int = 32) -> int:
-    return value - (1 << bits) if value >> (bits - 1) & 1 else value

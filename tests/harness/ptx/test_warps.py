@@ -138,8 +138,8 @@ def word(kind: str, row: np.ndarray, block: int, t: int) -> int:
     return low | high << 16
 
 
-@pytest.mark.parametrize("registers", [False, True])
-def test_products_of_warp_groups(registers: bool):
+@pytest.mark.parametrize(("registers", "keep"), [(False, "1"), (True, "%p1"), (False, "%p2")])
+def test_products_of_warp_groups(registers: bool, keep: str):
     """wgmma of every width, A in registers or, as B, in shared memory in rows of 32 bytes, whose halves are exchanged
     in the second four of each eight. Warp w holds rows 16 w ... of the accumulators, as mma's fragments, eight columns
     after eight."""
@@ -160,7 +160,8 @@ def test_products_of_warp_groups(registers: bool):
         body += f"mov.b64 %d0, {16 << 32 | 3 << 62}; mov.b64 %d1, {columns * 2 | 16 << 32 | 3 << 62};"
         body += f"mad.wide.u32 %rd8, %r1, 16, %rd1; ld.global.v4.b32 {{%r5, %r6, %r7, %r8}}, [%rd8 + {len(rows) * 32}];"
         left, signs = ("{%r5, %r6, %r7, %r8}", "1, 1, 0") if registers else ("%d1", "1, 1, 0, 0")
-        body += f"wgmma.fence.sync.aligned; {opcode} {{{', '.join(names)}}}, {left}, %d0, 1, {signs};"
+        body += "setp.eq.b32 %p1, %r1, %r1; not.pred %p2, %p1;"
+        body += f"wgmma.fence.sync.aligned; {opcode} {{{', '.join(names)}}}, {left}, %d0, {keep}, {signs};"
         body += f"ld.param.b64 %rd2, [k_param_1]; mul.lo.s32 %r5, %r1, {4 * count}; cvt.u64.u32 %rd8, %r5;"
         body += "add.s64 %rd2, %rd2, %rd8;"
         body += "".join(f"st.global.b32 [%rd2 + {4 * n}], {name};" for n, name in enumerate(names))
@@ -169,7 +170,7 @@ def test_products_of_warp_groups(registers: bool):
         thread, n = np.ogrid[:128, :count]
         row = thread // 32 * 16 + thread % 32 // 4 + 8 * (n // 2 % 2)
         column = 8 * (n // 4) + thread % 4 * 2 + n % 2
-        assert np.array_equal(found, products[row, column] + n + 1), opcode
+        assert np.array_equal(found, products[row, column] + (n + 1) * (keep != "%p2")), opcode
 
 
 def copied(size: int) -> str:
