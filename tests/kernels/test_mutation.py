@@ -70,10 +70,13 @@ V_PTRS = "v_ptr + offs_m[:, None] * stride_vm + (head - HQ - HKV) * stride_vh"
 X_PTRS = "x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk"
 
 SPLIT_K = Config("split-k", block_m=16, block_k=16, splits=3)  # 72 channels are five steps, in shares of 2, 2, 1
+STEPS = Config(block_m=16, block_k=16)
 RSTD, STORED = Config("fused", "rstd", 16, 32), Config("fused", "hidden", 16, 32)
 BLOCKS = {"tokens": 17, "hidden_size": 72, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 16}
 PLAN = "PLAN=words(plan)"  # of a launch
+DOT = "acc = dot(hidden, weight, acc, PLAN, INTERPRETED)"
 STORE_SUMS = "tl.store(sums_ptrs + split * BLOCK_M * BLOCK_N, acc, mask=mask)"
+IN_BF16 = "((acc.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)"
 BIAS = "tl.load(bias_ptr + head * DH + offs_n).to(tl.float32)[None, :]"
 
 
@@ -103,7 +106,11 @@ MUTATIONS = {
         CHAIN, "round_to(hidden * rstd[:, None], PLAN.normed)", "(hidden * rstd[:, None])", exact("hf")
     ),
     "hidden not rounded": Mutation(CHAIN, "[None, :], PLAN.hidden)", "[None, :], 'fp32')", exact_fp32("bf16-operand")),
-    "proj not rounded": Mutation(CHAIN, "round_to(acc, PLAN.proj)", "acc", inside("hf")),
+    "proj not rounded": Mutation(CHAIN, "round_to(acc, PLAN.proj)", "acc", exact("hf")),
+    "proj not rounded, one rounding a norm": Mutation(
+        CHAIN, "round_to(acc, PLAN.proj)", "acc", exact("one-rounding", num_q_heads=2)
+    ),
+    "proj rounded": Mutation(CHAIN, "round_to(acc, PLAN.proj)", "round_to(acc, 'bf16-rne')", exact("deferred")),
     "v not rounded": Mutation(CHAIN, "round_to(proj, PLAN.out)", "proj", exact("fp32")),
     "head squares not rounded": Mutation(
         HEAD, "round_to(proj * proj, PLAN.statistics)", "(proj * proj)", inside("bf16-statistics")
@@ -137,6 +144,14 @@ MUTATIONS = {
     "remainder of tf32 left out": Mutation(
         CHAIN, "tl.dot(truncate_tf32(hidden - high)", "tl.dot(truncate_tf32(high - high)", exact("fp32-tf32x3")
     ),
+    # sums
+    "accumulator in bf16": Mutation(
+        CHAIN, DOT, f"acc = round_to({DOT[6:]}, 'bf16-rne')", with_config(check_exact, "bf16-operand", STEPS)
+    ),
+    "accumulator in tf32": Mutation(
+        CHAIN, DOT, f"acc = truncate_tf32({DOT[6:]})", with_config(check_exact, "fp32", STEPS)
+    ),
+    "shares stored in bf16": in_split_k(STORE_SUMS, STORE_SUMS.replace("acc,", f"{IN_BF16},"), check_exact),
     # arithmetic
     "eps dropped": Mutation(CHAIN, "variance + eps", "variance", exact_fp32("fp32")),
     "head eps dropped": Mutation(HEAD, "variance + eps", "variance", exact_fp32("fp32")),

@@ -1,6 +1,4 @@
-"""Wrong sums: what a plan returns where its matmul's accumulator is narrower than fp32, or partial sums are stored as
-bf16. Emulated, to see which check notices.
-"""
+"""Wrong sums, emulated: what a plan returns with an accumulator narrower than fp32, or partial sums stored as bf16."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def split(shares: int, bits: int = 8) -> Sums:
     return sums
 
 
-def outputs(plan: CastPlan, problem: Problem, sums: Sums) -> dict[str, Tensor]:
+def outputs_summed(plan: CastPlan, problem: Problem, sums: Sums) -> dict[str, Tensor]:
     """q, k and v, float64, of the plan with its dot products summed so."""
     weight, hidden = plan_weight(plan, problem), spec(plan, problem).hidden
     return spec(plan, problem, sums(matmul_operand(hidden, plan), weight.double())).outputs()
