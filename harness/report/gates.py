@@ -87,8 +87,8 @@ def section(frame: pd.DataFrame) -> str:
         f"of {len(right)} looks at right kernels, which sum in other orders, {refused} are refused. Each is a plan as PyTorch "
         "runs it in fp32, with one boundary moved or one place of its code changed (`castpoint study gates`). `one product`, "
         "`many products`: the spec's bits, where no sum depends on order. `envelope`: the interval of a drawn layer. `fp32`: "
-        "stored in fp32. Many products and the drawn layer come with a residual and a bias, as in the tests; binaries are "
-        "checked without, and nothing is seen there of x, bias and residual."
+        "stored in fp32. One product comes with a residual, many with a bias, the drawn layer with both, as in the tests; "
+        "binaries are checked without, and nothing is seen there of x, residual and bias."
     )
     missed = under("What each kind of inputs misses by itself:", alone(frame))
     none = f"Seen by none, {passed} of {every}:" if passed else ""

@@ -71,7 +71,7 @@ class Gate(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What a gate says of a planted fault. `same function`: the fault changes no element on the inputs of any gate."""
+    """What a gate says of a planted fault. `same function`: the fault changes no element wherever it was tried."""
 
     SEEN = "seen"
     UNSEEN = "unseen"

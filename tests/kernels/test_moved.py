@@ -15,7 +15,7 @@ from nets import (
 from support import KERNELS, assert_bit_equal, assert_inside
 
 from castpoint.harness.conformance.faults import moved, moves
-from castpoint.kernels.plan import RNE, ROPE_BOUNDARIES, CastPlan
+from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import plan_eager, plan_weight
 

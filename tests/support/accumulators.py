@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from castpoint.harness.conformance.faults import rounded
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import plan_weight
 from castpoint.variants.problem import Problem
@@ -15,19 +16,13 @@ from castpoint.variants.spec import matmul_operand, spec
 Sums = Callable[[Tensor, Tensor], Tensor]  # hidden [T, D] and W [rows, D] float64 -> [T, rows] float64
 
 
-def to_bits(value: Tensor, bits: int) -> Tensor:
-    """float64 rounded to so many significant bits, ties to even."""
-    digits, exponent = torch.frexp(value)
-    return torch.ldexp(torch.ldexp(digits, torch.tensor(bits)).round(), exponent - bits)
-
-
 def narrow(bits: int, step: int = 1) -> Sums:
     """An accumulator of so many significant bits, to which `step` channels are added at a time, themselves exact."""
 
     def sums(hidden: Tensor, weight: Tensor) -> Tensor:
         total = torch.zeros(len(hidden), len(weight), dtype=torch.float64)
         for part, by in zip(hidden.split(step, 1), weight.split(step, 1), strict=True):
-            total = to_bits(total + part @ by.T, bits)
+            total = rounded(total + part @ by.T, bits)
         return total
 
     return sums
@@ -38,7 +33,7 @@ def split(shares: int, bits: int = 8) -> Sums:
 
     def sums(hidden: Tensor, weight: Tensor) -> Tensor:
         parts = zip(hidden.tensor_split(shares, 1), weight.tensor_split(shares, 1), strict=True)
-        return torch.stack([to_bits(part @ by.T, bits) for part, by in parts]).sum(0)
+        return torch.stack([rounded(part @ by.T, bits) for part, by in parts]).sum(0)
 
     return sums
 
