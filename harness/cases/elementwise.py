@@ -14,6 +14,7 @@ from torch import Tensor
 from castpoint.harness.cases.case import CLAIMS, Case, Inputs, Side, Way, hidden
 from castpoint.harness.cases.figures import beyond_ulps, magnitude_bias, outside, share, share_by_row, ulps
 from castpoint.harness.cases.inputs import ONES, near_one, normal, sum_inputs, values
+from castpoint.harness.problems.drawn import rope_frequencies, standard_normal
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import FP32, ONE_ROUNDING
 from castpoint.variants.spec import store
@@ -82,9 +83,9 @@ def rope(x0: Tensor, x1: Tensor, f0: Tensor, f1: Tensor, first: str, second: str
 
 
 def angles(rng: torch.Generator, tokens: int, size: int) -> Tensor:
-    """Positions up to 4,096 times RoPE's frequencies with base 10,000, [tokens, size / 2]."""
+    """Positions up to 4,096 times RoPE's frequencies with base 10,000, [tokens, size / 2] float64."""
     positions = torch.randint(4096, (tokens, 1), generator=rng)
-    return positions * 10000.0 ** (-torch.arange(size // 2) * 2 / size)
+    return positions * rope_frequencies(10_000, size)
 
 
 def at_real_angles(rng: torch.Generator) -> list[Inputs]:
@@ -108,13 +109,13 @@ def norm_turned(plan: Side, inputs: Inputs) -> Tensor:
 
 def indexer_outputs(rng: torch.Generator) -> list[Inputs]:
     """1,000 runs of 37 x 128 outputs: LayerNorm with normal weight and bias, RoPE with normal cos and sin on half."""
-    x = normal(rng, 1000, 37, 128).float()
+    x = normal(rng, 1000, 37, 128).double()
     centred = x - x.mean(-1, keepdim=True)
     normed = centred * (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    value = normed * torch.randn(1000, 1, 128, generator=rng) + torch.randn(1000, 1, 128, generator=rng)
-    cos, sin = torch.randn(2, 1000, 37, 32, generator=rng)
+    value = normed * standard_normal(rng, 1000, 1, 128) + standard_normal(rng, 1000, 1, 128)
+    cos, sin = standard_normal(rng, 2, 1000, 37, 32)
     half, rest = value.chunk(2, -1)
-    return [{"value": torch.cat([turned(half, cos, sin), rest], -1).flatten(1)}]
+    return [{"value": torch.cat([turned(half, cos, sin), rest], -1).flatten(1).float()}]
 
 
 def norm_and_angle(rng: torch.Generator) -> list[Inputs]:

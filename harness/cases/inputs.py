@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.cases.case import Draw, Inputs
-from castpoint.harness.problems.drawn import heavy_tailed, layer_statistics
+from castpoint.harness.problems.drawn import heavy_tailed, layer_statistics, standard_normal
 
 
 def normal(rng: torch.Generator, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
     """Normal values of that deviation and mean, bf16: drawn in the type they are stored in."""
-    return (mean + torch.randn(*shape, generator=rng) * scale).bfloat16()
+    return (mean + standard_normal(rng, *shape) * scale).bfloat16()
 
 
 def uniform(rng: torch.Generator, *shape: int) -> Tensor:

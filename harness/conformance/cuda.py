@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.peers import chains as peers
-from castpoint.harness.problems.drawn import synthetic_problem, with_positions
+from castpoint.harness.problems.drawn import digest, synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.records import Records
@@ -253,13 +252,9 @@ def fused_outputs(name: str, device: str) -> Outputs:
 
 
 def inputs_digest() -> str:
-    """Of the inputs of those kernels as they are drawn here: some weights differ on a CPU without AVX2."""
-    digest = hashlib.sha256()
-    for name in ("hf", "gemma"):  # norm weights stored as w, and as w - 1
-        problem = problem_for(PLANS[name].plan, Check.ENVELOPE, "cpu", tokens=OUTPUT_TOKENS)
-        for tensor in filter(torch.is_tensor, vars(problem).values()):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    """Of the inputs of those kernels, norm weights stored as w and as w - 1: the same on every machine."""
+    problems = [problem_for(PLANS[n].plan, Check.ENVELOPE, "cpu", tokens=OUTPUT_TOKENS) for n in ("hf", "gemma")]
+    return digest(value for problem in problems for value in vars(problem).values() if torch.is_tensor(value))
 
 
 def outputs_rows(check: Check, names: Iterable[str] = tuple(PLANS)) -> dict[str, GpuCheckRow]:

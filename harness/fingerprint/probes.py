@@ -38,8 +38,8 @@ def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) ->
 
 def norm_weight(width: int, rng: torch.Generator) -> Tensor:
     """[width] bf16 values in fp32, as stored: 0.001 to 100 in size, so that 1 + w needs up to 18 bits."""
-    size = 10 ** (5 * torch.rand(width, generator=rng) - 3)
-    return round_to(size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1), "bf16-rne")
+    size = 10 ** (5 * torch.rand(width, generator=rng, dtype=torch.float64) - 3)
+    return round_to((size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1)).float(), "bf16-rne")
 
 
 def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS) -> Rows:
@@ -78,7 +78,7 @@ def first_rows(width: int, *, residual: bool, read: bool = False) -> tuple[Rows,
 
 def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
     """Gaussian bf16 values in fp32."""
-    return round_to(torch.randn(list(shape), generator=rng), "bf16-rne")
+    return round_to(torch.randn(list(shape), generator=rng, dtype=torch.float64).float(), "bf16-rne")
 
 
 @functools.lru_cache(maxsize=64)

@@ -171,7 +171,8 @@ def calibrated_model(config: Qwen3Config) -> nn.Module:
     rng = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(0, drawn.residual_std(0), generator=rng)
+        embedding = model.model.embed_tokens.weight
+        embedding.copy_(drawn.residual_std(0) * drawn.standard_normal(rng, *embedding.shape))
         model.model.norm.weight.fill_(1.0)
         for layer, row in zip(decoder_layers(model), layer_statistics(), strict=True):
             for name, weight in layer.named_parameters():  # norms heavy-tailed, matrices Gaussian
@@ -179,7 +180,7 @@ def calibrated_model(config: Qwen3Config) -> nn.Module:
                 if weight.ndim == 1:
                     weight.copy_(drawn.heavy_tailed(len(weight), mean, std, None, rng))
                 else:
-                    weight.copy_(mean + std * torch.randn(weight.shape, generator=rng))
+                    weight.copy_(mean + std * drawn.standard_normal(rng, *weight.shape))
         for layer, block in enumerate(decoder_layers(model)):
             weight = block.self_attn.k_norm.weight
             weight.copy_(drawn.heavy_tailed(len(weight), *drawn.k_norm_statistics(layer), rng))

@@ -2,12 +2,20 @@
 
 Calibrated means: drawn so that every tensor has the published statistics of that layer of Qwen3-0.6B
 (data/README.md). It is not the checkpoint: individual weights, and how they correlate, are not its own.
+
+Every machine draws the same bits. In fp32 PyTorch draws other normal values where there is AVX2, and adds in another
+order on another number of threads. So all is drawn and scaled in float64, sums are made of elementwise additions, and
+the one rounding to bf16 comes last. Another libm may move a float64 value by its last bit, which moves a bf16 value
+only where a tie lies between the two: one value in about 2^44, some 3e-7 for a layer of Qwen3-0.6B.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
+from collections.abc import Iterable
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -30,6 +38,27 @@ MASSIVE_CHANNELS = (16.4, 11.6, 11.6, 8.2)
 MASSIVE_FIRST_TOKEN = 1800.0
 FIRST = 1000  # position of the first token: angles of many turns
 THETA = 1e6  # rope_theta of Qwen3 and Qwen2.5, and of Gemma 3's global layers
+
+
+def standard_normal(rng: torch.Generator, *shape: int) -> Tensor:
+    """[shape] float64, mean 0, deviation 1."""
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """The sum of all elements, [] in their type: halves added to halves, an order that no machine changes."""
+    values = values.flatten()
+    while (half := len(values) // 2) > 0:
+        values = torch.cat([values[:half] + values[half : 2 * half], values[2 * half :]])
+    return values.sum()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits that any bit of these tensors changes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 @cache
@@ -84,8 +113,10 @@ def heavy_tailed(size: int, mean: float, std: float, maximum: float | None, rng:
     for _ in range(60):  # the relative deviation of exp(sigma z) grows with sigma
         sigma = (low + high) / 2
         values = (sigma * z).exp()
-        low, high = (sigma, high) if values.std(correction=0) / values.mean() < std / mean else (low, sigma)
-    values = values * (mean / values.mean())
+        average = ordered_sum(values) / rest
+        spread = (ordered_sum((values - average).square()) / rest).sqrt()
+        low, high = (sigma, high) if spread / average < std / mean else (low, sigma)
+    values = values * (mean / (ordered_sum(values) / rest))
     if maximum is not None:
         values = torch.cat([values, torch.tensor([maximum], dtype=torch.float64)])
     return values[torch.randperm(size, generator=rng)]
@@ -98,14 +129,14 @@ def residual_stream(tokens: int, hidden_size: int, layer: int, rng: torch.Genera
     on four massive channels keep their sign over all tokens. From layer 2 on the first token carries one massive
     activation; the published deviation is taken as that of the tokens after it.
     """
-    scale = (torch.randn(hidden_size, generator=rng) * (0.5 if layer else 0.2)).exp()
-    stream = torch.randn(tokens, hidden_size, generator=rng) * scale
+    scale = (standard_normal(rng, hidden_size) * (0.5 if layer else 0.2)).exp()
+    stream = standard_normal(rng, tokens, hidden_size) * scale
     massive = torch.randperm(hidden_size, generator=rng)[: len(MASSIVE_CHANNELS)]
     if layer >= 1:
-        level = torch.tensor(MASSIVE_CHANNELS) * scale.median()
-        stream[:, massive] = level * (1 + 0.1 * torch.randn(tokens, len(massive), generator=rng))
+        level = torch.tensor(MASSIVE_CHANNELS, dtype=torch.float64) * scale.median()
+        stream[:, massive] = level * (1 + 0.1 * standard_normal(rng, tokens, len(massive)))
     if tokens:
-        stream *= residual_std(layer) / stream.square().mean().sqrt()
+        stream *= residual_std(layer) / (ordered_sum(stream.square()) / stream.numel()).sqrt()
     if layer >= 2:
         stream[:1, massive[0]] = MASSIVE_FIRST_TOKEN * residual_std(layer)
     return stream.to(torch.bfloat16)
@@ -136,7 +167,7 @@ def synthetic_problem(
     x = residual_stream(tokens, g.hidden_size, source, rng)
     rescale = math.sqrt(geometry_named(CALIBRATED_MODEL).hidden_size / g.hidden_size)
     projections = [
-        torch.randn(rows, g.hidden_size, generator=rng) * (row[f"{name}_proj_std"] * rescale)
+        (standard_normal(rng, rows, g.hidden_size) * (row[f"{name}_proj_std"] * rescale)).to(torch.bfloat16)
         for name, rows in g.projections.items()
     ]
     offset = g.weight_offset if weight_offset is None else weight_offset
@@ -154,7 +185,7 @@ def synthetic_problem(
         label += ", stored as w-1" if offset else ", stored as w"
     return Problem(
         x=x,
-        qkv_weight=torch.cat(projections).to(torch.bfloat16),
+        qkv_weight=torch.cat(projections),
         bias=_bias(g, rng) if g.bias else None,
         weights=label,
         num_q_heads=g.num_q_heads,
@@ -169,9 +200,9 @@ def synthetic_problem(
 
 def _bias(g: Geometry, rng: torch.Generator) -> Tensor:
     """QKV bias: a few large entries in K, as in Qwen2.5 (up to 145 in layer 0 of Qwen2.5-Coder-0.5B)."""
-    bias = torch.randn(g.rows, generator=rng)
+    bias = standard_normal(rng, g.rows)
     q, k = g.projections["q"], g.projections["k"]
-    bias[q : q + k] *= torch.randn(k, generator=rng).abs().mul(2).exp()
+    bias[q : q + k] *= standard_normal(rng, k).abs().mul(2).exp()
     return bias.to(torch.bfloat16)
 
 
@@ -215,14 +246,19 @@ def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | Non
 # ---------------------------------------------------------------- positions
 
 
+def rope_frequencies(theta: float, head_dim: int) -> Tensor:
+    """[head_dim / 2] float64: theta^(-2i / head_dim), radians a position, from 28 decimal digits."""
+    powers = [Decimal(theta) ** (Decimal(-step) / head_dim) for step in range(0, head_dim, 2)]
+    return torch.tensor([float(power) for power in powers], dtype=torch.float64)
+
+
 def cos_sin_cache(rows: int, head_dim: int) -> Tensor:
     """[rows, head_dim] fp32: cos of position * THETA^(-2i / head_dim) for i < head_dim / 2, then sin of the same.
 
     In float64, rounded once to fp32. Engines and transformers form the angle in fp32, which errs by position * 2^-24,
     a thousandth of a radian at position 16,384: that is their input's error, and no rounding of the chain.
     """
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float64)
-    angles = torch.outer(torch.arange(rows, dtype=torch.float64), THETA ** (-steps / head_dim))
+    angles = torch.outer(torch.arange(rows, dtype=torch.float64), rope_frequencies(THETA, head_dim))
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.float32)
 
 
