@@ -205,7 +205,7 @@ def moved(two: Two, part: holds.Part) -> int:
     return int((one.to_numpy() != other.to_numpy()).any(axis=1).sum())
 
 
-MEASURED = ("errors", "amplification", "draws", "channels", "ulps", "budget")
+MEASURED = ("errors", "amplification", "k_norms", "channels", "ulps", "budget")
 HOLDING = [part for table in MEASURED for part in holds.of(table, True)]
 
 
