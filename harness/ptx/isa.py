@@ -5,10 +5,10 @@ colon that is an underline (`L2_cache_hint`). Operands, one word each:
 
     r  a register            p  a predicate           #  a number        [  an address       s  a name
     v  a register, number    q  a predicate, its opposite, a number      {4  a list of four
-    w  a register, number or a list of one            d  a register, or a register|predicate
+    w  a register, number or a list of one            d  a register, or a register|predicate      {  any list
     v? may be left out       #* any number of them
 
-PTX ISA 9.1, chapter 9.7, of which this is the part that kernels here have needed.
+PTX ISA 9.1, chapter 9.7, of which this is a part: what is done here for targets up to sm_90.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ OPERANDS = {"v": "[r#]", "q": "[pn#]", "w": r"(?:[r#]|\{1)", "d": "(?:r|rp)", "{
 
 
 def opcodes() -> Iterator[str]:
-    """Every opcode of the table, `cvt.rn.bf16.f32`, and the rows' operands: some opcodes have two rows."""
+    """Every opcode of the table, `cvt.rn.bf16.f32`; again where a later row has it with other operands."""
     for row in _rows():
         yield from (".".join(filter(None, words)) for words in itertools.product(*row[0]))
 

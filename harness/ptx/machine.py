@@ -105,9 +105,7 @@ class _Run(Warps):
             self.active = self.active & ~mask
             return place + 1 if self.active.any() else self._next()
         if kind in BARRIERS:
-            if not np.array_equal(mask, self.active):
-                raise Unsupported("a barrier that not all threads of a program reach together")
-            self._check_together()
+            self._check_together(mask)
         elif mask.any() and kind not in NOTHING:
             self._execute(instruction, mask)
         return place + 1
@@ -139,9 +137,10 @@ class _Run(Warps):
         self.active = self.waiting.pop(place)
         return place
 
-    def _check_together(self) -> None:
-        for threads in self.waiting.values():
-            if np.isin(self.of_program[threads], self.of_program[self.active]).any():
+    def _check_together(self, mask: Array) -> None:
+        """That no thread of a program is elsewhere, or passes a barrier by its guard, while others are at it."""
+        for threads in (self.active & ~mask, *self.waiting.values()):
+            if np.isin(self.of_program[threads], self.of_program[mask]).any():
                 raise Unsupported("a barrier that not all threads of a program reach together")
 
     # ------------------------------------------------------------ instructions
@@ -210,8 +209,8 @@ class _Run(Warps):
     def _ld(self, i: Instruction, mask: Array) -> None:
         names, address, kind = listed(i.operands[0]), i.operands[1], i.words[-1]
         if "param" in i.words:
-            given = self.values[address.base]
-            if address.offset or given.itemsize * 8 < width(kind):
+            given = self.values.get(address.base)
+            if given is None or address.offset or given.itemsize * 8 < width(kind):
                 raise Unsupported("other bits than the first of a parameter")
             self.put(names[0], extended(given, kind), mask)
             return

@@ -40,7 +40,8 @@ def test_what_is_not_in_the_table_is_refused(instruction: str):
 
 def test_what_is_not_reached_need_not_be_known():
     run("bra $L__end; bar.red.popc.u32 %r8, 0, %p1; $L__end:", torch.zeros(1))
-    run("setp.gt.u32 %p1, %r1, 99; @%p1 add.rz.f32 %r8, %r8, %r8;", torch.zeros(1))
+    run("setp.gt.u32 %p1, %r1, 99; @%p1 bar.red.popc.u32 %r8, 0, %p1; @%p1 bar.sync 0;", torch.zeros(1))
+    run("setp.gt.u32 %p1, %r2, 1; @%p1 bar.sync 0;", torch.zeros(64 * 4), programs=4)
 
 
 def test_not_a_number_is_0_or_the_top_bit_of_64():

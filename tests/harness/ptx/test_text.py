@@ -28,6 +28,8 @@ from castpoint.harness.ptx.program import Address, parse
             Unsupported,
             "a barrier that not all threads",
         ),
+        ("setp.lt.u32 %p1, %r1, 9; @%p1 bar.sync 0;", Unsupported, "a barrier that not all threads"),
+        ("ld.param.b32 %r5, [other];", Unsupported, "other bits than the first of a parameter"),
         (
             "setp.lt.u32 %p1, %r1, 9; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;",
             Unsupported,
