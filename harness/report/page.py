@@ -26,6 +26,12 @@ from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
 
+AS_DRAWN = (
+    "The first layer with its K-norm weights as drawn, and with others in their place. q's and K's are drawn independently: "
+    "which q weight meets the largest of K's is chance here, and is not in gemma-3-270m, a trained model. Attention is causal, "
+    "without position encoding."
+)
+
 
 def newest_run(folder: Path) -> str:
     """The newest finished bench of a results folder; without one its GPU run, finished or not. Raises UserError if there
@@ -189,9 +195,7 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
         f"{machine_note(eager)}\n\n![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",
         paragraphs(
             f"## {AMPLIFIED}",
-            "The first layer with its K-norm weights as drawn, and with others in their place. q's and K's are drawn "
-            "independently: which q weight meets the largest of K's is chance here, and in a trained model is not. Attention is "
-            "causal, without position encoding.",
+            t["amplification"] and AS_DRAWN,
             t["amplification"],
             "![error per layer](plots/layers.png)\n\n![gain per channel](plots/gain.png)",
         ),
