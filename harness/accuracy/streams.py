@@ -165,6 +165,6 @@ def _add_rows(
         records.add(StreamRow(**key, part=LAST, status=Status.FAILED, reason=reason_of(error)))
         return
     for part, columns in measured:
-        size = problem.x[PARTS[part]].double().abs()
-        over_median = (size.amax(1) / size.median(1).values).median().item()
-        records.add(StreamRow(**key, part=part, largest_over_median=over_median, **columns))
+        x = problem.x[PARTS[part]].double()
+        sizes = {"x_max": x.max().item(), "x_min": x.min().item(), "x_abs_median": x.abs().median().item()}
+        records.add(StreamRow(**key, part=part, **sizes, **columns))

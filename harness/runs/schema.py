@@ -236,9 +236,10 @@ class ChannelRow(Row, table="channels", key=("weights", "layer", "plan", "channe
 
 class StreamRow(Row, table="streams", key=("model", "weights", "layer", "seed", "part", "plan", "backend")):
     model: str; weights: str; layer: int; seed: int; tokens: int; part: str; plan: str; backend: str
-    largest_over_median: Number = None; k_rel_rms: Number = None; k_equal: Number = None; k_equal_eager: Number = None
-    v_rel_rms: Number = None; logit_rms_error: Number = None; before_matmul: Number = None
-    k_norm_multiple: Number = None; elements: Count = None; outside: Count = None; equal_spec: Number = None
+    x_max: Number = None; x_min: Number = None; x_abs_median: Number = None
+    k_rel_rms: Number = None; k_equal: Number = None; k_equal_eager: Number = None; v_rel_rms: Number = None
+    logit_rms_error: Number = None; before_matmul: Number = None; k_norm_multiple: Number = None
+    elements: Count = None; outside: Count = None; equal_spec: Number = None
 
 class ImplementationRow(Row, table="implementations", key=("implementation", "kind", "how")):
     implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
