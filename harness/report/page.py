@@ -12,7 +12,16 @@ from castpoint.harness.report.findings import AMPLIFIED, NOISE, anchor, draw_tab
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.frames import Frames, best_backend, first_layer, load, newest_gpu_run, over_layers, own
+from castpoint.harness.runs.frames import (
+    Frames,
+    best_backend,
+    first_layer,
+    load,
+    newest_gpu_run,
+    of_one_layer,
+    over_layers,
+    own,
+)
 from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.schema import Backend
 from castpoint.variants.catalogue import PLANS
@@ -32,9 +41,11 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     """One row a plan: where it rounds, what that costs against the truth and eager, and its time on a GPU. Times of a CPU
     rank two matmuls, so they stand with what they are worth, under Times."""
     errors, speed = frames["errors"], frames["speed"]
+    ends = of_one_layer(errors, "truth", "rel_rms").map("{:.3g}".format)
     columns = {
         "rounds": pd.Series({name: " ".join(named.plan.roundings()) for name, named in PLANS.items()}),
         "K error, relative rms": over_layers(errors, "truth", "rel_rms"),
+        "of one layer": (ends["min"] + " to " + ends["max"]).where(ends["min"] != ends["max"], ends["min"]),
         "K correctly rounded": over_layers(errors, "truth", "share_equal"),
         "K equal to eager": over_layers(errors, "eager", "share_equal"),
         "K bias": over_layers(errors, "truth", "signed_mean"),
@@ -108,7 +119,7 @@ def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
     amplified = amplification_table(frames)
     return {
-        "plans": markdown(plan_table(frames)),
+        "plans": markdown(plan_table(frames), right=["of one layer"]),
         "noise": markdown(noise_floor_table(frames)),
         "kernels": markdown(kernel_table(frames)),
         "amplification": markdown(amplified, right=amplified.columns[1:]),
@@ -184,7 +195,8 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
     )
     cpu = cpu if len(speed) and best_backend(speed) == "inductor" else ""
     return [
-        "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
+        "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone; of one layer: the "
+        "least and the greatest. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
         "![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",

@@ -61,10 +61,18 @@ def own(frame: pd.DataFrame) -> pd.DataFrame:
 
 def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
-    rows = own(errors)
-    rows = rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == Backend.SPEC)]
-    by_plan = rows.groupby("plan")[column]
+    by_plan = _of_k(errors, reference).groupby("plan")[column]
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
+
+
+def of_one_layer(errors: pd.DataFrame, reference: str, column: str) -> pd.DataFrame:
+    """Plan -> min and max of the same over layers."""
+    return _of_k(errors, reference).groupby("plan")[column].agg(["min", "max"])
+
+
+def _of_k(errors: pd.DataFrame, reference: str) -> pd.DataFrame:
+    rows = own(errors)
+    return rows[(rows["output"] == "k") & (rows["reference"] == reference) & (rows["backend"] == Backend.SPEC)]
 
 
 def noise_floor(errors: pd.DataFrame) -> float | None:
