@@ -19,6 +19,7 @@ from castpoint.harness.runs.frames import (
     instruction_sets,
     load,
     newest_gpu_run,
+    of_one_layer,
     over_layers,
 )
 from castpoint.harness.runs.holds import MARK
@@ -47,9 +48,11 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     """One row a plan: where it rounds, what that costs against the truth and eager, and its time on a GPU. Times of a CPU
     rank two matmuls, so they stand with what they are worth, under Times."""
     errors, speed = frames["errors"], frames["speed"]
+    ends = of_one_layer(errors, "truth", "rel_rms").map("{:.3g}".format)
     columns = {
         "rounds": pd.Series({name: " ".join(named.plan.roundings()) for name, named in PLANS.items()}),
         "K error, relative rms": over_layers(errors, "truth", "rel_rms"),
+        "of one layer": (ends["min"] + " to " + ends["max"]).where(ends["min"] != ends["max"], ends["min"]),
         "K correctly rounded": over_layers(errors, "truth", "share_equal"),
         f"K equal to eager {MARK}": over_layers(errors, "eager", "share_equal"),
         "K bias": over_layers(errors, "truth", "signed_mean"),
@@ -106,7 +109,7 @@ def speed_table(frames: Frames) -> pd.DataFrame:
 def tables(frames: Frames) -> dict[str, str]:
     """The bench's tables in Markdown, by name."""
     return {
-        "plans": markdown(plan_table(frames)),
+        "plans": markdown(plan_table(frames), right=["of one layer"]),
         "noise": markdown(noise_floor_table(frames["eager"])),
         "kernels": markdown(kernel_table(frames)),
         "amplification": k_norms.explained(frames["k_norms"]),
@@ -189,7 +192,8 @@ def bench_sections(run: dict[str, Any], frames: Frames) -> list[str]:
     )
     cpu = cpu if len(speed) and best_backend(speed) == "inductor" else ""
     return [
-        "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone. Relative "
+        "## Plans\n\nErrors are those of the plan's spec, rms over layers: the cost of its boundaries alone; of one layer: the "
+        "least and the greatest. Relative "
         "errors are relative to the head's rms. Bias is the mean error along the value's sign: below 0, values shrink. "
         f"Eager is Hugging Face's Qwen3 code, for the two gemma plans its Gemma 3 code.\n\n{t['plans']}\n\n"
         f"{machine_note(eager)}\n\n![error of each plan](plots/plans.png)\n\n![histogram in ulps](plots/ulps.png)",

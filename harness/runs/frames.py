@@ -56,10 +56,18 @@ def newest_gpu_run(folder: Path) -> str | None:
 
 def over_layers(errors: pd.DataFrame, reference: str, column: str) -> pd.Series:
     """Plan -> a column of K's errors (of the plan's spec) over all layers: the rms of an rms, the mean of all else."""
-    of_spec = (errors["reference"] == reference) & (errors["backend"] == Backend.SPEC)
-    rows = errors[of_spec & (errors["output"] == "k")]
-    by_plan = rows.groupby("plan")[column]
+    by_plan = _of_k(errors, reference).groupby("plan")[column]
     return by_plan.apply(lambda v: (v**2).mean() ** 0.5) if column.endswith("rms") else by_plan.mean()
+
+
+def of_one_layer(errors: pd.DataFrame, reference: str, column: str) -> pd.DataFrame:
+    """Plan -> min and max of the same over layers."""
+    return _of_k(errors, reference).groupby("plan")[column].agg(["min", "max"])
+
+
+def _of_k(errors: pd.DataFrame, reference: str) -> pd.DataFrame:
+    of_spec = (errors["reference"] == reference) & (errors["backend"] == Backend.SPEC)
+    return errors[of_spec & (errors["output"] == "k")]
 
 
 def differing(eager: pd.DataFrame, backend: str, plan: str = "") -> tuple[float, float] | None:
