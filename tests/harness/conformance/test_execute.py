@@ -3,6 +3,7 @@
 They compile and run in processes of their own, since kernels are interpreted in this one.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -38,16 +39,16 @@ TILES = (
 
 
 def of_every_plan(target: str, *names: str) -> Iterator[dict]:
-    for name in names or PLANS:
-        yield row_of(target, name)
+    for name, products in itertools.product(names or PLANS, ("one", "many")):
+        yield row_of(target, name, products=products)
 
 
 def of_tiles(target: str) -> Iterator[dict]:
     for name in ("one-rounding", "deferred"):
         for config in TILES:
             tokens = 1 if config.block_m == 16 else 70
-            yield row_of(target, name, config, tokens=tokens)
-    yield row_of(target, "one-rounding", Config("separate"))
+            yield row_of(target, name, config, tokens=tokens, products="many", hidden_size=1008)
+    yield row_of(target, "one-rounding", Config("separate"), products="many")
 
 
 def of_inputs(target: str) -> Iterator[dict]:
@@ -58,6 +59,7 @@ def of_inputs(target: str) -> Iterator[dict]:
     yield row_of(target, "hf", head_norm=False, head_dim=64)
     yield row_of(target, "deferred", head_dim=256)
     yield row_of(target, "hf", separate_head_norm=True)
+    yield row_of(target, "hf", products="many", bias=True, residual=True)
 
 
 def of_the_rig(target: str) -> Iterator[dict]:
@@ -141,10 +143,10 @@ def row_of(target: str, name: str, config: Config | None = None, **inputs: objec
 @pytest.mark.parametrize(
     ("function", "arguments", "count"),
     [
-        (of_every_plan, ["sm_90"], len(PLANS)),
-        (of_every_plan, ["sm_80", "hf", "deferred", "fp32-tf32x3", "truncating"], 4),
+        (of_every_plan, ["sm_90"], 2 * len(PLANS)),
+        (of_every_plan, ["sm_80", "hf", "deferred", "fp32-tf32x3", "truncating"], 8),
         (of_tiles, ["sm_90"], 11),
-        (of_inputs, ["sm_90"], 8),
+        (of_inputs, ["sm_90"], 9),
         (of_the_rig, ["sm_90"], 2),
     ],
     ids=["plans", "plans on sm_80", "tiles", "inputs", "rig"],
