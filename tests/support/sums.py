@@ -109,6 +109,14 @@ def halves(hidden: Tensor) -> Tensor:
     return torch.cat([first, -first, 0 * hidden[:, 2 * first.shape[1] :]], dim=1)
 
 
+def neighbours(hidden: Tensor, weight: Tensor) -> Operands:
+    """Two massive channels beside each other, whose terms cancel: only orders that part them see large sums."""
+    hidden, weight = massive(hidden, 0.2), weight.clone()
+    first = round(0.2 * (hidden.shape[1] - 1))
+    hidden[:, first + 1], weight[:, first + 1] = -hidden[:, first], weight[:, first]
+    return hidden, weight
+
+
 def scaled(hidden: Tensor, ratio: float) -> Tensor:
     """Each channel times that ratio smaller, or larger, than the one before it, over 64 channels again and again."""
     return hidden * ratio ** (torch.arange(hidden.shape[1]) % 64)
@@ -125,6 +133,7 @@ OPERANDS: dict[str, Callable[[tuple[int, int], tuple[int, int], torch.Generator]
     "massive last": lambda a, b, rng: (massive(gaussian(a, rng), 1.0), gaussian(b, rng)),
     "massive, one sign": lambda a, b, rng: (massive(uniform(a, rng), 0.0), uniform(b, rng)),
     "massive pair": lambda a, b, rng: (massive(massive(gaussian(a, rng), 0.2), 0.6, -14_016.0), uniform(b, rng)),
+    "massive neighbours": lambda a, b, rng: neighbours(gaussian(a, rng), gaussian(b, rng)),
     "halves cancel": lambda a, b, rng: (halves(uniform(a, rng)), halves(uniform(b, rng)).abs()),
     "falling": lambda a, b, rng: (scaled(uniform(a, rng), 0.7), uniform(b, rng)),
     "rising": lambda a, b, rng: (scaled(gaussian(a, rng), 1.2), gaussian(b, rng)),

@@ -166,6 +166,14 @@ def test_errors_deviate_as_assumed(order: str, at: float) -> None:
     assert 0.9 < (error / ((high - low) / 2 / SIGMAS)).square().mean().sqrt() < 1
 
 
+@pytest.mark.parametrize(("order", "at"), [("forward", 0.0), ("backward", 1.0)])
+def test_errors_of_squares_deviate_as_assumed(order: str, at: float) -> None:
+    """Likewise, of squares with random low bits, which those of bf16 have not; 132 squared is a little over 2^14."""
+    squares = massive(gaussian((4096, 1024), torch.Generator().manual_seed(0)), at, 132.0).square()
+    error = ORDERS[order](squares) - squares.double().sum(-1)
+    assert 0.8 < (error / (sum_error(squares.double()).squeeze(-1) / SIGMAS)).square().mean().sqrt() < 1
+
+
 def test_heads_that_cancel_have_bounds() -> None:
     """The interval of proj reaches from below 0 to above it: so far that its squares' error is larger than the least
     of their means."""
