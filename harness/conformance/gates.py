@@ -11,8 +11,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from castpoint.harness.conformance.faults import (
     INTERPRETED,
     RIGHT,
@@ -32,6 +30,7 @@ from castpoint.harness.conformance.tolerances import (
     tolerances,
 )
 from castpoint.harness.problems.exact import exact_problem
+from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import Gate, GateRow, Verdict
@@ -102,10 +101,10 @@ OWN = {  # our gates as rows of the peers' table, each by itself and together
 }
 
 
+@one_thread()
 def sweep_gates(records: Records) -> None:
     """A row of `gates` for each plan, fault and gate, peers' tolerances among them; then a row of `tolerances` for each
     of those. One or two minutes."""
-    torch.set_num_threads(1)
     for test in track(tolerances(), "peers' norms"):
         records.add(*norm_rows(test))
     for name, named in track(list(PLANS.items()), "gates"):
