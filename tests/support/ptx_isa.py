@@ -230,10 +230,39 @@ def _in_range(how: Callable[[Fraction], int] | None, sat: bool, value: Real) -> 
 # ---------------------------------------------------------------- all of them
 
 
+REGISTERS = (
+    "neg abs copysign add sub mul fma max min div rcp sqrt rsqrt ex2 lg2 rem mad and or xor not shl shr bfe prmt lop3 "
+    "setp selp mov cvt"
+).split()
+
+# Words that a definition accounts for: of floats, and of integers. With any other an opcode is not defined.
+OF_F = {"add": "rn", "sub": "rn", "mul": "rn", "fma": "rn", "max": "NaN xorsign abs", "min": "NaN xorsign abs"}
+OF_F |= {"div": "rn full approx", "rcp": "rn approx", "sqrt": "rn approx", "rsqrt": "approx", "ex2": "approx"}
+OF_F |= {"lg2": "approx", "setp": " ".join(LOGIC)}
+EVER = ("mov", "selp", "copysign")  # that compute nothing
+OF_I = {"mul": "lo hi wide", "mad": "lo wide", "setp": " ".join(LOGIC)}
+
+
+def _understood(name: str, words: list[str], kind: str) -> bool:
+    if name == "cvt":
+        to, of = words[-2:]
+        how = " ".join(WHOLE) if of in FLOATS and not to.startswith("bf16") else ""
+        how += " rn" * (of not in FLOATS and to in FLOATS) + " rn rz" * (of == "f32" and to.startswith("bf16"))
+        how += " ftz" * (of == "f32" and not to.startswith("bf16")) + " sat" * (of == to == "f32")
+        return set(words[:-2]) <= set((how if (to, of) != ("f32", "bf16") else "").split())
+    floats = kind.startswith(("f32", "bf16"))
+    known = set((OF_F if floats else OF_I).get(name, "").split()) | (
+        {"ftz"} if kind == "f32" and name not in EVER else set()
+    )
+    return set(words[name == "setp" : -1]) <= known
+
+
 def definition(opcode: str) -> Definition | None:
     """What an instruction of registers computes; None for one that is not defined here."""
     name, *words = opcode.split(".")
     kind = words[-1]
+    if not _understood(name, words, kind):
+        return None
     if name == "mov":
         return Definition((kind,), kind, lambda a: a)
     if name == "selp":

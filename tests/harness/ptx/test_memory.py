@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ptx_isa import definition, whole, width
+from ptx_isa import REGISTERS, definition, whole, width
 from ptx_support import ints, run, words
 
 from castpoint.harness.ptx import isa
@@ -160,3 +160,18 @@ def test_ends_and_branches(end: str):
     """
     run(body, out)
     assert out.tolist() == [1, 2] * 32
+
+
+# Words of the opcodes that are tested here and in test_warps: one that is new there needs a test of what it means.
+MEANT = (
+    "L1 L1_evict_first L1_evict_last L2 L2_cache_hint L2_evict_first L2_evict_last L2_evict_normal "
+    "L2_evict_unchanged acq_rel acquire add aligned and async b16 b32 b64 b8 bf16 bfly ca cg cluster col "
+    "commit_group cs cta cv f32 fence fractional gl global gpu idx launch_dependents m16n8k16 m16n8k8 m8n8 "
+    "max min mma_async nc or param proxy relaxed release row s16 s32 s64 s8 sc shared shared_cta sync sys "
+    "tf32 trans u16 u32 u64 u8 uni up v2 v4 volatile wait wait_all wait_group warp wb wt x1 x2 x4 xor"
+).split()
+
+
+def test_no_word_is_new():
+    others = [opcode.split(".") for opcode in isa.opcodes() if opcode.split(".")[0] not in REGISTERS]
+    assert {word for words in others for word in words[1:] if not word.startswith("m64n")} == set(MEANT)

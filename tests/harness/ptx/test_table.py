@@ -7,15 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from ptx_isa import FLOATS, Definition, definition, width
+from ptx_isa import FLOATS, REGISTERS, Definition, definition, width
 from ptx_support import run
 
 from castpoint.harness.ptx import isa
 
-REGISTERS = (
-    "neg abs copysign add sub mul fma max min div rcp sqrt rsqrt ex2 lg2 rem mad and or xor not shl shr bfe prmt lop3 "
-    "setp selp mov cvt"
-).split()
 ELSEWHERE = {  # names whose tests are in test_memory and test_warps
     "ld", "st", "cp", "atom", "red", "bra", "ret", "exit", "bar", "barrier", "fence", "membar", "griddepcontrol",
     "prefetch", "applypriority", "createpolicy", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "wgmma",
