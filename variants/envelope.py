@@ -158,10 +158,11 @@ def dot_interval(hidden: Interval, weight: Tensor, matmul: str = "bf16") -> Inte
     middle, radius = (hidden[0] + hidden[1]) / 2, (hidden[1] - hidden[0]) / 2
     n = weight.shape[1]
     total, size = _partial_sums(middle, weight)
-    repeated = _repeats(middle)[:, None] * _repeats(weight) / n
+    short, short_weight = middle.float(), weight.float()  # for what asks of no digits
+    repeated = _repeats(short)[:, None] * _repeats(short_weight) / n
     error = SIGMAS * (n / 3 * (1 + repeated)).sqrt()
     if matmul != "fp32":
-        one_sign = (middle.float().sign() @ weight.float().sign().T).abs()  # so many more terms have the one sign
+        one_sign = (short.sign() @ short_weight.sign().T).abs()  # so many more terms have the one sign
         error = error + n / 8 + one_sign / 2
     error = radius @ weight.T.abs() + U * size * error
     return total - error, total + error
@@ -198,7 +199,7 @@ def sum_error(terms: Tensor) -> Tensor:
 
 def _repeats(terms: Tensor) -> Tensor:
     """How many of the terms [..., n] equal the one before and are not zero; [...]."""
-    return ((terms[..., 1:] == terms[..., :-1]) & (terms[..., 1:] != 0)).sum(-1)
+    return ((terms[..., 1:] == terms[..., :-1]) & (terms[..., 1:] != 0)).sum(-1, dtype=torch.int32)
 
 
 def _head_norm(proj: Interval, weight: Tensor, plan: CastPlan, eps: float) -> Interval:
