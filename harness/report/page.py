@@ -48,11 +48,12 @@ def plan_table(frames: Frames) -> pd.DataFrame:
     """One row a plan: where it rounds, what that costs against the truth and eager, and its time on a GPU. Times of a CPU
     rank two matmuls, so they stand with what they are worth, under Times."""
     errors, speed = frames["errors"], frames["speed"]
-    ends = of_one_layer(errors, "truth", "rel_rms").map("{:.3g}".format)
+    ends = of_one_layer(errors, "truth", "rel_rms").itertuples()
+    said = {plan: f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}" for plan, low, high in ends}
     columns = {
         "rounds": pd.Series({name: " ".join(named.plan.roundings()) for name, named in PLANS.items()}),
         "K error, relative rms": over_layers(errors, "truth", "rel_rms"),
-        "of one layer": (ends["min"] + " to " + ends["max"]).where(ends["min"] != ends["max"], ends["min"]),
+        "of one layer": pd.Series(said, dtype=object),
         "K correctly rounded": over_layers(errors, "truth", "share_equal"),
         f"K equal to eager {MARK}": over_layers(errors, "eager", "share_equal"),
         "K bias": over_layers(errors, "truth", "signed_mean"),

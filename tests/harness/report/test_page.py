@@ -24,3 +24,5 @@ def test_a_plan_shows_its_least_and_greatest_layer() -> None:
     table = plan_table(frames | {"speed": pd.DataFrame(columns=list(TABLES["speed"]))}).set_index("plan")
     assert table.loc["hf", "K error, relative rms"] == pytest.approx(math.sqrt((9 + 16 + 25) / 3) / 1000)
     assert table["of one layer"].to_dict() == {"hf": "0.003 to 0.005", "fp32": "0.007"}
+    none = {name: pd.DataFrame(columns=list(TABLES[name])) for name in ("errors", "speed")}
+    assert not len(plan_table(none)), "a run without errors has no row"
