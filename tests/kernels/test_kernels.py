@@ -20,9 +20,9 @@ from nets import (
     check_memory,
     check_nonfinite,
     exact_case,
-    nearest_by_table,
     random_case,
 )
+from rounding_net import nearest_by_table
 from support import DEVICE, KERNELS, NAN, assert_bit_equal, assert_inside, pinned_share, random_problem
 
 from castpoint.harness.problems.drawn import checkpoint_problem, synthetic_problem

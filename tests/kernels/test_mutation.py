@@ -25,8 +25,8 @@ from nets import (
     check_memory,
     check_nonfinite,
     check_order,
-    check_rounding,
 )
+from rounding_net import check_rounding
 from support import ROOT, Kernels
 
 from castpoint.kernels.config import Config

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nets import ROUNDINGS, applied, assert_same_patterns, check_rounding, every_bf16, fp32_patterns, rounded_by_table
+from rounding_net import (
+    ROUNDINGS,
+    applied,
+    assert_same_patterns,
+    check_rounding,
+    every_bf16,
+    fp32_patterns,
+    rounded_by_table,
+)
 from support import DEVICE, KERNELS, assert_bit_equal
 
 from castpoint.kernels import rounding
