@@ -12,6 +12,7 @@ from fake_cuda import FakeCuda
 
 import castpoint.harness.accuracy.sweep
 import castpoint.harness.timing.sweep
+from castpoint.harness.accuracy.machines import Machines
 from castpoint.harness.accuracy.sweep import problem_at, sweep_kernels, sweep_precision
 from castpoint.harness.problems.geometry import geometry_named, layer_work
 from castpoint.harness.report.findings import draw_table, findings
@@ -152,6 +153,7 @@ def test_a_continued_run_measures_only_what_is_missing(tmp_path: Path, monkeypat
         add(self, *args, **kwargs)
 
     records = Records(tmp_path, vars(settings), environment)
+    monkeypatch.setattr(Machines, "played", {})  # seconds a process
     monkeypatch.setattr(Records, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         sweep_precision(settings, records)

@@ -19,10 +19,11 @@ from castpoint.harness.accuracy.sweep import sweep_precision
 from castpoint.harness.problems.drawn import problem_at
 from castpoint.harness.runs import holds
 from castpoint.harness.runs.environment import ISAS, matmul_arithmetic
-from castpoint.harness.runs.frames import Frames, between_machines, differing, load
+from castpoint.harness.runs.frames import Frames, load
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import TABLES
 from castpoint.variants.eager import eager
+from castpoint.variants.problem import Problem
 
 SETTINGS = Settings(layers=(0,), tokens=16, plans=("hf", "one-rounding", "gemma"))
 PROBLEMS = [(0, "hf")]
@@ -77,14 +78,31 @@ def test_the_own_instruction_set_is_that_of_the_other_tables(frames: Frames) -> 
     assert here.loc[("eager, batch of 1", "hf"), "share_equal"] == pytest.approx(share, rel=1e-5)
 
 
-def test_a_range_is_that_of_its_rows(frames: Frames) -> None:
-    played = frames["eager"].query("status == 'ok'")
-    shares = [1 - row.share_equal for row in played.itertuples() if (row.backend, row.plan) == ("spec", "one-rounding")]
-    assert differing(frames["eager"], "spec", "one-rounding") == (min(shares), max(shares))
-    assert 0.5 < min(shares) and len(shares) == len({OWN, *BELOW})
-    by_isa = played.query("backend == 'spec' and plan == 'hf'")["share_equal"]
-    assert between_machines(frames["eager"])["hf"] == by_isa.max() - by_isa.min()
-    assert differing(frames["eager"][:0], "spec") is None
+def test_a_batch_and_a_number_of_threads_that_change_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an eager whose K is made of its batch and its threads."""
+
+    def changing(problem: Problem) -> tuple[torch.Tensor, ...]:
+        k = torch.full((problem.tokens, 1, 2), 8.0 * torch.get_num_threads() + (problem.tokens == 1))
+        return k, k, k
+
+    monkeypatch.setattr(machines, "eager", changing)
+    threads, problem = torch.get_num_threads(), problem_at(SETTINGS, 0, 3, "hf")
+    found = {row["backend"]: row["share_equal"] for row in machines._against_itself(problem, changing(problem)[1])}
+    assert found.pop("eager, batch of 1") == 0 and len(found) == 3
+    assert {name: int(share) for name, share in found.items()} == {
+        f"eager, {count} thread{'s' * (count > 1)}": int(count == threads) for count in (1, 2, 4)
+    }
+    assert torch.get_num_threads() == threads
+
+
+def test_a_plan_is_compared_with_each_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_at(SETTINGS, 0, 1, "hf")
+    name, k = f"layer 0, {problem.weights}", torch.ones(1, 8, 128)
+    found = {isa: Played(isa, {name: k * value}, {}, {}, []) for value, isa in enumerate(("zeros", "ones", "twos"))}
+    monkeypatch.setattr(Machines, "played", found)
+    compared = Machines(SETTINGS, Records(tmp_path, {}, {}), PROBLEMS).compared(problem, "fp32", k)
+    shares = [(row.isa, row.kernel, row.plan, row.backend, row.share_equal) for row in compared]
+    assert shares == [(isa, isa, "fp32", "spec", float(isa == "ones")) for isa in ("zeros", "ones", "twos")]
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_draws_without_a_control_are_no_finding(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     draws = pd.DataFrame(rows)
-    frames = {"errors": pd.DataFrame(columns=list(TABLES["errors"])), "draws": draws}
+    frames = {"eager": pd.DataFrame(columns=list(TABLES["eager"])), "draws": draws}
     assert not len(draw_table(draws)) and findings(tmp_path, frames) == []
     whole = draw_table(draws.assign(status="ok"))
     assert list(whole.columns)[1:] == ["w: 9", "w, k_norm=1: 1", "w, k_norm=64: 64"]
