@@ -13,7 +13,7 @@ from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.page import newest_run
 from castpoint.harness.report.style import ROUNDING
-from castpoint.harness.runs.frames import Frames, between_machines, load, load_table, over_layers
+from castpoint.harness.runs.frames import Frames, load, over_layers
 from castpoint.harness.runs.holds import MARK
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -49,16 +49,9 @@ def conditions(folder: Path, run_id: str) -> str:
     machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
     return (
         "K's error: rms against float64, relative to its head, in units of what rounding to bf16 a single time costs. "
-        f"{MARK} Hugging Face's eager bf16 on this machine{_moves(folder, run_id)}. {s['model']}'s shape, "
+        f"{MARK} Hugging Face's eager bf16 on this machine. {s['model']}'s shape, "
         f"{len(s['layers'])} layers, {s['tokens']} tokens, {weights}; {machine}. {gpus(folder.parent)}"
     )
-
-
-def _moves(folder: Path, run_id: str) -> str:
-    """By how much other instruction sets move that; empty where none was played."""
-    moves = between_machines(load_table(folder, run_id, "eager"))
-    most = f"{100 * moves.max():.1g} percentage points"
-    return f", which other instruction sets move by at most {most}" if len(moves) else ""
 
 
 def gpus(results: Path) -> str:
