@@ -18,7 +18,8 @@ from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, Backend, BudgetRow, Status
+from castpoint.harness.runs.schema import BudgetRow
+from castpoint.harness.runs.words import FP32, MEASURES, ORDER_OF_SUMS, Backend, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem

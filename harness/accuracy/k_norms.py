@@ -24,7 +24,8 @@ from castpoint.harness.accuracy.amplification import amplification, applied, att
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import KNormRow, KNorms, Status
+from castpoint.harness.runs.schema import KNormRow
+from castpoint.harness.runs.words import KNorms, Status
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import eager_plan
 from castpoint.variants.problem import Problem

@@ -32,7 +32,8 @@ from castpoint.harness.problems.drawn import digest, problem_at
 from castpoint.harness.runs.environment import ISAS, matmul_arithmetic
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import Backend, EagerRow, Status
+from castpoint.harness.runs.schema import EagerRow
+from castpoint.harness.runs.words import Backend, Status
 from castpoint.variants.eager import eager, eager_plan
 from castpoint.variants.problem import Problem
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import attention_logits
-from castpoint.harness.runs.schema import FP32, MEASURES, PLAYERS
+from castpoint.harness.runs.words import FP32, MEASURES, PLAYERS
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.problem import Problem

@@ -21,7 +21,8 @@ from castpoint.harness.problems.streams import published_sizes, with_published_s
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import MEASURES, PLAYERS, Backend, Status, StreamRow
+from castpoint.harness.runs.schema import StreamRow
+from castpoint.harness.runs.words import MEASURES, PLAYERS, Backend, Status
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import Outputs, eager

@@ -22,7 +22,8 @@ from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import AmplificationRow, Backend, ChannelRow, ErrorRow, Status, UlpRow
+from castpoint.harness.runs.schema import AmplificationRow, ChannelRow, ErrorRow, UlpRow
+from castpoint.harness.runs.words import Backend, Status
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named

@@ -12,7 +12,8 @@ from castpoint.harness.compiled.compile import COMPILERS, SHARED, TARGETS, compi
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import ConfigRow, Status
+from castpoint.harness.runs.schema import ConfigRow
+from castpoint.harness.runs.words import Status
 from castpoint.variants.catalogue import plan_named
 
 

@@ -25,7 +25,8 @@ from castpoint.harness.problems.drawn import digest, synthetic_problem, with_pos
 from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
+from castpoint.harness.runs.schema import GpuCheckRow
+from castpoint.harness.runs.words import Check, Status
 from castpoint.harness.timing.cuda import Cuda, DeviceLost, reason_of
 from castpoint.kernels.config import Config, default_config
 from castpoint.kernels.main_loop import matmul

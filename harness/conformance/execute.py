@@ -26,7 +26,8 @@ from castpoint.harness.problems import grid
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, ExecutedRow
+from castpoint.harness.runs.schema import ExecutedRow
+from castpoint.harness.runs.words import Check
 from castpoint.kernels.config import Config, candidates, default_config, unsupported
 from castpoint.kernels.dispatch import read_table
 from castpoint.kernels.plan import CastPlan

@@ -33,7 +33,8 @@ from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Gate, GateRow, Verdict
+from castpoint.harness.runs.schema import GateRow
+from castpoint.harness.runs.words import Gate, Verdict
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs

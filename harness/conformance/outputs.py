@@ -33,7 +33,8 @@ from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.environment import ROOT, one_thread, sources
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, GpuCheckRow, GpuStepRow, Status, Step
+from castpoint.harness.runs.schema import GpuCheckRow, GpuStepRow
+from castpoint.harness.runs.words import Check, Status, Step
 from castpoint.variants.catalogue import PLANS
 
 CHECKS = (Check.INTERPRETER, Check.PTX)

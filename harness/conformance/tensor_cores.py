@@ -18,7 +18,8 @@ from torch import Tensor
 from castpoint.harness.conformance.tensor_model import ALTERNATIVES, HOPPER, modelled
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, GpuCheckRow, Status
+from castpoint.harness.runs.schema import GpuCheckRow
+from castpoint.harness.runs.words import Check, Status
 from castpoint.harness.timing.cuda import Cuda, DeviceLost, reason_of
 
 K = 16

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.conformance.faults import PLANTED, RIGHT, Fault, move_faults, same_function
-from castpoint.harness.runs.schema import Gate, GateRow, Status, ToleranceRow, Verdict
+from castpoint.harness.runs.schema import GateRow, ToleranceRow
+from castpoint.harness.runs.words import Gate, Status, Verdict
 from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs

@@ -18,7 +18,8 @@ from castpoint.harness.peers.implementations import TRITON, Implementation, desc
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow, Status
+from castpoint.harness.runs.schema import FingerprintRow, ImplementationRow
+from castpoint.harness.runs.words import Status
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.plan import KEEP, STORAGE, CastPlan
 from castpoint.variants.backends import run

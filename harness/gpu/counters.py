@@ -30,7 +30,8 @@ from castpoint.harness.runs.environment import ROOT
 from castpoint.harness.runs.flight import in_flight
 from castpoint.harness.runs.process import die_with_parent
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import GpuCounterRow, Status
+from castpoint.harness.runs.schema import GpuCounterRow
+from castpoint.harness.runs.words import Status
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.kernels.config import Config
 from castpoint.variants.backends import run_triton

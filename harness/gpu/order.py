@@ -17,7 +17,7 @@ from castpoint.harness.peers.parts import MATMULS
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.geometry import Work, heads_work, layer_work, matmul_work, norm_work
 from castpoint.harness.problems.grid import COLD, GOAL_MODELS, GOAL_TOKENS, HOT, LAYERS, MAIN_PLANS, ROPE, Point
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.harness.timing import rig
 from castpoint.kernels.config import Config, candidates, unsupported
 from castpoint.kernels.dispatch import reasoned

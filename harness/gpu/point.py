@@ -18,7 +18,8 @@ from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.problems.grid import HOT, LAYERS, ROPE, Point
 from castpoint.harness.runs.flight import HANGS_S, in_flight
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Kind, Row, Status
+from castpoint.harness.runs.schema import Row
+from castpoint.harness.runs.words import Kind, Status
 from castpoint.harness.timing import rig
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda, DeviceLost

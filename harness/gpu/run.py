@@ -26,7 +26,8 @@ from castpoint.harness.gpu.tune import table_of, time_candidates
 from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.flight import in_flight, recover
 from castpoint.harness.runs.records import ARCHIVE_EVERY_S, Records
-from castpoint.harness.runs.schema import GpuLimitRow, GpuStepRow, Status, Step
+from castpoint.harness.runs.schema import GpuLimitRow, GpuStepRow
+from castpoint.harness.runs.words import Status, Step
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda, DeviceLost, reason_of
 from castpoint.harness.timing.limits import LIMITS

@@ -29,7 +29,8 @@ from castpoint.harness.peers.parts import MATMULS, NORMS, OWN_KERNEL
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.flight import HANGS_S
-from castpoint.harness.runs.schema import GpuSpeedRow, Kind, Step
+from castpoint.harness.runs.schema import GpuSpeedRow
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.harness.timing import rig
 from castpoint.harness.timing.rig import Measurement
 from castpoint.harness.timing.state import gpu_state

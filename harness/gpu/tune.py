@@ -16,7 +16,8 @@ from castpoint.harness.gpu.order import SEPARATE, TUNING_BUDGET_S, tiles
 from castpoint.harness.gpu.point import Setting, own_peer, timed
 from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.problems.grid import STANDS_FOR, Point
-from castpoint.harness.runs.schema import Status, TuningRow
+from castpoint.harness.runs.schema import TuningRow
+from castpoint.harness.runs.words import Status
 from castpoint.harness.timing.rig import Outcome, ratios
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import Table

@@ -28,7 +28,8 @@ from castpoint.harness.model.yardsticks import four_bit, in_precision, one_ulp_o
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import BINS, ModelDlogpRow, ModelLayerRow, ModelTokensRow, Status
+from castpoint.harness.runs.schema import ModelDlogpRow, ModelLayerRow, ModelTokensRow
+from castpoint.harness.runs.words import BINS, Status
 from castpoint.variants.catalogue import plan_named
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"

@@ -23,7 +23,7 @@ from torch import Tensor
 from castpoint.harness.peers import parts
 from castpoint.harness.peers.parts import NO_HEAD_NORM, OWN_KERNEL
 from castpoint.harness.runs.errors import reason_of
-from castpoint.harness.runs.schema import Kind, Status
+from castpoint.harness.runs.words import Kind, Status
 from castpoint.harness.timing.cuda import Call
 from castpoint.harness.timing.limits import empty_kernel
 from castpoint.harness.timing.outputs import Differs, bits_differ, values_differ

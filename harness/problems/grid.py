@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from castpoint.harness.problems.geometry import GEOMETRIES, Geometry, geometry_named
-from castpoint.harness.runs.schema import Regime
+from castpoint.harness.runs.words import Regime
 from castpoint.variants.catalogue import PLANS
 
 if TYPE_CHECKING:

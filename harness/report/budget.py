@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from castpoint.harness.report.markdown import markdown, paragraphs, under
-from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
+from castpoint.harness.runs.words import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS, Status
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 OUT = {"out": "out, the store"}  # where it is not one word among others

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from castpoint.harness.report.budget import LABELS, OUT, mean_shares, root_totals
 from castpoint.harness.report.style import GREY, panels
 from castpoint.harness.report.style import colour as colour_of
-from castpoint.harness.runs.schema import FP32, MEASURES
+from castpoint.harness.runs.words import FP32, MEASURES
 
 # Tol's light colours for roundings, so that none is taken for a plan's; grey for the store, which every plan with bf16
 # outputs has. Hatched: the rarer rounding of two at the same step (operand: hidden, folded weight, tf32; weights and

@@ -12,7 +12,7 @@ from castpoint.harness.report.fingerprints import OPEN, SAME_BITS, THAT, outcome
 from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.studies import executed_words
 from castpoint.harness.runs.frames import latest
-from castpoint.harness.runs.schema import Verdict
+from castpoint.harness.runs.words import Verdict
 
 HEADING = "What was checked how, and what each check cannot see"
 # What tests/independent recomputes; its tests hold these numbers to it.

@@ -14,7 +14,7 @@ from castpoint.harness.report.fingerprints import answer_words
 from castpoint.harness.report.markdown import percent
 from castpoint.harness.report.paired import LEVEL, interval
 from castpoint.harness.runs.frames import Frames, differing, latest
-from castpoint.harness.runs.schema import Backend, KNorms
+from castpoint.harness.runs.words import Backend, KNorms
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pandas as pd
 
 from castpoint.harness.report.markdown import markdown, paragraphs, under
-from castpoint.harness.runs.schema import Gate, Verdict
+from castpoint.harness.runs.words import Gate, Verdict
 
 RIGHT = "right kernel"  # the kind of what is planted nowhere
 

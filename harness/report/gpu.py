@@ -28,7 +28,7 @@ from castpoint.harness.report.gpu_runs import (
     times,
 )
 from castpoint.harness.report.markdown import paragraphs, under
-from castpoint.harness.runs.schema import Check, Step
+from castpoint.harness.runs.words import Check, Step
 
 HEADING = "On a GPU"
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from castpoint.harness.problems import grid
 from castpoint.harness.report.gpu_runs import DEFERRED, EXACT, FOLDED, GROUPS, P2, Run, judged
 from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, RED, panels
-from castpoint.harness.runs.schema import Kind
+from castpoint.harness.runs.words import Kind
 
 # Colour, line and marker of what is compared, from wide to narrow, so that lines on top of one another stay in sight.
 STYLES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import pandas as pd
 from castpoint.harness.problems import grid
 from castpoint.harness.runs.frames import Frames, load, newest_gpu_run
 from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.variants.catalogue import PLANS
 
 EXACT, DEFERRED, FOLDED = GROUPS = ("exact", "deferred", "folded")

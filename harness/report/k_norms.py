@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from castpoint.harness.report.markdown import markdown, paragraphs
-from castpoint.harness.runs.schema import KNorms
+from castpoint.harness.runs.words import KNorms
 
 BY = ["layer", "sample"]  # what one measurement is of
 MULTIPLES = {

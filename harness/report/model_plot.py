@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from castpoint.harness.report.model import against, arms_of, eager_measured, layer_errors, parted, plans_of, truth_name
 from castpoint.harness.report.style import GREY, colour, label_ends, panels
 from castpoint.harness.runs.frames import Frames
-from castpoint.harness.runs.schema import BINS
+from castpoint.harness.runs.words import BINS
 
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
@@ -79,7 +79,7 @@ def tokens(frames: Frames) -> Figure:
 
 
 def quantiles(counts: pd.Series, shares: Sequence[float]) -> list[float]:
-    """Of a histogram: counts by the lower edge of each bin (runs.schema.BINS; 0: below the first), even in
+    """Of a histogram: counts by the lower edge of each bin (runs.words.BINS; 0: below the first), even in
     the logarithm within a bin."""
     edges, ends = counts.index.to_numpy(float), counts.cumsum().to_numpy(float)
     found = []

@@ -24,7 +24,7 @@ from castpoint.harness.runs.frames import (
 )
 from castpoint.harness.runs.holds import MARK
 from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.schema import Backend
+from castpoint.harness.runs.words import Backend
 from castpoint.variants.catalogue import PLANS
 
 AS_DRAWN = (

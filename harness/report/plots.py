@@ -23,7 +23,7 @@ from castpoint.harness.report.model_plot import model_plots
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
 from castpoint.harness.runs.frames import Frames, best_backend, differing, latest, load, over_layers
 from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.schema import Backend
+from castpoint.harness.runs.words import Backend
 from castpoint.variants.catalogue import PLANS
 
 BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans, and its line

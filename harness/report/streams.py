@@ -8,7 +8,7 @@ import pandas as pd
 
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.report.style import ROUNDING
-from castpoint.harness.runs.schema import Backend
+from castpoint.harness.runs.words import Backend
 
 SHOWN = "hf one-rounding bf16-operand deferred cast-after-matmul fp32 bf16-statistics truncating".split()
 HEADING = "Massive tokens"

@@ -13,7 +13,7 @@ from castpoint.harness.report.fingerprints import confusion_section, implementat
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import load_runs
-from castpoint.harness.runs.schema import Check
+from castpoint.harness.runs.words import Check
 
 
 def case_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import ROWS, Row, Status
+from castpoint.harness.runs.schema import ROWS, Row
+from castpoint.harness.runs.words import Status
 
 IN_FLIGHT, DEATHS = "in_flight.json", "deaths.json"
 OFTEN = 2  # deaths after which a row is failed

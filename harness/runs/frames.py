@@ -9,7 +9,8 @@ import pandas as pd
 
 from castpoint.harness.runs.errors import mistakes
 from castpoint.harness.runs.records import check_table, load_runs, whole_lines
-from castpoint.harness.runs.schema import TABLES, Backend, flags_of, words_of
+from castpoint.harness.runs.schema import TABLES, flags_of, words_of
+from castpoint.harness.runs.words import Backend
 
 Frames = dict[str, pd.DataFrame]
 # What a GPU run writes, each row whole by itself, so that a run that was cut off counts.

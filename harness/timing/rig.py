@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from castpoint.harness.problems.geometry import Work
-from castpoint.harness.runs.schema import Status
+from castpoint.harness.runs.words import Status
 from castpoint.harness.timing.cuda import Call, Cuda, Graph, reason_of
 from castpoint.harness.timing.outputs import Differs, bits_differ, wrong_outputs
 from castpoint.kernels.plan import CastPlan

@@ -16,7 +16,8 @@ from castpoint.harness.runs.environment import last_cache_bytes
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import Backend, SpeedRow, Status
+from castpoint.harness.runs.schema import SpeedRow
+from castpoint.harness.runs.words import Backend, Status
 from castpoint.harness.timing import cpu, limits, rig
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import Cuda

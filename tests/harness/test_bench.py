@@ -22,7 +22,8 @@ from castpoint.harness.report.plots import draw
 from castpoint.harness.runs.environment import describe, last_cache_bytes
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import KEYS, Status
+from castpoint.harness.runs.schema import KEYS
+from castpoint.harness.runs.words import Status
 from castpoint.harness.timing.cpu import Ceilings, interleaved_times, rotating, work_of
 from castpoint.harness.timing.rig import Outcome
 from castpoint.harness.timing.sweep import sweep_speed

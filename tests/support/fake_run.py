@@ -22,7 +22,7 @@ import castpoint.harness.gpu.run
 from castpoint.harness.conformance.cuda import Checks
 from castpoint.harness.gpu.order import CARDS, Costs, work_of
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.harness.timing import rig
 from castpoint.harness.timing.cuda import DeviceLost, Graph
 from castpoint.variants.problem import Problem

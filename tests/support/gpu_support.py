@@ -20,7 +20,7 @@ from castpoint.harness.gpu.point import Setting, prepared
 from castpoint.harness.problems.geometry import Geometry
 from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Kind, Status
+from castpoint.harness.runs.words import Kind, Status
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.rig import AGAIN
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from castpoint.harness.problems import grid
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import GpuLimitRow, GpuSpeedRow, GpuStepRow, Kind, Step, TuningRow
+from castpoint.harness.runs.schema import GpuLimitRow, GpuSpeedRow, GpuStepRow, TuningRow
+from castpoint.harness.runs.words import Kind, Step
 
 CHAIN, OWN_CHAIN = "P1 F.rms_norm | cuBLAS | head_norm kernel", "P1 own kernels | cuBLAS"
 P4_BEST = "P4 cuBLAS"

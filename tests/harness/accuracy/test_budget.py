@@ -24,7 +24,7 @@ from castpoint.harness.accuracy.shapley import (
     subsets,
 )
 from castpoint.harness.problems.drawn import synthetic_problem, with_positions
-from castpoint.harness.runs.schema import MEASURES
+from castpoint.harness.runs.words import MEASURES
 from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.problem import Problem

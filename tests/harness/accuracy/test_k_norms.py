@@ -15,7 +15,7 @@ from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.accuracy.k_norms import NEAR_1, add_k_norms, arms, channel_parts, largest, measures
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import KNorms
+from castpoint.harness.runs.words import KNorms
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth

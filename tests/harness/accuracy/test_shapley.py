@@ -18,7 +18,7 @@ from castpoint.harness.accuracy.shapley import (
     subsets,
 )
 from castpoint.harness.problems.exact import exact_problem
-from castpoint.harness.runs.schema import PLAYERS
+from castpoint.harness.runs.words import PLAYERS
 from castpoint.kernels.plan import BOUNDARIES, KEEP, CastPlan
 from castpoint.variants.catalogue import plan_named
 

@@ -18,7 +18,7 @@ from castpoint.harness.conformance.cuda import TOKENS, WIDTHS, Binary, Checks, b
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.problems.geometry import geometry_named
-from castpoint.harness.runs.schema import Check
+from castpoint.harness.runs.words import Check
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.kernels.config import Config
 from castpoint.variants.catalogue import PLANS, plan_named

@@ -20,7 +20,8 @@ from castpoint.harness.conformance import cuda, execute
 from castpoint.harness.report.studies import executed_table, executed_words
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, ExecutedRow
+from castpoint.harness.runs.schema import ExecutedRow
+from castpoint.harness.runs.words import Check
 from castpoint.kernels.config import Config
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.spec import spec

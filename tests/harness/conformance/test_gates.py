@@ -26,7 +26,7 @@ from castpoint.harness.conformance.faults import (
     rounded,
 )
 from castpoint.harness.conformance.gates import GATES, case, judged, rows_of
-from castpoint.harness.runs.schema import Gate, Status, Verdict
+from castpoint.harness.runs.words import Gate, Status, Verdict
 from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.catalogue import HF, PLANS
 from castpoint.variants.eager import plan_eager, plan_weight

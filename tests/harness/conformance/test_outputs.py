@@ -17,7 +17,8 @@ from castpoint.harness.conformance.execute import HERE
 from castpoint.harness.conformance.outputs import OUTPUTS_STEP, compare_outputs
 from castpoint.harness.runs.environment import sources
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, GpuStepRow
+from castpoint.harness.runs.schema import GpuStepRow
+from castpoint.harness.runs.words import Check
 
 
 def opened(folder: Path, capability: str = "9.0", **facts: object) -> Records:

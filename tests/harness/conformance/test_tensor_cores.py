@@ -15,7 +15,7 @@ from castpoint.harness.conformance import tensor_cores
 from castpoint.harness.conformance.tensor_cores import FAMILIES, INSTRUCTIONS, MMA, WGMMA, operands, same, step_checked
 from castpoint.harness.conformance.tensor_model import ALTERNATIVES, EXACT, HOPPER, Model, modelled
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, Status
+from castpoint.harness.runs.words import Check, Status
 from castpoint.harness.timing.cuda import DeviceLost
 
 FAMILY_NAMES = [family.name for family in FAMILIES]

@@ -21,7 +21,8 @@ from castpoint.harness.conformance.tolerances import (
     tolerance_of,
     tolerances,
 )
-from castpoint.harness.runs.schema import Gate, GateRow, Status, Verdict
+from castpoint.harness.runs.schema import GateRow
+from castpoint.harness.runs.words import Gate, Status, Verdict
 from castpoint.variants.catalogue import HF, PLANS
 from castpoint.variants.eager import eager_norm
 

@@ -27,7 +27,8 @@ from castpoint.harness.report.readme import gpus
 from castpoint.harness.runs.archive import unpack
 from castpoint.harness.runs.environment import sources
 from castpoint.harness.runs.records import Records, load_runs
-from castpoint.harness.runs.schema import KEYS, Step
+from castpoint.harness.runs.schema import KEYS
+from castpoint.harness.runs.words import Step
 from castpoint.kernels import dispatch
 
 GPU = "scripted H100"

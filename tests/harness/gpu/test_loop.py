@@ -20,7 +20,7 @@ from castpoint.harness.peers.chains import loop_name, loop_tile, pick_chains
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.grid import COLD, Point
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, Kind
+from castpoint.harness.runs.words import Check, Kind
 
 TILES = grid.loop_tiles(Point("qwen3-0.6b", 4096))
 LOOPS = tuple(loop_name(tile) for tile in TILES)

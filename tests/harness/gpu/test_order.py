@@ -14,7 +14,7 @@ from castpoint.harness.conformance.cuda import binary_of
 from castpoint.harness.gpu.order import CARDS, SEPARATE, Item, binaries, clock, compiled_peers, order, tiles, work_of
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.grid import COLD, HOT, LAYERS, ROPE, Point
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.variants.catalogue import PLANS
 
 ORDER = order()

@@ -22,7 +22,7 @@ from castpoint.harness.conformance.cuda import Binary, Checks
 from castpoint.harness.gpu.order import Item
 from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Step
+from castpoint.harness.runs.words import Step
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.kernels.config import Config
 
@@ -135,7 +135,8 @@ def test_one_that_dies_before_it_measures_anything_is_not_followed_for_ever(tmp_
 
 
 def test_what_is_red_is_said_whatever_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from castpoint.harness.runs.schema import GpuStepRow, Status
+    from castpoint.harness.runs.schema import GpuStepRow
+    from castpoint.harness.runs.words import Status
     from castpoint.harness.steps import print_red
 
     records = records_in(tmp_path)

@@ -18,7 +18,8 @@ from castpoint.harness.problems.grid import Point, points
 from castpoint.harness.report.gpu import section, speed_table
 from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.readme import gpus
-from castpoint.harness.runs.schema import KEYS, Kind, Step
+from castpoint.harness.runs.schema import KEYS
+from castpoint.harness.runs.words import Kind, Step
 
 GOALS = [
     (model, tokens) for tokens in (1, 16, 256, 4096) for model in ("qwen3-0.6b", "qwen3-8b", "qwen3-4b", "qwen3-32b")

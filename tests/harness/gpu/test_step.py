@@ -13,7 +13,8 @@ from castpoint.harness.conformance.cuda import Checks
 from castpoint.harness.gpu.order import Item
 from castpoint.harness.problems.grid import Point
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.runs.schema import GpuLimitRow, Step
+from castpoint.harness.runs.schema import GpuLimitRow
+from castpoint.harness.runs.words import Step
 from castpoint.harness.timing.cpu import Ceilings
 from castpoint.harness.timing.cuda import DeviceLost
 from castpoint.kernels.dispatch import read_table

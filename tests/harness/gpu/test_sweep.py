@@ -29,7 +29,7 @@ from castpoint.harness.gpu.sweep import launched, own_configs, time_chains, time
 from castpoint.harness.peers.chains import OWN_KERNEL
 from castpoint.harness.problems import grid
 from castpoint.harness.problems.grid import COLD, GOAL_MODELS, HOT, ROPE, Point
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.kernels.config import Config, unsupported
 from castpoint.kernels.dispatch import reasoned
 from castpoint.variants.catalogue import plan_named

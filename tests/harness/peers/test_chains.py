@@ -26,7 +26,7 @@ from castpoint.harness.peers.chains import (
 )
 from castpoint.harness.peers.parts import OWN_KERNEL, tuned
 from castpoint.harness.problems.exact import exact_problem
-from castpoint.harness.runs.schema import Kind
+from castpoint.harness.runs.words import Kind
 from castpoint.harness.timing.rig import rotated
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan

@@ -27,7 +27,7 @@ from castpoint.harness.peers.chains import (
 )
 from castpoint.harness.peers.parts import MATMULS, NORMS, OWN_KERNEL, linear_cublaslt
 from castpoint.harness.runs.environment import version
-from castpoint.harness.runs.schema import Kind
+from castpoint.harness.runs.words import Kind
 from castpoint.harness.timing.rig import rotated
 from castpoint.kernels.separate import bf16_reduction
 from castpoint.variants.catalogue import plan_named

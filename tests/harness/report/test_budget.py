@@ -10,7 +10,7 @@ from support import small
 from castpoint.harness.accuracy.budget import budget_rows, order_rows, ways_to_rotate
 from castpoint.harness.report.budget import mean_shares, rope_shares, rope_table, section, share_table
 from castpoint.harness.runs.records import TABLES
-from castpoint.harness.runs.schema import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
+from castpoint.harness.runs.words import FP32, MEASURES, ORDER_OF_SUMS, PLAYERS
 from castpoint.kernels.plan import ROPE_BOUNDARIES
 
 matplotlib.use("agg")

@@ -23,7 +23,7 @@ from castpoint.harness.report.publish import write
 from castpoint.harness.runs.environment import describe
 from castpoint.harness.runs.frames import load
 from castpoint.harness.runs.records import Records, Settings
-from castpoint.harness.runs.schema import Check
+from castpoint.harness.runs.words import Check
 from castpoint.variants.catalogue import PLANS
 
 SETTINGS = Settings(

@@ -26,7 +26,8 @@ from castpoint.harness.report.gates import (
 from castpoint.harness.report.studies import study_sections
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import Records
-from castpoint.harness.runs.schema import Check, Gate, GateRow, Status, ToleranceRow, Verdict
+from castpoint.harness.runs.schema import GateRow, ToleranceRow
+from castpoint.harness.runs.words import Check, Gate, Status, Verdict
 from castpoint.variants.catalogue import HF
 
 SEEN, UNSEEN, SAME = Verdict

@@ -18,7 +18,8 @@ from castpoint.harness.report.failures import section as what_failed
 from castpoint.harness.report.gpu import section, speed_table
 from castpoint.harness.report.gpu_runs import EXACT, FOLDED, GROUPS, LOOP, LOSS, NOISE, P1, P2, P4, WIN, newest
 from castpoint.harness.report.plots import draw
-from castpoint.harness.runs.schema import GpuLimitRow, Kind, Step
+from castpoint.harness.runs.schema import GpuLimitRow
+from castpoint.harness.runs.words import Kind, Step
 
 
 def shown(folder: Path, regime: str = grid.COLD) -> pd.DataFrame:

@@ -19,7 +19,8 @@ from castpoint.harness.report.plots import draw
 from castpoint.harness.report.readme import gpus
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.records import TABLES, Records
-from castpoint.harness.runs.schema import Check, GpuCheckRow, Step
+from castpoint.harness.runs.schema import GpuCheckRow
+from castpoint.harness.runs.words import Check, Step
 
 # ---------------------------------------------------------------- nothing measured
 

@@ -14,7 +14,7 @@ from castpoint.harness.report.gpu import section
 from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.gpu_runs import EXACT, newest, what_of
 from castpoint.harness.report.plots import draw
-from castpoint.harness.runs.schema import Kind, Step
+from castpoint.harness.runs.words import Kind, Step
 from castpoint.variants.catalogue import PLANS
 
 

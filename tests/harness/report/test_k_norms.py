@@ -9,7 +9,8 @@ from castpoint.harness.report import model
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.k_norms import explained, k_norm_table, measured, multiples, of_what, what_it_goes_with
 from castpoint.harness.report.model import Study
-from castpoint.harness.runs.schema import TABLES, KNorms
+from castpoint.harness.runs.schema import TABLES
+from castpoint.harness.runs.words import KNorms
 
 SIZE = {"own": 8.0, "near 1": 2.0, "all the largest": 16.0, "largest alone": 6.0, "without the largest": 4.0}
 MEASURES = [name for name in TABLES["k_norms"][10:] if name not in ("status", "reason")]

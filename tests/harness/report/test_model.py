@@ -38,7 +38,8 @@ from castpoint.harness.report.model import (
 from castpoint.harness.report.model_plot import model_plots, quantiles
 from castpoint.harness.report.style import colour
 from castpoint.harness.runs.frames import load
-from castpoint.harness.runs.schema import BINS, TABLES
+from castpoint.harness.runs.schema import TABLES
+from castpoint.harness.runs.words import BINS
 from castpoint.variants import catalogue
 
 PLANS = ("hf", "one-rounding")

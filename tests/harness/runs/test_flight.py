@@ -10,7 +10,8 @@ import pytest
 from gpu_support import records_in, rows
 
 from castpoint.harness.runs.flight import IN_FLIGHT, in_flight, note_hung, overdue, recover
-from castpoint.harness.runs.schema import GpuLimitRow, Status
+from castpoint.harness.runs.schema import GpuLimitRow
+from castpoint.harness.runs.words import Status
 from castpoint.harness.timing.cuda import DeviceLost
 
 COPY, READ = (GpuLimitRow(limit=name, unit="B/s") for name in ("copy", "read"))

@@ -9,7 +9,8 @@ import pytest
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import load_table
 from castpoint.harness.runs.records import SCHEMA, Records, load_runs
-from castpoint.harness.runs.schema import KEYS, ROWS, TABLES, ErrorRow, Status, TuningRow, flags_of, words_of
+from castpoint.harness.runs.schema import KEYS, ROWS, TABLES, ErrorRow, TuningRow, flags_of, words_of
+from castpoint.harness.runs.words import Status
 
 SETTINGS, ENVIRONMENT = {"model": "m"}, {"device": "cpu"}
 KEY = {
