@@ -1,4 +1,4 @@
-"""What the records say, in four lines, each written from its numbers and linked to its section of report.md."""
+"""What the records say, in a few lines, each written from its numbers and linked to its section of report.md."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def anchor(heading: str) -> str:
 
 def findings(folder: Path, frames: Frames) -> list[Finding]:
     """frames: of a bench; studies are the folder's newest. Without the rows for one of them there is no such line."""
-    return [*_noise(frames["eager"]), *_amplified(folder, frames["k_norms"]), *_compiled(folder), *_noticed(folder)]
+    of_bench = [*_noise(frames["eager"]), *_amplified(folder, frames["k_norms"])]
+    return [*of_bench, *_compiled(folder), *_seen(folder), *_noticed(folder)]
 
 
 NOISE, AMPLIFIED, IMPLEMENTATIONS = "Noise floor", "What the K-norm weights amplify", "What public implementations do"
+TOLERANCES = "What other people's tests let pass"
 
 
 def _noise(eager: pd.DataFrame) -> Iterator[Finding]:
@@ -90,6 +92,21 @@ def _compiled(folder: Path) -> Iterator[Finding]:
             f"`{eager}`, compiled `{compiled}`.",
             IMPLEMENTATIONS,
         )
+
+
+def _seen(folder: Path) -> Iterator[Finding]:
+    """Planted faults before the lab's own checks, and before others' tolerances that refuse no right kernel."""
+    if not (found := latest(folder, "tolerances")):
+        return
+    rows = found[1].assign(share=found[1]["chain_passed"] / found[1]["chain_faults"])
+    peers = rows.query("url != '' and right_refused == 0")
+    own = rows[rows["url"] == ""].iloc[-1]
+    yield Finding(
+        f"**Of {own['chain_faults']:.0f} planted faults** the lab's checks see {own['chain_faults'] - own['chain_passed']:.0f}; "
+        f"tolerances of {peers['peer'].nunique()} other projects' tests let {peers['share'].min():.0%} to "
+        f"{peers['share'].max():.0%} pass.",
+        TOLERANCES,
+    )
 
 
 def _noticed(folder: Path) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from castpoint.harness.report.findings import TOLERANCES
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.runs.words import Gate, Verdict
 
@@ -118,7 +119,7 @@ def peers_table(frame: pd.DataFrame) -> pd.DataFrame:
 def tolerances_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of tolerances.csv."""
     return paragraphs(
-        "## What other people's tests let pass\n\nThe same faults before the comparison that each test makes of bf16 outputs, "
+        f"## {TOLERANCES}\n\nThe same faults before the comparison that each test makes of bf16 outputs, "
         "read in its source: how many pass. First q, k and v of every plan on the drawn layer, where only the tolerance is "
         "the test's. Then a norm by itself, on the inputs that the test draws (N: mean, deviation; U: range; D: channels); "
         "`hidden`: no bit differs on those. The reference is the right kernel of the same plan; what the tests say of "
