@@ -12,7 +12,7 @@ from castpoint.harness.report.fingerprints import OPEN, SAME_BITS, THAT, outcome
 from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.studies import executed_words
 from castpoint.harness.runs.frames import latest
-from castpoint.harness.runs.words import Verdict
+from castpoint.harness.runs.words import Gate, Verdict
 
 HEADING = "What was checked how, and what each check cannot see"
 # What tests/independent recomputes; its tests hold these numbers to it.
@@ -27,7 +27,7 @@ def of_gates(frame: Found) -> str:
         return ""
     rows = gates.faults_of(frame)
     faults = len(rows[["plan", "fault"]].drop_duplicates())
-    right = frame[frame["kind"] == gates.RIGHT]
+    right = frame[frame["gate"].isin([*Gate]) & (frame["kind"] == gates.RIGHT)]
     return (
         f"Of {faults} kernels with a planted fault {faults - len(gates.unseen(rows))} are seen; of "
         f"{len(right)} looks at right ones {int((right['verdict'] == Verdict.SEEN).sum())} were refused."
