@@ -15,6 +15,7 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.amplification import attention_logits
 from castpoint.harness.accuracy.errors import error_stats
+from castpoint.harness.accuracy.k_norms import NEAR_1
 from castpoint.harness.accuracy.shapley import budget
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.problems.streams import published_sizes, with_published_stream
@@ -38,7 +39,7 @@ PARTS = {"all tokens": slice(0, None), "first token": slice(0, 1), "other tokens
 LAST = list(PARTS)[-1]
 DIVIDED = 16  # tokens at most, of which the error is divided
 BEFORE = PLAYERS[: PLAYERS.index("matmul")]  # what rounds before the matmul
-HF = "hf"  # the plan whose error is divided, and whose K-norm weights are set to one
+HF = "hf"  # the plan whose error is divided, and whose K-norm weights are set near one
 
 
 def massive_layers(model: str) -> tuple[int, int, int]:
@@ -97,12 +98,12 @@ def noise(problem: Problem, pytorch: Outputs) -> Columns:
 
 def costs(problem: Problem, plan: str, exact: Chain, pytorch: Outputs) -> Columns:
     """Errors of a plan's spec. Of HF also the share of K's squared error that is made before the matmul, and the
-    logits' error over that with K-norm weights of one."""
+    logits' error over that with K-norm weights near one."""
     chain = spec(plan_named(plan), problem)
     logits = logit_errors(chain, exact)
     if plan == HF:
-        ones = problem.replace(k_norm_weight=torch.ones_like(problem.k_norm_weight))
-        control = logit_errors(spec(plan_named(plan), ones), truth(ones))
+        near_1 = problem.replace(k_norm_weight=torch.full_like(problem.k_norm_weight, NEAR_1))
+        control = logit_errors(spec(plan_named(plan), near_1), truth(near_1))
     for name, part in PARTS.items():
         k = error_stats(actual=chain.k[part], reference=exact.k[part])
         found = {

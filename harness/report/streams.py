@@ -59,7 +59,7 @@ def stream_table(rows: pd.DataFrame) -> pd.DataFrame:
         for plan in (name for name in SHOWN if name in set(spec["plan"])):
             found[f"{words}: {plan}"] = _cells(spec[spec["plan"] == plan], column, text)
     found["part of K's squared error made before the matmul: hf"] = _cells(hf, "before_matmul", _percent)
-    found["logits' rms error, times that with K-norm weights of 1: hf"] = _cells(hf, "k_norm_multiple", _number)
+    found["logits' rms error, times that with K-norm weights near 1: hf"] = _cells(hf, "k_norm_multiple", _number)
     alone = rows[rows["backend"] == Backend.EAGER_BATCH_OF_1]
     changed = alone.assign(changed=1 - alone["k_equal_eager"])
     found["K that eager changes one token at a time"] = _cells(changed, "changed", _percent)
