@@ -156,7 +156,7 @@ def _add_rows(
     backend: Backend,
     measure: Callable[[Problem, str], Columns],
 ) -> None:
-    """A row for each part, if they are not there yet; a measurement that fails is a row for all tokens."""
+    """A row for each part, if they are not there yet; of one that fails the last part alone has one."""
     key = {"model": problem.model, "weights": problem.weights, "layer": problem.layer, "seed": seed}
     key |= {"tokens": problem.tokens, "plan": plan, "backend": backend}
     if records.has(StreamRow, **key, part=LAST):

@@ -12,7 +12,6 @@ from castpoint.harness.report.fingerprints import OPEN, SAME_BITS, THAT, outcome
 from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.studies import executed_words
 from castpoint.harness.runs.frames import latest
-from castpoint.harness.runs.words import Gate, Verdict
 
 HEADING = "What was checked how, and what each check cannot see"
 # What tests/independent recomputes; its tests hold these numbers to it.
@@ -25,12 +24,10 @@ Found = pd.DataFrame | None
 def of_gates(frame: Found) -> str:
     if frame is None:
         return ""
-    rows = gates.faults_of(frame)
-    faults = len(rows[["plan", "fault"]].drop_duplicates())
-    right = frame[frame["gate"].isin([*Gate]) & (frame["kind"] == gates.RIGHT)]
+    faults, passed, looks, refused = gates.counted(frame)
     return (
-        f"Of {faults} kernels with a planted fault {faults - len(gates.unseen(rows))} are seen; of "
-        f"{len(right)} looks at right ones {int((right['verdict'] == Verdict.SEEN).sum())} were refused."
+        f"Of {faults} kernels with a planted fault {faults - passed} are seen; of {looks} looks at right ones {refused} "
+        "were refused."
     )
 
 
@@ -63,24 +60,27 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "Errors of plans, ulps, gains, logits",
         "",
-        f"Again in NumPy, by code that imports nothing of the lab: every plan at layers {LAYERS}, to the six digits that are "
-        "printed. Hugging Face's own modules give `hf` bit for bit, `F.rms_norm` gives `one-rounding`.",
+        "Again in NumPy, by code that imports nothing of the lab, to the six digits that are printed: every plan's errors at "
+        f"layers {LAYERS}; ulps and logits at the first, gains of `hf` there. What Hugging Face's own modules return lies in "
+        "the envelope of `hf`, what `F.rms_norm` makes in that of `one-rounding`, and more than a tenth of either outside the other's.",
         uncounted,
         "Whether drawn weights stand for a checkpoint's: how weights correlate with each other and with activations is not in "
-        "them.",
+        "them. Not recomputed: largest, 99th and mean error in ulps.",
     ),
     (
         "What K-norm weights do",
         "",
-        "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone.",
+        "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone; but for "
+        "rank correlations, the 99th error in ulps and the logits' relative error.",
         uncounted,
-        "Positions, the values that attention adds up, and training: no other weights were ever trained with these.",
+        "Other draws, and layers of a real model, were not recomputed. Positions, the values that attention adds up, and "
+        "training: no other weights were ever trained with these.",
     ),
     (
         "Error budget",
         "",
-        f"{BUDGETS} plans of the first layer again, by walking through all orders of making their roundings. The parts of every "
-        "row sum to the whole.",
+        f"{BUDGETS} plans of the first layer again, by walking through all orders of making their roundings. The parts sum to the "
+        "whole, or there is no row.",
         uncounted,
         "A share's noise: a rounding redraws what those behind it do, by up to a few percent of the whole.",
     ),
@@ -95,7 +95,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "Compiled kernels, run on a CPU",
         "executed",
-        "The same two checks on PTX; each instruction against exact rationals, over all its modifiers.",
+        "The same two checks on PTX; each instruction against exact arithmetic, over all its modifiers.",
         of_compiled,
         "ptxas, races between threads, a tensor core's own order and truncation, the last bits of approximate instructions.",
     ),
@@ -109,7 +109,8 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "What public implementations do",
         "fingerprints",
-        f"Answers on plans that are known. The words found for {NORMS} public norms give the same bits in NumPy.",
+        f"Answers on plans that are known. The words found for {NORMS} public norms, run eagerly, give all "
+        "but one element in 10,000 in NumPy.",
         of_fingerprints,
         "Inputs and shapes that were not asked; boundaries that the family does not have.",
     ),
@@ -123,15 +124,16 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "A whole model",
         "",
-        "Plain tensor code without a module gives eager's bits and float64's logits on small models, and the real model's log "
-        "likelihoods; every column again from these.",
+        "Of small models with drawn weights, eager's figures against float64 again, by plain tensor code without a module, to the "
+        "printed digits. Of the real model, by `make test-real`, float32's log likelihood of two passages.",
         uncounted,
-        "Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
+        "What was not recomputed: the plans inside the real model, K in ulps, attention logits, where text parts. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
     ),
     (
         "Eager's own figures",
         "",
-        "On every instruction set that this CPU plays, as ranges; the other columns of a bench byte for byte on two.",
+        "On every instruction set that this CPU plays, as ranges. What is said to hold on any machine, of a bench of one layer "
+        "byte for byte on two.",
         uncounted,
         "Another make of CPU, a GPU.",
     ),
@@ -152,7 +154,5 @@ def section(folder: Path) -> str:
         found = latest(folder, table) if table else None
         lines.append([figures, " ".join(filter(None, [how, count(found[1] if found else None)])), unseen])
     frame = pd.DataFrame(lines, columns=["figures", "checked by", "what that cannot see"])
-    said = (
-        "By `make test`, of the figures that are published with the project; numbers are of the studies in this report."
-    )
+    said = "By `make test`, but for what a study does or where it says otherwise; numbers are of the studies in this report."
     return paragraphs(f"## {HEADING}", said, markdown(frame))

@@ -59,11 +59,14 @@ def _amplified(folder: Path, drawn: pd.DataFrame) -> Iterator[Finding]:
     if not k_norms.measured(drawn):
         return
     largest = k_norms.arm(drawn, KNorms.OWN)["k_norm_there"].iloc[0]
-    low, _, high = k_norms.middle_and_ends(k_norms.multiples(drawn, "logit_rms_error", KNorms.OWN))
+    error, relative = (
+        "{:.2g} to {:.2g}".format(*k_norms.middle_and_ends(k_norms.multiples(drawn, column, KNorms.OWN))[::2])
+        for column in ("logit_rms_error", "logit_rel_error")
+    )
     said = (
         "**K-norm weights multiply logits and their errors about alike**: those drawn for the first layer, "
-        f"{largest:g} among them, the logits' rms error by {low:.2g} to {high:.2g} (four fifths of draws), against weights "
-        "near one"
+        f"{largest:g} among them, the logits' rms error by {error}, their relative error by {relative} (four fifths of draws), "
+        "against weights near one"
     )
     for study in model.studies(folder):
         rows = study.frames["k_norms"]

@@ -78,14 +78,19 @@ def few(plans: list[str], every: int) -> str:
     return ", ".join(plans) if len(plans) <= 4 else f"{len(plans)} plans"
 
 
+def counted(frame: pd.DataFrame) -> tuple[int, int, int, int]:
+    """Planted faults, those that no gate of ours sees; looks of these gates at right kernels, those that refuse one."""
+    rows, right = faults_of(frame), frame[frame["gate"].isin([*Gate]) & (frame["kind"] == RIGHT)]
+    faults, passed = len(rows[["plan", "fault"]].drop_duplicates()), len(unseen(rows))
+    return faults, passed, len(right), int((right["verdict"] == Verdict.SEEN).sum())
+
+
 def section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of gates.csv."""
-    rows, right = faults_of(frame), frame[frame["gate"].isin([*Gate]) & (frame["kind"] == RIGHT)]
-    every, passed = len(rows[["plan", "fault"]].drop_duplicates()), len(unseen(rows))
-    refused = int((right["verdict"] == Verdict.SEEN).sum())
+    every, passed, looks, refused = counted(frame)
     said = (
         f"## Which gate sees which fault\n\n**{every - passed} of {every} planted faults are seen**, by one element at least; "
-        f"of {len(right)} looks at right kernels, which sum in other orders, {refused} are refused. Each is a plan as PyTorch "
+        f"of {looks} looks at right kernels, which sum in other orders, {refused} are refused. Each is a plan as PyTorch "
         "runs it in fp32, with one boundary moved or one place of its code changed (`castpoint study gates`). `one product`, "
         "`many products`: the spec's bits, where no sum depends on order. `envelope`: the interval of a drawn layer. `fp32`: "
         "stored in fp32. One product comes with a residual, many with a bias, the drawn layer with both, as in the tests; "

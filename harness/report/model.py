@@ -87,11 +87,6 @@ def layer_errors(frames: Frames) -> pd.Series:
     return rows.groupby(["arm", "layer"])["rel_rms"].apply(lambda v: math.sqrt((v**2).mean()))
 
 
-def perplexity(frames: Frames) -> pd.Series:
-    """Arm -> perplexity on the fixed passages, each of which counts the same."""
-    return _of_passages(frames).groupby("arm")["nll"].mean().map(math.exp)
-
-
 def _of_passages(frames: Frames) -> pd.DataFrame:
     return frames["model_tokens"].query("text == 'passages' and reference == 'eager' and status == 'ok'")
 

@@ -11,8 +11,6 @@ from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import Chain, spec, truth
 
-COLUMNS = ("k_rel_rms_before", "k_rel_rms_after", "logit_rms_error", "k_max_abs_after", "k_max_abs_before")
-
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
