@@ -46,10 +46,8 @@ SHARES = 3  # of a checked split-K: they make no other binary, and of 8 steps on
 WIDTHS = {  # channels that a program of rms_norm holds -> the model, and its width, that such a binary is checked at
     1024: ("qwen3-0.6b", 1024), 2048: ("qwen3-1.7b", 2048), 4096: ("qwen3-4b", 2560), 8192: ("qwen3-14b", 5120),
 }  # fmt: skip
-OUTPUTS, OUTPUT_TOKENS = (
-    "outputs.safetensors",
-    8,
-)  # of a results folder: what kernels of this GPU return, for `compared` elsewhere
+# Of a results folder: what kernels of this GPU return, for `compared` elsewhere.
+OUTPUTS, OUTPUT_TOKENS = "outputs.safetensors", 8
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,10 @@ def of_fingerprints(frame: Found) -> str:
         return ""
     found = pd.Series([outcome(row) for row in frame.itertuples(index=False)])
     right = int(found.isin([THAT, SAME_BITS, OPEN]).sum())
-    return f"Of {len(found)} planted plans {right} are answered with that plan or one of the same bits."
+    return (
+        f"Of {len(found)} planted plans {right} are answered with that plan, its unrounded steps open or not, or with one of the "
+        "same bits."
+    )
 
 
 def of_cases(frame: Found) -> str:
@@ -140,7 +143,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "Times",
         "",
-        "Arms in turns, cold weights, medians beside quantiles and the roofline of the same machine.",
+        "Arms in turns, weights in rotation, medians beside quantiles and the roofline of the same machine.",
         uncounted,
         "A GPU: times of a CPU rank two matmuls of PyTorch, not plans.",
     ),

@@ -29,7 +29,7 @@ from castpoint.variants.catalogue import PLANS
 
 AS_DRAWN = (
     "The first layer with its K-norm weights as drawn, and with others in their place. q's and K's are drawn independently: "
-    "which q weight meets the largest of K's is chance here, and is not in gemma-3-270m, a trained model. Attention is causal, "
+    "which q weight meets the largest of K's is chance here, and need not be in a trained model. Attention is causal, "
     "without position encoding."
 )
 

@@ -71,7 +71,7 @@ def _label(run: dict, name: str) -> str:
 
 
 def error_per_plan(frames: Frames) -> Figure | None:
-    """Distance to the truth and distance to eager, with the noise floor of each."""
+    """Distance to the truth and distance to eager, and what eager changes in itself."""
     errors = frames["errors"]
     truth = over_layers(errors, "truth", "rel_rms").sort_values(ascending=False) / ROUNDING
     if not len(truth):
