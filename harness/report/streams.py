@@ -30,9 +30,9 @@ def section(frame: pd.DataFrame) -> str:
         "activation of another size, its others differ from the published ones by one factor, which the norm removes. "
         "Behind the input norm a massive token is nearly one channel, and its K nearly one column of W: what rounds "
         "before the matmul is nearly one factor of all K, which the K norm divides out. A second large channel has a "
-        "factor of its own, which the norm keeps. V has no norm behind it. What is made before the matmul is of the first "
-        "16 tokens of each part. Kernels: the first of these layers. PyTorch and eager are this CPU's. Median (least to "
-        "greatest) over models, layers and draws.\n\n"
+        "factor of its own, which the norm keeps. V has no norm behind it. What is made before the matmul is of the "
+        "first 16 tokens of each part. Kernels: the first of these layers. PyTorch and eager are this CPU's. Median "
+        "(least to greatest) over models, layers and draws.\n\n"
         f"{markdown(table, right=table.columns[1:])}"
     )
 

@@ -1,7 +1,7 @@
 """Which recorded figures hold on any machine, and which are of the one that measured them: said here, once.
 
-The table of results/README.md is this one, and the marks in report.md and README.md follow it; the tests measure a bench
-of one layer on two machines that one CPU can play, and hold it to them.
+The table of results/README.md is this one, and the marks in report.md and README.md follow it; the tests measure a
+bench of one layer on two machines that one CPU can play, and hold it to them.
 """
 
 from __future__ import annotations
