@@ -57,7 +57,7 @@ def test_without_a_control_nothing_is_said(tmp_path: Path) -> None:
     rows = made(1, 2)
     failed = rows.assign(status=["failed" if k == "near 1" else "ok" for k in rows["k_norm"]])
     for none in (failed, rows[:0]):
-        frames = {"errors": pd.DataFrame(columns=list(TABLES["errors"])), "k_norms": none}
+        frames = {"eager": pd.DataFrame(columns=list(TABLES["eager"])), "k_norms": none}
         assert not measured(none) and explained(none) == "" and findings(tmp_path, frames) == []
     one = rows.assign(status=["failed" if sample else "ok" for sample in rows["sample"]])
     assert multiples(one, "k_max_abs", KNorms.OWN).tolist() == [4], "another draw's control was taken"
@@ -72,7 +72,7 @@ def test_the_finding_speaks_of_draws_and_of_real_layers(
     own = real["k_norm"].isin(["own", "without the largest"]) & (real["q_norm"] == "own")
     real.loc[own, "logit_rms_error"] = 2.0 * (4 + 4 * real["layer"])
     real.loc[own & (real["k_norm"] != "own"), "logit_rms_error"] *= factor
-    frames = {"errors": pd.DataFrame(columns=list(TABLES["errors"])), "k_norms": made(1, 11)}
+    frames = {"eager": pd.DataFrame(columns=list(TABLES["eager"])), "k_norms": made(1, 11)}
     studies = [
         Study(name, "r", {"settings": {"model": name, "weights": weights}}, {"k_norms": real})
         for name, weights in (("real", "checkpoint"), ("drawn", "calibrated"))

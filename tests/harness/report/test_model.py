@@ -175,8 +175,9 @@ def repeated(study: Study, times: int) -> Study:
     copies = {
         name: pd.concat([rows.assign(prompt=rows["prompt"] + 2 * n) for n in range(times)], ignore_index=True)
         for name, rows in study.frames.items()
+        if "prompt" in rows
     }
-    return dataclasses.replace(study, frames=copies)
+    return dataclasses.replace(study, frames=study.frames | copies)
 
 
 def test_what_is_taken_over_texts_has_an_interval(known: Study) -> None:

@@ -19,7 +19,6 @@ def row(layer: int, rel_rms: float, **other: object) -> dict[str, object]:
 def test_a_plan_shows_its_least_and_greatest_layer() -> None:
     rows = [row(0, 0.003), row(1, 0.004), row(2, 0.005), row(0, 0.007, plan="fp32")]
     rows += [row(0, 9.0, output="q"), row(0, 9.0, reference="eager"), row(0, 9.0, backend="eager")]
-    rows += [row(0, 9.0, uniform_k_norm=64.0)]
     frames = {"errors": pd.DataFrame(rows).reindex(columns=list(TABLES["errors"]))}
     table = plan_table(frames | {"speed": pd.DataFrame(columns=list(TABLES["speed"]))}).set_index("plan")
     assert table.loc["hf", "K error, relative rms"] == pytest.approx(math.sqrt((9 + 16 + 25) / 3) / 1000)
