@@ -102,7 +102,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("audit kernels_of_mine.py:copy BLOCK=4 --signature *bf16,*bf16,i32 --target sm_70", "unknown target 'sm_70'"),
         ("audit --run --target gfx942", "target must be sm_80 or sm_90"),
         ("audit --configs --results file", "cannot be written"),
-        ("study", "studies are survey, cases, confusion, streams"),
+        ("study", "studies are survey, cases, gates, streams, confusion"),
         ("study cases --results file", "cannot be written"),
         ("study survey --device tpu", "must be cpu or cuda"),
         ("report", "runs/ holds no run yet"),

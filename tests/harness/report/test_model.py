@@ -173,7 +173,7 @@ def repeated(study: Study, times: int) -> Study:
     copies = {
         name: pd.concat([rows.assign(prompt=rows["prompt"] + 2 * n) for n in range(times)], ignore_index=True)
         for name, rows in study.frames.items()
-        if name != "k_norms"
+        if "prompt" in rows
     }
     return dataclasses.replace(study, frames=study.frames | copies)
 
