@@ -127,7 +127,7 @@ def test_weights_predict_the_error_and_the_logits_grow_with_it() -> None:
     """Over draws that differ by a factor of two and more; and the relative error stays. With q's weights all near 1 it
     is the rms of K's weights in every draw, 9.41."""
     found = []
-    for seed in (0, 1, 2):
+    for seed in (3, 7, 10):
         rows = {
             key: measured(p) for *key, p in arms(synthetic_problem("qwen3-0.6b", 0, 48, seed)) for key in [tuple(key)]
         }
