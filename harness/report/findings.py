@@ -104,6 +104,8 @@ def _seen(folder: Path) -> Iterator[Finding]:
     rows = found[1].assign(share=found[1]["chain_passed"] / found[1]["chain_faults"])
     peers = rows.query("url != '' and right_refused == 0")
     own = rows[rows["url"] == ""].iloc[-1]
+    if not len(peers):
+        return
     yield Finding(
         f"**Of {own['chain_faults']:.0f} planted faults** the lab's checks see {own['chain_faults'] - own['chain_passed']:.0f}; "
         f"tolerances of {peers['peer'].nunique()} other projects' tests let {peers['share'].min():.0%} to "
