@@ -134,9 +134,9 @@ def test_a_boundary_that_is_not_there_is_no_fault() -> None:
 
 
 def test_a_fault_that_no_inputs_show_is_unseen_not_the_same_function() -> None:
-    """A rounded rstd hides a mean that is off by a 256th or a 1,024th: it would have to lie beside a tie."""
-    fault = named("mean over one channel more", "rstd-rounded")
-    rows = [row for row in rows_of("rstd-rounded", fault) if row.gate in [*Gate]]
+    """A variance that is rounded to bf16 hides the roundings of the sum whose squares it is the mean of."""
+    fault = named("variance of the sum before it is rounded", "bf16-statistics")
+    rows = [row for row in rows_of("bf16-statistics", fault) if row.gate in [*Gate]]
     assert {row.verdict for row in rows} == {Verdict.UNSEEN} and not any(row.differ for row in rows)
 
 
