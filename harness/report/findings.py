@@ -60,7 +60,7 @@ def _amplified(folder: Path, drawn: pd.DataFrame) -> Iterator[Finding]:
         return
     largest = k_norms.arm(drawn, KNorms.OWN)["k_norm_there"].iloc[0]
     error, relative = (
-        "{:.2g} to {:.2g}".format(*k_norms.middle_and_ends(k_norms.multiples(drawn, column, KNorms.OWN))[::2])
+        "{:.3g} to {:.3g}".format(*k_norms.middle_and_ends(k_norms.multiples(drawn, column, KNorms.OWN))[::2])
         for column in ("logit_rms_error", "logit_rel_error")
     )
     said = (
@@ -108,8 +108,8 @@ def _seen(folder: Path) -> Iterator[Finding]:
         return
     yield Finding(
         f"**Of {own['chain_faults']:.0f} planted faults** the lab's checks see {own['chain_faults'] - own['chain_passed']:.0f}; "
-        f"tolerances of {peers['peer'].nunique()} other projects' tests let {peers['share'].min():.0%} to "
-        f"{peers['share'].max():.0%} pass.",
+        f"tolerances of {peers['peer'].nunique()} other projects' tests let "
+        f"{percent(peers['share'].min(), peers['share'].max(), 2)} pass.",
         TOLERANCES,
     )
 
