@@ -96,7 +96,7 @@ def error_per_plan(frames: Frames) -> Figure | None:
     left.set(yticks=range(len(truth)), yticklabels=truth.index, ylim=(-0.6, len(truth) - 0.4), xlim=(0, None))
     left.set_xlabel(f"K's error against float64 {unit}")
     noise = differing(frames["eager"], Backend.EAGER_BATCH_OF_1)
-    floor = f"\n(eager against itself, one token at a time: {percent(*noise, 2)})" if noise else ""
+    floor = f"\n(eager token by token: {percent(*noise, 2)})" if noise else ""
     right.set(xlim=(0, 100), xlabel=f"K elements that differ from eager bf16{floor}")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     for axes, words in ((left, "the truth"), (right, "the PyTorch bf16 path")):
@@ -124,7 +124,7 @@ def error_per_layer(frames: Frames) -> Figure | None:
         return None
     plans = [p for p in ("truncating", "hf", "bf16-operand", "fp32") if p in set(amplified["plan"])]
     title = "K's error per layer: absolute (top), relative to the head (middle); K-norm weight (bottom)"
-    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.85, 0.7, 0.55), title, sharex=True, height_ratios=[3, 3, 2])
+    figure, axes = panels((3, 1), (9, 7.6), (0.11, 0.82, 0.7, 0.55), title, sharex=True, height_ratios=[3, 3, 2])
     weights = amplified.groupby("layer")["k_norm_max"].first()
     axes[2].bar(weights.index, weights, color=GREY, width=0.7)
     for layer in weights.nlargest(3).index:

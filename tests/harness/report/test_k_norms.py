@@ -83,8 +83,8 @@ def test_the_finding_speaks_of_draws_and_of_real_layers(
     monkeypatch.setattr("castpoint.harness.report.findings._noticed", lambda folder: iter(()))
     (finding,) = findings(tmp_path, frames)
     first = (
-        "8 among them, the logits' rms error by 8 to 40, their relative error by 0.667 to 0.909 (four fifths of draws), "
-        "against weights near one"
+        "8 among them, the logits' rms error by 8 to 40, their relative error by 0.667 to 0.909 (four fifths of "
+        "draws), against weights near one"
     )
     last = f"real's own by 6, {said.replace('4', '3')} each layer's largest (median of layers)."
     assert finding.text.split("drawn for the first layer, ")[1] == f"{first}; {last}"
