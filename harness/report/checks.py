@@ -63,12 +63,12 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "Errors of plans, ulps, gains, logits",
         "",
-        "Again in NumPy, by code that imports nothing of the lab, to the six digits that are printed: every plan's errors at "
-        f"layers {LAYERS}; ulps and logits at the first, gains of `hf` there. What Hugging Face's own modules return lies in "
+        "Again in NumPy, by code that imports nothing of the lab, to the six digits that are printed: every plan's errors, also in "
+        f"ulps, at layers {LAYERS}; histograms and logits at the first, gains of `hf` there; two plans on massive tokens, in one layer. What Hugging Face's own modules return lies in "
         "the envelope of `hf`, what `F.rms_norm` makes in that of `one-rounding`, and more than a tenth of either outside the other's.",
         uncounted,
         "Whether drawn weights stand for a checkpoint's: how weights correlate with each other and with activations is not in "
-        "them. Not recomputed: largest, 99th and mean error in ulps.",
+        "them.",
     ),
     (
         "What K-norm weights do",
@@ -82,7 +82,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
     (
         "Error budget",
         "",
-        f"{BUDGETS} plans of the first layer again, by walking through all orders of making their roundings. The parts sum to the "
+        f"{BUDGETS} plans of the first layer again, one with positions too, by walking through all orders of making their roundings. The parts sum to the "
         "whole, or there is no row.",
         uncounted,
         "A share's noise: a rounding redraws what those behind it do, by up to a few percent of the whole.",

@@ -2,17 +2,18 @@
 
 import csv
 import itertools
-import os
+import math
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from plain_chain import PLANS, TRUTH, attention_logits, chain, cut, relative_rms, softmax, spacing
+from plain_chain import PLANS, TRUTH, attention_logits, chain, cut, fp32, relative_rms, softmax, spacing
 
+from castpoint.harness.accuracy.streams import both_streams
 from castpoint.harness.problems.drawn import synthetic_problem
 
-RESULTS = Path(os.environ.get("OWN") or Path(__file__).parents[2] / "results" / "cpu")
+RESULTS = Path(__file__).parents[2] / "results" / "cpu"
 MODEL, LAYERS = "qwen3-0.6b", (0, 9, 27)
 
 
@@ -33,12 +34,15 @@ def agree(published, own):
     return float(published) == pytest.approx(own, rel=6e-6, abs=1e-12)
 
 
+def values_of(problem):
+    names = ("x", "norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight")
+    return {name: getattr(problem, name).double().numpy() for name in names}
+
+
 @cache
 def inputs(layer, offset, tokens, seed=0):
     problem = synthetic_problem(MODEL, layer, tokens, seed, weight_offset=offset)
-    names = ("x", "norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight")
-    given = {name: getattr(problem, name).double().numpy() for name in names}
-    return given | {"num_q_heads": 16, "num_kv_heads": 8, "eps": 1e-6, "weight_offset": offset}
+    return values_of(problem) | {"num_q_heads": 16, "num_kv_heads": 8, "eps": 1e-6, "weight_offset": offset}
 
 
 @cache
@@ -67,6 +71,10 @@ def test_errors(plan, layer):
         assert agree(row["rms"], np.sqrt(np.mean(error**2)))
         assert agree(row["rel_rms"], relative_rms(actual, reference))
         assert agree(row["share_equal"], np.mean(actual == cut(reference, 8, np.rint)))
+        ulps = np.sort(np.abs(error / spacing(reference))[(reference != 0) | (error == 0)])
+        at_99 = ulps[math.ceil(0.99 * len(ulps)) - 1]
+        assert agree(row["max_ulp"], ulps[-1]) and agree(row["p99_ulp"], at_99)
+        assert agree(row["mean_ulp"], ulps[ulps <= at_99].mean())
         shrunk = np.mean(error * np.sign(reference)) / np.mean(np.abs(reference))
         assert float(row["signed_mean"]) == pytest.approx(shrunk, rel=6e-6, abs=1e-12)
         at = int(row["at_token"]), int(row["at_head"]), int(row["at_channel"])
@@ -189,19 +197,53 @@ def parts_of_logits(made, true, there):
     return {"channel_share": own / whole, "cross_share": 1 - squares / whole, "logit_terms": np.sqrt(terms)}
 
 
+# ---------------------------------------------------------------- massive tokens
+
+
+@pytest.mark.parametrize("plan", ["hf", "bf16-operand"])
+@pytest.mark.parametrize("weights", ["random", "random, published stream"])
+def test_massive_tokens(plan, weights):
+    """The costs of a plan on either stream, of all tokens, of the massive one, and of the others."""
+    found = published("streams", model="qwen3-1.7b", layer=3, seed=0, plan=plan, backend="spec", weights=weights)
+    problem = both_streams("qwen3-1.7b", 3, int(found[0]["tokens"]), 0)["published" in weights]
+    given = values_of(problem) | {"num_q_heads": problem.num_q_heads, "num_kv_heads": problem.num_kv_heads}
+    given |= {"eps": 1e-6, "weight_offset": False}
+    made, true = chain(given, PLANS[plan]), chain(given, TRUTH)
+    logits = attention_logits(made["q"], made["k"]) - attention_logits(true["q"], true["k"])
+    parts = {"all tokens": slice(0, None), "first token": slice(0, 1), "other tokens": slice(1, None)}
+    assert [row["part"] for row in found] == list(parts)
+    for row, part in zip(found, parts.values(), strict=True):
+        k, true_k = made["k"][part], true["k"][part]
+        assert agree(row["k_rel_rms"], relative_rms(k, true_k))
+        assert agree(row["v_rel_rms"], relative_rms(made["v"][part], true["v"][part]))
+        assert agree(row["k_equal"], np.mean(k == cut(true_k, 8, np.rint)))
+        error = logits[:, :, part]
+        assert agree(row["logit_rms_error"], np.sqrt(np.mean(error[np.isfinite(error)] ** 2)))
+        assert agree(row["x_max"], given["x"][part].max()) and agree(row["x_min"], given["x"][part].min())
+
+
 # ---------------------------------------------------------------- error budget, by walking through all orders
 
 
 BUDGETS = ("hf", "one-rounding", "rstd-rounded", "folded", "fp32-tf32", "gemma-bf16-offset")
 
 
-@pytest.mark.parametrize("plan", BUDGETS)
-def test_budget(plan):
+def rotated(given, first):
+    """The inputs with tokens at first, first + 1, and so on: theta 1e6, angles in float64, their table in fp32."""
+    steps = 1e6 ** (-np.arange(0, 128, 2) / 128)
+    angles = np.outer(np.arange(first, first + len(given["x"])), steps)
+    return given | {"cos": fp32(np.cos(angles)), "sin": fp32(np.sin(angles))}
+
+
+@pytest.mark.parametrize(("plan", "first"), [*((plan, "") for plan in BUDGETS), ("one-rounding", 1000)])
+def test_budget(plan, first):
     """What each rounding adds, averaged over all orders in which the roundings can be made."""
-    found = published("budget", plan=plan, layer=0, backend="spec", rotated_from="")
+    found = published("budget", plan=plan, layer=0, backend="spec", rotated_from=first)
     tokens, names = int(found[0]["tokens"]), {"folded": "scale", "tf32": "matmul", "offset_bf16": "weight_offset"}
-    given, true = inputs(0, plan.startswith("gemma"), tokens), true_chain(0, plan.startswith("gemma"), tokens)
-    players = [word for word in PLANS[plan].split() if word not in ("unrotated", "cos_sin", "products", "offset")]
+    given = inputs(0, plan.startswith("gemma"), tokens)
+    given = rotated(given, first) if first else given
+    true, none = chain(given, TRUTH), {"offset"} if first else {"offset", "unrotated", "cos_sin", "products"}
+    players = [word for word in PLANS[plan].split() if word not in none]
     always = {"offset"} & set(PLANS[plan].split())
 
     @cache
