@@ -83,6 +83,16 @@ def _sets(count: int) -> np.ndarray:
     return drawn[drawn.any(1)]
 
 
+def correlation(a: pd.Series, b: pd.Series, level: float = LEVEL) -> tuple[float, float, float]:
+    """Pearson's, and where it may lie, by Fisher's z, if its pairs were independent; -1 to 1 of three or fewer."""
+    found = a.corr(b)
+    if len(a) <= 3:
+        return found, -1.0, 1.0
+    width = NormalDist().inv_cdf(1 - level / 2) / math.sqrt(len(a) - 3)
+    at = np.arctanh(np.clip(found, -1, 1))
+    return found, np.tanh(at - width), np.tanh(at + width)
+
+
 def given_depth(table: pd.DataFrame, column: str, level: float = LEVEL) -> tuple[float, float, float]:
     """Partial rank correlation of the column with the largest K-norm weight, the layer's number held fixed, and where
     it may lie if layers were independent draws.

@@ -7,7 +7,15 @@ import pytest
 
 from castpoint.harness.report import model
 from castpoint.harness.report.findings import findings
-from castpoint.harness.report.k_norms import explained, k_norm_table, measured, multiples, of_what, what_it_goes_with
+from castpoint.harness.report.k_norms import (
+    explained,
+    k_norm_table,
+    measured,
+    multiples,
+    of_what,
+    together,
+    what_it_goes_with,
+)
 from castpoint.harness.report.model import Study
 from castpoint.harness.runs.schema import TABLES
 from castpoint.harness.runs.words import KNorms
@@ -100,3 +108,14 @@ def test_words_name_plan_control_and_prediction() -> None:
         "over channels: -0.5. Without K's largest weight the logits' rms error is 0.208 (0.138 to 0.425) "
         "times that with it."
     )
+
+
+def test_a_correlation_is_of_draws_or_of_the_medians_of_layers() -> None:
+    """By hand: r = 0.8 of five pairs lies between tanh(1.0986 -+ 1.96 / sqrt(2))."""
+    draws = pd.MultiIndex.from_product([[0], range(5)], names=["layer", "sample"])
+    a, b = pd.Series([1.0, 2, 3, 4, 5], draws), pd.Series([2.0, 1, 4, 3, 5], draws)
+    assert together(a, b) == "0.8 (-0.28 to 0.986)"
+    layers = pd.MultiIndex.from_product([range(4), range(3)], names=["layer", "sample"])
+    of_layers = pd.Series([0.0, 1, 9, 0, 2, 9, 0, 3, 9, 0, 4, 9], layers)  # medians 1, 2, 3, 4
+    assert together(of_layers, of_layers).startswith("1 (1 to 1")
+    assert together(of_layers[:9], of_layers[:9]) == "1 (-1 to 1)", "three layers say nothing"
