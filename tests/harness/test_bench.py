@@ -95,7 +95,7 @@ def test_what_one_draw_says_is_not_taken_for_all(run: Path) -> None:
     assert ratios[2] > 1.5 * ratios[0]
     frames = load(run, rows["run_id"][0])
     (finding,) = (f for f in findings(run, frames) if "96.5 among them" in f.text)
-    assert f"rms error by {ratios[0]:.2g} to {ratios[2]:.2g} (four fifths of draws)" in finding.text
+    assert f"rms error by {ratios[0]:.3g} to {ratios[2]:.3g}, their relative" in finding.text
     cells = k_norm_table(frames["k_norms"]).set_index("measure; K-norm weights:").loc["logits, rms error: multiple"]
     assert cells["own"] == f"{ratios[1]:.3g} ({ratios[0]:.3g} to {ratios[2]:.3g})" and cells["near 1"] == "1"
 

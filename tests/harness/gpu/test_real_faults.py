@@ -60,7 +60,7 @@ def test_a_kernel_whose_fault_is_seen_when_its_outputs_are_read(
 
     monkeypatch.setattr(cuda, "_judged", judged)
     monkeypatch.setattr(cuda, "run_triton", lambda *a, **k: ())
-    monkeypatch.setattr(cuda, "reference", lambda *a, **k: cuda.Reference(None, [], []))
+    monkeypatch.setattr(cuda, "reference", lambda *a, **k: cuda.Reference([], [], []))
     with pytest.raises(DeviceLost):
         Checks(records, gpu).why_red(Binary("deferred", Config()))
     assert [r["status"] for r in rows(tmp_path, "gpu_checks")] == ["failed"]
