@@ -18,12 +18,8 @@ HEADING = "What was checked how, and what each check cannot see"
 LAYERS, CASES, NORMS, BUDGETS = "0, 9 and 27", 13, 6, 6
 FALSE_RED = 2e-9  # of the envelope, a sum: variants.envelope.false_red
 
-Found = pd.DataFrame | None
 
-
-def of_gates(frame: Found) -> str:
-    if frame is None:
-        return ""
+def of_gates(frame: pd.DataFrame) -> str:
     faults, passed, looks, refused = gates.counted(frame)
     return (
         f"Of {faults} kernels with a planted fault {faults - passed} are seen; of {looks} looks at right ones {refused} "
@@ -31,13 +27,11 @@ def of_gates(frame: Found) -> str:
     )
 
 
-def of_audit(frame: Found) -> str:
-    return "" if frame is None else f"{int((frame['status'] == 'ok').sum())} of {len(frame)} kernels."
+def of_audit(frame: pd.DataFrame) -> str:
+    return f"{int((frame['status'] == 'ok').sum())} of {len(frame)} kernels."
 
 
-def of_fingerprints(frame: Found) -> str:
-    if frame is None:
-        return ""
+def of_fingerprints(frame: pd.DataFrame) -> str:
     found = pd.Series([outcome(row) for row in frame.itertuples(index=False)])
     right = int(found.isin([THAT, SAME_BITS, OPEN]).sum())
     return (
@@ -46,27 +40,19 @@ def of_fingerprints(frame: Found) -> str:
     )
 
 
-def of_cases(frame: Found) -> str:
-    return "" if frame is None else f"{CASES} of {len(frame)} figures again in NumPy."
-
-
-def of_compiled(frame: Found) -> str:
-    return "" if frame is None else executed_words(frame)
-
-
-def uncounted(frame: Found) -> str:
-    return ""
+def of_cases(frame: pd.DataFrame) -> str:
+    return f"{CASES} of {len(frame)} figures again in NumPy."
 
 
 # Figures, the table that counts what was checked, how, in which numbers, and what that cannot see.
-CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
+CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], ...] = (
     (
         "Errors of plans, ulps, gains, logits",
         "",
         "Again in NumPy, by code that imports nothing of the lab, to the six digits that are printed: every plan's errors, also in "
         f"ulps, at layers {LAYERS}; histograms and logits at the first, gains of `hf` there; two plans on massive tokens, in one layer. What Hugging Face's own modules return lies in "
         "the envelope of `hf`, what `F.rms_norm` makes in that of `one-rounding`, and more than a tenth of either outside the other's.",
-        uncounted,
+        None,
         "Whether drawn weights stand for a checkpoint's: how weights correlate with each other and with activations is not in "
         "them.",
     ),
@@ -75,7 +61,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
         "",
         "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone; but for "
         "rank correlations, the 99th error in ulps and the logits' relative error.",
-        uncounted,
+        None,
         "Other draws, and layers of a real model, were not recomputed. Positions, the values that attention adds up, and "
         "training: no other weights were ever trained with these.",
     ),
@@ -84,7 +70,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
         "",
         f"{BUDGETS} plans of the first layer again, one with positions too, by walking through all orders of making their roundings. The parts sum to the "
         "whole, or there is no row.",
-        uncounted,
+        None,
         "A share's noise: a rounding redraws what those behind it do, by up to a few percent of the whole.",
     ),
     (
@@ -99,7 +85,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
         "Compiled kernels, run on a CPU",
         "executed",
         "The same two checks on PTX; each instruction against exact arithmetic, over all its modifiers.",
-        of_compiled,
+        executed_words,
         "ptxas, races between threads, a tensor core's own order and truncation, the last bits of approximate instructions.",
     ),
     (
@@ -129,7 +115,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
         "",
         "Of small models with drawn weights, eager's figures against float64 again, by plain tensor code without a module, to the "
         "printed digits. Of the real model, by `make test-real`, float32's log likelihood of two passages.",
-        uncounted,
+        None,
         "What was not recomputed: the plans inside the real model, K in ulps, attention logits, where text parts. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
     ),
     (
@@ -137,14 +123,14 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Found], str], str], ...] = (
         "",
         "On every instruction set that this CPU plays, as ranges. What is said to hold on any machine, of a bench of one layer "
         "byte for byte on two.",
-        uncounted,
+        None,
         "Another make of CPU, a GPU.",
     ),
     (
         "Times",
         "",
         "Arms in turns, weights in rotation, medians beside quantiles and the roofline of the same machine.",
-        uncounted,
+        None,
         "A GPU: times of a CPU rank two matmuls of PyTorch, not plans.",
     ),
 )
@@ -155,7 +141,8 @@ def section(folder: Path) -> str:
     lines = []
     for figures, table, how, count, unseen in CHECKS:
         found = latest(folder, table) if table else None
-        lines.append([figures, " ".join(filter(None, [how, count(found[1] if found else None)])), unseen])
+        counted = count(found[1]) if count and found else ""
+        lines.append([figures, f"{how} {counted}".rstrip(), unseen])
     frame = pd.DataFrame(lines, columns=["figures", "checked by", "what that cannot see"])
     said = "By `make test`, but for what a study does or where it says otherwise; numbers are of the studies in this report."
     return paragraphs(f"## {HEADING}", said, markdown(frame))
