@@ -11,9 +11,9 @@ from castpoint.harness.report import gpu
 from castpoint.harness.report.findings import anchor, findings
 from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.markdown import markdown
-from castpoint.harness.report.page import newest_run
+from castpoint.harness.report.page import newest_run, with_ends
 from castpoint.harness.report.style import ROUNDING
-from castpoint.harness.runs.frames import Frames, load, over_layers
+from castpoint.harness.runs.frames import Frames, load
 from castpoint.harness.runs.holds import MARK
 from castpoint.harness.runs.records import load_runs
 from castpoint.variants.catalogue import PLANS
@@ -28,16 +28,18 @@ SHOWN = tuple(  # from Hugging Face's order to the fewest roundings, then what e
 
 def headline(frames: Frames) -> str:
     """The table of plans: who rounds where, K's error in units of one rounding, its bits equal to PyTorch's."""
-    error = over_layers(frames["errors"], "truth", "rel_rms") / ROUNDING
+    errors = frames["errors"]
+    error = with_ends(errors, "truth", "rel_rms", "{:.2f}", 1 / ROUNDING)
+    equal = with_ends(errors, "eager", "share_equal", "{:.4g}", 100)
     plans = {name: PLANS[name] for name in SHOWN if name in error}
     columns = {
         "rounds to bf16 at": [" ".join(named.plan.roundings()) for named in plans.values()],
         "who does it": [named.about for named in plans.values()],
-        "K's error": error.map("{:.2f}".format),
-        f"K equal to PyTorch's {MARK}": over_layers(frames["errors"], "eager", "share_equal"),
+        "K's error": error.str.replace(" to ", "–"),
+        f"K equal to PyTorch's, % {MARK}": equal.str.replace(" to ", "–"),
     }
     table = pd.DataFrame(columns, index=pd.Index(list(plans), name="plan"))
-    return markdown(table.reset_index(), right=["K's error"])
+    return markdown(table.reset_index(), right=[name for name in columns if name.startswith("K")])
 
 
 def conditions(folder: Path, run_id: str) -> str:
@@ -48,7 +50,8 @@ def conditions(folder: Path, run_id: str) -> str:
     native = "with" if e.get("native_bf16") else "without"
     machine = e["gpu"]["name"] if "gpu" in e else f"a CPU {native} bf16 instructions ({e['processor']})"
     return (
-        "K's error: rms against float64, relative to its head, in units of what rounding to bf16 a single time costs. "
+        "K's error: rms against float64, relative to its head, in units of what rounding to bf16 a single time costs; "
+        "in brackets the least and the greatest layer. "
         f"{MARK} Hugging Face's eager bf16 on this machine. {s['model']}'s shape, "
         f"{len(s['layers'])} layers, {s['tokens']} tokens, {weights}; {machine}. {gpus(folder.parent)}"
     )
