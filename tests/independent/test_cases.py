@@ -1,6 +1,7 @@
 """Figures of cases of the field within one norm and of sums and products, recomputed in NumPy on what each case draws."""
 
 import csv
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,8 @@ from castpoint.harness.cases.inputs import normal
 from castpoint.harness.cases.run import MEASURED
 from castpoint.harness.problems.drawn import standard_normal
 
-PUBLISHED = Path(__file__).parents[2] / "results" / "cpu" / "cases.csv"
-DRAWS = {  # six where nothing is said
+RESULTS = Path(__file__).parents[2] / "results" / "cpu"
+SEVERAL_DRAWS = {
     1: "offset-scale",
     2: "row-of-4096 row-of-128 truncated-hidden truncated-step 72-calls",
     3: "bf16-sum-nearest bf16-sum-truncated fp32-sum added-in-fp16",
@@ -27,6 +28,7 @@ DRAWS = {  # six where nothing is said
     5: "indexer-runs",
     8: "eps-fp64 compiled-fp64",
 }
+DRAWS = {key: n for n, keys in SEVERAL_DRAWS.items() for key in keys.split()}  # six where nothing is said
 
 
 def relative(a, b):
@@ -79,7 +81,7 @@ CASES = {
     "row-of-4096": (TWO, ONE, differ_in_rows),
     "offset-scale": (norms.scale(["offset"]), norms.scale(["offset", "offset_bf16"]), largest_relative),
     "offset-large": (*OFFSETS, differ),
-    "eps-fp64": (norms.eps_kept(wide=False), norms.eps_kept(wide=True), differ),
+    "eps-fp64": (norms.eps_in_fp32(norms.root_like_torch), norms.eps_in_fp64, differ),
     "inner-rounding": (TWO, ONE, differ),
     "bf16-variance": (NONE, norm("statistics variance hidden"), in_256ths),
     "bf16-output": (NONE, ONE, in_256ths),
@@ -120,7 +122,7 @@ NO_OUTPUTS = {"offset-scale", "bf16-sum-massive", "bf16-sum-outlier", "added-in-
 
 @cache
 def published():
-    with open(PUBLISHED, newline="") as file:
+    with open(RESULTS / "cases.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -128,17 +130,18 @@ def array(drawn):
     return drawn.double().numpy() if torch.is_tensor(drawn) else drawn
 
 
-def recomputed(key):
-    """By set-up, the figures of all draws; and what changed in the first set-up of the first draw."""
-    case, rng, figures, first = MEASURED[key], torch.Generator().manual_seed(MEASURED[key].claim.case), {}, {}
-    before, after, pick = CASES[key]
-    for _ in range(next((n for n, keys in DRAWS.items() if key in keys.split()), 6)):
+def recomputed(key, before, after, pick):
+    """The columns of a row: the figures of all draws by set-up, and what changed in the first."""
+    case, rng, figures, own = MEASURED[key], torch.Generator().manual_seed(MEASURED[key].claim.case), {}, {}
+    for _ in range(DRAWS.get(key, 6)):
         for setup, drawn in enumerate(case.draw(rng)):
             inputs = {n: [array(t) for t in v] if isinstance(v, list) else array(v) for n, v in drawn.items()}
             a, b = before(inputs), after(inputs)
-            first = first or changes(key, a, b)
+            own = own or changes(key, a, b)
             figures.setdefault(setup, []).extend(np.ravel(pick(a, b)))
-    return figures, first
+    own["measured_low"] = min(np.quantile(values, 0.025) for values in figures.values())
+    own["measured_high"] = max(np.quantile(values, 0.975) for values in figures.values())
+    return own | {"measured": np.quantile(figures[0], 0.5)}
 
 
 def changes(key, a, b):
@@ -169,16 +172,37 @@ def verdict(own, claim):
     return "fits" if inside or close else "cannot be decided here"
 
 
-@pytest.mark.parametrize("key", CASES)
-def test_a_case(key):
+def row_of(key):
     claim = MEASURED[key].claim
     (row,) = (r for r in published() if r["source"] == claim.source and r["measure"] == claim.measure)
-    figures, own = recomputed(key)
-    own["measured_low"] = min(np.quantile(values, 0.025) for values in figures.values())
-    own["measured_high"] = max(np.quantile(values, 0.975) for values in figures.values())
-    own["measured"] = np.quantile(figures[0], 0.5)
+    return row
+
+
+def same_roots(row):
+    """Whether PyTorch takes the roots of the published run: of the same version, on a CPU of that name."""
+    environment = json.loads((RESULTS / "environment.json").read_text())["runs"][row["run_id"]]["environment"]
+    cpu = Path("/proc/cpuinfo")
+    here = cpu.read_text() if cpu.exists() else ""
+    return environment["processor"] in here and environment["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_a_case(key):
+    row = row_of(key)
+    if key == "eps-fp64" and not same_roots(row):
+        pytest.skip("the figure hangs on a few elements, they on PyTorch's roots: the next test asks less")
+    own = recomputed(key, *CASES[key])
     for name, value in own.items():
         assert value is None if row[name] == "" else float(row[name]) == pytest.approx(value, rel=6e-6), name
+    assert row["verdict"] == verdict(own, row)
+
+
+def test_eps_by_roots_correctly_rounded():
+    """On any machine: other elements differ then, as many within the spread of draws, and the verdict is the same."""
+    row = row_of("eps-fp64")
+    own = recomputed("eps-fp64", norms.eps_in_fp32(np.sqrt), norms.eps_in_fp64, differ)
+    assert own["measured_low"] <= float(row["measured"]) <= own["measured_high"]
+    assert float(row["measured_low"]) <= own["measured"] <= float(row["measured_high"])
     assert row["verdict"] == verdict(own, row)
 
 
