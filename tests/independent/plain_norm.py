@@ -26,7 +26,7 @@ def narrow(value, bits, least):
 
 
 def norm(words):
-    """RMSNorm of x (+ residual), its values kept in fp32, or rounded to bf16 (`_rtz`: truncated) where they are named."""
+    """RMSNorm of x (+ residual), its values kept in fp32, or in bf16 (`_rtz`: truncated) where they are named."""
     words = words.split()
 
     def store(value, name):

@@ -1,4 +1,4 @@
-"""Figures of cases of the field within one norm and of sums and products, recomputed in NumPy on what each case draws."""
+"""Figures of cases of the field, within one norm and of sums and products, again in NumPy on what each case draws."""
 
 import csv
 import json
