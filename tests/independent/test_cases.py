@@ -194,7 +194,7 @@ def test_a_case(key):
     own = recomputed(key, *CASES[key])
     for name, value in own.items():
         assert (value is None) == (row[name] == ""), name
-        assert value is None or float(row[name]) == pytest.approx(value, rel=6e-6), name
+        assert value is None or float(row[name]) == pytest.approx(value, rel=6e-6, abs=0), name
     assert row["verdict"] == verdict(own, row)
 
 
