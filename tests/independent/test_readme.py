@@ -65,12 +65,16 @@ def test_one_rounding_is_what_the_table_says():
     assert math.sqrt(total / weight) == pytest.approx(ONE_ROUNDING, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", ["plain_chain.py", "plain_model.py"])
+PLAIN = sorted(path.name for path in Path(__file__).parent.glob("plain_*.py"))
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_plain_code_imports_nothing_of_the_lab(name):
     tree = ast.parse((Path(__file__).parent / name).read_text())
     found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert found <= {"math", "numpy", "torch", "torch.nn.functional"}
+    others = {name.removesuffix(".py") for name in PLAIN}
+    assert found <= {"functools", "math", "numpy", "torch", "torch.nn.functional"} | others
 
 
 def test_the_report_counts_what_is_recomputed_here():

@@ -1,0 +1,148 @@
+"""Figures of the field's cases of many layers, recomputed in NumPy on the inputs that each case draws.
+
+A step is stream + W norm(stream): by the words of a plan, in float64, or over 8 ranks that each hold an eighth of W's
+columns. Digits agree although NumPy adds in another order: a float64 sum moves no rounding here.
+"""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain_chain import PLANS, Rounding, cut, fp32, inverse_rms, spacing
+
+from castpoint.harness.cases.run import MEASURED
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "cpu" / "cases.csv"
+EXACT = "every step in float64"
+
+
+def bf16(value):
+    return cut(fp32(value), 8, np.rint)
+
+
+def exact_step(stream, weight, matrix, larger=1.0):
+    rms = np.sqrt(np.mean(stream**2, -1, keepdims=True) + 1e-6)
+    return stream + larger * (stream / rms * weight) @ matrix.T
+
+
+def norm(r, stream, weight):
+    return r(r(stream * inverse_rms(stream, 1e-6, r, "rstd"), "normed") * weight, "hidden")
+
+
+def rounded_step(words, stream, weight, matrix):
+    r = Rounding(words)
+    return bf16(stream + r(norm(r, stream, weight) @ matrix.T, "proj"))
+
+
+def step_of_ranks(stored, stream, weight, matrix):
+    operand, columns = norm(Rounding("hidden"), stream, weight), np.split(np.arange(256), 8)
+    return bf16(stream + bf16(sum(stored(operand[:, part] @ matrix[:, part].T) for part in columns)))
+
+
+WAYS = {
+    EXACT: exact_step,
+    "every norm 0.3 % too large, nothing rounded": lambda *given: exact_step(*given, larger=1.003),
+    "8 ranks' parts kept in fp32": lambda *given: step_of_ranks(fp32, *given),
+    "8 ranks' parts stored in bf16": lambda *given: step_of_ranks(bf16, *given),
+}
+
+
+def step_of(side):
+    """By a published side: a way, a plan, or `plan with value=bf16-rne, …`."""
+    plan, _, others = side.partition(" with ")
+    words = [other.removesuffix("=bf16-rne") for other in others.split(", ")]
+    return WAYS.get(side) or (lambda *given: rounded_step([*PLANS[plan].split(), *words], *given))
+
+
+@cache
+def drawn(key, draws):
+    rng = torch.Generator().manual_seed(MEASURED[key].claim.case)
+    return [inputs for _ in range(draws) for inputs in MEASURED[key].draw(rng)]  # one set-up
+
+
+@cache
+def streams(key, draws, number, side):
+    """Behind each layer, [L, T, D]."""
+    inputs, step = drawn(key, draws)[number], step_of(side)
+    found = [inputs["x"].double().numpy()]
+    for weight, matrix in zip(inputs["norms"], inputs["projections"], strict=True):
+        found.append(step(found[-1], weight.double().numpy(), matrix.double().numpy()))
+    return np.array(found[1:])
+
+
+def rms(value):
+    return np.sqrt(np.mean(value**2, (-2, -1)))
+
+
+def slope(errors):
+    """Of log(error) over log(layer), from the third layer on, by least squares."""
+    return np.polyfit(np.log(np.arange(3, len(errors) + 1)), np.log(errors[2:]), 1)[0]
+
+
+def apart(a, b):
+    return 1 - np.mean(np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1), -1)
+
+
+def of_both(before, after, _):
+    return before, after
+
+
+def of_errors(before, after, true):
+    return before - true, after - true
+
+
+# Draws, what is compared, the figure of it, what grows with depth, whether changes are counted.
+STACK = {
+    "llama-stream": (2, of_both, lambda a, b: np.mean(np.abs(b[-1] - a[-1]) > 0.01), lambda a, b: rms(b - a), True),
+    "tp-stream": (2, of_both, lambda a, b: rms(b[-1] - a[-1]) / rms(a[-1]), lambda a, b: rms(b - a), True),
+    "rstd-depth": (3, of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
+    "rstd-added": (3, of_errors, lambda a, b: slope(rms(b)) - slope(rms(a)), lambda a, b: rms(a), False),
+    "rstd-coherent": (3, of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
+    "gemma-stream": (1, of_both, lambda a, b: apart(a[-1], b[-1]), apart, True),
+}
+
+
+def changes(before, after):
+    there = before != 0
+    return {
+        "share_differ": np.mean(before != after),
+        "max_ulp": (np.abs(after - before)[there] / spacing(before[there])).max(),
+        "signed_bias": np.mean((after - before) * np.sign(before)) / np.mean(np.abs(before)),
+    }
+
+
+def verdict(own, row):
+    """A figure fits in or within a factor 1.5 of the claimed range, a direction if the whole measured range has it."""
+    if not row["claimed_low"]:
+        return "cannot be decided here"
+    low, high = float(row["claimed_low"]), float(row["claimed_high"])
+    if own["measured_high"] < low or own["measured_low"] > high:
+        return "does not fit"
+    if not row["claimed"]:
+        inside = low < own["measured_low"] and own["measured_high"] < high
+        return "same direction" if inside else "cannot be decided here"
+    claimed = float(row["claimed"])
+    near = low <= own["measured"] <= high or (claimed and 1 / 1.5 <= own["measured"] / claimed <= 1.5)
+    return "fits" if near else "cannot be decided here"
+
+
+@pytest.mark.parametrize("key", STACK)
+def test_a_case(key):
+    claim = MEASURED[key].claim
+    with open(PUBLISHED, newline="") as file:
+        rows = csv.DictReader(file)
+        (row,) = (r for r in rows if r["source"] == claim.source and r["measure"] == claim.measure)
+    draws, compared, pick, grows, counted = STACK[key]
+    sides = row["before"], row["after"], EXACT
+    pairs = [compared(*(streams(key, draws, number, side) for side in sides)) for number in range(draws)]
+    figures = [pick(*pair) for pair in pairs]
+    low, middle, high = np.quantile(figures, [0.025, 0.5, 0.975])
+    own = {"measured": middle, "measured_low": low, "measured_high": high, "growth": slope(grows(*pairs[0]))}
+    own |= changes(*pairs[0]) if counted else {}
+    assert [name for name in ("growth", "share_differ", "max_ulp", "signed_bias") if row[name]] == list(own)[3:]
+    for name, value in own.items():
+        assert float(row[name]) == pytest.approx(value, rel=6e-6), name
+    assert row["verdict"] == verdict(own, row)
