@@ -45,7 +45,11 @@ class Rounding:
         self.words = None if words is None else set(words.split() if isinstance(words, str) else words)
 
     def has(self, word):
-        return self.words is not None and word in self.words
+        return self.words is not None and not self.words.isdisjoint({word, f"{word}-rtz"})
+
+    def step(self, value):
+        """What stands between two boundaries: in fp32 where each step is taken in `single` precision."""
+        return fp32(value) if self.has("single") else value
 
     def __call__(self, value, boundary):
         if self.words is None:
@@ -81,9 +85,9 @@ def chain(inputs, words, matmul=summed):
         operand = r(r(x * rstd, "normed") * w_in, "hidden")
     product = sum(matmul(part, weight) for part in operands_of_matmul(operand, r))
     if r.has("deferred") or r.has("folded"):
-        product = product * rstd
+        product = r.step(product) * rstd
     if inputs.get("bias") is not None:
-        product = r(product, "") + inputs["bias"]
+        product = r.step(product) + inputs["bias"]
     heads = [inputs["num_q_heads"], inputs["num_kv_heads"], inputs["num_kv_heads"]]
     proj = r(product, "proj").reshape(len(x), sum(heads), -1)
     q, k_proj, v = np.split(proj, np.cumsum(heads)[:-1], axis=1)
@@ -100,11 +104,11 @@ def applied(weight, inputs, r):
 
 
 def inverse_rms(value, eps, r, boundary):
-    squares = value * value
+    squares = r.step(value * value)
     if r.has("statistics"):
         squares = r(squares, "statistics")
     variance = r(np.mean(squares, axis=-1, keepdims=True), "variance")
-    return r(1 / np.sqrt(variance + eps), boundary)
+    return r(1 / r.step(np.sqrt(r.step(variance + eps))), boundary)
 
 
 def operands_of_matmul(value, r):
