@@ -6,7 +6,7 @@ the plan's words say so, there by scaling to a whole number: no cast of a librar
 
 import numpy as np
 
-# What each plan rounds to bf16, and what else it does otherwise; `rtz` truncates.
+# What each plan rounds to bf16, and what else it does otherwise; `rtz` truncates, `proj-rtz` does so there alone.
 PLANS = {
     "hf": "normed hidden proj head_normed unrotated cos_sin products out",
     "one-rounding": "hidden proj unrotated out",
@@ -45,26 +45,36 @@ class Rounding:
         self.words = None if words is None else set(words.split() if isinstance(words, str) else words)
 
     def has(self, word):
-        return self.words is not None and word in self.words
+        return self.words is not None and not self.words.isdisjoint({word, f"{word}-rtz"})
+
+    def step(self, value):
+        """What stands between two boundaries: in fp32 where each step is taken in `single` precision."""
+        return fp32(value) if self.has("single") else value
 
     def __call__(self, value, boundary):
         if self.words is None:
             return value
         value = fp32(value)
-        if boundary not in self.words:
-            return value
         truncated = "rtz" in self.words and boundary != "cos_sin"  # RoPE's table comes from a library
-        return cut(value, 8, np.trunc if truncated else np.rint)
+        if f"{boundary}-rtz" in self.words or boundary in self.words and truncated:
+            return cut(value, 8, np.trunc)
+        return cut(value, 8, np.rint) if boundary in self.words else value
 
 
-def chain(inputs, words):
+def summed(operand, weight):
+    return operand @ weight.T
+
+
+def chain(inputs, words, matmul=summed):
     """q, k, v, and k before its head norm (`k_proj`), each [T, heads, Dh] float64.
 
     inputs: x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight as float64 arrays; num_q_heads, num_kv_heads, eps;
-    weight_offset: weights are stored as w - 1; cos, sin [T, Dh / 2] or None.
+    weight_offset: weights are stored as w - 1; cos, sin [T, Dh / 2], residual and bias, or None.
     """
     r = Rounding(words)
     x, w_in = inputs["x"], applied(inputs["norm_weight"], inputs, r)
+    if inputs.get("residual") is not None:
+        x = r(x + inputs["residual"], "x")
     rstd = inverse_rms(x, inputs["eps"], r, "rstd")
     weight = inputs["qkv_weight"]
     if r.has("deferred"):
@@ -73,9 +83,11 @@ def chain(inputs, words):
         operand, weight = x, cut(fp32(weight * w_in), 8, np.rint)
     else:
         operand = r(r(x * rstd, "normed") * w_in, "hidden")
-    product = operand_of_matmul(operand, r) @ weight.T
+    product = sum(matmul(part, weight) for part in operands_of_matmul(operand, r))
     if r.has("deferred") or r.has("folded"):
-        product = product * rstd
+        product = r.step(product) * rstd
+    if inputs.get("bias") is not None:
+        product = r.step(product) + inputs["bias"]
     heads = [inputs["num_q_heads"], inputs["num_kv_heads"], inputs["num_kv_heads"]]
     proj = r(product, "proj").reshape(len(x), sum(heads), -1)
     q, k_proj, v = np.split(proj, np.cumsum(heads)[:-1], axis=1)
@@ -92,18 +104,18 @@ def applied(weight, inputs, r):
 
 
 def inverse_rms(value, eps, r, boundary):
-    squares = value * value
+    squares = r.step(value * value)
     if r.has("statistics"):
         squares = r(squares, "statistics")
     variance = r(np.mean(squares, axis=-1, keepdims=True), "variance")
-    return r(1 / np.sqrt(variance + eps), boundary)
+    return r(1 / r.step(np.sqrt(r.step(variance + eps))), boundary)
 
 
-def operand_of_matmul(value, r):
+def operands_of_matmul(value, r):
     high = cut(value, 11, np.trunc)  # tf32 holds 11 significant bits
     if r.has("tf32"):
-        return high
-    return high + cut(value - high, 11, np.trunc) if r.has("tf32x3") else value
+        return [high]
+    return [high, cut(value - high, 11, np.trunc)] if r.has("tf32x3") else [value]
 
 
 def head(value, weight, inputs, r):

@@ -162,6 +162,7 @@ def test_k_norm_weights(seed):
         given, there = with_other_weights(inputs(0, False, int(row["tokens"]), seed), row["k_norm"], row["q_norm"])
         made, true = chain(given, PLANS["hf"]), chain(given, TRUTH)
         q_weight, k_weight = given["q_norm_weight"], given["k_norm_weight"]
+        ulps = np.sort(np.abs(made["k"] - true["k"]) / spacing(true["k"]), axis=None)
         own = {name: value for name, value in attention_errors(made, true).items() if name in row}
         own |= {
             "channel": there,
@@ -171,11 +172,25 @@ def test_k_norm_weights(seed):
             "k_max_abs": np.abs(made["k"] - true["k"]).max(),
             "k_rel_rms": relative_rms(made["k"], true["k"]),
             "k_share_equal": np.mean(made["k"] == cut(true["k"], 8, np.rint)),
+            "k_p99_ulp": ulps[math.ceil(0.99 * ulps.size) - 1],
+            "logit_rel_error": relative_to_own_mean(made, true),
             **parts_of_logits(made, true, there),
         }
-        assert len(own) == 13
+        assert len(own) == 15
         for name, value in own.items():
             assert agree(row[name], value), name
+
+
+def relative_to_own_mean(made, true):
+    """rms of the logits' error over the rms of the logits, each less its mean over the keys that a query sees."""
+    logits, exact = (attention_logits(each["q"], each["k"]) for each in (made, true))
+    spreads = []
+    for query in range(logits.shape[1]):
+        seen = exact[:, query, : query + 1]
+        error = logits[:, query, : query + 1] - seen
+        spreads.append([np.sum((v - v.mean(-1, keepdims=True)) ** 2) for v in (error, seen)])
+    error, size = np.sum(spreads, axis=0)
+    return np.sqrt(error / size)
 
 
 def parts_of_logits(made, true, there):
