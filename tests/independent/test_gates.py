@@ -16,7 +16,14 @@ RESULTS = Path(__file__).parents[2] / "results" / "cpu"
 PRODUCTS = {"one product": one_product, "many products": many_products}
 TURNED = ("unrotated", "cos_sin", "products")  # boundaries where q and k are rotated
 INEXACT = ("x", "statistics", "variance")  # moved, they leave rstd no power of two, and squares with too many bits
-UNEQUAL = {"cast-after-matmul": 2, "fp32-tf32": 2, "fp32-tf32x3": 3, "fp32": 5, "deferred": 1, "truncating": 2}  # counts
+UNEQUAL = {
+    "cast-after-matmul": 2,
+    "fp32-tf32": 2,
+    "fp32-tf32x3": 3,
+    "fp32": 5,
+    "deferred": 1,
+    "truncating": 2,
+}  # counts
 SCALES, MATMULS, OFFSETS = {"deferred", "folded"}, {"tf32", "tf32x3"}, {"offset", "offset_bf16"}
 
 

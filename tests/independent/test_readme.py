@@ -10,6 +10,7 @@ import pytest
 import test_cases
 import test_norms
 import test_published
+import test_stack_cases
 
 from castpoint.harness.report import checks
 from castpoint.variants.envelope import false_red
@@ -80,7 +81,7 @@ def test_plain_code_imports_nothing_of_the_lab(name):
 def test_the_report_counts_what_is_recomputed_here():
     assert checks.LAYERS == "{}, {} and {}".format(*test_published.LAYERS)
     assert (checks.CASES, checks.NORMS, checks.BUDGETS) == (
-        len(test_cases.CASES),
+        len(test_cases.CASES | test_stack_cases.STACK),
         len(test_norms.NORMS),
         len(test_published.BUDGETS),
     )

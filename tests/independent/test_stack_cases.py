@@ -4,23 +4,18 @@ A step is stream + W norm(stream): by the words of a plan, in float64, or over 8
 columns. Digits agree although NumPy adds in another order: a float64 sum moves no rounding here.
 """
 
-import csv
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from plain_chain import PLANS, Rounding, cut, fp32, inverse_rms, spacing
+from plain_chain import PLANS, Rounding, fp32, inverse_rms, spacing
+from plain_norm import bf16
+from test_cases import row_of, verdict
 
 from castpoint.harness.cases.run import MEASURED
 
-PUBLISHED = Path(__file__).parents[2] / "results" / "cpu" / "cases.csv"
 EXACT = "every step in float64"
-
-
-def bf16(value):
-    return cut(fp32(value), 8, np.rint)
 
 
 def exact_step(stream, weight, matrix, larger=1.0):
@@ -114,27 +109,9 @@ def changes(before, after):
     }
 
 
-def verdict(own, row):
-    """A figure fits in or within a factor 1.5 of the claimed range, a direction if the whole measured range has it."""
-    if not row["claimed_low"]:
-        return "cannot be decided here"
-    low, high = float(row["claimed_low"]), float(row["claimed_high"])
-    if own["measured_high"] < low or own["measured_low"] > high:
-        return "does not fit"
-    if not row["claimed"]:
-        inside = low < own["measured_low"] and own["measured_high"] < high
-        return "same direction" if inside else "cannot be decided here"
-    claimed = float(row["claimed"])
-    near = low <= own["measured"] <= high or (claimed and 1 / 1.5 <= own["measured"] / claimed <= 1.5)
-    return "fits" if near else "cannot be decided here"
-
-
 @pytest.mark.parametrize("key", STACK)
 def test_a_case(key):
-    claim = MEASURED[key].claim
-    with open(PUBLISHED, newline="") as file:
-        rows = csv.DictReader(file)
-        (row,) = (r for r in rows if r["source"] == claim.source and r["measure"] == claim.measure)
+    row = row_of(key)
     draws, compared, pick, grows, counted = STACK[key]
     sides = row["before"], row["after"], EXACT
     pairs = [compared(*(streams(key, draws, number, side) for side in sides)) for number in range(draws)]
