@@ -40,7 +40,7 @@ def fp8_codes(plan: Side, inputs: Inputs) -> Tensor:
 def eps_kept(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Tensor:
     """A norm in fp32, its mean exact and rounded once; eps, root and reciprocal are fp32 steps, or fp64 rounded once.
 
-    A root in fp32 is that in fp64, rounded: PyTorch's own is an ulp off in a fifth of all numbers, and another elsewhere.
+    A root in fp32 is that in fp64, rounded: PyTorch's own can be an ulp off, on some CPUs in a fifth of all numbers.
     """
     mean = x.double().square().mean(-1, keepdim=True).float()
     in_fp32 = 1 / (mean + torch.tensor(eps)).double().sqrt().float()
@@ -76,8 +76,8 @@ def exact_sum(x: Tensor) -> Tensor:
 
 
 def fp32_sum(groups: int, x: Tensor) -> Tensor:
-    """Sum of squares in fp32: within each of 2^k groups of neighbours from left to right, then the first half of the groups onto the
-    second, until one is left."""
+    """Sum of squares in fp32: within each of 2^k groups of neighbours from left to right, then the first half of the
+    groups onto the second, until one is left."""
     squares = x.float().square().reshape(*x.shape[:-1], groups, -1)
     total = functools.reduce(torch.add, squares.unbind(-1))
     while total.shape[-1] > 1:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def forward(config, weights, ids, dtype, words=None):
-    """logits [S, V]; of every layer hidden, the state behind it [S, D], and q and k as they leave their norm [S, H, Dh].
+    """logits [S, V]; of each layer hidden, the state behind it [S, D], and q and k as they leave their norm [S, H, Dh].
 
     config: of transformers, for its numbers alone; weights: name -> bf16 tensor, as a checkpoint names them.
     words: of plain_chain.PLANS; what they say of positions and of Gemma's offset is left to the model.
