@@ -59,8 +59,8 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
     (
         "What K-norm weights do",
         "",
-        "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone; but for "
-        "rank correlations.",
+        "One draw with all its replaced weights again in NumPy, a channel's part by the logit of that channel alone. Multiples, "
+        "correlations and their intervals again from the records.",
         None,
         "Other draws, and layers of a real model, were not recomputed. Positions, the values that attention adds up, and "
         "training: no other weights were ever trained with these.",
@@ -115,7 +115,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
         "A whole model",
         "",
         "Of small models with drawn weights, the figures of eager and of four plans against float64 and against eager again, by plain "
-        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. Of the real model, by `make test-real`, float32's log likelihood of two passages.",
+        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. The real model's rank correlations and its intervals again from the records, by trying flips of signs. Of the real model, by `make test-real`, float32's log likelihood of two passages.",
         None,
         "The plans inside the real model, which were not recomputed. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
     ),
