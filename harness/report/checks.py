@@ -115,9 +115,9 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
         "A whole model",
         "",
         "Of small models with drawn weights, the figures of eager and of four plans against float64 and against eager again, by plain "
-        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. The real model's rank correlations and its intervals again from the records, by trying flips of signs. Of the real model, by `make test-real`, float32's log likelihood of two passages.",
+        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. The real model's rank correlations and its intervals again from the records, by trying flips of signs. Of the real model, by `make test-real`, float32's log likelihood of two passages, and what four plans say of one.",
         None,
-        "The plans inside the real model, which were not recomputed. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
+        "Inside the real model, other passages and the errors of layers were not recomputed. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
     ),
     (
         "Eager's own figures",

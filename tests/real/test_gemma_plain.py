@@ -1,26 +1,39 @@
-"""Published figures of Gemma 3 270M that hold on any machine, recomputed by plain tensor code in float64."""
+"""Gemma 3 270M once more as plain tensor code: what float32 is published to say, and the lab's plans inside it."""
 
 import csv
 from pathlib import Path
 
 import pytest
 import torch
+from plain_chain import PLANS
+from plain_figures import Said, of_tokens
 from plain_model import forward
 
 from castpoint.harness.model import fetch as gemma
 from castpoint.harness.model.language_model import load
-from castpoint.harness.model.study import texts
+from castpoint.harness.model.passes import greedy
+from castpoint.harness.model.study import CONTINUATION, arms, texts, token_errors
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "cpu" / "model_tokens.csv"
+ARMS = ("eager", "hf", "cast-after-matmul", "fp32", "truncating")  # the first is the model's own
 
 
-def test_float32_is_as_sure_of_a_passage_as_published():
+@pytest.fixture(scope="module")
+def lm():
+    return load(str(gemma.FOLDER))
+
+
+def said(lm, ids, dtype, words=None):
+    weights = {name: tensor.detach() for name, tensor in lm.model.state_dict().items()}
+    with torch.no_grad():
+        return Said(forward(lm.config, weights, ids, dtype, words), ids)
+
+
+def test_float32_is_as_sure_of_a_passage_as_published(lm):
     """The arm `float32` is within 1e-6 of float64, whatever the machine."""
     with open(PUBLISHED, newline="") as file:
         rows = [r for r in csv.DictReader(file) if (r["model"], r["text"]) == ("gemma-3-270m", "passages")]
     newest = max(row["run_id"] for row in rows)
-    lm = load(str(gemma.FOLDER))
-    weights = {name: tensor.detach() for name, tensor in lm.model.state_dict().items()}
     for number in (0, 5):
         (row,) = (
             r
@@ -28,7 +41,19 @@ def test_float32_is_as_sure_of_a_passage_as_published():
             if (r["run_id"], r["prompt"], r["arm"], r["reference"]) == (newest, str(number), "float32", "float64")
         )
         ids = next(t.ids for t in texts(lm, None, int(row["tokens"]) - 32, 8) if t.number == number)
-        with torch.no_grad():
-            logits = forward(lm.config, weights, ids, torch.float64)["logits"]
-        log_p = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
-        assert float(row["nll"]) == pytest.approx(-log_p.mean().item(), rel=1e-5)
+        assert float(row["nll"]) == pytest.approx(-said(lm, ids, torch.float64).next.mean(), rel=1e-5)
+
+
+def test_plans_inside_the_model(lm):
+    """Against the lab's passes over a passage and its continuation on the same machine, whose own matmuls both use."""
+    prompt = texts(lm, None, 96, 1)[0].ids
+    read = [*prompt, *greedy(lm.model, prompt, CONTINUATION)]
+    passes = {arm.name: arm.run(read) for arm in arms(lm, ARMS[1:], "eager") if arm.name in ARMS}
+    own = {arm: said(lm, read, torch.bfloat16, PLANS.get(arm)) for arm in ARMS}
+    assert list(passes) == list(ARMS)
+    for arm, result in passes.items():
+        found, _ = token_errors(result, passes["eager"], read)
+        expected = of_tokens(own[arm], own["eager"], read, len(prompt))
+        assert len(found) == 8 and own[arm].logits.shape == result.logits.shape
+        for name in found.keys() - {"top5"}:  # of equal logits any may be the fifth
+            assert found[name] == pytest.approx(expected[name], rel=6e-6, abs=1e-12), (arm, name)
