@@ -77,9 +77,9 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
         "Kernels against their specs",
         "gates",
         "Equal bits where no sum depends on order, the envelope elsewhere. On exact inputs the number of elements that each moved "
-        "boundary, short accumulator and split sum changes comes out of NumPy too (about the same number where the moved one makes a sum inexact).",
+        "boundary, short accumulator and split sum changes comes out of NumPy too (about the same number where the moved one makes a sum inexact), and of the same faults on drawn inputs the verdicts of other projects' tests.",
         of_gates,
-        f"The faults listed as seen by none; a fault of another kind. The envelope is wrong about a right sum once in {1 / FALSE_RED:.0e} "
+        f"The faults listed as seen by none; a fault of another kind. The envelope's verdicts were not made by other code. The envelope is wrong about a right sum once in {1 / FALSE_RED:.0e} "
         "under its model. Interpreted, no race and no compiler.",
     ),
     (

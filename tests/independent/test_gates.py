@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from plain_chain import PLANS, chain, cut, fp32, summed
 
+from castpoint.harness.conformance.faults import drawn
 from castpoint.harness.conformance.gates import many_products, one_product
 from castpoint.variants.catalogue import plan_named
 
 RESULTS = Path(__file__).parents[2] / "results" / "cpu"
 PRODUCTS = {"one product": one_product, "many products": many_products}
 TURNED = ("unrotated", "cos_sin", "products")  # boundaries where q and k are rotated
-INEXACT = ("x", "statistics", "variance")  # moved, they leave rstd no power of two, and squares with too many bits
+INEXACT = ("x", "statistics", "variance")  # moved, they leave sums that fp32 does not hold
 UNEQUAL = {
     "cast-after-matmul": 2,
     "fp32-tf32": 2,
@@ -125,7 +126,8 @@ def outputs(given, words, matmul=summed):
 def test_elements_that_a_fault_changes(plan):
     """Of exact inputs: every boundary and choice moved, short accumulators, shares of a split sum; the count itself.
 
-    Where such a move leaves a sum that is not exact in fp32, the count goes with its order: then about as many.
+    Where such a move leaves a sum that is not exact in fp32, the count goes with its order (all that are unequal were
+    seen to move with another one): the greatest gap is 6.2 %.
     """
     right, unequal = {}, []
     for row in rows("gates"):
@@ -144,6 +146,32 @@ def test_elements_that_a_fault_changes(plan):
             unequal.append(row["fault"])
             assert row["kind"] in INEXACT and int(row["differ"]) == pytest.approx(differ, rel=0.1), row["fault"]
     assert len(unequal) == UNEQUAL.get(plan, 0), unequal
+
+
+# ---------------------------------------------------------------- what other projects' tests say
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_other_tests_let_pass(plan):
+    """The same faults on a drawn layer: is an element farther off than atol + rtol times the right one?
+
+    Where one or two are, an order of fp32 sums decides, which is not the lab's here: 8 of 5,628 verdicts.
+    """
+    made, words = {}, words_of(plan)
+    tests = {f"{row['peer']}: {row['test']}": row for row in rows("tolerances") if row["peer"] != "castpoint"}
+    for row in rows("gates"):
+        if row["plan"] != plan or row["gate"] not in tests or not (wrong := planted(words, row["fault"])):
+            continue
+        if row["fault"] not in made:
+            given = values_of(drawn(plan_named(plan), row["kind"] in TURNED))
+            made[row["fault"]] = outputs(given, words), outputs(given, *wrong)
+        right, value = made[row["fault"]]
+        atol, rtol = (float(tests[row["gate"]][name]) for name in ("atol", "rtol"))
+        outside = int(np.sum(np.abs(value - right) > atol + rtol * np.abs(right)))
+        if row["fault"].startswith("out: fp32"):  # of another dtype no test lets anything pass
+            outside = value.size
+        if (row["verdict"] == "seen") != (outside > 0):
+            assert max(outside, int(row["outside"])) <= 2, (row["gate"], row["fault"])
 
 
 # ---------------------------------------------------------------- sums over faults
