@@ -77,7 +77,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
         "Kernels against their specs",
         "gates",
         "Equal bits where no sum depends on order, the envelope elsewhere. On exact inputs the number of elements that each moved "
-        "boundary, short accumulator and split sum changes comes out of NumPy too (about the same number where the moved one makes a sum inexact), and of the same faults on drawn inputs the verdicts of other projects' tests.",
+        "boundary, short accumulator and split sum changes comes out of NumPy too (where the moved one makes a sum inexact, whether it changes any), and what other projects' tests say of these on drawn inputs, and of every fault in a single norm.",
         of_gates,
         f"The faults listed as seen by none; a fault of another kind. The envelope's verdicts were not made by other code. The envelope is wrong about a right sum once in {1 / FALSE_RED:.0e} "
         "under its model. Interpreted, no race and no compiler.",
@@ -115,9 +115,9 @@ CHECKS: tuple[tuple[str, str, str, Callable[[pd.DataFrame], str] | None, str], .
         "A whole model",
         "",
         "Of small models with drawn weights, the figures of eager and of four plans against float64 and against eager again, by plain "
-        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. The real model's rank correlations and its intervals again from the records, by trying flips of signs. Of the real model, by `make test-real`, float32's log likelihood of two passages, and what four plans say of one.",
+        "tensor code without a module, to the printed digits, K in ulps, attention logits and where text parts among them. The real model's rank correlations and its intervals again from the records, by trying flips of signs. Of the real model, by `make test-real`, float32's log likelihood of two passages, and what four plans say of one, with the errors of its layers.",
         None,
-        "Inside the real model, other passages and the errors of layers were not recomputed. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
+        "Inside the real model, other passages were not recomputed. Differences below those that the tables call detectable; other texts, other models; positions beyond a passage.",
     ),
     (
         "Eager's own figures",

@@ -120,8 +120,11 @@ def operands_of_matmul(value, r):
 
 def head(value, weight, inputs, r):
     value = r(value * inverse_rms(value, inputs["eps"], r, "head_rstd"), "head_normed") * weight
-    if inputs.get("cos") is None:
-        return value
+    return value if inputs.get("cos") is None else rotated(value, inputs, r)
+
+
+def rotated(value, inputs, r):
+    """RoPE: pairs of channels half a head apart, turned by their angle."""
     value = r(value, "unrotated")
     cos, sin = (r(inputs[name], "cos_sin")[:, None, :] for name in ("cos", "sin"))
     first, second = np.split(value, 2, axis=-1)

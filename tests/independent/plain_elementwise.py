@@ -4,7 +4,7 @@ It imports nothing of the lab.
 """
 
 import numpy as np
-from plain_chain import fp32
+from plain_chain import fp32, spacing
 from plain_norm import bf16, narrow
 
 
@@ -76,9 +76,22 @@ def value(store):
 
 
 def moved(a, b):
-    """In bf16 ulps of a, where a is not 0: numbers of eight bits are 2^7 to a power of two."""
-    steps = np.ldexp(1.0, np.frexp(a[a != 0])[1] - 8)
-    return np.abs(b - a)[a != 0] / steps
+    """In bf16 ulps of a, where a is not 0."""
+    return (np.abs(b - a) / spacing(a))[a != 0]
+
+
+def changes(a, b):
+    """The columns that compare two outputs of a case."""
+    return {
+        "share_differ": np.mean(a != b),
+        "max_ulp": moved(a, b).max(),
+        "signed_bias": np.sum((b - a) * np.sign(a)) / np.sum(np.abs(a)),
+    }
+
+
+def slope(errors):
+    """Of log(error) over log(call or layer), from the third on, by least squares."""
+    return np.polyfit(np.log(np.arange(3, len(errors) + 1)), np.log(errors[2:]), 1)[0]
 
 
 def moved_farther(ulps):

@@ -35,7 +35,7 @@ def norm(words):
         x = x if inputs.get("residual") is None else store(x + inputs["residual"], "x")
         squares = store(x * x, "statistics") if "statistics" in words else x * x
         variance = store(squares.mean(-1, keepdims=True), "variance")
-        rstd = fp32(1 / np.sqrt(variance + inputs.get("eps", 1e-6)))
+        rstd = store(1 / np.sqrt(variance + inputs.get("eps", 1e-6)), "rstd")
         return store(store(x * rstd, "normed") * weight, "hidden")
 
     return run

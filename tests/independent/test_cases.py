@@ -18,16 +18,6 @@ from castpoint.harness.cases.run import MEASURED
 from castpoint.harness.problems.drawn import standard_normal
 
 RESULTS = Path(__file__).parents[2] / "results" / "cpu"
-SEVERAL_DRAWS = {
-    1: "offset-scale",
-    2: "row-of-4096 row-of-128 truncated-hidden truncated-step 72-calls",
-    3: "bf16-sum-nearest bf16-sum-truncated fp32-sum added-in-fp16",
-    4: "bf16-sum-massive bf16-sum-outlier truncated-sum truncated-sum-30 all-reduce all-reduce-ulps "
-    "product-truncated rope-truncated rope-nearest rope-addcmul",
-    5: "indexer-runs",
-    8: "eps-fp64 compiled-fp64",
-}
-DRAWS = {key: n for n, keys in SEVERAL_DRAWS.items() for key in keys.split()}  # six where nothing is said
 
 
 def relative(a, b):
@@ -132,28 +122,22 @@ def array(drawn):
 def recomputed(key, before, after, pick):
     """The columns of a row: the figures of all draws by set-up, and what changed in the first."""
     case, rng, figures, own = MEASURED[key], torch.Generator().manual_seed(MEASURED[key].claim.case), {}, {}
-    for _ in range(DRAWS.get(key, 6)):
+    for _ in range(case.draws):
         for setup, drawn in enumerate(case.draw(rng)):
             inputs = {n: [array(t) for t in v] if isinstance(v, list) else array(v) for n, v in drawn.items()}
             a, b = before(inputs), after(inputs)
-            own = own or changes(key, a, b)
+            own = own or what_changed(key, a, b)
             figures.setdefault(setup, []).extend(np.ravel(pick(a, b)))
     own["measured_low"] = min(np.quantile(values, 0.025) for values in figures.values())
     own["measured_high"] = max(np.quantile(values, 0.975) for values in figures.values())
     return own | {"measured": np.quantile(figures[0], 0.5)}
 
 
-def changes(key, a, b):
-    """Columns that compare two outputs; None: there is nothing to compare."""
+def what_changed(key, a, b):
+    """Those columns of the first draw; None: there is nothing to compare."""
     found = dict.fromkeys(("share_differ", "max_ulp", "signed_bias", "growth"))
-    if key not in NO_OUTPUTS:
-        found["share_differ"] = np.mean(a != b)
-        found["max_ulp"] = wise.moved(a, b).max()
-        found["signed_bias"] = np.sum((b - a) * np.sign(a)) / np.sum(np.abs(a))
-    if key == "72-calls":
-        calls = np.log(np.arange(3, 73))  # the first two are left out
-        found["growth"] = np.polyfit(calls, np.log(np.abs(wise.shrinks(a, b)[2:])), 1)[0]
-    return found
+    found |= {} if key in NO_OUTPUTS else wise.changes(a, b)
+    return found | ({"growth": wise.slope(np.abs(wise.shrinks(a, b)))} if key == "72-calls" else {})
 
 
 def verdict(own, claim):

@@ -9,8 +9,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from plain_chain import PLANS, Rounding, fp32, inverse_rms, spacing
-from plain_norm import bf16
+from plain_chain import PLANS, fp32
+from plain_elementwise import changes, slope
+from plain_norm import bf16, norm
 from test_cases import row_of, verdict
 
 from castpoint.harness.cases.run import MEASURED
@@ -23,17 +24,13 @@ def exact_step(stream, weight, matrix, larger=1.0):
     return stream + larger * (stream / rms * weight) @ matrix.T
 
 
-def norm(r, stream, weight):
-    return r(r(stream * inverse_rms(stream, 1e-6, r, "rstd"), "normed") * weight, "hidden")
-
-
 def rounded_step(words, stream, weight, matrix):
-    r = Rounding(words)
-    return bf16(stream + r(norm(r, stream, weight) @ matrix.T, "proj"))
+    product = norm(words)({"x": stream, "weight": weight}) @ matrix.T
+    return bf16(stream + (bf16(product) if "proj" in words.split() else fp32(product)))
 
 
 def step_of_ranks(stored, stream, weight, matrix):
-    operand, columns = norm(Rounding("hidden"), stream, weight), np.split(np.arange(256), 8)
+    operand, columns = norm("hidden")({"x": stream, "weight": weight}), np.split(np.arange(256), 8)
     return bf16(stream + bf16(sum(stored(operand[:, part] @ matrix[:, part].T) for part in columns)))
 
 
@@ -49,19 +46,19 @@ def step_of(side):
     """By a published side: a way, a plan, or `plan with value=bf16-rne, …`."""
     plan, _, others = side.partition(" with ")
     words = [other.removesuffix("=bf16-rne") for other in others.split(", ")]
-    return WAYS.get(side) or (lambda *given: rounded_step([*PLANS[plan].split(), *words], *given))
+    return WAYS.get(side) or (lambda *given: rounded_step(" ".join([PLANS[plan], *words]), *given))
 
 
 @cache
-def drawn(key, draws):
-    rng = torch.Generator().manual_seed(MEASURED[key].claim.case)
-    return [inputs for _ in range(draws) for inputs in MEASURED[key].draw(rng)]  # one set-up
+def drawn(key):
+    case, rng = MEASURED[key], torch.Generator().manual_seed(MEASURED[key].claim.case)
+    return [inputs for _ in range(case.draws) for inputs in case.draw(rng)]  # one set-up
 
 
 @cache
-def streams(key, draws, number, side):
+def streams(key, number, side):
     """Behind each layer, [L, T, D]."""
-    inputs, step = drawn(key, draws)[number], step_of(side)
+    inputs, step = drawn(key)[number], step_of(side)
     found = [inputs["x"].double().numpy()]
     for weight, matrix in zip(inputs["norms"], inputs["projections"], strict=True):
         found.append(step(found[-1], weight.double().numpy(), matrix.double().numpy()))
@@ -70,11 +67,6 @@ def streams(key, draws, number, side):
 
 def rms(value):
     return np.sqrt(np.mean(value**2, (-2, -1)))
-
-
-def slope(errors):
-    """Of log(error) over log(layer), from the third layer on, by least squares."""
-    return np.polyfit(np.log(np.arange(3, len(errors) + 1)), np.log(errors[2:]), 1)[0]
 
 
 def apart(a, b):
@@ -89,32 +81,23 @@ def of_errors(before, after, true):
     return before - true, after - true
 
 
-# Draws, what is compared, the figure of it, what grows with depth, whether changes are counted.
+# What is compared, the figure of it, what grows with depth, whether changes are counted.
 STACK = {
-    "llama-stream": (2, of_both, lambda a, b: np.mean(np.abs(b[-1] - a[-1]) > 0.01), lambda a, b: rms(b - a), True),
-    "tp-stream": (2, of_both, lambda a, b: rms(b[-1] - a[-1]) / rms(a[-1]), lambda a, b: rms(b - a), True),
-    "rstd-depth": (3, of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
-    "rstd-added": (3, of_errors, lambda a, b: slope(rms(b)) - slope(rms(a)), lambda a, b: rms(a), False),
-    "rstd-coherent": (3, of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
-    "gemma-stream": (1, of_both, lambda a, b: apart(a[-1], b[-1]), apart, True),
+    "llama-stream": (of_both, lambda a, b: np.mean(np.abs(b[-1] - a[-1]) > 0.01), lambda a, b: rms(b - a), True),
+    "tp-stream": (of_both, lambda a, b: rms(b[-1] - a[-1]) / rms(a[-1]), lambda a, b: rms(b - a), True),
+    "rstd-depth": (of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
+    "rstd-added": (of_errors, lambda a, b: slope(rms(b)) - slope(rms(a)), lambda a, b: rms(a), False),
+    "rstd-coherent": (of_errors, lambda a, b: slope(rms(b)), lambda a, b: rms(b), False),
+    "gemma-stream": (of_both, lambda a, b: apart(a[-1], b[-1]), apart, True),
 }
-
-
-def changes(before, after):
-    there = before != 0
-    return {
-        "share_differ": np.mean(before != after),
-        "max_ulp": (np.abs(after - before)[there] / spacing(before[there])).max(),
-        "signed_bias": np.mean((after - before) * np.sign(before)) / np.mean(np.abs(before)),
-    }
 
 
 @pytest.mark.parametrize("key", STACK)
 def test_a_case(key):
     row = row_of(key)
-    draws, compared, pick, grows, counted = STACK[key]
+    compared, pick, grows, counted = STACK[key]
     sides = row["before"], row["after"], EXACT
-    pairs = [compared(*(streams(key, draws, number, side) for side in sides)) for number in range(draws)]
+    pairs = [compared(*(streams(key, number, side) for side in sides)) for number in range(len(drawn(key)))]
     figures = [pick(*pair) for pair in pairs]
     low, middle, high = np.quantile(figures, [0.025, 0.5, 0.975])
     own = {"measured": middle, "measured_low": low, "measured_high": high, "growth": slope(grows(*pairs[0]))}
