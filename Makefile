@@ -45,8 +45,9 @@ study: $(READY)  ## fingerprints of public implementations, cases, what each gat
 	$(BIN)/castpoint audit --run $(WHERE)
 	$(BIN)/castpoint audit --configs $(WHERE)
 
-models: $(READY)  ## fetch Gemma 3 270M, a real model with q and k norms, into models/ (240 MB)
+models: $(READY)  ## fetch Gemma 3 270M and Qwen2.5-Coder 0.5B, real models, into models/ (740 MB)
 	$(BIN)/castpoint model gemma-3-270m --fetch-only
+	$(BIN)/castpoint model qwen2.5-coder-0.5b-instruct --fetch-only
 
 test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
 	$(BIN)/pytest -q tests/real -o addopts="" $(ARGS)

@@ -152,7 +152,8 @@ def model(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A hub id, a folder, a .gguf file; gemma-3-270m (fetched into models/), or qwen3-0.6b (calibrated).",
+            help="A hub id, a folder, a .gguf file; gemma-3-270m, qwen2.5-coder-0.5b-instruct (fetched into models/) "
+            "or qwen3-0.6b (calibrated).",
         ),
     ],
     plans: Annotated[str, typer.Option(help="Plans by name, with commas (see `plans`).")] = MODEL_PLANS,
@@ -175,14 +176,14 @@ def model(
         check_backend(backend)
     if results is not None:
         options.refuse_published(results)
-    from castpoint.harness.model.fetch import FOLDER, fetch
+    from castpoint.harness.model.fetch import had
     from castpoint.harness.model.k_norms import sweep_k_norms
     from castpoint.harness.model.language_model import load
     from castpoint.harness.model.study import CONTINUATION, arms, read_prompts, sweep_model, texts
     from castpoint.harness.report.model import section, study_of
 
     read = hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts and read_prompts(prompts) else ""
-    source = str(fetch()) if source == FOLDER.name else source
+    source = had(source)
     if fetch_only:
         print(f"{source} is ready")
         return
@@ -229,23 +230,37 @@ def audit(
 
 @app.command(rich_help_panel=LAB)
 def study(
-    name: Annotated[str, typer.Argument(help="survey, cases, gates, streams or confusion.")],
+    name: Annotated[str, typer.Argument(help="survey, cases, gates, streams, confusion; a system; claims.")],
+    claim: Annotated[str, typer.Argument(help="One claim, such as A1, of `study claims`. Default: all.")] = "",
+    model: Annotated[str, typer.Option(help="Of a system: a folder, a .gguf file, a hub id. Default: real ones.")] = "",
+    short: Annotated[bool, typer.Option("--short", help="Of a system or claims: few tokens, few draws.")] = False,
     results: ResultsFolder = None,
     device: DeviceName = "",
 ) -> None:
-    """A study by its name: survey, cases, gates, streams or confusion.
+    """A study by its name: survey, cases, gates, streams, confusion; systems, or one of them; claims.
 
     survey: fingerprints of public implementations that are installed. cases: what moved boundaries did to public
     engines, measured here beside what was claimed. gates: which of the lab's checks, and of other people's tolerances,
     see which planted fault. streams: what massive tokens change (a quarter of an hour). confusion: fingerprints of the
-    lab's own plans (half an hour).
+    lab's own plans (half an hour). systems: those of five reports, rebuilt: parallel (tensor parallel), jax, engine
+    (paged KV cache, any plan inside), four-bit (llama.cpp's weights). claims: what the reports said, with verdicts.
     """
-    if name not in steps.STUDIES:
-        raise UserError(f"unknown study {name!r}: studies are {', '.join(steps.STUDIES)}")
+    systems = steps.SYSTEMS if name == "systems" else (name,) if name in (*steps.SYSTEMS, "claims") else ()
+    if not systems and name not in steps.STUDIES:
+        raise UserError(
+            f"unknown study {name!r}: studies are {', '.join([*steps.STUDIES, 'systems', *steps.SYSTEMS, 'claims'])}"
+        )
+    if claim and name != "claims":
+        raise UserError(f"{claim!r} is no part of `study {name}`: only `study claims` takes a claim")
+    if (model or short) and not systems:
+        raise UserError(f"--model and --short are for systems and claims, not for `study {name}`")
     device = options.device_named(device if name == "survey" else "cpu")
-    records = options.records_of(name, results, device=device)
-    steps.study(name, records, device)
-    steps.finish_study(records, *steps.STUDIES[name])
+    for system in systems:
+        steps.study_system(system, results, model, short, claim)
+    if not systems:
+        records = options.records_of(name, results, device=device)
+        steps.study(name, records, device)
+        steps.finish_study(records, *steps.STUDIES[name])
 
 
 @app.command(rich_help_panel=LAB)

@@ -118,6 +118,21 @@ STUDIES = {  # name -> its tables
     "streams": ("streams",),
     "confusion": ("fingerprints",),
 }
+SYSTEMS: tuple[str, ...] = ()  # studies of a whole system, each a page of the report
+
+
+def study_system(name: str, results: Path | None, source: str, short: bool, one: str = "") -> None:
+    """Measures one of SYSTEMS or the claims (`one` of them) with its own run, and prints its page."""
+    import importlib
+
+    from castpoint.harness.report.systems import PAGES
+
+    part_of = options.narrowed({}, model=source, short=short, claim=one)
+    records = options.records_of(name, results, part_of, device="cpu", model=source, short=short)
+    system = importlib.import_module(f"castpoint.harness.systems.{name.replace('-', '_')}")
+    system.sweep(records, source, short, *([one] if one else []))
+    records.finish()
+    print(PAGES[name].page(records.folder))
 
 
 def study(name: str, records: Records, device: str) -> None:

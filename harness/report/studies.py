@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report import budget, gates, gpu, model, streams
+from castpoint.harness.report import budget, gates, gpu, model, streams, systems
 from castpoint.harness.report.fingerprints import confusion_section, implementations_section
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
@@ -138,4 +138,4 @@ def study_sections(folder: Path, beside: str = "") -> list[str]:
             commit = runs[found[0]]["environment"].get("commit")
             sections.append(write(found[1]) + (f"\n\nCommit {commit}." if beside and commit != beside else ""))
     sections += [*map(model.section, model.studies(folder)), gpu.section(folder)]
-    return list(filter(None, sections))
+    return list(filter(None, [*sections, systems.section(folder)]))

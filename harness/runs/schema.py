@@ -127,6 +127,15 @@ class CaseRow(Row, table="cases", key=("case", "source", "measure")):
     claimed: Number; claimed_low: Number; claimed_high: Number; claimed_text: str; verdict: str = ""; why: str
     share_differ: Number = None; max_ulp: Number = None; signed_bias: Number = None; growth: Number = None
 
+class ClaimRow(Row, table="claims", key=("claim",)):
+    claim: str; source: str; said: str; how: str = ""; figure: str = ""; verdict: str = ""
+    decides: str = ""; conditions: str = ""  # decides: the command that would, where nothing here does
+
+class ClaimFigureRow(Row, table="claim_figures", key=("claim", "what", "cause")):
+    claim: str; what: str; cause: str; claimed: Number = None; claimed_high: Number = None  # of a range
+    measured: Number = None; measured_low: Number = None; measured_high: Number = None  # median, least, greatest
+    samples: Count = None; unit: str = ""
+
 class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None

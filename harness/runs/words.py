@@ -67,6 +67,15 @@ class Verdict(StrEnum):
     SAME_FUNCTION = "same function"
 
 
+class Judged(StrEnum):
+    """What the lab says of a claim."""
+
+    REPRODUCED = "reproduced"
+    NOT_REPRODUCED = "not reproduced"
+    OTHERWISE = "explained otherwise"
+    UNDECIDED = "cannot be decided here"
+
+
 class Regime(StrEnum):
     """How weights lie at a point of the GPU grid: rotated over 3 x L2; one weight; one a layer; rotated, with RoPE."""
 

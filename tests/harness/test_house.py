@@ -28,6 +28,7 @@ ROOMS = {  # room -> what it imports of the others
     "report": ("problems", "runs"),
     "cases": ("accuracy", "problems", "runs"),
     "model": ("accuracy", "problems", "runs"),
+    "systems": ("accuracy", "model", "problems", "runs"),
     "peers": ("timing", "ptx", "runs"),
     "conformance": ("accuracy", "peers", "problems", "ptx", "runs", "timing"),
     "fingerprint": ("compiled", "peers", "ptx", "runs"),

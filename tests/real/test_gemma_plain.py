@@ -9,7 +9,7 @@ from plain_chain import PLANS
 from plain_figures import Said, of_layer, of_tokens
 from plain_model import forward
 
-from castpoint.harness.model import fetch as gemma
+from castpoint.harness.model.fetch import fetch
 from castpoint.harness.model.language_model import load
 from castpoint.harness.model.passes import greedy
 from castpoint.harness.model.study import CONTINUATION, arms, layer_errors, texts, token_errors
@@ -20,7 +20,7 @@ ARMS = ("eager", "hf", "cast-after-matmul", "fp32", "truncating")  # the first i
 
 @pytest.fixture(scope="module")
 def lm():
-    return load(str(gemma.FOLDER))
+    return load(str(fetch("gemma-3-270m")))
 
 
 def made_of(lm, ids, dtype, words=None):

@@ -11,8 +11,8 @@ from tiny_models import reference_plan
 
 import castpoint.harness.__main__ as cli
 from castpoint.harness.accuracy.k_norms import add_k_norms
-from castpoint.harness.model import fetch as gemma
 from castpoint.harness.model.attach import attached, decoder_layers, fitted, layer_problem
+from castpoint.harness.model.fetch import KNOWN, MODELS, check_hash, fetch
 from castpoint.harness.model.k_norms import entering
 from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.passes import Pass, forward, greedy, k_norm_max
@@ -25,6 +25,8 @@ from castpoint.variants.catalogue import plan_named
 from castpoint.variants.envelope import envelope, outside
 from castpoint.variants.spec import truth
 
+NAME = "gemma-3-270m"
+GGUF = MODELS / NAME / KNOWN[NAME].file
 PASSAGE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of"
@@ -33,7 +35,7 @@ PASSAGE = (
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    return load(str(gemma.FOLDER))
+    return load(str(fetch(NAME)))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,9 @@ def made_by(lm: LanguageModel, ids: list[int], plan: str, backend: str = "eager"
 
 
 def test_the_file_is_the_pinned_one() -> None:
-    gemma.check_hash(gemma.GGUF, gemma.GGUF_SHA256)
+    check_hash(GGUF, KNOWN[NAME].sha256)
     with pytest.raises(ValueError, match="model.safetensors has the SHA-256"):
-        gemma.check_hash(gemma.FOLDER / "model.safetensors", gemma.GGUF_SHA256)
+        check_hash(GGUF.with_name("model.safetensors"), KNOWN[NAME].sha256)
 
 
 def test_it_is_gemma(lm: LanguageModel, ids: list[int]) -> None:
@@ -117,7 +119,7 @@ def test_the_largest_k_norm_weight_matters_in_layer_11_alone(lm: LanguageModel, 
 @pytest.mark.parametrize("layer", [0, 11])
 def test_converted_weights_are_those_of_the_gguf_file(lm: LanguageModel, layer: int) -> None:
     """Read by two ways that share no code: transformers' and problems.checkpoint's."""
-    tensors = open_checkpoint(str(gemma.GGUF)).layer(layer)
+    tensors = open_checkpoint(str(GGUF)).layer(layer)
     problem = layer_problem(decoder_layers(lm.model)[layer], lm.config, torch.zeros(1, 640, dtype=torch.bfloat16))
     assert set(tensors) == {"norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight"}
     for name, tensor in tensors.items():

@@ -1,0 +1,22 @@
+"""Pages of the rebuilt systems and of the claims, systems/*.md of a results folder, each with its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+# name -> a module with page(folder), Markdown of the newest run, drawing its picture into plots/, empty without rows;
+# and HEADING and headline(folder), a sentence with the figure that a reader of ten seconds wants.
+PAGES: dict[str, ModuleType] = {}
+
+
+def section(folder: Path) -> str:
+    """Of report.md, after writing every page; empty where no system was studied."""
+    lines = []
+    for name, module in PAGES.items():
+        if text := module.page(folder):
+            path = folder / "systems" / f"{name}.md"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.rstrip() + "\n")
+            lines.append(f"- **[{module.HEADING}](systems/{name}.md)**: {module.headline(folder)}")
+    return "## The systems of five reports\n\n" + "\n".join(lines) if lines else ""
