@@ -23,7 +23,9 @@ def said() -> dict[str, tuple[str, str]]:
 
 def measures() -> dict[str, Callable[[bool], Found]]:
     """Claim -> what measures it, at small size or whole."""
-    return {}
+    from castpoint.harness.systems import claims_kernels, claims_model
+
+    return claims_kernels.MEASURES | claims_model.MEASURES
 
 
 def sweep(records: Records, source: str, short: bool, one: str = "") -> None:
