@@ -50,6 +50,13 @@ PARTS = (
     Part("cases", "all", True, "to the digit on two machines that one CPU played"),
     Part("gates", "all", None, "PyTorch's fp32 sums; asked of one CPU"),
     Part("tolerances", "all", None, "the same"),
+    Part("claims", "all", None, "verdicts follow from `claim_figures`"),
+    Part(
+        "claim_figures",
+        "all",
+        None,
+        "whole models in float32 and bf16, by PyTorch's sums; medians and ends of drawn ones",
+    ),
     Part("implementations", "all", None, "other people's code as PyTorch runs it; `seconds` are times"),
     Part("fingerprints", "all", None, "answers come with a margin; `seconds` are times"),
     Part("model_layers", "all", False, "all is against eager, in a whole model; by how much was not measured"),

@@ -28,7 +28,7 @@ from castpoint.harness.model.fetch import had
 from castpoint.harness.model.study import PASSAGES, read_prompts
 from castpoint.harness.runs.progress import track
 from castpoint.harness.systems.decoder import forward
-from castpoint.harness.systems.weights import Config, opened
+from castpoint.harness.systems.weights import Config, opened, tokenizer_of
 
 MODEL = "qwen2.5-coder-0.5b-instruct"
 PROMPT = "What is the capital of France?"  # of the reports' check
@@ -61,10 +61,8 @@ class Ran:
 @functools.cache
 def model(source: str) -> tuple[Config, State, dict[str, list[int]]]:
     """Its configuration, its weights in float32, and prompts by name; the reports' own comes first."""
-    from transformers import AutoTokenizer
-
     folder = had(source)
-    weights, tokenizer = opened(folder), AutoTokenizer.from_pretrained(folder)
+    weights, tokenizer = opened(folder), tokenizer_of(folder)
     asked = [{"role": "user", "content": PROMPT}]
     chat = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     passages = read_prompts(PASSAGES)[:2]
