@@ -50,6 +50,9 @@ PARTS = (
     Part("cases", "all", True, "to the digit on two machines that one CPU played"),
     Part("gates", "all", None, "PyTorch's fp32 sums; asked of one CPU"),
     Part("tolerances", "all", None, "the same"),
+    Part("four_bit", "drawn", True, SPEC, "weights == 'calibrated'"),
+    Part("four_bit", "of a model", False, "on streams of eager, in a whole model", "weights != 'calibrated'"),
+    Part("kl_statistics", "all", None, "whole models in float32 and bf16, by PyTorch's sums"),
     Part("claims", "all", None, "verdicts follow from `claim_figures`"),
     Part(
         "claim_figures",

@@ -23,9 +23,10 @@ def said() -> dict[str, tuple[str, str]]:
 
 def measures() -> dict[str, Callable[..., Found]]:
     """Claim -> what measures it, at small size or whole; those of reports 000 to 002 also on another model."""
-    from castpoint.harness.systems import claims_kernels, claims_model, claims_parallel
+    from castpoint.harness.systems import claims_four_bit, claims_kernels, claims_model, claims_parallel
 
-    return claims_parallel.MEASURES | claims_kernels.MEASURES | claims_model.MEASURES
+    of_kernels = claims_kernels.MEASURES | claims_model.MEASURES | claims_four_bit.MEASURES
+    return claims_parallel.MEASURES | of_kernels
 
 
 def sweep(records: Records, source: str, short: bool, one: str = "") -> None:

@@ -38,7 +38,7 @@ from castpoint.harness.systems.causes import (
     with_unloaded_bias,
 )
 from castpoint.harness.systems.decoder import forward
-from castpoint.harness.systems.found import Figure, Found
+from castpoint.harness.systems.found import Figure, Found, span
 
 CLAIMED = {  # what the reports say, from 000 to 002 and a later file of theirs
     OUTPUT: (0.033369,),
@@ -67,11 +67,6 @@ def figures(found: dict[tuple[str, str], list[float]], *wanted: str) -> tuple[Fi
     return tuple(
         Figure(what, cause, values, CLAIMED.get(what, ())) for (what, cause), values in found.items() if what in wanted
     )
-
-
-def span(values: list[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} to {high}"
 
 
 def conditions(source: str, short: bool) -> str:
