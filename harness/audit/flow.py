@@ -47,8 +47,9 @@ class Flow:
     """TTIR of one kernel as named values and the roundings between them.
 
     Roles are the values of the chain (statistics, variance, rstd, normed, hidden, proj, head_*, unrotated, cos_sin,
-    products, out), their steps (sum, shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off, weight: d * n of a block), `load`, `product` of two loads where there is no matmul, `scalar`, and `` for anything else. Statistics of a matrix
-    product, or of a load that `given` calls proj, are those of the head.
+    products, out), their steps (sum, shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off,
+    weight: d * n of a block), `load`, `product` of two loads where there is no matmul, `scalar`, and `` for anything
+    else. Statistics of a matrix product, or of a load that `given` calls proj, are those of the head.
 
     Memory: `given` is the role of what another kernel stored behind a pointer. What is loaded from `workspace` is what
     this kernel stores behind the same pointer, whatever the address, with the roundings before the store. hidden: a
