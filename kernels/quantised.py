@@ -1,4 +1,4 @@
-"""RMSNorm -> QKV -> head norm (-> RoPE) from QKV weights in ggml's blocks, which the kernel reads as they lie in a file.
+"""RMSNorm -> QKV -> head norm (-> RoPE) from QKV weights in ggml's blocks, read as they lie in a file.
 
     q4_0   18 bytes for 32 weights of a row: fp16 d, then 16 bytes of two nibbles n; weight = d * (n - 8). The lower
            nibble of byte i is weight i, the upper one weight i + 16

@@ -1,4 +1,4 @@
-"""The chain with QKV weights in blocks: a problem whose W is what the blocks say, so that spec and envelope are a plan's.
+"""The chain with QKV weights in blocks: a problem whose W is what they say, so that spec and envelope hold for it.
 
 The one rounding that a plan does not name is `weight`, how d * n is held for the matmul. It is made here, when the
 problem is: whatever takes a Problem computes with W as the matmul reads it.
@@ -17,7 +17,7 @@ from castpoint.kernels.config import Config
 from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.kernels.quantised import BLOCK, BLOCK_BYTES, check_words, quantised_norm_qkv
 from castpoint.variants.eager import Outputs
-from castpoint.variants.problem import Problem, _check_finite, _check_positions
+from castpoint.variants.problem import Problem, check_finite, check_positions
 from castpoint.variants.spec import check_offset, round_to
 
 
@@ -34,7 +34,7 @@ def dequantised(packed: Tensor, format: str) -> Tensor:
 
 
 def packed_of(scale: Tensor, number: Tensor, format: str) -> Tensor:
-    """Blocks [rows, bytes] uint8 of scales d [rows, D / 32] fp16 and whole numbers n [rows, D]: -8 to 7, -128 to 127."""
+    """Blocks [rows, bytes] uint8 of scales d [rows, D / 32] fp16 and numbers n [rows, D], -8 to 7 or -128 to 127."""
     rows = number.reshape(*scale.shape, BLOCK)
     if format == "q4_0":
         lower, upper = (rows + 8).to(torch.uint8).chunk(2, dim=-1)
@@ -57,8 +57,8 @@ class QuantisedProblem(Problem):
 
     def __post_init__(self) -> None:
         check_inputs(**self.inputs() | {"qkv_weight": self.qkv_weight.to(torch.bfloat16)})
-        _check_finite(self)
-        _check_positions(self)
+        check_finite(self)
+        check_positions(self)
 
     def inputs(self) -> dict[str, Any]:
         """As Problem's: qkv_weight is W as it is read, for the spec; the kernel takes packed in its place."""
