@@ -52,8 +52,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_inputs(**self.inputs())
-        _check_finite(self)
-        _check_positions(self)
+        check_finite(self)
+        check_positions(self)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments by which kernels.norm_qkv takes this problem."""
@@ -109,14 +109,14 @@ class Problem:
         return heads.split([self.num_q_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
 
 
-def _check_finite(problem: Problem) -> None:
+def check_finite(problem: Problem) -> None:
     for name in ("norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "bias"):
         tensor = getattr(problem, name)
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity: weights must be finite")
 
 
-def _check_positions(problem: Problem) -> None:
+def check_positions(problem: Problem) -> None:
     positions, cache = problem.positions, problem.cos_sin_cache
     if positions is None or cache is None or not problem.tokens:
         return

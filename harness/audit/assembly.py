@@ -24,8 +24,9 @@ def machine_graph(asm: dict[str, str]) -> list[Node]:
 def ptx_graph(text: str) -> list[Node]:
     """Every value of the PTX. Halves of 64 bits are `pack`ed and taken `part`s of; prmt is `bytes`."""
     files = {number: PurePath(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
-    lines, place, inline = [], NOWHERE, False
+    lines, place, inline, blocks = [], NOWHERE, False, 0
     for line in text.split("\n\t.section", 1)[0].splitlines():
+        blocks += "begin inline asm" in line
         inline = "begin inline asm" in line or inline and "end inline asm" not in line
         line = line.split("//")[0].strip()
         if inline and line.startswith(".loc"):  # LLVM counts the lines of the assembly as if they were the source's
@@ -34,11 +35,13 @@ def ptx_graph(text: str) -> list[Node]:
             spots = [loc.groups()[:3], *([loc.groups()[3:]] if loc[4] else [])]
             place = place_of([f"{files.get(file, '')}:{row}:{column}" for file, row, column in spots])
         elif label := re.fullmatch(r"(?!\$L__(?:tmp|func))([$\w]+):", line):
-            lines.append(label[1])
+            lines.append(f"{label[1]}_{blocks}" if inline else label[1])
         elif ";" in line and not line.startswith((".", "{ .", "{.")):
             for statement in filter(None, (each.strip() for each in line.split(";"))):
                 guard, op, rest = re.match(r"(@!?[%\w]+\s+)?([\w.:]+)\s*(.*)", statement.lstrip("{} ")).groups("")
                 operands = [each.strip() for each in re.split(r",\s*(?![^{]*\})", rest)] if rest else []
+                if inline and op.startswith("bra"):  # a label of a block of inline assembly, which others have too
+                    operands = [f"{operands[0]}_{blocks}"]
                 lines.append(Instruction(op, operands, statement, place, bool(guard)))
     return graph_of(lines, _lower_ptx)
 
@@ -130,6 +133,8 @@ def _amd_value(builder: Builder, operand: str, half: int = 0) -> Node | int:
         value = builder.add("and", value, 0x7FFFFFFF) if "|" in operand else value
         return builder.add("neg", value) if operand.startswith("-") else value
     word = operand.split()[0]
+    if word == "neg(0)":  # of v_fma_mix, which widens a half and multiplies it
+        return 0x80000000
     if re.fullmatch(r"-?\d+\.\d+", word):
         return struct.unpack("<I", struct.pack("<f", float(word)))[0]
     return int(word, 0) & 0xFFFFFFFF if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", word) else builder.add(word)

@@ -47,9 +47,9 @@ class Flow:
     """TTIR of one kernel as named values and the roundings between them.
 
     Roles are the values of the chain (statistics, variance, rstd, normed, hidden, proj, head_*, unrotated, cos_sin,
-    products, out), their steps (sum, shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off),
-    `load`, `product` of two loads where there is no matmul, `scalar`, and `` for anything else. Statistics of a matrix
-    product, or of a load that `given` calls proj, are those of the head.
+    products, out), their steps (sum, shifted: variance + eps, root, offset: 1 + w, remainder: what tf32 cut off,
+    weight: d * n of a block), `load`, `product` of two loads where there is no matmul, `scalar`, and `` for anything
+    else. Statistics of a matrix product, or of a load that `given` calls proj, are those of the head.
 
     Memory: `given` is the role of what another kernel stored behind a pointer. What is loaded from `workspace` is what
     this kernel stores behind the same pointer, whatever the address, with the roundings before the store. hidden: a
@@ -222,7 +222,14 @@ class Flow:
                 return "products"
             if "scalar" in other and (named := renamed(one, sum="variance")):
                 return named
+            if one == {"load"} and other == {"scalar"} and self._is_whole(node.args[1 - index]):
+                return "weight"
         return self.scaled if first | second <= {"load", "x", "offset"} else ""
+
+    def _is_whole(self, node: Node | int) -> bool:
+        """Whether what comes here was an integer: the number that a block's scale is multiplied by."""
+        sources = [source for source, _ in self.paths(node)] if isinstance(node, Node) else []
+        return bool(sources) and all(source.op == "arith.sitofp" for source in sources)
 
     def _pointers(self, node: Node | int) -> set[str]:
         """Names of the pointers from which a value was loaded, however long ago."""

@@ -18,17 +18,18 @@ from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, CastP
 class Part:
     """What of the chain a compiled kernel has to do, as it was asked for (compilers of compiled.compile)."""
 
-    kernel: str  # norm_qkv, split_k, rms_norm or head_norm
+    kernel: str  # norm_qkv, quantised, split_k, rms_norm or head_norm
     head_norm: str = "fused"
     prepass: str = "none"
     block_m: int = 64
     stores: str = "hidden"
     packed: bool = False
     rope: bool = False
+    weight: str = RNE  # of quantised
 
     @property
     def multiplies(self) -> bool:
-        return self.kernel in ("norm_qkv", "split_k")
+        return self.kernel in ("norm_qkv", "quantised", "split_k")
 
     @property
     def rotates(self) -> bool:
@@ -37,7 +38,7 @@ class Part:
 
 def part_of(kernel: str, keywords: dict[str, Any]) -> Part:
     """That kernel's part, as a compiler of compiled.compile was asked for it with these keywords."""
-    asked = {name: keywords[name] for name in ("head_norm", "stores", "packed", "rope") if name in keywords}
+    asked = {name: keywords[name] for name in ("head_norm", "stores", "packed", "rope", "weight") if name in keywords}
     if config := keywords.get("config"):
         asked |= {"prepass": config.prepass, "block_m": config.block_m}
     return Part(kernel, **asked)
@@ -91,6 +92,8 @@ def declared(plan: CastPlan, part: Part, edge: Edge) -> list[tuple[str, str]]:
         cut = edge.sink_role == "proj" or edge.sink_role == "remainder" and edge.operand == 1
         tf32 = [(edge.role, "tf32-rtz")] if cut and plan.matmul.startswith("tf32") else []
         return (kept_as("hidden") if edge.role == "hidden" else []) + tf32
+    if edge.role == "weight":
+        return [("weight", part.weight)] if part.weight != KEEP else []
     if edge.role == "offset":
         return [("offset", RNE)] if plan.weight_offset == RNE else []
     return kept_as(BOUNDARY_OF[edge.role]) if edge.role in BOUNDARY_OF else []
@@ -113,6 +116,7 @@ def expected_roles(plan: CastPlan, part: Part) -> set[str]:
         hidden &= {"hidden"}
     rstd |= {"rstd"} if part.prepass == "rstd" or plan.scale != "prologue" else set()
     found = {"proj"} | rstd | hidden | turned | (head | offset if part.head_norm == "fused" else set())
+    found |= {"weight"} if part.kernel == "quantised" else set()
     return found | ({"remainder"} if plan.matmul == "tf32x3" else set())
 
 

@@ -26,7 +26,8 @@ from castpoint.kernels.config import Config, candidates, default_config, unsuppo
 from castpoint.kernels.head_norm import BLOCK_M, head_norm_kernel
 from castpoint.kernels.main_loop import matmul_kernel
 from castpoint.kernels.norm_qkv import launch_constants, norm_qkv_kernel
-from castpoint.kernels.plan import DEFAULT, CastPlan, words
+from castpoint.kernels.plan import DEFAULT, RNE, CastPlan, words
+from castpoint.kernels.quantised import check_config, check_words, quantised_kernel
 from castpoint.kernels.rms_norm import rms_norm_kernel, row_blocks
 from castpoint.kernels.split_k import TOGETHER, split_k_kernel, statistics_blocks
 from castpoint.variants.catalogue import PLANS
@@ -42,6 +43,7 @@ TARGETS = {
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ROPE_POINTERS = ("positions_ptr", "cos_sin_ptr")
 POINTERS = {"positions_ptr": "i64", "rstd_ptr": "fp32", "sums_ptr": "fp32", "squares_ptr": "fp32", "counter_ptr": "i32"}
+POINTERS |= {"scale_ptr": "fp16", "word_ptr": "i16"}
 MATRIX_INSTRUCTION = re.compile(r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w:]*|v_mfma_\w+)")
 
 
@@ -90,6 +92,22 @@ def compile_norm_qkv(
         return compile_kernel(norm_qkv_kernel, target, constants, given, pointers)
     constants |= {**statistics_blocks(tokens, config.block_m), "STAGES": config.num_stages, "TOGETHER": TOGETHER}
     return compile_kernel(split_k_kernel, target, constants, given, pointers)
+
+
+def compile_quantised(
+    plan: CastPlan, target: str, *, format: str = "q4_0", weight: str = RNE, head_dim: int = 128, rope: bool = False,
+    config: Config | None = None,
+) -> Compiled:  # fmt: skip
+    """The kernel that reads W in blocks, with the tiles of a launch; config None: default_config. Raises ValueError
+    for what the launcher refuses, and as compile_kernel does."""
+    check_words(plan, format, weight)
+    config = config or default_config(head_dim, plan, interpreted=False)
+    check_config(config)
+    constants = launch_constants(plan, config, head_dim, interpreted=False)
+    constants |= {"FORMAT": format, "WEIGHT": weight, "HEAD_NORM": "fused"}
+    given = {"residual_ptr": False, "bias_ptr": False} | dict.fromkeys(ROPE_POINTERS, rope)
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), element(plan.out)) | {"cos_sin_ptr": "fp32"}
+    return compile_kernel(quantised_kernel, target, constants, given, pointers)
 
 
 def compile_rms_norm(
@@ -221,6 +239,12 @@ def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield from each("norm_qkv", "hf", rope=True, config=Config("fused", "hidden", 128, 64, 8, 3))
     yield from each("head_norm", "hf", "one-rounding", "truncating", "fp32", rope=True, packed=True)
     yield from each("head_norm", "hf", "bf16-statistics", "gemma", packed=True)
+    for format in ("q4_0", "q8_0"):
+        yield from each("quantised", "hf", "deferred", "fp32-tf32x3", format=format)
+        yield from each("quantised", "truncating", format=format, weight="bf16-rtz")
+        yield from each("quantised", "fp32", format=format, weight="fp32")
+        yield from each("quantised", "hf", format=format, config=Config("fused", "none", 16, 128, 4, 3))
+    yield from each("quantised", "hf", format="q4_0", rope=True)
     if TARGETS[target].backend == "hip":
         return
     one, many = Config("split-k", "none", 16, 128, 8, 4), Config("split-k", "none", 64, 64, 8, 4)
@@ -234,6 +258,7 @@ def binaries(target: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 COMPILERS = {"norm_qkv": compile_norm_qkv, "rms_norm": compile_rms_norm, "head_norm": compile_head_norm}
+COMPILERS["quantised"] = compile_quantised
 
 
 def config_binaries(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[tuple[str, str, str, dict[str, Any]]]:

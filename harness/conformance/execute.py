@@ -23,6 +23,8 @@ from castpoint.harness.conformance.cuda import (
     reference,
 )
 from castpoint.harness.problems import grid
+from castpoint.harness.problems.exact import PRODUCTS
+from castpoint.harness.problems.quantised import drawn_quantised, exact_quantised
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
@@ -30,11 +32,15 @@ from castpoint.harness.runs.schema import ExecutedRow
 from castpoint.harness.runs.words import Check
 from castpoint.kernels.config import Config, candidates, default_config, unsupported
 from castpoint.kernels.dispatch import read_table
-from castpoint.kernels.plan import CastPlan
+from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
+from castpoint.kernels.quantised import BLOCK_BYTES
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.problem import Problem
+from castpoint.variants.quantised import run_quantised
 
 HERE = SimpleNamespace(device="cpu", probe=lambda: None)  # what the checks ask of timing.cuda.Cuda; nothing here breaks
+FEW = Config("fused", "none", 16, 128, 4, 3)  # of the kernel that reads blocks, for one token
+BLOCKS_WIDTH = 480  # 15 blocks
 EXACT_WIDTH = 1008  # channels: the same binaries as for 1,024, whose last step of 64 or of 128 is not whole
 DEFAULT = "default"  # the config of a launch that is given none
 KernelCheck = tuple[str, Config | None, Check, bool, int]  # plan, config, check, rope, tokens
@@ -43,12 +49,43 @@ KernelCheck = tuple[str, Config | None, Check, bool, int]  # plan, config, check
 def execute_kernels(records: Records, target: str) -> None:
     """One row of `executed` a check."""
     with executed(target):
+        execute_blocks(records, target)
         for name, config, check, rope, tokens in track([*kernel_checks(), *tile_checks()], target):
             key = {"target": target, "plan": name, "config": str(config or DEFAULT)}
             key |= {"rope": rope, "tokens": tokens, "check": check}
             if not records.has(ExecutedRow, **key):
                 plan, wanted = PLANS[name].plan, wanted_of(name, check, rope, tokens)
                 records.add(ExecutedRow(**key, **checked(plan, config, wanted, check, HERE, runs=1)))
+
+
+def execute_blocks(records: Records, target: str) -> None:
+    """The same of the kernel that reads W in blocks. Its rows name the blocks and how W is rounded before the tiles."""
+    for name, format, weight, config, check in track([*block_checks()], f"{target}, W in blocks"):
+        tokens = 1 if config else TOKENS
+        key = {"target": target, "plan": name, "config": f"{format} {weight}, {config or DEFAULT}"}
+        key |= {"rope": False, "tokens": tokens, "check": check}
+        if not records.has(ExecutedRow, **key):
+            plan = PLANS[name].plan
+            wanted = reference(plan, check, block_problems(plan, format, weight, check, tokens))
+            found = checked(plan, config, wanted, check, HERE, runs=1, run=run_quantised)
+            records.add(ExecutedRow(**key, **found))
+
+
+def block_checks() -> Iterator[tuple[str, str, str, Config | None, Check]]:
+    """Plan, blocks, how weights are held, config and check: a plan of each place of rstd and each matmul."""
+    plans = {"hf": RNE, "deferred": RNE, "truncating": RTZ, "fp32-tf32x3": RNE, "fp32": KEEP}
+    for (name, weight), format, check in itertools.product(plans.items(), BLOCK_BYTES, AGAINST_SPEC):
+        for config in (None, FEW) if PLANS[name].plan.matmul == "bf16" else (None,):
+            yield name, format, weight, config, check
+
+
+def block_problems(plan: CastPlan, format: str, weight: str, check: Check, tokens: int) -> list[Problem]:
+    """The problems of a check; exact ones end in a step of D that is not whole."""
+    if check == Check.EXACT:
+        shape = {"tokens": tokens, "hidden_size": BLOCKS_WIDTH, "head_dim": HEAD_DIM}
+        return [exact_quantised(plan, format, weight, products=products, **shape) for products in PRODUCTS]
+    drawn = problems_for(plan, check, HERE.device, False, tokens)
+    return [drawn_quantised(few_heads(problem), format, weight) for problem in drawn]
 
 
 @functools.lru_cache(maxsize=2 * len(AGAINST_SPEC))  # tiles of a plan share it

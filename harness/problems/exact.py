@@ -83,7 +83,7 @@ def exact_problem(
         packed |= {"bias": beside.flatten().to(torch.bfloat16)} if bias else {}
         problem = problem.replace(**packed)
         q, k, _v = problem.split_heads(spec(plan, problem).proj)
-        agree = _agreeing(plan, torch.cat([q, k], dim=1), problem.eps, plan.head_rstd).all(dim=0)
+        agree = agreeing(plan, torch.cat([q, k], dim=1), problem.eps, plan.head_rstd).all(dim=0)
         redrawn = (~agree).nonzero().flatten().tolist()
         if not normed or not redrawn:
             return problem
@@ -106,10 +106,10 @@ def _settled(plan: CastPlan, x: Tensor, eps: float) -> bool:
     """Whether rstd has no order either; and, where it is rounded and not 1/2, is not both its neighbours in bf16."""
     exact = (many_products.variance(plan, x) + eps).rsqrt()
     shows = (store(exact, RNE) != store(exact, RTZ)) | (exact == 0.5) | (plan.rstd == KEEP)
-    return bool((_agreeing(plan, x, eps, plan.rstd) & shows).all())
+    return bool((agreeing(plan, x, eps, plan.rstd) & shows).all())
 
 
-def _agreeing(plan: CastPlan, value: Tensor, eps: float, storage: str) -> Tensor:
+def agreeing(plan: CastPlan, value: Tensor, eps: float, storage: str) -> Tensor:
     """Whether 1 / sqrt(mean of squares + eps) in fp32 is what the spec stores; [...] without the last dimension."""
     wanted = store((many_products.variance(plan, value) + eps).rsqrt(), storage)
     squares = round_to((value.float() * value.float()), plan.statistics)

@@ -55,6 +55,7 @@ rcp|sqrt.rn|approx.ftz?.f32                                     r v
 rsqrt|ex2|lg2.approx.ftz?.f32                                   r v
 
 add|sub|min|max|div|rem.INT                                     r v v
+add.u16x2|s16x2                                                 r v v
 mul.lo|hi.INT                                                   r v v
 mul.wide.LONG                                                   r v v
 mad.lo.INT                                                      r v v v
@@ -93,7 +94,7 @@ cvt.rn.f32.EVEN                                                 r v
 cvt.rn.bf16.SMALL                                               r v
 cvt.rn|rz.bf16.f32                                              r v
 cvt.rn|rz.bf16x2.f32                                            r v v
-cvt.f32.bf16                                                    r v
+cvt.f32.bf16|f16                                                r v
 cvt.WHOLE?.ftz?.f32.f32                                         r v
 cvt.ftz?.sat.f32.f32                                            r v
 

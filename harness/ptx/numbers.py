@@ -26,17 +26,19 @@ class Unsupported(ValueError):
 def width(kind: str) -> int:
     """Bits of a PTX type: 16 of `bf16`, 64 of `s64`. Raises Unsupported for one that is not known here."""
     found = TYPE.fullmatch(kind)
-    if found is None or kind in ("f16", "f64"):
+    if found is None or kind == "f64":
         raise Unsupported(f"type {kind}")
     return int(found[2])
 
 
 def read(bits: Array, kind: str) -> Array:
-    """Bits, of the type's width or wider, as values; bf16 as float32."""
+    """Bits, of the type's width or wider, as values; bf16 and f16 as float32."""
     unsigned = UNSIGNED[width(kind)]
     bits = bits if bits.dtype == unsigned else bits.astype(unsigned)
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float32)
     if kind == "f32":
         return bits.view(np.float32)
     return bits.view(SIGNED[width(kind)]) if kind[0] == "s" else bits

@@ -93,6 +93,11 @@ def _pairs(one: Callable[..., int], *operands: int) -> int:
 # ---------------------------------------------------------------- integers
 
 
+def _halves(one: Definition, *operands: int) -> int:
+    low, high = (one.of(*(bits >> shift & 0xFFFF for bits in operands)) & 0xFFFF for shift in (0, 16))
+    return low | high << 16
+
+
 def whole(bits: int, kind: str) -> int:
     bits &= (1 << width(kind)) - 1
     return bits - (1 << width(kind)) if kind[0] == "s" and bits >> width(kind) - 1 else bits
@@ -136,6 +141,9 @@ ONE = ("not", "neg", "abs")
 
 
 def of_integers(name: str, words: list[str], kind: str) -> Definition | None:
+    if kind.endswith("x2"):
+        one = of_integers(name, words, kind[:-2])
+        return one and Definition(tuple(each + "x2" for each in one.takes), kind, functools.partial(_halves, one))
     wide = "wide" in words
     gives = f"{kind[0]}{2 * width(kind)}" if wide else kind
     if name == "mul":
@@ -249,7 +257,7 @@ def _understood(name: str, words: list[str], kind: str) -> bool:
         how = " ".join(WHOLE) if of in FLOATS and not to.startswith("bf16") else ""
         how += " rn" * (of not in FLOATS and to in FLOATS) + " rn rz" * (of == "f32" and to.startswith("bf16"))
         how += " ftz" * (of == "f32" and not to.startswith("bf16")) + " sat" * (of == to == "f32")
-        return set(words[:-2]) <= set((how if (to, of) != ("f32", "bf16") else "").split())
+        return set(words[:-2]) <= set((how if (to, of) not in (("f32", "bf16"), ("f32", "f16")) else "").split())
     floats = kind.startswith(("f32", "bf16"))
     known = set((OF_F if floats else OF_I).get(name, "").split()) | (
         {"ftz"} if kind == "f32" and name not in EVER else set()

@@ -10,7 +10,7 @@ import math
 from decimal import Context, Decimal
 from fractions import Fraction
 
-FLOATS = {"f32": (24, 8), "bf16": (8, 8)}  # significant bits, bits of the exponent
+FLOATS = {"f32": (24, 8), "bf16": (8, 8), "f16": (11, 5)}  # significant bits, bits of the exponent
 INFINITE, NAN = "infinite", "nan"
 LARGE = Fraction(2) ** 200  # than any number
 Size = Fraction | str

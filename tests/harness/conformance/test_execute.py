@@ -63,6 +63,25 @@ def of_inputs(target: str) -> Iterator[dict]:
     yield row_of(target, "hf", products="many", bias=True, residual=True)
 
 
+def of_blocks(target: str) -> Iterator[dict]:
+    """Weights in blocks: a plan of each place of rstd and each way to hold a weight, many tokens and one."""
+    from castpoint.harness.problems.quantised import exact_quantised
+    from castpoint.harness.ptx.driver import executed
+    from castpoint.variants.quantised import run_quantised
+
+    asked = [("hf", "q4_0", "bf16-rne", None), ("deferred", "q8_0", "bf16-rne", execute.FEW)]
+    asked += [("fp32", "q8_0", "fp32", None), ("truncating", "q4_0", "bf16-rtz", execute.FEW)]
+    for (name, format, weight, config), products in itertools.product(asked, ("one", "many")):
+        plan, tokens = PLANS[name].plan, 1 if config else 70
+        shape = {"tokens": tokens, "hidden_size": 224, "head_dim": 128, "num_q_heads": 2, "num_kv_heads": 1}
+        problem = exact_quantised(plan, format, weight, products=products, **shape)
+        with executed(target):
+            outputs = run_quantised(plan, problem, config=config)
+        expected = spec(plan, problem).outputs().values()
+        equal = [(a.double() == b).double().mean().item() for a, b in zip(outputs, expected, strict=True)]
+        yield {"plan": name, "format": format, "equal": equal}
+
+
 def of_the_rig(target: str) -> Iterator[dict]:
     """The kernels that stand beside ours in `make gpu`: the loop by itself, a stream that only reads, an empty one."""
     import torch
@@ -149,8 +168,10 @@ def row_of(target: str, name: str, config: Config | None = None, **inputs: objec
         (of_tiles, ["sm_90"], 11),
         (of_inputs, ["sm_90"], 9),
         (of_the_rig, ["sm_90"], 2),
+        (of_blocks, ["sm_90"], 8),
+        (of_blocks, ["sm_80"], 8),
     ],
-    ids=["plans", "plans on sm_80", "tiles", "inputs", "rig"],
+    ids=["plans", "plans on sm_80", "tiles", "inputs", "rig", "blocks", "blocks on sm_80"],
 )
 def test_compiled_kernels_equal_their_spec(function, arguments: list[str], count: int, tmp_path: Path):
     rows = in_process(function, *arguments, cache=tmp_path)
@@ -281,6 +302,15 @@ def test_every_kernel_has_exact_and_drawn_inputs():
     for name, config, check, rope, tokens in checks:
         by_kernel.setdefault((name, config, rope, tokens), []).append(check)
     assert all(sorted(found) == sorted(cuda.AGAINST_SPEC) for found in by_kernel.values()) and len(by_kernel) > 90
+
+
+def test_weights_in_blocks_have_exact_and_drawn_inputs():
+    checks = list(execute.block_checks())
+    assert len(checks) == 32 and {format for _, format, *_ in checks} == {"q4_0", "q8_0"}
+    for check in cuda.AGAINST_SPEC:
+        assert sum(each[-1] == check for each in checks) == 16
+    problems = execute.block_problems(PLANS["hf"].plan, "q4_0", "bf16-rne", Check.EXACT, 1)
+    assert [p.x.shape for p in problems] == [(1, 480)] * 2 and 480 % 64 and 480 % 128
 
 
 def test_what_a_check_asks_ends_in_part_tiles():
