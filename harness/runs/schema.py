@@ -146,7 +146,7 @@ class ParallelRow(
 class ParallelCostRow(Row, table="parallel_cost", key=("model", "dtype", "reduce", "ranks")):
     model: str; dtype: str; reduce: str; ranks: int; tokens: int; repeats: Count = None
     prefill_ms: Number = None; prefill_low_ms: Number = None; prefill_high_ms: Number = None; decode_ms: Number = None
-    sent_bytes: Count = None; read_elements: Count = None  # of rank 0: over the wire in a prefill, counted; from the file
+    sent_bytes: Count = None; read_elements: Count = None  # of rank 0: in a prefill, counted; from the file
 
 class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""

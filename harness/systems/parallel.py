@@ -59,7 +59,9 @@ def study(
         check_divides(weights.config, ranks)
     ids = [i for text in read_prompts(PASSAGES) for i in tokenizer_of(source).encode(text)][: tokens + decoded]
     if len(ids) < tokens + decoded:
-        raise UserError(f"the tokenizer of {source} makes {len(ids)} tokens of all passages: {tokens + decoded} are needed")
+        raise UserError(
+            f"the tokenizer of {source} makes {len(ids)} tokens of all passages: {tokens + decoded} are needed"
+        )
     if len(ids) > weights.config.context:
         raise UserError(f"{source} reads {weights.config.context} tokens at once: the study needs {len(ids)}")
     each = [(dtype, reduce) for dtype in dtypes for reduce in reduces]

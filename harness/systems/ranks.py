@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +30,8 @@ from castpoint.harness.systems.shards import Run, Shard, load
 from castpoint.harness.systems.weights import opened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PATIENCE_S, START_S = 20.0, 180.0  # without a sign of any rank; until every rank gave its first
+PATIENCE_S, START_S = 20.0, 90.0  # without a sign of any rank, once all have the model open; and until then
+START = "its start"
 GONE = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")  # of torchrun's summary
 
 
@@ -95,11 +95,10 @@ def _watched(torchrun: subprocess.Popen[bytes], ranks: int, folder: Path, patien
         now = _signs(folder)
         if now != seen:
             seen, since = now, time.monotonic()
-        started = len(seen) == ranks
-        if time.monotonic() - since > patience_s and (started or time.monotonic() - start > START_S):
-            rank = next((r for r in range(ranks) if r not in seen), None)
-            if rank is not None:
-                return f"rank {rank} of {ranks} did not start in {START_S:.0f} s"
+        late = [rank for rank in range(ranks) if rank not in seen or seen[rank][2] == START]
+        if late and time.monotonic() - start > START_S:
+            return f"rank {late[0]} of {ranks} did not start in {START_S:.0f} s"
+        if not late and time.monotonic() - since > patience_s:
             rank = min(seen, key=lambda r: (not _stopped(seen[r][0]), seen[r][1]))
             return f"rank {rank} of {ranks} hangs: no sign for {patience_s:.0f} s after {seen[rank][2]}"
     return ""
@@ -241,7 +240,7 @@ def main(folder: Path) -> int:
         die_with_parent(os.getppid())
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     beat = signs_to(folder / f"rank-{rank}.at")
-    beat("its start")
+    beat(START)
     on_gpus = torch.cuda.device_count() >= ranks
     if on_gpus:
         torch.cuda.set_device(rank)
@@ -255,10 +254,6 @@ def main(folder: Path) -> int:
         raise
     dist.destroy_process_group()
     return 0
-
-
-def median_ms(seconds: list[float]) -> float:
-    return 1000 * statistics.median(seconds)
 
 
 if __name__ == "__main__":

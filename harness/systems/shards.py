@@ -225,19 +225,23 @@ class Run:
         reads = [head // group - s.part.kv.start for head in s.part.q]  # the key head of each query head
         if self.reduce == "tree":
             each = ((q[:, i : i + 1], k[:, j : j + 1], v[:, j : j + 1]) for i, j in enumerate(reads))
-            return [attention(config, *(t.contiguous() for t in one), hidden, lambda stage, value: value) for one in each]
+            return [
+                attention(config, *(t.contiguous() for t in one), hidden, lambda stage, value: value) for one in each
+            ]
         return [attention(config, q, k[:, reads], v[:, reads], hidden, lambda stage, value: value)]
 
     def _opened(self, number: int, x: Tensor) -> list[Tensor]:
         """[S, I / TILES] of each tile, or all of this rank's channels as one."""
         config, gate_up = self.shard.config, self.shard.plain[f"{number}.gate_up"]
-        half = len(gate_up) // 2
-        wide = config.intermediate_size // TILES
+        half, wide = len(gate_up) // 2, config.intermediate_size // TILES
         if self.reduce == "tree":
-            pairs = [[F.linear(x, t) for t in both] for both in zip(*(w.split(wide) for w in gate_up.split(half)))]
+            made = [F.linear(x, tile) for tile in gate_up.split(wide)]
+            gates, ups = made[: len(made) // 2], made[len(made) // 2 :]
         else:
-            pairs = [list(F.linear(x, gate_up).split(half, -1))]
-        return [(F.gelu(gate, approximate="tanh") if config.gemma else F.silu(gate)) * up for gate, up in pairs]
+            gate, up = F.linear(x, gate_up).split(half, -1)
+            gates, ups = [gate], [up]
+        opened = [F.gelu(gate, approximate="tanh") if config.gemma else F.silu(gate) for gate in gates]
+        return [gate * up for gate, up in zip(opened, ups, strict=True)]
 
     def _reduced(self, name: str, parts: list[Tensor]) -> Tensor:
         """A row-parallel projection of all ranks, [S, D] in the model's dtype. bf16: each rank's sum is rounded to bf16
