@@ -50,8 +50,8 @@ def page(folder: Path) -> str:
             against(rows, PLAIN),
         ),
         under(
-            "## What it costs\n\nPrefill and one decoded token, milliseconds on this CPU: median (least to greatest) of "
-            "so many passes. Ranks beyond its cores take turns, so that these times say what the tree costs, and "
+            "## What it costs\n\nPrefill and one decoded token, milliseconds on this CPU: median (least to greatest). "
+            "Ranks beyond its cores take turns, so that these times say what the tree costs, and "
             "nothing of what ranks buy. Sent: bytes a rank sends in a prefill, counted: an all-reduce as the ring of 2 "
             "(R - 1) / R of its tensor, the tree as log2(R) whole tensors; both with the gathered logits.",
             costs(cost),

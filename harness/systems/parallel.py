@@ -46,7 +46,7 @@ class Got:
 def sweep(records: Records, source: str, short: bool) -> None:
     """Every rank count that divides the model. Raises UserError where none but 1 does, and as ranks.launch."""
     for name in [source] if source else REAL[: 1 if short else None]:
-        study(records, had(name), RANKS, list(DTYPES), list(REDUCES), 12 if short else 48, 2 if short else 8)
+        study(records, had(name), RANKS, list(DTYPES), list(REDUCES), 12 if short else 24, 2 if short else 4)
 
 
 def study(
@@ -74,7 +74,7 @@ def study(
     if not missing:
         return
     plain = {dtype: _plain(weights, ids, dtype, name, counts, records) for dtype in dtypes}
-    job = Job(source, ids, decoded, dtypes, reduces, repeats=1 if decoded < 4 else 5)
+    job = Job(source, ids, decoded, dtypes, reduces, repeats=1 if decoded < 4 else 3)
     with tempfile.TemporaryDirectory() as scratch:
         for ranks in track([1, *(ranks for ranks in missing if ranks > 1)], f"ranks of {name}"):
             folder = Path(scratch) / str(ranks)
