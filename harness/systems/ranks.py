@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,8 @@ def launch(job: Job, ranks: int, folder: Path, patience_s: float = PATIENCE_S) -
     command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", __name__, str(folder)]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with open(folder / "log", "wb") as log:
-        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        with_us = partial(die_with_parent, os.getpid()) if sys.platform == "linux" else None
+        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=with_us)
     try:
         hung = _watched(torchrun, ranks, folder, patience_s)
     finally:
