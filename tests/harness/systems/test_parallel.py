@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import IDS, saved, tiny_config, tiny_model
 from torch import Tensor
@@ -110,6 +111,26 @@ def test_no_rank_count_moves_a_bit_of_the_tree(model_type: str, dtype: torch.dty
         assert torch.equal(again, logits)
         assert {name for each in held for name in each} == set(k)
         assert all(torch.equal(value, k[name]) for each in held for name, value in each.items())
+
+
+@pytest.mark.parametrize("reduce, moved", [("tree", False), ("fp32", True)])
+def test_no_rank_count_moves_the_shape_of_a_matmul_of_the_tree(
+    reduce: str, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a matmul's bits do not follow its shape, as on many CPUs, the tests of bits cannot see that."""
+    linear, shapes = F.linear, set[tuple[int, ...]]()
+
+    def seen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.add((*x.shape, *weight.shape))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", seen)
+    found = []
+    for ranks in (1, 2, 4):
+        shapes.clear()
+        split(uneven(), ranks, torch.float32, reduce)
+        found.append(set(shapes))
+    assert (found[0] != found[1]) == (found[0] != found[2]) == moved
 
 
 @pytest.mark.parametrize("reduce", REDUCES)
