@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,10 +31,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor lying in a checkpoint: its shape, known from the header, and how to read it."""
+    """A tensor lying in a checkpoint: its shape, known from the header, and how to read it, whole or, where cut is
+    given, some rows and columns of it (of a vector, some of its elements, the columns without meaning)."""
 
     shape: list[int]
     read: Callable[[], Tensor]
+    cut: Callable[[slice, slice], Tensor] | None = None
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -42,8 +44,31 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     refuse_pickle(path)
     with mistakes(SafetensorError, OSError, about=f"{path} is truncated or no safetensors file"):
         file = safe_open(path, framework="pt")
-    stored = {name: Stored(file.get_slice(name).get_shape(), partial(file.get_tensor, name)) for name in file.keys()}
+    stored = {}
+    for name in file.keys():
+        held = file.get_slice(name)
+        stored[name] = Stored(held.get_shape(), partial(file.get_tensor, name), partial(_cut, held))
     return stored, file.metadata() or {}
+
+
+def _cut(held: Any, rows: slice, columns: slice) -> Tensor:
+    part: Tensor = held[rows] if len(held.get_shape()) == 1 else held[rows, columns]
+    return part
+
+
+def dequantised_part(tensor: ReaderTensor, subtract_one: bool, rows: slice, columns: slice) -> Tensor:
+    """float32, as dequantised, of these rows and columns; no block without one of them is dequantised."""
+    import gguf
+
+    if len(tensor.shape) == 1:
+        return dequantised(tensor, subtract_one)[rows]
+    block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    unit = size if tensor.data.dtype == np.uint8 else block  # elements of data that hold a block
+    first, last, _ = columns.indices(int(tensor.shape[0]))
+    left, right = first // block, -(-last // block)
+    data = np.ascontiguousarray(tensor.data[rows, left * unit : right * unit])
+    part = dequantised(tensor._replace(data=data), subtract_one)
+    return part[:, first - left * block : last - left * block]
 
 
 def dequantised(tensor: ReaderTensor, subtract_one: bool) -> Tensor:

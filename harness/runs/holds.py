@@ -48,6 +48,8 @@ PARTS = (
     Part("configs", "all", True, "the same"),
     Part("executed", "all", None, "PTX by NumPy's integers and float64; asked of one CPU"),
     Part("cases", "all", True, "to the digit on two machines that one CPU played"),
+    Part("parallel", "all", False, "PyTorch's matmuls in a whole model; by how much was not measured"),
+    Part("parallel_cost", "all", False, "times"),
     Part("gates", "all", None, "PyTorch's fp32 sums; asked of one CPU"),
     Part("tolerances", "all", None, "the same"),
     Part("four_bit", "drawn", True, SPEC, "weights == 'calibrated'"),

@@ -143,6 +143,18 @@ class ClaimFigureRow(Row, table="claim_figures", key=("claim", "what", "cause"))
     measured: Number = None; measured_low: Number = None; measured_high: Number = None  # median, least, greatest
     samples: Count = None; unit: str = ""
 
+class ParallelRow(
+    Row, table="parallel", key=("model", "dtype", "reduce", "ranks", "part", "reference", "stage", "layer")
+):
+    model: str; dtype: str; reduce: str; ranks: int; tokens: int; part: str; reference: str; stage: str; layer: int
+    max_abs: Number = None; rms: Number = None; rel_rms: Number = None; reference_max: Number = None
+    share_equal: Number = None; first_equal: Number = None  # of the largest value's place in each row: the first choice
+
+class ParallelCostRow(Row, table="parallel_cost", key=("model", "dtype", "reduce", "ranks")):
+    model: str; dtype: str; reduce: str; ranks: int; tokens: int; repeats: Count = None
+    prefill_ms: Number = None; prefill_low_ms: Number = None; prefill_high_ms: Number = None; decode_ms: Number = None
+    sent_bytes: Count = None; read_elements: Count = None  # of rank 0: in a prefill, counted; from the file
+
 class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None

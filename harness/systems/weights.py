@@ -107,6 +107,15 @@ class Weights:
         """That parameter as it is stored; what a GGUF file has quantised is dequantised and rounded to bf16."""
         return self.stored[name].read()
 
+    def part(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """These rows and columns of it (of a vector, these elements), a tensor of its own; nothing else is read, but
+        for the rest of a GGUF block."""
+        held = self.stored[name]
+        if held.cut is None:
+            whole = held.read()
+            return (whole[rows] if whole.ndim == 1 else whole[rows, columns]).clone()
+        return held.cut(rows, columns)
+
     def all(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every parameter, widened or rounded to dtype."""
         return {name: self.read(name).to(dtype) for name in self.config.shapes()}
@@ -219,7 +228,8 @@ def _of_gguf(path: Path, config: Config) -> dict[str, Stored]:
     for tensor in reader.tensors:
         ours = _our_name(tensor.name, names)
         minus_one = config.gemma and "norm" in ours  # llama.cpp's converter adds Gemma's 1
-        stored[ours] = Stored(tensor.shape.tolist()[::-1], partial(_bf16, tensor, minus_one))
+        cut = partial(_bf16_part, tensor, minus_one)
+        stored[ours] = Stored(tensor.shape.tolist()[::-1], partial(_bf16, tensor, minus_one), cut)
     return stored
 
 
@@ -232,3 +242,7 @@ def _our_name(name: str, names: dict[str, str]) -> str:
 
 def _bf16(tensor: Any, minus_one: bool) -> Tensor:
     return files.dequantised(tensor, minus_one).to(torch.bfloat16)
+
+
+def _bf16_part(tensor: Any, minus_one: bool, rows: slice, columns: slice) -> Tensor:
+    return files.dequantised_part(tensor, minus_one, rows, columns).to(torch.bfloat16).contiguous()
