@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,61 +27,52 @@ from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import EngineRow, EngineRunRow
 from castpoint.harness.runs.words import How, KScale
 from castpoint.harness.systems.decoder import forward
-from castpoint.harness.systems.generate import PAGE, Chain, Engine, Model, Request, Running, modules, of_plan
+from castpoint.harness.systems.generate import PAGE, Chain, Counts, Engine, Model, Request, Running, modules, of_plan
 from castpoint.harness.systems.weights import of_model
 from castpoint.variants.catalogue import PLANS, plan_named
 
 EAGER, TRANSFORMERS, SHUFFLED = "eager", "transformers", "shuffled"
+OWN_PLAN = {"qwen2": "hf", "qwen3": "hf", "gemma3_text": "gemma"}  # by which transformers runs that architecture
 LARGEST = 96.5  # the largest K-norm weight of Qwen3-0.6B
 FUSED = ("cast-after-matmul", "fp32")  # what a kernel does that keeps the normed value in fp32
 
 
 @dataclass(frozen=True)
 class Size:
-    """prompts, tokens of each, tokens that each goes on for; plans: none names all that fit."""
+    """prompts, tokens of each, tokens that each goes on for; plans: none names all that fit; backend: of plans."""
 
     prompts: int
     prompt: int
     tokens: int
     plans: tuple[str, ...] = ()
+    backend: str = "eager"
 
 
-WHOLE, SHORT = Size(8, 48, 32), Size(3, 28, 8, FUSED)
-
-
-# ---------------------------------------------------------------- what claims and tests call too
+WHOLE, SHORT = Size(8, 48, 32, backend="inductor"), Size(3, 28, 8, FUSED)
 
 
 def plans_of(model_type: str) -> list[str]:
     """Plans of the catalogue that fit that architecture."""
     fit = []
     for name, named in PLANS.items():
-        try:
+        with suppress(UserError):
             fitted(named.plan, model_type)
-        except UserError:
-            continue
-        fit.append(name)
+            fit.append(name)
     return fit
-
-
-def own_plan(model_type: str) -> str:
-    """The plan by which transformers runs that architecture."""
-    return "gemma" if model_type == "gemma3_text" else "hf"
 
 
 def generations(
     model: Model, plan: str, prompts: Sequence[Sequence[int]], tokens: int, backend: str = "eager"
 ) -> list[Running]:
     """What the model writes behind each prompt, greedily, all in one batch; plan: of the catalogue, or `eager`."""
-    engine = Engine(model, chain_of(model, plan, backend), batch=len(prompts))
-    return written(engine, prompts, tokens)
+    return write(Engine(model, chain_of(model, plan, backend), batch=len(prompts)), prompts, tokens)
 
 
 def chain_of(model: Model, plan: str, backend: str) -> Chain:
     return modules(model) if plan == EAGER else of_plan(model, plan_named(plan), backend)
 
 
-def written(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> list[Running]:
+def write(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> list[Running]:
     """The same of an engine as it is."""
     sequences = [engine.add(Request(tuple(prompt), tokens)) for prompt in prompts]
     engine.run()
@@ -101,14 +94,13 @@ def with_k_norms(model: Model, change: KScale) -> Model:
     return replace(model, w=changed, scales=tuple(scales))
 
 
-def equal_tokens(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Tokens before the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-
-
-def margins(sequence: Running) -> list[float]:
-    """Of its logits, for every new token: the largest over the second."""
-    return [(row.float().topk(2).values * torch.tensor([1.0, -1.0])).sum().item() for row in sequence.logits]
+def compared(new: Sequence[int], other: Running) -> dict[str, Any]:
+    """equal: tokens before the first that differs; and margins of the other's logits (runs.schema.EngineRow)."""
+    equal = next((i for i, (a, b) in enumerate(zip(new, other.new, strict=True)) if a != b), len(new))
+    rows = [row.float() for row in other.logits]
+    lead = (rows[equal][other.new[equal]] - rows[equal][new[equal]]).item() if equal < len(new) else None
+    usual = statistics.median((row.topk(2).values @ torch.tensor([1.0, -1.0])).item() for row in rows)
+    return {"equal": equal, "margin": lead, "margin_median": usual}
 
 
 def nats(model: Model, wide: dict[str, Tensor], prompt: Sequence[int], new: Sequence[int]) -> float:
@@ -117,160 +109,104 @@ def nats(model: Model, wide: dict[str, Tensor], prompt: Sequence[int], new: Sequ
     return -logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().item()
 
 
-# ---------------------------------------------------------------- the study
-
-
 def sweep(records: Records, source: str, short: bool) -> None:
     """Rows of a model, or of Gemma 3 270M and of Qwen3-0.6B with drawn weights. Raises what load and of_model raise."""
-    sources = [had(source)] if source else [had("gemma-3-270m"), *([] if short else [CALIBRATED_MODEL])]
     size = SHORT if short else WHOLE
-    for name in sources:
-        lm = load(name, tokens=size.prompt + size.tokens)
-        Study(records, lm, size).run()
+    for name in [source] if source else ["gemma-3-270m", *([] if short else [CALIBRATED_MODEL])]:
+        Study(records, load(had(name), tokens=size.prompt + size.tokens), size).run()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to a text."""
+
+    k_scale: KScale
+    plan: str
+    backend: str = EAGER
+    how: How = How.BATCH
 
 
 class Study:
-    """One model's rows. A text is compared with eager's under the same weights and, unless said otherwise, in the same
-    batch: what differs is the plan alone."""
+    """One model's rows. A text is compared with eager's under the same weights and, where it was written alone, with
+    what eager writes alone: what differs is the plan, or the way, and nothing else."""
 
     def __init__(self, records: Records, lm: LanguageModel, size: Size) -> None:
         self.records, self.lm, self.size = records, lm, size
         weights = of_model(lm.model, lm.name)
         self.model = Model.of(weights.config, weights.all(torch.bfloat16))
         self.prompts = [text.ids for text in texts(lm, None, size.prompt, size.prompts)]
-        self.wide = weights.all(torch.float32) if lm.weights != "calibrated" else {}
+        self.wide = {} if lm.weights == "calibrated" else weights.all(torch.float32)
         self.known: dict[tuple[int, ...], float] = {}  # text -> its nats
 
     def run(self) -> None:
-        own = own_plan(self.model.config.model_type)
-        plans = self.size.plans or tuple(plans_of(self.model.config.model_type))
-        self.ways(own)
-        self.plans(KScale.OWN, list(dict.fromkeys((own, *plans))))
-        if self.model.config.head_norm and self.lm.weights != "calibrated":  # whose K-norm weights reach 96.5
+        """Eager, and the plan that it is, in every way: what batches and pages change by themselves; then every plan in
+        one batch; then what fuses, under larger K-norm weights, unless the model's reach 96.5 already."""
+        kind = self.model.config.model_type
+        own = OWN_PLAN[kind]
+        plans = dict.fromkeys((own, *(self.size.plans or plans_of(kind))))
+        ways = [Arm(KScale.OWN, EAGER, how=how) for how in How]
+        ways += [Arm(KScale.OWN, plan, how=How.ALONE) for plan in (own, TRANSFORMERS)]
+        self.measure(KScale.OWN, ways + [Arm(KScale.OWN, plan, self.size.backend) for plan in plans])
+        norms = [w for name, w in self.model.w.items() if "k_norm" in name]
+        if norms and max((w + float(self.model.config.gemma)).abs().max().item() for w in norms) < LARGEST:
             for change in (KScale.BALANCED, KScale.ALONE):
-                self.plans(change, [own, *FUSED])
+                fused = [Arm(change, plan, self.size.backend) for plan in (own, *FUSED)]
+                self.measure(change, [Arm(change, EAGER), *fused])
 
-    def ways(self, own: str) -> None:
-        """Eager, and the plan that it is, in other ways: what batches and pages change by themselves."""
-        model, prompts, tokens = self.model, self.prompts, self.size.tokens
-        arms = ((EAGER, EAGER, How.ALONE), (own, EAGER, How.ALONE), (EAGER, EAGER, How.REUSED))
-        arms = (*arms, (EAGER, EAGER, How.PREEMPTED), (TRANSFORMERS, EAGER, How.ALONE))
-        todo = [arm for arm in arms if not self.has(KScale.OWN, *arm)]
-        if not todo:
-            return
-        batch = generations(model, EAGER, prompts, tokens)
-        alone = [run for prompt in prompts for run in generations(model, EAGER, [prompt], tokens)]
-        for plan, backend, how in track(todo, f"{self.lm.name}, eager"):
-            beside, named = (alone, How.ALONE) if plan != EAGER else (batch, How.BATCH)
-            if plan == TRANSFORMERS:
-                found = [_generated(self.lm, prompt, tokens) for prompt in prompts]
-                self.keep(KScale.OWN, plan, backend, how, found, beside, named)
-                self.records.add(EngineRunRow(**self.key(KScale.OWN, plan, backend, how), **self.totals(found)))
-                continue
-            pages = self.scarce() if how == How.PREEMPTED else 256
-            engine = Engine(model, chain_of(model, plan, backend), pages, 1 if how == How.ALONE else len(prompts))
-            if how == How.REUSED:
-                written(engine, prompts, tokens)
-                engine.counts = type(engine.counts)()
-            sequences = written(engine, prompts, tokens)
-            self.keep(KScale.OWN, plan, backend, how, [s.new for s in sequences], beside, named)
-            self.count(KScale.OWN, plan, backend, how, engine, sequences)
-
-    def scarce(self) -> int:
-        """Pages for all prompts and for one page more, or for one whole text, where that is more."""
-        prompts, whole = map(len, self.prompts), self.size.prompt + self.size.tokens
-        return max(sum(-(-length // PAGE) for length in prompts) + 1, -(-whole // PAGE))
-
-    def plans(self, change: KScale, plans: list[str]) -> None:
-        """Eager and those plans in one batch each, of a model with its K norms so changed."""
-        backend = "inductor" if self.size is WHOLE else EAGER
-        arms = [(EAGER, EAGER), *((plan, backend) for plan in plans)]
-        todo = [arm for arm in arms if not self.has(change, *arm, How.BATCH)]
+    def measure(self, change: KScale, arms: list[Arm]) -> None:
+        """Those arms, on the model with its K norms so changed; of each first its texts, then the run."""
+        todo = [arm for arm in arms if not self.records.has(EngineRunRow, **self.key(arm))]
         if not todo:
             return
         model, tokens = with_k_norms(self.model, change), self.size.tokens
-        beside = generations(model, EAGER, self.prompts, tokens)
-        self.shuffled(change, beside)
-        for plan, ran in track(todo, f"{self.lm.name}, K norms {change}"):
-            chain = chain_of(model, plan, ran)
-            if ran == "inductor":  # compiles, of both its shapes
-                written(Engine(model, chain, batch=len(self.prompts)), self.prompts, 2)
-            engine = Engine(model, chain, batch=len(self.prompts))
-            sequences = written(engine, self.prompts, tokens)
-            self.keep(change, plan, ran, How.BATCH, [s.new for s in sequences], beside, How.BATCH)
-            self.count(change, plan, ran, How.BATCH, engine, sequences)
-
-    def shuffled(self, change: KScale, beside: list[Running]) -> None:
+        beside = {How.BATCH: generations(model, EAGER, self.prompts, tokens)}
+        if any(arm.how == How.ALONE for arm in todo):
+            beside[How.ALONE] = [run for p in self.prompts for run in generations(model, EAGER, [p], tokens)]
         rng = np.random.default_rng(0)
-        for prompt, sequence in enumerate(beside):
-            key = self.key(change, SHUFFLED, EAGER, How.BATCH, prompt)
-            if not self.records.has(EngineRow, **key):
-                new = rng.permutation(sequence.new).tolist()
-                self.records.add(EngineRow(**key, nats=self.nats(prompt, new), text=self.text(new)))
+        for prompt, other in enumerate(beside[How.BATCH]):
+            self.records.add(self.row(Arm(change, SHUFFLED), prompt, rng.permutation(other.new).tolist()))
+        for arm in track(todo, f"{self.lm.name}, K norms {change}"):
+            reference = How.ALONE if arm.how == How.ALONE else How.BATCH
+            if arm.plan == TRANSFORMERS:
+                found, counts = [generated(self.lm, prompt, tokens) for prompt in self.prompts], Counts()
+            else:
+                found, counts = self.written(model, arm)
+            pairs = zip(found, beside[reference], strict=True)
+            rows = [self.row(arm, i, new, **compared(new, other)) for i, (new, other) in enumerate(pairs)]
+            self.records.add(*(replace(row, beside=f"{EAGER}, {reference}") for row in rows))
+            self.records.add(EngineRunRow(**self.key(arm), **self.totals(arm, found, counts)))
 
-    def key(self, change: KScale, plan: str, backend: str, how: How, prompt: int | None = None) -> dict[str, object]:
-        key = {"model": self.lm.name, "weights": self.lm.weights, "k_scale": change, "plan": plan, "backend": backend}
-        return key | {"how": how} | ({} if prompt is None else {"prompt": prompt})
+    def written(self, model: Model, arm: Arm) -> tuple[list[list[int]], Counts]:
+        """Texts of that arm, and what its engine did."""
+        chain, together = chain_of(model, arm.plan, arm.backend), 1 if arm.how == How.ALONE else len(self.prompts)
+        if arm.backend == "inductor":  # compiles, for both its shapes
+            write(Engine(model, chain, batch=together), self.prompts, 2)
+        lengths = [len(prompt) for prompt in self.prompts]
+        whole = -(-(max(lengths) + self.size.tokens) // PAGE)
+        scarce = max(whole, sum(-(-length // PAGE) for length in lengths) + 1)  # a page more than the prompts fill
+        engine = Engine(model, chain, scarce if arm.how == How.PREEMPTED else len(lengths) * whole, together)
+        if arm.how == How.REUSED:
+            write(engine, self.prompts, self.size.tokens)
+            engine.counts = Counts()
+        return [sequence.new for sequence in write(engine, self.prompts, self.size.tokens)], engine.counts
 
-    def has(self, change: KScale, plan: str, backend: str, how: How) -> bool:
-        return self.records.has(EngineRunRow, **self.key(change, plan, backend, how))
+    def key(self, arm: Arm) -> dict[str, Any]:
+        return {"model": self.lm.name, "weights": self.lm.weights, **vars(arm)}
 
-    def keep(
-        self,
-        change: KScale,
-        plan: str,
-        backend: str,
-        how: How,
-        found: list[list[int]],
-        beside: list[Running],
-        named: How,
-    ) -> None:
-        """A row a text."""
-        rows = []
-        for prompt, (new, other) in enumerate(zip(found, beside, strict=True)):
-            equal = equal_tokens(new, other.new)
-            parts = equal < len(new)
-            rows.append(
-                EngineRow(
-                    **self.key(change, plan, backend, how, prompt),
-                    beside=f"{EAGER}, {named}",
-                    tokens=len(new),
-                    equal=equal,
-                    margin=_lead(other.logits[equal], other.new[equal], new[equal]) if parts else None,
-                    margin_median=statistics.median(margins(other)),
-                    nats=self.nats(prompt, new),
-                    text=self.text(new),
-                )
-            )
-        self.records.add(*rows)
+    def row(self, arm: Arm, prompt: int, new: list[int], **beside: Any) -> EngineRow:
+        said = {"nats": self.nats(prompt, new), "text": self.text(new), "tokens": len(new)}
+        return EngineRow(**self.key(arm), prompt=prompt, **said, **beside)
 
-    def count(
-        self, change: KScale, plan: str, backend: str, how: How, engine: Engine, sequences: list[Running]
-    ) -> None:
-        """The row of a whole run, behind those of its texts."""
-        done = engine.counts
-        low, middle, high = np.quantile(done.seconds, [0.1, 0.5, 0.9]).tolist()
-        together = 1 if how == How.ALONE else len(sequences)
-        speed = {} if how == How.PREEMPTED else {"tokens_per_s": together / middle}  # its batches are of many sizes
-        self.records.add(
-            EngineRunRow(
-                **self.key(change, plan, backend, how),
-                **self.totals([s.new for s in sequences]),
-                threads=torch.get_num_threads(),
-                steps=done.steps,
-                computed=done.computed,
-                reused=done.reused,
-                preempted=done.preempted,
-                step_p10_ms=1e3 * low,
-                step_p50_ms=1e3 * middle,
-                step_p90_ms=1e3 * high,
-                **speed,
-            )
-        )
-
-    def totals(self, found: list[list[int]]) -> dict[str, int]:
-        prompts = sum(map(len, self.prompts))
-        return {"sequences": len(found), "prompt_tokens": prompts, "new_tokens": sum(map(len, found))}
+    def totals(self, arm: Arm, found: list[list[int]], counts: Counts) -> dict[str, Any]:
+        row: dict[str, Any] = {"sequences": len(found), "new_tokens": sum(map(len, found))}
+        row |= {"prompt_tokens": sum(map(len, self.prompts)), "threads": torch.get_num_threads()}
+        if not counts.seconds:  # transformers' own, and untimed
+            return row
+        low, middle, high = (1e3 * np.quantile(counts.seconds, [0.1, 0.5, 0.9])).tolist()
+        row |= {name: value for name, value in vars(counts).items() if name != "seconds"}
+        row |= {"step_p10_ms": low, "step_p50_ms": middle, "step_p90_ms": high}
+        together = 1 if arm.how == How.ALONE else len(found)  # of one preempted, batches have many sizes
+        return row if arm.how == How.PREEMPTED else row | {"tokens_per_s": 1e3 * together / middle}
 
     def nats(self, prompt: int, new: list[int]) -> float | None:
         """None where weights are drawn: nothing that such a model writes is probable."""
@@ -285,20 +221,13 @@ class Study:
         return read.replace("\n", "⏎")
 
 
-def _lead(logits: Tensor, own: int, other: int) -> float:
-    """By how much one token leads another."""
-    return (logits[own].float() - logits[other].float()).item()
-
-
-def _generated(lm: LanguageModel, prompt: Sequence[int], tokens: int) -> list[int]:
-    """transformers' own greedy tokens, with its eager attention; no token ends the text, as none ends ours."""
-    model, before = lm.model, lm.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        ids = torch.tensor([list(prompt)])
-        out = model.generate(  # without a mask it takes a prompt's pad tokens for padding
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None
-        )
+def generated(lm: LanguageModel, prompt: Sequence[int], tokens: int) -> list[int]:
+    """transformers' own greedy tokens, by its eager attention; no token ends the text, as none ends ours."""
+    before, ids = lm.config._attn_implementation, torch.tensor([list(prompt)])
+    lm.model.set_attn_implementation("eager")
+    try:  # without a mask generate() takes a prompt's pad tokens for padding
+        asked = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None}
+        out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
     finally:
-        model.set_attn_implementation(before)
+        lm.model.set_attn_implementation(before)
     return out[0, len(prompt) :].tolist()

@@ -55,29 +55,24 @@ class Model:
 
     @functools.cached_property
     def problems(self) -> list[Problem]:
-        """The chain of every layer, on one token of zeros."""
+        """The chain of every layer, on one token."""
         return [self._problem(layer) for layer in range(self.config.num_layers)]
 
     def _problem(self, layer: int) -> Problem:
         def together(kind: str) -> Tensor:
             return torch.cat([self.weight(layer, f"self_attn.{name}_proj", kind) for name in "qkv"])
 
-        c, normed = self.config, self.config.head_norm
+        c, heads = self.config, "qk" if self.config.head_norm else ""
+        sizes = {"num_q_heads": c.num_q_heads, "num_kv_heads": c.num_kv_heads, "eps": c.eps, "weight_offset": c.gemma}
+        normed = self.weight(layer, "input_layernorm")
         return Problem(
-            x=torch.zeros(1, c.hidden_size, dtype=torch.bfloat16, device=self.embedding.device),
-            norm_weight=self.weight(layer, "input_layernorm"),
+            x=normed[None],
+            norm_weight=normed,
             qkv_weight=together("weight"),
             bias=together("bias") if c.bias else None,
-            q_norm_weight=self.weight(layer, "self_attn.q_norm") if normed else None,
-            k_norm_weight=self.weight(layer, "self_attn.k_norm") if normed else None,
-            num_q_heads=c.num_q_heads,
-            num_kv_heads=c.num_kv_heads,
-            eps=c.eps,
-            weight_offset=c.gemma,
+            **{f"{name}_norm_weight": self.weight(layer, f"self_attn.{name}_norm") for name in heads},
+            **sizes,
         )
-
-
-# ---------------------------------------------------------------- chains
 
 
 def modules(model: Model) -> Chain:
@@ -119,9 +114,6 @@ def of_plan(model: Model, plan: CastPlan, backend: str) -> Chain:
         return q[:rows], k[:rows], v[:rows]
 
     return chain
-
-
-# ---------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True)
@@ -191,23 +183,20 @@ class Engine:
         return self.waiting[-1]
 
     def _check(self, request: Request) -> None:
-        config, whole = self.model.config, len(request.prompt) + request.tokens
-        if not request.prompt or request.tokens < 1:
-            raise UserError(
-                f"a request of {len(request.prompt)} prompt and {request.tokens} new tokens: both must be 1 or more"
-            )
-        if request.temperature < 0:
-            raise UserError(f"temperature {request.temperature:g} is below 0: 0 is greedy, 1 the model's own")
-        if not all(0 <= token < config.vocab_size for token in request.prompt):
-            raise UserError(f"a prompt's tokens must lie in 0 to {config.vocab_size - 1}, the model's vocabulary")
-        if whole > config.context:
-            raise UserError(f"{whole} tokens with those to come: the model reads {config.context}")
-        need, have = self.pages.needed(whole - 1), self.pages.pages
-        if need > have:
-            raise UserError(
-                f"{len(request.prompt)} prompt and {request.tokens} new tokens need {need} pages of {PAGE} tokens, "
-                f"and the cache has {have}: give it more pages, or ask for fewer tokens"
-            )
+        config, prompt, tokens = self.model.config, request.prompt, request.tokens
+        need, have, whole = self.pages.needed(len(prompt) + tokens - 1), self.pages.pages, len(prompt) + tokens
+        wrong = {
+            f"{len(prompt)} prompt and {tokens} new tokens: both must be 1 or more": not prompt or tokens < 1,
+            f"temperature {request.temperature:g} is below 0: 0 is greedy, 1 the model's own": request.temperature < 0,
+            f"a prompt's tokens must lie in 0 to {config.vocab_size - 1}, the model's vocabulary": not all(
+                0 <= token < config.vocab_size for token in prompt
+            ),
+            f"{whole} tokens with those to come: the model reads {config.context}": whole > config.context,
+            f"{len(prompt)} prompt and {tokens} new tokens need {need} pages of {PAGE} tokens, and the cache has "
+            f"{have}: give it more pages, or ask for fewer tokens": need > have,
+        }
+        if said := next((said for said, is_wrong in wrong.items() if is_wrong), None):
+            raise UserError(said)
 
     def run(self) -> None:
         """Steps until nothing waits and nothing runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.words import How, KScale
 from castpoint.harness.systems import decoder, engine
 from castpoint.harness.systems.cache import Pages, chained
-from castpoint.harness.systems.engine import Size, Study, equal_tokens, generations, nats, plans_of, with_k_norms
+from castpoint.harness.systems.engine import Size, Study, compared, generations, nats, plans_of, with_k_norms
 from castpoint.harness.systems.generate import Engine, Model, Request, choose, modules, of_plan
 from castpoint.harness.systems.weights import of_model
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -45,7 +46,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.bfloat16) -> Model:
     return Model.of(weights.config, weights.all(dtype))
 
 
-def generated(model: nn.Module, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+def reference(model: nn.Module, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
     """transformers' tokens and logits [tokens, V]."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -61,7 +62,7 @@ def generated(model: nn.Module, prompt: list[int], tokens: int) -> tuple[list[in
 @pytest.mark.parametrize("kind", TYPES)
 def test_tokens_and_logits_are_those_of_generate(kind: str) -> None:
     model, own = model_of(kind), network(kind)
-    expected, logits = generated(own, IDS, 24)
+    expected, logits = reference(own, IDS, 24)
     for chain in (
         modules(model),
         of_plan(model, reference_plan(kind if "window" not in kind else "gemma3_text"), "eager"),
@@ -76,7 +77,7 @@ def test_tokens_and_logits_are_those_of_generate(kind: str) -> None:
 def test_another_plan_writes_other_logits() -> None:
     """So that the equality above is no accident of small models."""
     model = model_of("qwen3")
-    _, logits = generated(network("qwen3"), IDS, 1)
+    _, logits = reference(network("qwen3"), IDS, 1)
     (sequence,) = generations(model, "fp32", [IDS], 1)
     assert not torch.equal(sequence.logits[0].float(), logits[0])
 
@@ -120,6 +121,20 @@ def test_sequences_of_one_step_share_a_prefix() -> None:
     assert pair[0].table[:2] == pair[1].table[:2] and pair[0].table[2] != pair[1].table[2]
     running.run()
     assert running.counts.reused == 32 and pair[0].new == pair[1].new
+
+
+def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
+    """A prompt of whole pages: its logits are nowhere but in a step of its own."""
+    model = model_of("qwen3", torch.float64)
+    running = Engine(model, modules(model))
+    pair = []
+    for _ in range(2):
+        pair.append(running.add(Request(tuple(IDS[:32]), 17)))
+        running.run()
+    assert running.counts.reused == 16 and pair[0].new == pair[1].new
+    running.add(Request(tuple(pair[0].ids), 1))  # what was written token by token is known too
+    running.run()
+    assert running.counts.reused == 16 + 48
 
 
 def test_a_page_lives_as_long_as_somebody_holds_it() -> None:
@@ -243,8 +258,12 @@ def test_nats_are_those_of_the_new_tokens_alone() -> None:
     assert nats(model, dict(model.w), IDS, new) == pytest.approx(expected, abs=1e-12)
 
 
-def test_equal_tokens_end_at_the_first_that_parts() -> None:
-    assert equal_tokens([1, 2, 3], [1, 2, 3]) == 3 and equal_tokens([1, 9, 3], [1, 2, 3]) == 1
+def test_margins_are_of_the_others_logits() -> None:
+    rows = [torch.tensor([0.0, 3.0, 1.0]), torch.tensor([2.0, 0.5, 1.5])]
+    other = SimpleNamespace(new=[1, 0], logits=rows)
+    assert compared([1, 0], other) == {"equal": 2, "margin": None, "margin_median": 1.25}
+    assert compared([1, 1], other) == {"equal": 1, "margin": 1.5, "margin_median": 1.25}
+    assert compared([0, 0], other)["equal"] == 0
 
 
 def test_the_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
