@@ -15,6 +15,7 @@ from castpoint.variants.catalogue import PLANS
 
 HEADING = "An engine with any plan inside"
 EAGER, SHUFFLED = "eager", "shuffled"
+FUSED = ("gemma", "hf", "cast-after-matmul", "fp32")  # beside eager in the picture: its own plan, and what fuses
 LETTERS = 90  # of a text that are shown
 
 
@@ -56,14 +57,15 @@ def sections(texts: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     )
     own = texts[texts["k_scale"] == KScale.OWN]
     batch = own[(own["how"] == How.BATCH) & (own["plan"] != SHUFFLED)]
-    speed = runs[(runs["k_scale"] == KScale.OWN) & (runs["how"] == How.BATCH)].set_index("plan")["tokens_per_s"]
-    plans = parting(batch, ["plan"])
-    plans.insert(1, "tokens/s here", plans["plan"].map(speed))
+    speed = runs[(runs["k_scale"] == KScale.OWN) & (runs["how"] == How.BATCH)]
+    speed = speed.set_index(["plan", "backend"])["tokens_per_s"]
+    plans = parting(batch, ["plan", "backend"])
+    plans.insert(2, "tokens/s here", [speed.get(arm) for arm in zip(plans["plan"], plans["backend"], strict=True)])
     ways = own[(own["how"] != How.BATCH) & (own["plan"] != SHUFFLED)]
     return [
         head,
         "Every plan, all prompts in one batch, beside `eager` in the same batch:\n\n" + markdown(plans),
-        "What a batch and pages change by themselves, with no other plan:\n\n"
+        "What a batch and pages change by themselves, with no other plan (alone: one after the other):\n\n"
         + markdown(parting(ways, ["plan", "how", "beside"])),
         k_norms(texts),
         written(batch),
@@ -99,7 +101,7 @@ def spread(values: pd.Series) -> str:
 
 def k_norms(texts: pd.DataFrame) -> str:
     """Whether a plan's text is still text; empty where K norms were left as they are."""
-    batch = texts[texts["how"] == How.BATCH]
+    batch = once(texts)
     changed = batch[batch["k_scale"] != KScale.OWN]
     if changed.empty:
         return ""
@@ -118,10 +120,17 @@ def k_norms(texts: pd.DataFrame) -> str:
         "multiplied until the largest is 96.5; once with the scale of q·k divided by as much, so that the function "
         "stays up to the rounding of the new weights, once without, so that attention is sharper than the model was "
         "trained with and eager itself writes worse. Each plan beside eager **under the same weights**. Eager's own "
-        "tokens in a drawn order (`shuffled`) say what gibberish of the same words scores: a plan spoils a text as far as it "
-        "takes it from eager's nats to those. More than eager: mean over prompts ± its standard error, over "
+        "tokens in a drawn order (`shuffled`) say what gibberish of the same words scores: a plan spoils a text as far "
+        "as it takes it from eager's nats to those. More than eager: mean over prompts ± its standard error, over "
         f"{batch['prompt'].nunique()} prompts.\n\n{markdown(pd.DataFrame(rows))}"
     )
+
+
+def once(texts: pd.DataFrame) -> pd.DataFrame:
+    """Those of a batch; of a plan that ran compiled and not, the compiled ones alone."""
+    batch = texts[texts["how"] == How.BATCH]
+    compiled = set(batch[batch["backend"] != EAGER]["plan"])
+    return batch[~(batch["plan"].isin(compiled) & (batch["backend"] == EAGER))]
 
 
 def beside_eager(batch: pd.DataFrame, plan: str) -> tuple[float, float, float]:
@@ -137,7 +146,7 @@ def written(batch: pd.DataFrame) -> str:
     parted = (batch["equal"] < batch["tokens"]).groupby(batch["prompt"]).sum()
     shown = batch[batch["prompt"] == parted.idxmax()]
     rows = [
-        {"written by": ", ".join(part["plan"]), "text": f"`{text[:LETTERS].replace('`', ' ')}`"}
+        {"written by": ", ".join(dict.fromkeys(part["plan"])), "text": f"`{text[:LETTERS].replace('`', ' ')}`"}
         for text, part in shown.groupby("text", sort=False)
     ]
     return f"What they write behind prompt {parted.idxmax() + 1}:\n\n{markdown(pd.DataFrame(rows))}"
@@ -151,19 +160,25 @@ def headline(folder: Path) -> str:
     texts = load_table(folder, found[0], "engine")
     texts = texts[texts["model"] == texts["model"].iloc[0]]
     same = texts[texts["plan"] == "transformers"]
+    parted = (texts["equal"] < texts["tokens"]).where(texts["plan"] != SHUFFLED, False)
+    own = texts[texts["k_scale"] == KScale.OWN]
+    alone = parted[own[(own["plan"] == EAGER) & (own["how"] == How.ALONE)].index].sum()
+    run = once(own)
+    plans = parted[run[run["plan"].isin(PLANS)].index].groupby(run["plan"]).sum()
     said = (
-        f"{(same['equal'] == same['tokens']).sum()} of {len(same)} texts are `transformers.generate`'s token for token"
+        f"{(same['equal'] == same['tokens']).sum()} of {len(same)} texts are `transformers.generate`'s token for "
+        f"token; eager alone parts from eager in a batch in {alone}, a plan in {plans.min()} to {plans.max()}"
     )
-    large = texts[(texts["k_scale"] == KScale.BALANCED) & (texts["how"] == How.BATCH)]
+    large = once(texts[texts["k_scale"] == KScale.BALANCED])
     plans = [plan for plan in large["plan"].unique() if plan in PLANS and PLANS[plan].plan.matmul != "bf16"]
     if not plans:
         return f"{said}."
-    parted = large[large["plan"].isin(plans)]
+    fused = parted[large[large["plan"].isin(plans)].index]
     more = max(abs(beside_eager(large, plan)[0]) for plan in plans)
     gibberish = large[large["plan"] == SHUFFLED]["nats"].mean() - large[large["plan"] == EAGER]["nats"].mean()
     return (
-        f"{said}; with K-norm weights of 96.5 in every layer {(parted['equal'] < parted['tokens']).sum()} of "
-        f"{len(parted)} texts of `{'` and `'.join(plans)}` part from eager's, and in the mean are within {more:.2f} "
+        f"{said}; with K-norm weights of 96.5 in every layer {fused.sum()} of {len(fused)} "
+        f"texts of `{'` and `'.join(plans)}` part from eager's, and in the mean are within {more:.2f} "
         f"nats a token of its own (the same words shuffled: {gibberish:+.2f})."
     )
 
@@ -174,20 +189,28 @@ def headline(folder: Path) -> str:
 def plot(texts: pd.DataFrame, model: str, path: Path) -> None:
     """Left: a row an arm, a dot a text, where it parts. Right: nats of texts by K-norm weights, plans beside eager."""
     own = texts[(texts["k_scale"] == KScale.OWN) & (texts["plan"] != SHUFFLED)]
-    arms = [((plan, how), part) for (plan, how), part in own.groupby(["plan", "how"], sort=False)]
-    arms = [arm for arm in arms if arm[0] != (EAGER, How.BATCH)]
+    compiled = own["backend"] != EAGER
+    arms = []
+    for (plan, backend, how), part in own.groupby(["plan", "backend", "how"], sort=False):
+        name = f"{plan}, {how}" if how != How.BATCH else plan
+        if (plan, how) != (EAGER, How.BATCH):
+            arms.append(
+                (f"{name}, not compiled" if compiled.any() and name == plan and backend == EAGER else name, part)
+            )
     size = (12.5, max(4.4, 0.27 * len(arms) + 1.9))
-    title = f"{model}: where greedy text parts from eager's, and whether K-norm weights of 96.5 spoil it"
+    title = f"{model}: where greedy text parts from eager's in a batch; is it text with K-norm weights of 96.5?"
     figure, (left, right) = panels((1, 2), size, (0.19, 0.99, 0.8, 0.75), title, wspace=0.32, width_ratios=[1, 1])
     _parting(left, arms)
-    _nats(right, texts[texts["how"] == How.BATCH])
+    _nats(right, once(texts))
+    right.set_visible(bool(texts["nats"].notna().any()))
     save(figure, path, f"{model}, {texts['weights'].iloc[0]}; {texts['prompt'].nunique()} prompts; this CPU")
 
 
-def _parting(axes: Axes, arms: list[tuple[tuple[str, str], pd.DataFrame]]) -> None:
+def _parting(axes: Axes, arms: list[tuple[str, pd.DataFrame]]) -> None:
     longest = max(part["tokens"].max() for _, part in arms)
     axes.axvline(longest, color=GREY, linewidth=0.6, linestyle=":")
-    for place, ((plan, _), part) in enumerate(reversed(arms)):
+    for place, (_, part) in enumerate(reversed(arms)):
+        plan = part["plan"].iloc[0]
         shade = colour(plan) if plan in PLANS else GREY
         parted = part["equal"] < part["tokens"]
         offsets = pd.Series([0.3 * (2 * i / max(1, len(part) - 1) - 1) for i in range(len(part))], index=part.index)
@@ -195,15 +218,16 @@ def _parting(axes: Axes, arms: list[tuple[tuple[str, str], pd.DataFrame]]) -> No
         axes.scatter(part["equal"][~parted], place + offsets[~parted], facecolors="none", edgecolors=shade, s=20)
         said = f"{parted.sum()} of {len(part)} part"
         axes.text(1.01, place, said, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=shade)
-    names = [plan if how == How.BATCH else f"{plan}, {how}" for (plan, how), _ in reversed(arms)]
+    names = [name for name, _ in reversed(arms)]
     axes.set(yticks=range(len(arms)), yticklabels=names, ylim=(-0.6, len(arms) - 0.4), xlim=(-0.5, longest + 0.7))
     axes.set_xlabel("tokens before the first that differs (hollow: none does)")
 
 
 def _nats(axes: Axes, texts: pd.DataFrame) -> None:
     changes = [change for change in KScale if change in set(texts["k_scale"])]
-    plans = texts[texts["k_scale"] == changes[-1]]["plan"].unique().tolist()
-    drawn = [EAGER, *(plan for plan in plans if plan in PLANS), SHUFFLED]
+    drawn = [plan for plan in (EAGER, *FUSED, SHUFFLED) if plan in set(texts["plan"])]
+    if "gemma" in drawn and "hf" in drawn:
+        drawn.remove("hf")
     for group, change in enumerate(changes):
         for at, plan in enumerate(drawn):
             part = texts[(texts["k_scale"] == change) & (texts["plan"] == plan)]["nats"].dropna()

@@ -15,6 +15,8 @@ from torch import Tensor
 from castpoint.harness.systems.weights import Config
 
 Keep = Callable[[str, int, Tensor], None]  # stage, layer, value
+Tap = Callable[[str, Tensor], Tensor]  # stage, value, which it returns
+Weight = Callable[..., Tensor]  # of a layer: name, and `weight` or `bias`
 STAGES = (  # of a layer, in their order
     *("normed", "q", "k", "v", "q_normed", "k_normed", "q_rotated", "k_rotated"),
     *("scores", "weights", "attended", "output", "residual", "mlp_normed", "mlp", "hidden"),
@@ -95,26 +97,35 @@ def forward(config: Config, w: Mapping[str, Tensor], ids: list[int], keep: Keep 
 
 
 def _layer(config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, positions: Tensor, keep: Keep) -> Tensor:
-    def weight(name: str) -> Tensor:
-        return w[f"model.layers.{number}.{name}.weight"]
+    def weight(name: str, kind: str = "weight") -> Tensor:
+        return w[f"model.layers.{number}.{name}.{kind}"]
 
     def tap(stage: str, value: Tensor) -> Tensor:
         keep(stage, number, value)
         return value
 
-    normed = tap("normed", norm(config, x, weight("input_layernorm")))
-    heads = {}
-    for name in "qkv":
-        bias = w[f"model.layers.{number}.self_attn.{name}_proj.bias"] if config.bias else None
-        proj = F.linear(normed, weight(f"self_attn.{name}_proj"), bias)
-        heads[name] = tap(name, proj.unflatten(-1, (-1, config.head_dim)))
+    q, k, v = heads(config, weight, x, tap)
     cos, sin = angles(config, number, positions, x.dtype)
-    for name in "qk":
-        if config.head_norm:
-            heads[name] = tap(f"{name}_normed", norm(config, heads[name], weight(f"self_attn.{name}_norm")))
-        heads[name] = tap(f"{name}_rotated", rotate(heads[name], cos, sin))
+    q, k = tap("q_rotated", rotate(q, cos, sin)), tap("k_rotated", rotate(k, cos, sin))
     hidden = hidden_from(config, number, positions, positions)
-    attended = tap("attended", attention(config, heads["q"], heads["k"], heads["v"], hidden, tap))
+    return behind(config, weight, x, tap("attended", attention(config, q, k, v, hidden, tap)), tap)
+
+
+def heads(config: Config, weight: Weight, x: Tensor, tap: Tap) -> tuple[Tensor, Tensor, Tensor]:
+    """q [S, Hq, Dh], k and v [S, Hkv, Dh] of a layer's input x [S, D], before their rotation."""
+    normed = tap("normed", norm(config, x, weight("input_layernorm")))
+    found = {}
+    for name in "qkv":
+        bias = weight(f"self_attn.{name}_proj", "bias") if config.bias else None
+        proj = F.linear(normed, weight(f"self_attn.{name}_proj"), bias)
+        found[name] = tap(name, proj.unflatten(-1, (-1, config.head_dim)))
+    for name in "qk" if config.head_norm else "":
+        found[name] = tap(f"{name}_normed", norm(config, found[name], weight(f"self_attn.{name}_norm")))
+    return found["q"], found["k"], found["v"]
+
+
+def behind(config: Config, weight: Weight, x: Tensor, attended: Tensor, tap: Tap) -> Tensor:
+    """A layer's output [S, D], of its input x [S, D] and of what its heads attended to [S, Hq * Dh]."""
     output = tap("output", F.linear(attended, weight("self_attn.o_proj")))
     if config.gemma:
         output = norm(config, output, weight("post_attention_layernorm"))

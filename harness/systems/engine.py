@@ -145,7 +145,8 @@ class Study:
         own = OWN_PLAN[kind]
         plans = dict.fromkeys((own, *(self.size.plans or plans_of(kind))))
         ways = [Arm(KScale.OWN, EAGER, how=how) for how in How]
-        ways += [Arm(KScale.OWN, plan, how=How.ALONE) for plan in (own, TRANSFORMERS)]
+        ways += [Arm(KScale.OWN, TRANSFORMERS, how=How.ALONE)]
+        ways += [Arm(KScale.OWN, own, how=how) for how in (How.ALONE, How.BATCH)]
         self.measure(KScale.OWN, ways + [Arm(KScale.OWN, plan, self.size.backend) for plan in plans])
         norms = [w for name, w in self.model.w.items() if "k_norm" in name]
         if norms and max((w + float(self.model.config.gemma)).abs().max().item() for w in norms) < LARGEST:

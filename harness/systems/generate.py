@@ -20,7 +20,7 @@ from torch import Tensor
 from castpoint.harness.model.attach import fitted
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.systems.cache import Pages
-from castpoint.harness.systems.decoder import angles, attention, embed, hidden_from, mlp, norm, rotate
+from castpoint.harness.systems.decoder import angles, attention, behind, embed, heads, hidden_from, norm, rotate
 from castpoint.harness.systems.weights import Config
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.backends import compiled_plan, run_triton
@@ -62,7 +62,7 @@ class Model:
         def together(kind: str) -> Tensor:
             return torch.cat([self.weight(layer, f"self_attn.{name}_proj", kind) for name in "qkv"])
 
-        c, heads = self.config, "qk" if self.config.head_norm else ""
+        c, normed_heads = self.config, "qk" if self.config.head_norm else ""
         sizes = {"num_q_heads": c.num_q_heads, "num_kv_heads": c.num_kv_heads, "eps": c.eps, "weight_offset": c.gemma}
         normed = self.weight(layer, "input_layernorm")
         return Problem(
@@ -70,27 +70,18 @@ class Model:
             norm_weight=normed,
             qkv_weight=together("weight"),
             bias=together("bias") if c.bias else None,
-            **{f"{name}_norm_weight": self.weight(layer, f"self_attn.{name}_norm") for name in heads},
+            **{f"{name}_norm_weight": self.weight(layer, f"self_attn.{name}_norm") for name in normed_heads},
             **sizes,
         )
 
 
 def modules(model: Model) -> Chain:
-    """What PyTorch's own modules compute: a norm, three projections, two head norms, each in bf16."""
-    config = model.config
+    """What PyTorch's own modules compute: a norm, three projections, two head norms, each rounding."""
+    return lambda layer, x: heads(model.config, functools.partial(model.weight, layer), x, _untapped)
 
-    def chain(layer: int, x: Tensor) -> Heads:
-        normed, heads = norm(config, x, model.weight(layer, "input_layernorm")), []
-        for name in "qkv":
-            bias = model.weight(layer, f"self_attn.{name}_proj", "bias") if config.bias else None
-            value = F.linear(normed, model.weight(layer, f"self_attn.{name}_proj"), bias)
-            value = value.unflatten(-1, (-1, config.head_dim))
-            if config.head_norm and name != "v":
-                value = norm(config, value, model.weight(layer, f"self_attn.{name}_norm"))
-            heads.append(value)
-        return heads[0], heads[1], heads[2]
 
-    return chain
+def _untapped(stage: str, value: Tensor) -> Tensor:
+    return value
 
 
 def of_plan(model: Model, plan: CastPlan, backend: str) -> Chain:
@@ -263,7 +254,7 @@ class Engine:
             self.pages.k[layer, written], self.pages.v[layer, written] = k, v
             parts = zip(q.split([end - first for first, end in spans]), positions, slots, strict=True)
             attended = torch.cat([self._attended(layer, *part) for part in parts])
-            x = self._behind(layer, x, attended)
+            x = behind(config, functools.partial(self.model.weight, layer), x, attended, _untapped)
         self.counts.computed += len(ids)
         last = torch.tensor([end - first for first, end in spans], device=device).cumsum(0) - 1
         x = norm(config, x[last], w["model.norm.weight"])
@@ -277,21 +268,7 @@ class Engine:
         config, seen = self.configs[layer], slots[first:]
         hidden = hidden_from(config, layer, positions, keys)
         k, v = self.pages.k[layer, seen], self.pages.v[layer, seen]
-        return attention(config, q, k, v, hidden, lambda stage, value: None)
-
-    def _behind(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output, of its input and what its heads attended to."""
-        config, weight = self.model.config, functools.partial(self.model.weight, layer)
-        output = F.linear(attended, weight("self_attn.o_proj"))
-        if config.gemma:
-            output = norm(config, output, weight("post_attention_layernorm"))
-        x = x + output
-        before = "pre_feedforward_layernorm" if config.gemma else "post_attention_layernorm"
-        mixed = norm(config, x, weight(before))
-        mixed = mlp(config, mixed, *(weight(f"mlp.{name}_proj") for name in ("gate", "up", "down")))
-        if config.gemma:
-            mixed = norm(config, mixed, weight("post_feedforward_layernorm"))
-        return x + mixed
+        return attention(config, q, k, v, hidden, _untapped)
 
 
 def choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:
