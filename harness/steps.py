@@ -118,7 +118,7 @@ STUDIES = {  # name -> its tables
     "streams": ("streams",),
     "confusion": ("fingerprints",),
 }
-SYSTEMS = ("parallel", "four-bit")  # studies of a whole system, each a page of the report
+SYSTEMS = ("parallel", "engine", "four-bit")  # studies of a whole system, each a page of the report
 
 
 def study_system(name: str, results: Path | None, source: str, short: bool, one: str = "") -> None:

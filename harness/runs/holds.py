@@ -67,6 +67,8 @@ PARTS = (
     Part("model_layers", "all", False, "all is against eager, in a whole model; by how much was not measured"),
     Part("model_tokens", "all", False, "the same"),
     Part("model_dlogp", "all", False, "the same"),
+    Part("engine", "all", False, "greedy text parts at near ties, which another CPU's sums decide otherwise"),
+    Part("engine_runs", "all", False, "times"),
     *(Part(f"gpu_{what}", "all", False, "that GPU's") for what in ("checks", "limits", "counters", "steps", "speed")),
     Part("tuning", "all", False, "that GPU's"),
 )

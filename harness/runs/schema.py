@@ -193,6 +193,21 @@ class ModelDlogpRow(Row, table="model_dlogp", key=("model", "weights", "text", "
     model: str; weights: str; text: str; prompt: int; arm: str; backend: str; reference: str
     above: float; tokens: int
 
+class EngineRow(Row, table="engine", key=("model", "weights", "k_scale", "plan", "backend", "how", "prompt")):
+    model: str; weights: str; k_scale: str; plan: str; backend: str; how: str; prompt: int
+    beside: str = ""  # the arm that it is compared with, under the same weights: eager, and how
+    tokens: Count = None; equal: Count = None  # before the first that parts
+    margin: Number = None  # where they part, of the other's logits: its own choice over this one's
+    margin_median: Number = None  # of the other's first choice over its second, over its whole text
+    nats: Number = None; text: str = ""  # a token of the text, under the unchanged model in fp32
+
+class EngineRunRow(Row, table="engine_runs", key=("model", "weights", "k_scale", "plan", "backend", "how")):
+    model: str; weights: str; k_scale: str; plan: str; backend: str; how: str
+    sequences: Count = None; prompt_tokens: Count = None; new_tokens: Count = None; threads: Count = None
+    steps: Count = None; computed: Count = None; reused: Count = None; preempted: Count = None
+    step_p10_ms: Number = None; step_p50_ms: Number = None; step_p90_ms: Number = None  # one token a sequence
+    tokens_per_s: Number = None
+
 class GpuCheckRow(Row, table="gpu_checks", key=("plan", "config", "rope", "tokens", "hidden_size", "check")):
     plan: str; config: str; rope: bool = False; tokens: int; hidden_size: int = 1024; check: str
     share_equal: Number = None; elements: Count = None; max_ulp: Number = None

@@ -76,6 +76,25 @@ class Judged(StrEnum):
     UNDECIDED = "cannot be decided here"
 
 
+class How(StrEnum):
+    """How an engine came to a text: all prompts in one batch, one after the other, with pages of an earlier run, with
+    fewer pages than all prompts need."""
+
+    BATCH = "batch"
+    ALONE = "alone"
+    REUSED = "prefix reused"
+    PREEMPTED = "preempted"
+
+
+class KScale(StrEnum):
+    """What was done to a model's K-norm weights before it wrote: nothing; each layer's multiplied until its largest is
+    96.5, with q k's scale divided by as much, so that the function stays, or without."""
+
+    OWN = "as it is"
+    BALANCED = "K norm to 96.5, scale divided by as much"
+    ALONE = "K norm to 96.5"
+
+
 class Regime(StrEnum):
     """How weights lie at a point of the GPU grid: rotated over 3 x L2; one weight; one a layer; rotated, with RoPE."""
 

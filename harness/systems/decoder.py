@@ -16,6 +16,8 @@ from torch import Tensor
 from castpoint.harness.systems.weights import Config
 
 Keep = Callable[[str, int, Tensor], Tensor | None]  # stage, layer, value -> another to go on with, or None
+Tap = Callable[[str, Tensor], Tensor]  # stage, value -> the value to go on with
+Weight = Callable[..., Tensor]  # of a layer: its name, and `weight` or `bias`
 STAGES = (  # of a layer, in their order
     *("normed", "q", "k", "v", "q_normed", "k_normed", "q_rotated", "k_rotated"),
     *("scores", "weights", "attended", "output", "residual", "mlp_normed", "mlp", "hidden"),
@@ -58,9 +60,7 @@ def hidden_from(config: Config, layer: int, positions: Tensor, keys: Tensor) -> 
     return (distance < 0) | (distance >= window) if window else distance < 0
 
 
-def attention(
-    config: Config, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, tap: Callable[[str, Tensor], Tensor]
-) -> Tensor:
+def attention(config: Config, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, tap: Tap) -> Tensor:
     """[S, Hq * Dh] of q [S, Hq, Dh] and k, v [K, Hkv, Dh]; hidden [S, K]: what no query sees."""
     groups = q.shape[1] // k.shape[1]
     query = q.transpose(0, 1)
@@ -102,29 +102,36 @@ def _at(tap: Callable[[str, int, Tensor], Tensor], layer: int, stage: str, value
     return tap(stage, layer, value)
 
 
-def _layer(
-    config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, positions: Tensor,
-    tap: Callable[[str, Tensor], Tensor],
-) -> Tensor:  # fmt: skip
-    def weight(name: str) -> Tensor:
-        return w[f"model.layers.{number}.{name}.weight"]
+def _layer(config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, positions: Tensor, tap: Tap) -> Tensor:
+    def weight(name: str, kind: str = "weight") -> Tensor:
+        return w[f"model.layers.{number}.{name}.{kind}"]
 
-    normed = tap("normed", norm(config, x, weight("input_layernorm")))
-    heads = {}
-    for name in "qkv":
-        bias = w[f"model.layers.{number}.self_attn.{name}_proj.bias"] if config.bias else None
-        proj = F.linear(normed, weight(f"self_attn.{name}_proj"), bias)
-        heads[name] = tap(name, proj.unflatten(-1, (-1, config.head_dim)))
+    q, k, v = heads(config, weight, x, tap)
     cos, sin = angles(config, number, positions, x.dtype)
-    for name in "qk":
-        if config.head_norm:
-            heads[name] = tap(f"{name}_normed", norm(config, heads[name], weight(f"self_attn.{name}_norm")))
-        heads[name] = tap(f"{name}_rotated", rotate(heads[name], cos, sin))
+    q, k = tap("q_rotated", rotate(q, cos, sin)), tap("k_rotated", rotate(k, cos, sin))
     hidden = hidden_from(config, number, positions, positions)
-    attended = tap("attended", attention(config, heads["q"], heads["k"], heads["v"], hidden, tap))
-    output = tap(
-        "output", F.linear(attended, weight("self_attn.o_proj"), w.get(f"model.layers.{number}.self_attn.o_proj.bias"))
-    )
+    attended = tap("attended", attention(config, q, k, v, hidden, tap))
+    return behind(config, weight, x, attended, tap, w.get(f"model.layers.{number}.self_attn.o_proj.bias"))
+
+
+def heads(config: Config, weight: Weight, x: Tensor, tap: Tap) -> tuple[Tensor, Tensor, Tensor]:
+    """q [S, Hq, Dh], k and v [S, Hkv, Dh] of a layer's input x [S, D], before their rotation."""
+    normed = tap("normed", norm(config, x, weight("input_layernorm")))
+    found = {}
+    for name in "qkv":
+        bias = weight(f"self_attn.{name}_proj", "bias") if config.bias else None
+        proj = F.linear(normed, weight(f"self_attn.{name}_proj"), bias)
+        found[name] = tap(name, proj.unflatten(-1, (-1, config.head_dim)))
+    for name in "qk" if config.head_norm else "":
+        found[name] = tap(f"{name}_normed", norm(config, found[name], weight(f"self_attn.{name}_norm")))
+    return found["q"], found["k"], found["v"]
+
+
+def behind(
+    config: Config, weight: Weight, x: Tensor, attended: Tensor, tap: Tap, output_bias: Tensor | None = None
+) -> Tensor:
+    """A layer's output [S, D], of its input x [S, D] and of what its heads attended to [S, Hq * Dh]."""
+    output = tap("output", F.linear(attended, weight("self_attn.o_proj"), output_bias))
     if config.gemma:
         output = norm(config, output, weight("post_attention_layernorm"))
     x = tap("residual", x + output)
