@@ -55,6 +55,8 @@ PARTS = (
     Part("model_layers", "all", False, "all is against eager, in a whole model; by how much was not measured"),
     Part("model_tokens", "all", False, "the same"),
     Part("model_dlogp", "all", False, "the same"),
+    Part("jax_stages", "all", False, "two libraries' sums and functions on that CPU"),
+    Part("jax_parts", "all", False, "the same"),
     *(Part(f"gpu_{what}", "all", False, "that GPU's") for what in ("checks", "limits", "counters", "steps", "speed")),
     Part("tuning", "all", False, "that GPU's"),
 )

@@ -136,6 +136,15 @@ class ClaimFigureRow(Row, table="claim_figures", key=("claim", "what", "cause"))
     measured: Number = None; measured_low: Number = None; measured_high: Number = None  # median, least, greatest
     samples: Count = None; unit: str = ""
 
+class JaxStageRow(Row, table="jax_stages", key=("model", "dtype", "how", "reading", "layer", "stage")):
+    model: str; dtype: str; how: str; reading: str; layer: int; stage: str; tokens: int  # how: JAX is run
+    elements: Count = None; share_equal: Number = None; max_abs: Number = None; p999: Number = None
+    max_ulp: Number = None; ulps_of_largest: Number = None; rel_rms: Number = None; largest: Number = None
+
+class JaxPartRow(Row, table="jax_parts", key=("part", "how")):
+    part: str; how: str; inputs: str; says: str  # part: what is compared; says: what it decides
+    elements: Count = None; share_equal: Number = None; max_ulp: Number = None
+
 class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None
