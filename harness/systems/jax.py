@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,23 @@ def reference(weights: Weights, dtype: torch.dtype, ids: list[int]) -> Kept:
     return kept
 
 
+def fp64(dtype: torch.dtype) -> Any:
+    """Within it JAX has float64, where that is the dtype."""
+    return jax.enable_x64(dtype == torch.float64)
+
+
 class Runner:
     """A configuration's layers in JAX, op by op or compiled; layers of one theta and window share what is compiled."""
 
-    def __init__(self, config: Config, compiled: bool) -> None:
-        self.config, self.compiled = config, compiled
+    def __init__(self, config: Config, compiled: bool, only: tuple[str, ...]) -> None:
+        self.config, self.compiled, self.shown = config, compiled, {"hidden", *only}
         self.of_kind = functools.cache(self._of_kind)
 
     def _of_kind(self, kind: int) -> tuple[Callable[..., Any], list[port.Stage]]:
         def whole(x: Array, w: Any, given: Any) -> Any:
             state = port.run_layer(self.config, kind, x, w, given)
-            return {"hidden": state["hidden"]} if self.compiled else state  # what is shown must be stored: rounded
+            shown = self.shown if self.compiled else state.keys()  # what is shown is stored, and rounded for that
+            return {name: value for name, value in state.items() if name in shown}
 
         jit = jax.jit if self.compiled else lambda function: function
         return jit(whole), [(name, jit(make)) for name, make in port.stages(self.config, kind)]
@@ -111,12 +117,16 @@ class Runner:
         return self.of_kind(kinds.index(kinds[number]))
 
 
-def compared(weights: Weights, dtype: torch.dtype, how: str, passages: list[list[int]]) -> dict[Any, Tally]:
-    """(reading, layer, stage) -> differences over these passages of token ids."""
+def tallies(
+    weights: Weights, dtype: torch.dtype, how: str, passages: list[list[int]], only: tuple[str, ...] = ()
+) -> dict[tuple[str, int, str], Tally]:
+    """(reading, layer, stage) -> differences over these passages of token ids. only: those stages, end to end."""
     config, found = weights.config, {}
-    runner, w = Runner(config, how.startswith("jit")), port.Lazy(weights, dtype)
+    runner, w = Runner(config, how.startswith("jit"), only), port.Lazy(weights, dtype)
 
     def tally(reading: str, layer: int, stage: str, actual: Array, kept: Kept) -> None:
+        if only and (reading == ALONE or stage not in only):
+            return
         expected = kept[stage, layer]
         found.setdefault((reading, layer, stage), Tally(DIGITS[expected.dtype])).add(port.tensor(actual), expected)
 
@@ -129,7 +139,7 @@ def compared(weights: Weights, dtype: torch.dtype, how: str, passages: list[list
             lw, (whole, alone) = port.layer_weights(w, number), runner.layer(number)
             theirs = {stage: port.array(value) for (stage, layer), value in kept.items() if layer == number}
             theirs["x"] = port.array(kept["hidden", number - 1] if number else kept["embedding", -1])
-            for stage, make in alone:
+            for stage, make in () if only else alone:
                 tally(ALONE, number, stage, make(theirs, lw), kept)
             given = {"angles": theirs["angles"]} if how == GIVEN_ANGLES else {}
             state = whole(x, lw, given)
@@ -203,9 +213,9 @@ def stage_rows(source: str, dtype: str, how: str, count: int, tokens: int, shown
     """Of one model, dtype and way to run JAX. shown: at most so many layers of the model, 0 for all."""
     weights, passages = read(source, count, tokens)
     if shown and shown < weights.config.num_layers:
-        weights = shortened(weights, shown)
-    with jax.enable_x64(dtype == "fp64"):
-        found = compared(weights, DTYPES[dtype], how, passages)
+        weights = port.shortened(weights, shown)
+    with fp64(DTYPES[dtype]):
+        found = tallies(weights, DTYPES[dtype], how, passages)
     size = {"model": name_of(source), "dtype": dtype, "how": how, "tokens": sum(map(len, passages))}
     end = weights.config.num_layers
     return [
@@ -213,12 +223,6 @@ def stage_rows(source: str, dtype: str, how: str, count: int, tokens: int, shown
         for (reading, layer, stage), tally in found.items()
         if not (source == LAYER and layer == end)  # its head is no model's
     ]
-
-
-def shortened(weights: Weights, layers: int) -> Weights:
-    """The model cut off behind its first layers."""
-    config = replace(weights.config, num_layers=layers)
-    return Weights(config, weights.where, {n: weights.stored[n] for n in config.shapes()})
 
 
 def name_of(source: str) -> str:

@@ -9,6 +9,7 @@ first, and every step of silu.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -178,6 +179,12 @@ class Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.weights.config.shapes())
+
+
+def shortened(weights: Weights, layers: int) -> Weights:
+    """The model cut off behind its first layers."""
+    config = replace(weights.config, num_layers=layers)
+    return Weights(config, weights.where, {name: weights.stored[name] for name in config.shapes()})
 
 
 def layer_weights(w: Mapping[str, Tensor], layer: int) -> dict[str, Array]:
