@@ -173,7 +173,7 @@ def drawn_layer() -> Weights:
     layer = "model.layers.0."
     made |= {f"{layer}{name}_layernorm.weight": problem.norm_weight for name in ("input", "post_attention")}
     rows = list(g.projections.values())
-    for name, part in zip("qkv", problem.w_qkv.split(rows), strict=True):
+    for name, part in zip("qkv", problem.qkv_weight.split(rows), strict=True):
         made[f"{layer}self_attn.{name}_proj.weight"] = part
         made[f"{layer}self_attn.{name}_proj.bias"] = (standard_normal(rng, len(part)) * 0.5).bfloat16()
     for name, shape in config.shapes().items():
@@ -190,8 +190,8 @@ def read(source: str, count: int, tokens: int) -> tuple[Weights, list[list[int]]
     if source == LAYER:
         return drawn_layer(), [list(range(tokens))]
     if source == CALIBRATED_MODEL:
-        lm = language_model.load(source, tokens=tokens)
-        return of_model(lm.model, source), [lm.encode(text)[:tokens] for text in texts]
+        model = language_model.calibrated_model(language_model.calibrated_config())
+        return of_model(model, source), [list(text.encode())[:tokens] for text in texts]
     weights, path = opened(had(source)), Path(had(source)).expanduser()
     where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     with mistakes(Exception, about=f"{source}: a tokenizer cannot be read"):
