@@ -118,7 +118,7 @@ STUDIES = {  # name -> its tables
     "streams": ("streams",),
     "confusion": ("fingerprints",),
 }
-SYSTEMS = ("parallel", "engine", "four-bit")  # studies of a whole system, each a page of the report
+SYSTEMS = ("parallel", "jax", "engine", "four-bit")  # studies of a whole system, each a page of the report
 
 
 def study_system(name: str, results: Path | None, source: str, short: bool, one: str = "") -> None:
@@ -127,9 +127,9 @@ def study_system(name: str, results: Path | None, source: str, short: bool, one:
 
     from castpoint.harness.report.systems import PAGES
 
+    system = importlib.import_module(f"castpoint.harness.systems.{name.replace('-', '_')}")
     part_of = options.narrowed({}, model=source, short=short, claim=one)
     records = options.records_of(name, results, part_of, device="cpu", model=source, short=short)
-    system = importlib.import_module(f"castpoint.harness.systems.{name.replace('-', '_')}")
     system.sweep(records, source, short, *([one] if one else []))
     records.finish()
     print(PAGES[name].page(records.folder))

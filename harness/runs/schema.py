@@ -155,6 +155,15 @@ class ParallelCostRow(Row, table="parallel_cost", key=("model", "dtype", "reduce
     prefill_ms: Number = None; prefill_low_ms: Number = None; prefill_high_ms: Number = None; decode_ms: Number = None
     sent_bytes: Count = None; read_elements: Count = None  # of rank 0: in a prefill, counted; from the file
 
+class JaxStageRow(Row, table="jax_stages", key=("model", "dtype", "how", "reading", "layer", "stage")):
+    model: str; dtype: str; how: str; reading: str; layer: int; stage: str; tokens: int  # how: JAX is run
+    elements: Count = None; share_equal: Number = None; max_abs: Number = None; p999: Number = None
+    max_ulp: Number = None; ulps_of_largest: Number = None; rel_rms: Number = None; largest: Number = None
+
+class JaxPartRow(Row, table="jax_parts", key=("part", "how")):
+    part: str; how: str; inputs: str; says: str  # part: what is compared; says: what it decides
+    elements: Count = None; share_equal: Number = None; max_ulp: Number = None
+
 class AuditRow(Row, table="audit", key=("target", "kernel", "plan", "keywords")):
     target: str; kernel: str; plan: str; keywords: str; declared: str = ""; ttir: str = ""; machine: str = ""
     roundings: str = ""; matmul: str = ""; not_followed: str = ""; fused: Count = None; expanded: Count = None

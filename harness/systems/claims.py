@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,19 +22,20 @@ def said() -> dict[str, tuple[str, str]]:
         return {row["claim"]: (row["source"], row["said"]) for row in csv.DictReader(file)}
 
 
-def measures() -> dict[str, Callable[..., Found]]:
-    """Claim -> what measures it, at small size or whole; those of reports 000 to 002 also on another model."""
-    from castpoint.harness.systems import claims_four_bit, claims_kernels, claims_model, claims_parallel
+MODULES = {"A": ["claims_parallel"], "B": ["claims_jax"], "C": ["claims_kernels", "claims_model", "claims_four_bit"]}
 
-    of_kernels = claims_kernels.MEASURES | claims_model.MEASURES | claims_four_bit.MEASURES
-    return claims_parallel.MEASURES | of_kernels
+
+def measure_of(claim: str) -> Callable[..., Found]:
+    """What measures that claim, at small size or whole; one of reports 000 to 002 also on another model."""
+    modules = (importlib.import_module(f"castpoint.harness.systems.{name}") for name in MODULES[claim[0]])
+    return next(module.MEASURES[claim] for module in modules if claim in module.MEASURES)
 
 
 def sweep(records: Records, source: str, short: bool, one: str = "") -> None:
     """A row a claim, and one a figure of it. source: another model for those of reports 000 to 002.
 
     Raises UserError for a claim that nobody made, or one that takes no model."""
-    claims, found = said(), measures()
+    claims = said()
     if one and one not in claims:
         raise UserError(f"there is no claim {one!r}: claims are {', '.join(claims)}")
     if source and not one.startswith("A"):
@@ -41,7 +43,8 @@ def sweep(records: Records, source: str, short: bool, one: str = "") -> None:
     for claim in track([one] if one else list(claims), "claims"):
         if records.has(ClaimRow, claim=claim):
             continue
-        made = found[claim](short, source) if source else found[claim](short)
+        measure = measure_of(claim)
+        made = measure(short, source) if source else measure(short)
         records.add(*(figure.row(claim) for figure in made.figures))
         report, words = claims[claim]
         records.add(made.row(claim, report, words))

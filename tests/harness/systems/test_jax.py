@@ -1,0 +1,129 @@
+"""The decoder in JAX against the plain one in PyTorch: every stage, end to end, and the functions that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import IDS, saved, tiny_model
+
+from castpoint.harness import steps
+from castpoint.harness.report import jax as report
+from castpoint.harness.runs.frames import latest
+from castpoint.harness.runs.words import Judged
+from castpoint.harness.systems import decoder, jax_parts
+from castpoint.harness.systems import jax_port as port
+from castpoint.harness.systems.jax import ALONE, GIVEN_ANGLES, JIT, OP_BY_OP, WHOLE, Tally, fp64, tallies
+from castpoint.harness.systems.weights import Weights, of_model
+
+TYPES = ("qwen2", "qwen3", "gemma3_text")
+
+
+def weights(model_type: str) -> Weights:
+    return of_model(tiny_model(model_type), "drawn")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_in_float64_only_the_last_bits_differ(model_type: str) -> None:
+    """With PyTorch's angles, which it makes in fp32: whatever is wrong in the port shows, rounding does not. 1e-12: some
+    thousand roundings of 1.1e-16, with room for three layers to let them grow."""
+    with fp64(torch.float64):
+        found = tallies(weights(model_type), torch.float64, GIVEN_ANGLES, [IDS])
+    due = {(stage, layer) for _, layer, stage in found}
+    assert {
+        ("logits", 3),
+        ("embedding", -1),
+        *((s, n) for n in range(3) for s in ("normed", "scores", "hidden")),
+    } <= due
+    for (reading, layer, stage), tally in found.items():
+        if stage != "angles":
+            assert tally.columns()["rel_rms"] < 1e-12, (reading, layer, stage)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_bf16_stages_round_where_pytorch_does(model_type: str) -> None:
+    """Fed PyTorch's input, a stage differs where two fp32 sums straddle a rounding: rarely, and by one step."""
+    found = tallies(weights(model_type), torch.bfloat16, OP_BY_OP, [IDS])
+    for (reading, layer, stage), tally in found.items():
+        if reading == ALONE and stage not in ("angles", "mlp"):  # of an MLP: any of its three roundings
+            assert tally.equal / tally.elements > 0.99, (layer, stage)
+            assert tally.columns()["ulps_of_largest"] <= 1, (layer, stage)
+
+
+def test_embedding_rope_and_residual_are_the_same_bits_op_by_op() -> None:
+    found = tallies(weights("qwen3"), torch.float32, OP_BY_OP, [IDS])
+    for stage in ("embedding", "q_rotated", "k_rotated", "residual", "hidden"):
+        assert all(t.equal == t.elements for (reading, _, s), t in found.items() if reading == ALONE and s == stage)
+
+
+def test_a_port_with_a_fault_is_found_at_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoPE that turns the wrong way: nothing before it differs more, and alone nothing behind it."""
+    monkeypatch.setattr(port, "rotate", lambda x, turned, right=port.rotate: right(x, turned * port.jnp.array([[1], [-1]])[..., None, None]))  # noqa: E501  # fmt: skip
+    with fp64(torch.float64):
+        found = tallies(weights("qwen3"), torch.float64, GIVEN_ANGLES, [IDS])
+    bad = {(stage, layer) for (reading, layer, stage), tally in found.items()
+           if reading == ALONE and stage != "angles" and tally.columns()["rel_rms"] > 1e-12}  # fmt: skip
+    assert bad == {(f"{name}_rotated", layer) for name in "qk" for layer in range(3)}
+
+
+def test_compiled_layers_are_run_and_only_what_is_asked_for_is_shown() -> None:
+    found = tallies(weights("gemma3_text"), torch.float32, JIT, [IDS], ("output", "logits"))
+    assert {key[2] for key in found} == {"output", "logits"} and {key[0] for key in found} == {WHOLE}
+    assert found[WHOLE, 3, "logits"].columns()["rel_rms"] < 1e-4
+
+
+def test_a_tally_counts_what_differs() -> None:
+    tally = Tally(8)
+    tally.add(torch.tensor([1.0, 2.0, 0.0, 4.0]), torch.tensor([1.0, 2.03125, 0.0, 4.0]))
+    made = tally.columns()
+    assert (made["elements"], tally.equal) == (3, 2) and made["share_equal"] == 2 / 3
+    assert made["max_abs"] == 0.03125 and made["max_ulp"] == 2 and made["ulps_of_largest"] == 1
+
+
+def test_both_libraries_multiply_alike_where_sums_have_no_order() -> None:
+    rows = {(row.part, row.how): row.share_equal for how in (OP_BY_OP, JIT) for row in jax_parts.sums(how)}
+    for how in (OP_BY_OP, JIT):
+        assert rows["matmul of integers, fp32", how] == rows["matmul of integers, bf16", how] == 1
+
+
+def test_two_exponents_stand_for_all() -> None:
+    for name in ("rsqrt", "power", "1/sqrt"):
+        assert all(torch.equal(far, near) for far, near in jax_parts.commutes(name, OP_BY_OP, 12)), name
+
+
+def test_the_chain_of_casts_loses_what_float16_cannot_hold() -> None:
+    from castpoint.harness.systems.claims_jax import chained, ulp_of
+
+    kept, gone = torch.tensor([1.0078125, -65280.0, 2**-14]), torch.tensor([2.0**-30, 1e5, 2**-24 * 1.5])
+    assert torch.equal(chained(kept.bfloat16()), kept.bfloat16())
+    assert not (chained(gone.bfloat16()) == gone.bfloat16()).any()
+    assert (ulp_of(32.0), ulp_of(63.9), ulp_of(4.0)) == (0.25, 0.25, 0.03125)
+
+
+def test_verdicts_follow_from_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B3 on a tiny model: as it is, and as if JAX and PyTorch agreed within 1e-6 in fp32."""
+    from castpoint.harness.systems import claims_jax
+
+    monkeypatch.setattr(claims_jax, "read", lambda *_: (weights("qwen3"), [IDS[:8]]))
+    assert claims_jax.b3(True).verdict == Judged.OTHERWISE
+    monkeypatch.setattr(claims_jax, "tallies", lambda w, *_: {(WHOLE, w.config.num_layers, "logits"): Tally(24)})
+    assert claims_jax.b3(True).verdict == Judged.REPRODUCED
+
+
+def test_a_study_of_a_folder_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results"
+    steps.study_system("jax", results, str(saved(tmp_path / "model", "qwen3")), short=True)
+    said = capsys.readouterr().out
+    assert said.startswith(f"# {report.HEADING}") and "8.77e-05" in said and (results / "plots" / "jax.png").exists()
+    rows = latest(results, "jax_stages")[1]
+    assert set(rows["dtype"]) == {"fp32", "bf16", "fp64"} and set(rows["reading"]) == {ALONE, WHOLE}
+    assert f"{rows[(rows.stage == 'logits') & (rows.how == JIT)].max_abs.max():.3g}" in said
+
+
+def test_stages_are_those_of_the_plain_decoder() -> None:
+    for model_type in TYPES:
+        config = weights(model_type).config
+        own = [name for name, _ in port.stages(config, 0)]
+        due = [s for s in decoder.STAGES if config.head_norm or s not in ("q_normed", "k_normed")]
+        assert sorted(own) == sorted([*due, "angles"])
