@@ -35,7 +35,7 @@ compare: $(READY)  ## time the plans with pytest-benchmark and compare with the 
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:25%) $(ARGS)
 
-study: $(READY)  ## fingerprints of public implementations, cases, what each gate sees, massive tokens, audit, compiled kernels
+study: models  ## fingerprints of public implementations, cases, gates, massive tokens, audit, systems rebuilt, their claims
 	$(BIN)/python -m pip install -q -e '.[studies]'
 	$(BIN)/castpoint study survey $(WHERE)
 	$(BIN)/castpoint study cases $(WHERE)
@@ -44,6 +44,8 @@ study: $(READY)  ## fingerprints of public implementations, cases, what each gat
 	$(BIN)/castpoint audit $(WHERE)
 	$(BIN)/castpoint audit --run $(WHERE)
 	$(BIN)/castpoint audit --configs $(WHERE)
+	$(BIN)/castpoint study systems $(WHERE)
+	$(BIN)/castpoint study claims $(WHERE)
 
 models: $(READY)  ## fetch Gemma 3 270M and Qwen2.5-Coder 0.5B, real models, into models/ (740 MB)
 	$(BIN)/castpoint model gemma-3-270m --fetch-only

@@ -200,6 +200,39 @@ def model(
     print(section(study_of(records.folder, records.run_id)))
 
 
+@app.command(rich_help_panel=MATTERS)
+def bound(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="As `model` takes it: Qwen2, Qwen3 or Gemma 3.")],
+    measured: Annotated[
+        Path | None, typer.Option(help="CSV of differences to judge: stage,layer,max_abs (logits: no layer).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: what both implementations compute in.")] = "float32",
+    prompt: Annotated[str, typer.Option(help="The text that they read.")] = "What is the capital of France?",
+) -> None:
+    """Fault or rounding? The most that rounding alone can make two right implementations differ by, at every stage."""
+    import torch
+
+    from castpoint.harness.model.fetch import had
+    from castpoint.harness.systems import bound as bounding
+    from castpoint.harness.systems.weights import opened, tokenizer_of
+
+    if dtype not in bounding.BITS:
+        raise UserError(f"--dtype must be {' or '.join(bounding.BITS)}, not {dtype!r}")
+    differences = bounding.read_differences(measured) if measured else []
+    folder = had(source)
+    weights, ids = opened(folder), tokenizer_of(folder).encode(prompt)
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} has no tokens: give some text")
+    bounding.check_stages(differences, weights.config)
+    found = bounding.bounds(weights.config, weights.all(torch.float64), ids, dtype)
+    if not measured:
+        print("\n".join(f"{stage},{'' if layer < 0 else layer},{most:.3g}" for (stage, layer), most in found.items()))
+        return
+    judged = bounding.judge(differences, found)
+    print("\n".join(each.line() for each in judged))
+    raise typer.Exit(any(each.fault for each in judged))
+
+
 @app.command(rich_help_panel=PROVEN)
 def audit(
     kernel: Annotated[
@@ -231,11 +264,11 @@ def audit(
 @app.command(rich_help_panel=LAB)
 def study(
     name: Annotated[str, typer.Argument(help="survey, cases, gates, streams, confusion; a system; claims.")],
+    results: ResultsFolder = None,
+    device: DeviceName = "",
     claim: Annotated[str, typer.Argument(help="One claim, such as A1, of `study claims`. Default: all.")] = "",
     model: Annotated[str, typer.Option(help="Of a system: a folder, a .gguf file, a hub id. Default: real ones.")] = "",
     short: Annotated[bool, typer.Option("--short", help="Of a system or claims: few tokens, few draws.")] = False,
-    results: ResultsFolder = None,
-    device: DeviceName = "",
 ) -> None:
     """A study by its name: survey, cases, gates, streams, confusion; systems, or one of them; claims.
 

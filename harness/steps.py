@@ -118,7 +118,7 @@ STUDIES = {  # name -> its tables
     "streams": ("streams",),
     "confusion": ("fingerprints",),
 }
-SYSTEMS: tuple[str, ...] = ()  # studies of a whole system, each a page of the report
+SYSTEMS: tuple[str, ...] = ("four-bit",)  # studies of a whole system, each a page of the report
 
 
 def study_system(name: str, results: Path | None, source: str, short: bool, one: str = "") -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from castpoint.harness.report import four_bit
+
 # name -> a module with page(folder), Markdown of the newest run, drawing its picture into plots/, empty without rows;
 # and HEADING and headline(folder), a sentence with the figure that a reader of ten seconds wants.
-PAGES: dict[str, ModuleType] = {}
+PAGES: dict[str, ModuleType] = {"four-bit": four_bit}
 
 
 def section(folder: Path) -> str:

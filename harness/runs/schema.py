@@ -127,6 +127,13 @@ class CaseRow(Row, table="cases", key=("case", "source", "measure")):
     claimed: Number; claimed_low: Number; claimed_high: Number; claimed_text: str; verdict: str = ""; why: str
     share_differ: Number = None; max_ulp: Number = None; signed_bias: Number = None; growth: Number = None
 
+class FourBitRow(Row, table="four_bit", key=("model", "weights", "layer", "arm")):
+    model: str; weights: str; layer: int; arm: str; k_rel_rms: Number = None; logit_rel_rms: Number = None
+
+class KlRow(Row, table="kl_statistics", key=("model", "arm", "statistic")):
+    model: str; weights: str; arm: str; statistic: str = ""; value: Number = None; standard_error: Number = None
+    tokens: Count = None
+
 class ClaimRow(Row, table="claims", key=("claim",)):
     claim: str; source: str; said: str; how: str = ""; figure: str = ""; verdict: str = ""
     decides: str = ""; conditions: str = ""  # decides: the command that would, where nothing here does

@@ -21,22 +21,27 @@ def said() -> dict[str, tuple[str, str]]:
         return {row["claim"]: (row["source"], row["said"]) for row in csv.DictReader(file)}
 
 
-def measures() -> dict[str, Callable[[bool], Found]]:
-    """Claim -> what measures it, at small size or whole."""
-    from castpoint.harness.systems import claims_kernels, claims_model
+def measures() -> dict[str, Callable[..., Found]]:
+    """Claim -> what measures it, at small size or whole; those of reports 000 to 002 also on another model."""
+    from castpoint.harness.systems import claims_four_bit, claims_kernels, claims_model, claims_parallel
 
-    return claims_kernels.MEASURES | claims_model.MEASURES
+    of_kernels = claims_kernels.MEASURES | claims_model.MEASURES | claims_four_bit.MEASURES
+    return claims_parallel.MEASURES | of_kernels
 
 
 def sweep(records: Records, source: str, short: bool, one: str = "") -> None:
-    """A row a claim, and one a figure of it. Raises UserError for a claim that nobody made."""
+    """A row a claim, and one a figure of it. source: another model for those of reports 000 to 002.
+
+    Raises UserError for a claim that nobody made, or one that takes no model."""
     claims, found = said(), measures()
     if one and one not in claims:
         raise UserError(f"there is no claim {one!r}: claims are {', '.join(claims)}")
+    if source and not one.startswith("A"):
+        raise UserError("--model is for a claim of reports 000 to 002: `study claims A2 --model ...`, A1 to A5")
     for claim in track([one] if one else list(claims), "claims"):
         if records.has(ClaimRow, claim=claim):
             continue
-        made = found[claim](short)
+        made = found[claim](short, source) if source else found[claim](short)
         records.add(*(figure.row(claim) for figure in made.figures))
         report, words = claims[claim]
         records.add(made.row(claim, report, words))

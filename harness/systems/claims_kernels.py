@@ -7,7 +7,7 @@ Gemma 3 270M and Qwen2.5-Coder 0.5B. Qwen3-0.6B's checkpoint is not among them; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from castpoint.harness.model.language_model import LanguageModel, load
 from castpoint.harness.model.study import texts
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.runs.words import Judged
-from castpoint.harness.systems.found import Figure, Found
+from castpoint.harness.systems.found import Figure, Found, span
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import plan_named
@@ -76,12 +76,6 @@ def over(short: bool, measure: Callable[[Problem], dict[str, float]]) -> dict[tu
 
 def figures(found: dict[tuple[str, str], list[float]], claimed: dict[str, tuple[float, ...]]) -> tuple[Figure, ...]:
     return tuple(Figure(name, what, values, claimed.get(name, ())) for (name, what), values in found.items())
-
-
-def span(values: Sequence[float], form: str = "{:.3g}") -> str:
-    """`least to greatest` of all samples, one figure where they print alike."""
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def conditions(short: bool) -> str:

@@ -6,6 +6,7 @@ of its inputs; the tests hold the whole to transformers, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from castpoint.harness.systems.weights import Config
 
-Keep = Callable[[str, int, Tensor], None]  # stage, layer, value
+Keep = Callable[[str, int, Tensor], Tensor | None]  # stage, layer, value -> another to go on with, or None
 STAGES = (  # of a layer, in their order
     *("normed", "q", "k", "v", "q_normed", "k_normed", "q_rotated", "k_rotated"),
     *("scores", "weights", "attended", "output", "residual", "mlp_normed", "mlp", "hidden"),
@@ -58,17 +59,17 @@ def hidden_from(config: Config, layer: int, positions: Tensor, keys: Tensor) -> 
 
 
 def attention(
-    config: Config, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, tap: Callable[[str, Tensor], object]
+    config: Config, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, tap: Callable[[str, Tensor], Tensor]
 ) -> Tensor:
     """[S, Hq * Dh] of q [S, Hq, Dh] and k, v [K, Hkv, Dh]; hidden [S, K]: what no query sees."""
     groups = q.shape[1] // k.shape[1]
     query = q.transpose(0, 1)
     key, value = (t.transpose(0, 1).repeat_interleave(groups, 0) for t in (k, v))
     scores = query @ key.transpose(1, 2) * config.scale
-    tap("scores", scores)
+    scores = tap("scores", scores)
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=None if q.dtype == torch.float64 else torch.float32).to(q.dtype)
-    tap("weights", weights)
+    weights = tap("weights", weights)
     return (weights @ value).transpose(0, 1).flatten(1)
 
 
@@ -81,26 +82,32 @@ def mlp(config: Config, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Te
 
 @torch.no_grad()
 def forward(config: Config, w: Mapping[str, Tensor], ids: list[int], keep: Keep | None = None) -> Tensor:
-    """Logits [S, V] in the weights' dtype. keep: is shown every stage of every layer as it is made; the embedding as
-    layer -1, and the last norm as that of layer num_layers."""
-    keep = keep or (lambda stage, layer, value: None)
+    """Logits [S, V] in the weights' dtype. keep: is shown every stage of every layer as it is made, and may put another
+    value in its place; the embedding as layer -1, and the last norm as that of layer num_layers. A weight
+    `self_attn.o_proj.bias`, which none of these models has, is added where it is given."""
+
+    def tap(stage: str, layer: int, value: Tensor) -> Tensor:
+        other = keep(stage, layer, value) if keep else None
+        return value if other is None else other
+
     positions = torch.arange(len(ids))
-    x = embed(config, w["model.embed_tokens.weight"], torch.tensor(ids))
-    keep("embedding", -1, x)
+    x = tap("embedding", -1, embed(config, w["model.embed_tokens.weight"], torch.tensor(ids)))
     for number in range(config.num_layers):
-        x = _layer(config, w, number, x, positions, keep)
-    x = norm(config, x, w["model.norm.weight"])
-    keep("normed", config.num_layers, x)
+        x = _layer(config, w, number, x, positions, functools.partial(_at, tap, number))
+    x = tap("normed", config.num_layers, norm(config, x, w["model.norm.weight"]))
     return F.linear(x, w["model.embed_tokens.weight" if config.tied else "lm_head.weight"])
 
 
-def _layer(config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, positions: Tensor, keep: Keep) -> Tensor:
+def _at(tap: Callable[[str, int, Tensor], Tensor], layer: int, stage: str, value: Tensor) -> Tensor:
+    return tap(stage, layer, value)
+
+
+def _layer(
+    config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, positions: Tensor,
+    tap: Callable[[str, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
     def weight(name: str) -> Tensor:
         return w[f"model.layers.{number}.{name}.weight"]
-
-    def tap(stage: str, value: Tensor) -> Tensor:
-        keep(stage, number, value)
-        return value
 
     normed = tap("normed", norm(config, x, weight("input_layernorm")))
     heads = {}
@@ -115,7 +122,9 @@ def _layer(config: Config, w: Mapping[str, Tensor], number: int, x: Tensor, posi
         heads[name] = tap(f"{name}_rotated", rotate(heads[name], cos, sin))
     hidden = hidden_from(config, number, positions, positions)
     attended = tap("attended", attention(config, heads["q"], heads["k"], heads["v"], hidden, tap))
-    output = tap("output", F.linear(attended, weight("self_attn.o_proj")))
+    output = tap(
+        "output", F.linear(attended, weight("self_attn.o_proj"), w.get(f"model.layers.{number}.self_attn.o_proj.bias"))
+    )
     if config.gemma:
         output = norm(config, output, weight("post_attention_layernorm"))
     x = tap("residual", x + output)

@@ -10,6 +10,12 @@ from castpoint.harness.runs.schema import ClaimFigureRow, ClaimRow
 from castpoint.harness.runs.words import Judged
 
 
+def span(values: Sequence[float], form: str = "{:.3g}") -> str:
+    """`least to greatest` of all samples, one figure where they print alike."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 @dataclass(frozen=True)
 class Figure:
     """One figure of a report and what one cause makes of it here. claimed: (value,) or (least, greatest), empty where

@@ -190,6 +190,18 @@ def opened(source: str) -> Weights:
     return Weights(config_of(hf), source, stored)
 
 
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer beside the weights of that folder, .gguf file or hub id. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = Path(source).expanduser()
+    where: tuple[str, dict[str, Any]] = (source, {})
+    if path.exists():
+        where = (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
+    with mistakes(Exception, about=f"{source}: its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(where[0], **where[1])
+
+
 def of_model(model: nn.Module, where: str) -> Weights:
     """Those of a transformers model in memory, such as one with drawn weights."""
     config = config_of(model.config)
