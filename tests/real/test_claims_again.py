@@ -72,7 +72,9 @@ def test_a2_a5_figures_of_the_bias(made):
     assert int(row["samples"]) == 4 * SEEDS
     assert float(row["measured"]) == pytest.approx(np.median(own[OUTPUT]), rel=IN_FP32)
     expected = one("A5", what="expected largest of the drawn biases")
-    assert agree(expected["measured"], 896**-0.5 * 896 / 897)  # the mean of the largest of n uniform on 0 to 1: n / (n + 1)
+    assert agree(
+        expected["measured"], 896**-0.5 * 896 / 897
+    )  # the mean of the largest of n uniform on 0 to 1: n / (n + 1)
 
 
 def test_a3_the_bias_in_float64(made):
