@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
+from castpoint.harness.report import four_bit_arithmetic
 from castpoint.harness.report.markdown import markdown, paragraphs
 from castpoint.harness.report.style import GREY, ORANGE, RC, RED, ROUNDING, colour, panels, plt, save
 from castpoint.harness.runs.frames import latest, load_table
@@ -81,6 +82,7 @@ def page(folder: Path) -> str:
         f"relative to their rms.\n\n{markdown(table)}",
         *lists,
         f"Not applicable:\n\n{missing}" if missing else "",
+        f"## What 4 bits can buy\n\nOf the kernel that reads blocks in the chain. {four_bit_arithmetic.words()}",
     )
 
 

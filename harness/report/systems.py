@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from castpoint.harness.report import engine, four_bit, jax, parallel
+from castpoint.harness.report import claims, engine, four_bit, jax, parallel
 
 # name -> a module with page(folder), Markdown of the newest run, drawing its picture into plots/, empty without rows;
 # and HEADING and headline(folder), a sentence with the figure that a reader of ten seconds wants.
-PAGES: dict[str, ModuleType] = {"parallel": parallel, "jax": jax, "engine": engine, "four-bit": four_bit}
+PAGES: dict[str, ModuleType] = {
+    "claims": claims,
+    "parallel": parallel,
+    "jax": jax,
+    "engine": engine,
+    "four-bit": four_bit,
+}
 
 
 def section(folder: Path) -> str:
