@@ -15,7 +15,7 @@ from torch import Tensor
 from castpoint.kernels.checks import check_inputs
 from castpoint.kernels.config import Config
 from castpoint.kernels.plan import RNE, CastPlan
-from castpoint.kernels.quantised import BLOCK, BLOCK_BYTES, check_words, quantised_norm_qkv
+from castpoint.kernels.quantised import BLOCK, BLOCK_BYTES, quantised_norm_qkv
 from castpoint.variants.eager import Outputs
 from castpoint.variants.problem import Problem, check_finite, check_positions
 from castpoint.variants.spec import check_offset, round_to
@@ -81,12 +81,3 @@ def run_quantised(
     del inputs["qkv_weight"]
     words = {"format": problem.format, "weight": problem.weight}
     return quantised_norm_qkv(**inputs, packed=problem.packed, **words, plan=plan, config=config, out=out)
-
-
-def expresses(plan: CastPlan, weight: str) -> bool:
-    """Whether the kernel has that plan with weights held so."""
-    try:
-        check_words(plan, "q4_0", weight)
-    except ValueError:
-        return False
-    return True

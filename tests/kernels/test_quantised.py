@@ -28,12 +28,12 @@ from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE, CastPlan
 from castpoint.kernels.quantised import BLOCK_BYTES, load_weight, quantised_norm_qkv
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.envelope import envelope
-from castpoint.variants.quantised import QuantisedProblem, dequantised, expresses, packed_of, quantised_problem
+from castpoint.variants.quantised import QuantisedProblem, dequantised, packed_of, quantised_problem
 from castpoint.variants.spec import round_to, spec
 
 FORMATS = tuple(BLOCK_BYTES)
 CODECS = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-TINY = {"tokens": 9, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+TINY = {"tokens": 5, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 32}
 STEPS = Config(block_m=16, block_k=32)
 FP32 = PLANS["fp32"].plan
 
@@ -110,7 +110,7 @@ def test_blocks_are_read_where_gguf_puts_them(format: str):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("plan", [name for name in PLANS if expresses(PLANS[name].plan, RNE)])
+@pytest.mark.parametrize("plan", ["hf", "deferred", "bf16-statistics", "fp32-tf32x3", "gemma"])
 def test_equals_the_spec_bit_for_bit(plan: str, format: str):
     """Stored as fp32, where no ulp of any step hides; `out` itself is chain.finish_head's, held in test_kernels.py."""
     check_exact(kernels, PLANS[plan].plan.replace(out=KEEP), format)
@@ -120,8 +120,9 @@ def test_equals_the_spec_bit_for_bit(plan: str, format: str):
 @pytest.mark.parametrize("format", FORMATS)
 def test_equals_the_spec_however_weights_are_held(format: str, weight: str):
     check_exact(kernels, FP32, format, weight)
-    check_exact(kernels, FP32, format, weight, STEPS)
-    if weight != KEEP:
+    if weight == KEEP:
+        check_exact(kernels, FP32, format, weight, STEPS)
+    else:
         check_exact(kernels, PLANS["hf"].plan, format, weight)
 
 
@@ -129,7 +130,9 @@ def test_rounding_the_weight_shows_in_its_spec():
     """The three words are three functions on the exact problem: no net is blind to them."""
     problem, _expected = exact_case(FP32, "q8_0", KEEP, "one")
     found = [spec(FP32, quantised_problem(problem, problem.packed, "q8_0", word)).v for word in STORAGE]
-    assert all((a != b).double().mean() > 0.2 for a, b in zip(found, found[1:] + found[:1], strict=True))
+    assert len(found) == 3 and all(
+        (a != b).double().mean() > 0.2 for a, b in zip(found, found[1:] + found[:1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -261,7 +264,7 @@ REFUSED = {
     "block_k a multiple of 32, not fused 16 x 16": {"config": Config(block_m=16, block_k=16)},
     "packed must be a contiguous torch.uint8 tensor": {"packed": torch.zeros(128, 126)},
     "the hidden size a multiple of 32, not \\[3, 48\\]": {"x": torch.zeros(3, 48, dtype=torch.bfloat16)},
-    "do not divide into 3 heads": {"num_q_heads": 1, "num_kv_heads": 1},
+    "do not divide into 5 heads": {"num_q_heads": 3, "num_kv_heads": 1},
     "eps must be a positive number": {"eps": 0.0},
 }
 
@@ -286,7 +289,7 @@ def test_infinite_scales_are_no_problem_and_no_tokens_no_launch():
     spoilt[0, 1] = 0x7C
     with pytest.raises(ValueError, match="qkv_weight holds NaN or infinity"):
         quantised_problem(problem, spoilt, "q4_0")
-    assert quantised_norm_qkv(**changed(problem, x=problem.x[:0]))[0].shape == (0, 2, 32)
+    assert quantised_norm_qkv(**changed(problem, x=problem.x[:0]))[0].shape == (0, 1, 32)
 
 
 def test_what_the_matmul_reads_is_rounded_once():
