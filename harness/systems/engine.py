@@ -90,7 +90,7 @@ def with_k_norms(model: Model, change: KScale) -> Model:
         applied = model.weight(layer, "self_attn.k_norm").float() + offset
         factor = LARGEST / applied.abs().max().item()
         changed[f"model.layers.{layer}.self_attn.k_norm.weight"] = (applied * factor - offset).bfloat16()
-        scales.append(model.scales[layer] / (factor if change == KScale.BALANCED else 1))
+        scales.append(model.config.scale / (factor if change == KScale.BALANCED else 1))
     return replace(model, w=changed, scales=tuple(scales))
 
 
@@ -133,7 +133,7 @@ class Study:
     def __init__(self, records: Records, lm: LanguageModel, size: Size) -> None:
         self.records, self.lm, self.size = records, lm, size
         weights = of_model(lm.model, lm.name)
-        self.model = Model.of(weights.config, weights.all(torch.bfloat16))
+        self.model = Model(weights.config, weights.all(torch.bfloat16))
         self.prompts = [text.ids for text in texts(lm, None, size.prompt, size.prompts)]
         self.wide = {} if lm.weights == "calibrated" else weights.all(torch.float32)
         self.known: dict[tuple[int, ...], float] = {}  # text -> its nats
@@ -141,8 +141,7 @@ class Study:
     def run(self) -> None:
         """Eager, and the plan that it is, in every way: what batches and pages change by themselves; then every plan in
         one batch; then what fuses, under larger K-norm weights, unless the model's reach 96.5 already."""
-        kind = self.model.config.model_type
-        own = OWN_PLAN[kind]
+        own = OWN_PLAN[kind := self.model.config.model_type]
         plans = dict.fromkeys((own, *(self.size.plans or plans_of(kind))))
         ways = [Arm(KScale.OWN, EAGER, how=how) for how in How]
         ways += [Arm(KScale.OWN, TRANSFORMERS, how=How.ALONE)]
@@ -195,7 +194,8 @@ class Study:
         return {"model": self.lm.name, "weights": self.lm.weights, **vars(arm)}
 
     def row(self, arm: Arm, prompt: int, new: list[int], **beside: Any) -> EngineRow:
-        said = {"nats": self.nats(prompt, new), "text": self.text(new), "tokens": len(new)}
+        text = " ".join(map(str, new)) if self.lm.tokenizer is None else self.lm.tokenizer.decode(new)
+        said = {"nats": self.nats(prompt, new), "text": text.replace("\n", "⏎"), "tokens": len(new)}
         return EngineRow(**self.key(arm), prompt=prompt, **said, **beside)
 
     def totals(self, arm: Arm, found: list[list[int]], counts: Counts) -> dict[str, Any]:
@@ -215,11 +215,6 @@ class Study:
         if self.wide and whole not in self.known:
             self.known[whole] = nats(self.model, self.wide, self.prompts[prompt], new)
         return self.known.get(whole)
-
-    def text(self, new: list[int]) -> str:
-        """In one line; of a model without a tokenizer its tokens' numbers."""
-        read = " ".join(map(str, new)) if self.lm.tokenizer is None else self.lm.tokenizer.decode(new)
-        return read.replace("\n", "⏎")
 
 
 def generated(lm: LanguageModel, prompt: Sequence[int], tokens: int) -> list[int]:

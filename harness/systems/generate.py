@@ -34,17 +34,12 @@ PAGE, BATCH = 16, 8  # tokens of a page, sequences of a batch
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder. w: every parameter as Hugging Face names it, in bf16 wherever a plan is to run it; scales: of q k, a
-    layer each."""
+    """A decoder. w: every parameter as Hugging Face names it, in bf16 wherever a plan is to run it; scales: of q k,
+    a layer each; none: the configuration's."""
 
     config: Config
     w: Mapping[str, Tensor]
-    scales: tuple[float, ...]
-
-    @classmethod
-    def of(cls, config: Config, w: Mapping[str, Tensor]) -> Model:
-        """With the configuration's own scale in every layer."""
-        return cls(config, w, (config.scale,) * config.num_layers)
+    scales: tuple[float, ...] = ()
 
     @property
     def embedding(self) -> Tensor:
@@ -134,10 +129,6 @@ class Running:
     def new(self) -> list[int]:
         return self.ids[len(self.request.prompt) :]
 
-    @property
-    def done(self) -> bool:
-        return len(self.new) == self.request.tokens or bool(self.new) and self.new[-1] in self.request.stop
-
 
 @dataclass
 class Counts:
@@ -161,7 +152,9 @@ class Engine:
     def __init__(self, model: Model, chain: Chain, pages: int = 256, batch: int = BATCH) -> None:
         self.model, self.chain, self.batch = model, chain, batch
         self.pages = Pages(model.config, pages, PAGE, model.embedding)
-        self.configs = [replace(model.config, scale=scale) for scale in model.scales]
+        self.configs = [replace(model.config, scale=scale) for scale in model.scales] or [
+            model.config
+        ] * model.config.num_layers
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.counts = Counts()
@@ -190,7 +183,6 @@ class Engine:
             raise UserError(said)
 
     def run(self) -> None:
-        """Steps until nothing waits and nothing runs."""
         while self.waiting or self.running:
             self.step()
 
@@ -204,7 +196,7 @@ class Engine:
             self.pages.seal(sequence.table, sequence.ids)
             sequence.logits.append(row)
             sequence.ids.append(choose(row, sequence.request.temperature, sequence.rng))
-            if sequence.done:
+            if len(sequence.new) == sequence.request.tokens or sequence.ids[-1] in sequence.request.stop:
                 self.running.remove(sequence)
                 self.pages.release(sequence.table)
         self.counts.steps += 1
