@@ -1,6 +1,6 @@
 """Claims on real weights once more, by plain code: A2 and A4 (with A3's and A5's figures of the same draws)
-on Qwen2.5-Coder 0.5B against published rows, C3 on Gemma 3 270M against the lab's own figures on the same machine, whose
-bf16 made the streams."""
+on Qwen2.5-Coder 0.5B against published rows, C3 on Gemma 3 270M against the lab's own figures on the same machine,
+whose bf16 made the streams."""
 
 import json
 from types import SimpleNamespace
@@ -23,6 +23,22 @@ SEEDS, SEEDS_OF_ULP, IN_FLOAT64 = 24, 6, 6
 LOGITS, OUTPUT = "logits, largest difference", "output of layer 1's attention"
 # Published in fp32, here in float64: 24 layers of 14 operations, each of which may round by 2^-24; and six digits.
 IN_FP32 = 24 * 14 * 2**-24 + 6e-6
+
+
+# ---------------------------------------------------------------- C3
+
+
+def test_c3_gemma():
+    problems = claims_kernels.layers(False)[claims_kernels.GEMMA]
+    assert len(problems) == 18
+    for problem in problems:
+        own, found = amplified(given_of(problem)), claims_kernels._amplified(problem)
+        assert own.keys() == found.keys()
+        for name, value in own.items():
+            assert found[name] == pytest.approx(value, rel=6e-6), (problem.layer, name)
+
+
+# ---------------------------------------------------------------- A2 to A5
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +105,9 @@ def test_a4_from_run_to_run(made):
 
 
 def test_a2_one_ulp_on_k(made):
-    """K moves by fp32's spacing where it is largest. In float64 that alone moves scores by less than one fp32 spacing of
-    the largest score, of which the published figures in fp32 are multiples; these, and those behind them, are more than
-    the ulp's own effect, since every value behind K rounds anew."""
+    """K moves by fp32's spacing where it is largest. In float64 that alone moves scores by less than one fp32 spacing
+    of the largest score, of which the published figures in fp32 are multiples; these, and those behind them, are more
+    than the ulp's own effect, since every value behind K rounds anew."""
     copies = range(SEEDS + 1, SEEDS + 1 + SEEDS_OF_ULP)
     rows = {what: one("A2", what=what, cause=ULP) for what in ("K", "scores", OUTPUT, LOGITS, "first choice changed")}
     ends = ("measured", "measured_low", "measured_high")
@@ -106,16 +122,3 @@ def test_a2_one_ulp_on_k(made):
         assert steps == pytest.approx(round(steps), rel=6e-6)
     assert {rows["first choice changed"][column] for column in ends} == {"0"}
     assert not any(said_differently(made, copy)["first choice changed"] for copy in copies)
-
-
-# ---------------------------------------------------------------- C3
-
-
-def test_c3_gemma():
-    problems = claims_kernels.layers(False)[claims_kernels.GEMMA]
-    assert len(problems) == 18
-    for problem in problems:
-        own, found = amplified(given_of(problem)), claims_kernels._amplified(problem)
-        assert own.keys() == found.keys()
-        for name, value in own.items():
-            assert found[name] == pytest.approx(value, rel=6e-6), (problem.layer, name)
