@@ -1,8 +1,8 @@
 """ggml's Q8_0 and Q4_0 from their published formats, in NumPy, and what a token of Qwen3-0.6B reads. It imports nothing
 of the lab and nothing of gguf.
 
-A block holds 32 weights of a row: an fp16 scale d, and 32 whole numbers q. Q8_0: d = largest |w| / 127, a weight is d q,
-34 bytes. Q4_0: d = (the weight of largest |w|, with its sign) / -8, a weight is d (q - 8), q in 0 to 15, 18 bytes.
+A block holds 32 weights of a row: an fp16 scale d, and 32 whole numbers q. Q8_0: d = largest |w| / 127, a weight is
+d q, 34 bytes. Q4_0: d = (the weight of largest |w|, with its sign) / -8, a weight is d (q - 8), q in 0 to 15, 18 bytes.
 """
 
 import numpy as np

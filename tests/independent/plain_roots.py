@@ -4,7 +4,7 @@ import numpy as np
 
 
 def inputs(bits):
-    """Every fp32 in [1, 4) whose mantissa has so many bits. At 4^k x a root is 2^-k of that at x: there are no others."""
+    """Every fp32 in [1, 4) whose mantissa has so many bits. At 4^k x the root is 2^-k of that at x."""
     return np.arange(0x3F800000, 0x40800000, 1 << (23 - bits), dtype=np.int32).view(np.float32)
 
 

@@ -14,7 +14,7 @@ from plain_k_norm import amplified
 from plain_quants import BYTES, bandwidth, quantised
 from plain_roots import inputs, rounded_once
 from plain_statistics import errors, of_tokens, part, whole
-from test_published import agree, published, values_of
+from test_published import agree, published
 
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.systems import kl_statistics
@@ -35,7 +35,8 @@ def over_samples(row, values):
 
 def given_of(problem):
     offset = problem.weight_offset
-    return values_of(problem) | {
+    names = ("x", "norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight")
+    return {name: getattr(problem, name).detach().double().numpy() for name in names} | {
         "num_q_heads": problem.num_q_heads,
         "num_kv_heads": problem.num_kv_heads,
         "eps": problem.eps,
