@@ -26,7 +26,7 @@ def weights(model_type: str) -> Weights:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_in_float64_only_the_last_bits_differ(model_type: str) -> None:
-    """With PyTorch's angles, which it makes in fp32: whatever is wrong in the port shows, rounding does not. 1e-12: some
+    """With PyTorch's angles, which it makes in fp32: what is wrong in the port shows, rounding does not. 1e-12: some
     thousand roundings of 1.1e-16, with room for three layers to let them grow."""
     with fp64(torch.float64):
         found = tallies(weights(model_type), torch.float64, GIVEN_ANGLES, [IDS])
