@@ -101,14 +101,28 @@ def test_the_chain_of_casts_loses_what_float16_cannot_hold() -> None:
     assert (ulp_of(32.0), ulp_of(63.9), ulp_of(4.0)) == (0.25, 0.25, 0.03125)
 
 
-def test_verdicts_follow_from_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """B3 on a tiny model: as it is, and as if JAX and PyTorch agreed within 1e-6 in fp32."""
+@pytest.mark.parametrize(
+    "reached, verdict",
+    [
+        ((0.1, 1e-5, 1e-12), Judged.OTHERWISE),
+        ((0.1, 1e-5, 1e-5), Judged.NOT_REPRODUCED),
+        ((0.1, 1e-6, 1e-12), Judged.REPRODUCED),
+    ],
+)
+def test_verdicts_follow_from_figures(
+    monkeypatch: pytest.MonkeyPatch, reached: tuple[float, ...], verdict: Judged
+) -> None:
+    """B3, as if these were the largest differences in bf16, fp32 and float64."""
     from castpoint.harness.systems import claims_jax
 
+    def planted(model: Weights, dtype: torch.dtype, *_: object) -> dict[object, Tally]:
+        tally = Tally(24)
+        tally.figures["max_abs"] = reached[(torch.bfloat16, torch.float32, torch.float64).index(dtype)]
+        return {(WHOLE, model.config.num_layers, "logits"): tally}
+
     monkeypatch.setattr(claims_jax, "read", lambda *_: (weights("qwen3"), [IDS[:8]]))
-    assert claims_jax.b3(True).verdict == Judged.OTHERWISE
-    monkeypatch.setattr(claims_jax, "tallies", lambda w, *_: {(WHOLE, w.config.num_layers, "logits"): Tally(24)})
-    assert claims_jax.b3(True).verdict == Judged.REPRODUCED
+    monkeypatch.setattr(claims_jax, "tallies", planted)
+    assert claims_jax.b3(True).verdict == verdict
 
 
 def test_a_study_of_a_folder_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
