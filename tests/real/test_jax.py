@@ -1,4 +1,4 @@
-"""JAX beside PyTorch on Qwen2.5-Coder 0.5B: the fp32 model within an order of sums, its bf16 stages equal but for ties."""
+"""JAX beside PyTorch on Qwen2.5-Coder 0.5B: fp32 logits within a gate, bf16 stages equal but for ties."""
 
 import torch
 
