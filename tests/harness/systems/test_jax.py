@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_models import IDS, saved, tiny_model
+from tiny_models import IDS, tiny_model
 
-from castpoint.harness import steps
-from castpoint.harness.report import jax as report
-from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.words import Judged
 from castpoint.harness.systems import decoder, jax_parts
 from castpoint.harness.systems import jax_port as port
@@ -123,16 +118,6 @@ def test_verdicts_follow_from_figures(
     monkeypatch.setattr(claims_jax, "read", lambda *_: (weights("qwen3"), [IDS[:8]]))
     monkeypatch.setattr(claims_jax, "tallies", planted)
     assert claims_jax.b3(True).verdict == verdict
-
-
-def test_a_study_of_a_folder_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = tmp_path / "results"
-    steps.study_system("jax", results, str(saved(tmp_path / "model", "qwen3")), short=True)
-    said = capsys.readouterr().out
-    assert said.startswith(f"# {report.HEADING}") and "8.77e-05" in said and (results / "plots" / "jax.png").exists()
-    rows = latest(results, "jax_stages")[1]
-    assert set(rows["dtype"]) == {"fp32", "bf16", "fp64"} and set(rows["reading"]) == {ALONE, WHOLE}
-    assert f"{rows[(rows.stage == 'logits') & (rows.how == JIT)].max_abs.max():.3g}" in said
 
 
 def test_stages_are_those_of_the_plain_decoder() -> None:
