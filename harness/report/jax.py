@@ -135,7 +135,8 @@ def picture(rows: pd.DataFrame) -> Figure:
     figure, axes = panels((1, 2), (12, 5), (0.075, 0.99, 1.2, 0.75), title, wspace=0.16)
     for place, (axis, dtype) in enumerate(zip(axes, ("fp32", "bf16"), strict=True)):
         of = rows[rows["dtype"] == dtype]
-        least = of.loc[of["rel_rms"] > 0, "rel_rms"].min() / 8
+        above = of.loc[of["rel_rms"] > 0, "rel_rms"]
+        least = above.min() / 8 if len(above) else 2.0**-24  # all bits equal: any place will do
         for reading, shade, beside in SIDES:
             for at, stage in enumerate(stages):
                 values = of.loc[(of["reading"] == reading) & (of["stage"] == stage), "rel_rms"]
