@@ -45,8 +45,8 @@ def page(folder: Path) -> str:
         SAID,
         under("## Against one process with the same all-reduce", against(rows, ONE)),
         under(
-            "## Against the plain decoder\n\nOne process, separate matmuls, all tokens at once; all other rank counts "
-            "as well as one.",
+            "## Against the plain decoder\n\nOne process, separate matmuls, all tokens at once, those decoded too. "
+            "Of one rank and of the most.",
             against(rows, PLAIN),
         ),
         under(
