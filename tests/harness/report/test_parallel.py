@@ -42,11 +42,8 @@ def made(folder: Path, tree: float, fp32: float) -> str:
 
 def test_what_the_headline_says_follows_the_rows(tmp_path: Path) -> None:
     page = made(tmp_path / "right", 0.0, 2e-5)
-    assert (
-        "K and logits equal one process in every bit on 2 ranks; without, K of some layer equals in as little as 25"
-        in page
-    )
-    assert "logits differ by at most 2e-05, within 0.001." in page
+    assert "K and logits equal one process in every bit on 2 ranks; with an all-reduce in fp32 K of some" in page
+    assert "equals in as little as 25.0%. In an fp32 model logits then differ by at most 2e-05, within 0.001." in page
     assert "| m | fp32 | fused | 2 | 0 of 1 | 0 | 1 of 1 | 1.5e-05 | 0 of 1 | 0 |" in page
     assert (tmp_path / "right" / "plots" / "parallel.png").stat().st_size > 10_000
     wrong = made(tmp_path / "wrong", 1e-6, 2e-3)
