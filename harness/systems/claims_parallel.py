@@ -147,8 +147,9 @@ def a2(short: bool, source: str = MODEL) -> Found:
     kept = found[CHOICE, ULP]
     return Found(
         Judged.REPRODUCED if covers(ulp, CLAIMED[LOGITS]) else Judged.OTHERWISE,
-        f"an ulp on every element of K moves scores by {span(found[SCORES, ULP])} (2.44e-4 in the report) and logits by "
-        f"{span(ulp)}, at least {CLAIMED[LOGITS][0] / max(ulp):,.0f} times less than 14.31; the first choice stays in "
+        f"an ulp on every element of K, with all that float32 rounds anew behind it, moves scores by "
+        f"{span(found[SCORES, ULP])} (2.44e-4 in the report: {2.44e-4 / 2**-13:.0f} of float32's steps where they exceed 1,024, no "
+        f"amplification) and logits by {span(ulp)}, {CLAIMED[LOGITS][0] / max(ulp):,.0f} times less than 14.31; the first choice stays in "
         f"{sum(kept):.0f} of {len(kept)} prompts. A bias of the output projection that nothing loaded moves logits by "
         f"{span(drawn)}; right behind that projection it differs by {span(found[OUTPUT, UNLOADED])} (0.033369 in the report), "
         f"and the largest of {size} draws from +-1/sqrt({size}) is {size**-0.5 * size / (size + 1):.6f} on average",
