@@ -77,7 +77,6 @@ def run_quantised(
 ) -> Outputs:
     """q, k, v of the kernel: compiled on a GPU, interpreted on a CPU. Raises ValueError where it cannot."""
     check_offset(plan, problem)
-    inputs = problem.inputs()
+    inputs = problem.inputs() | {"packed": problem.packed, "format": problem.format, "weight": problem.weight}
     del inputs["qkv_weight"]
-    words = {"format": problem.format, "weight": problem.weight}
-    return quantised_norm_qkv(**inputs, packed=problem.packed, **words, plan=plan, config=config, out=out)
+    return quantised_norm_qkv(**inputs, plan=plan, config=config, out=out)
