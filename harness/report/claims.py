@@ -18,7 +18,7 @@ from castpoint.harness.runs.records import load_runs
 from castpoint.harness.runs.words import Judged
 
 HEADING = "The claims of five reports"
-ROWS, MANY = 11, 8  # causes of a panel, the nearest to what was said; so many make two
+ROWS, MANY = 11, 7  # causes of a panel, the nearest to what was said; so many make two
 WITHIN, OUTSIDE, SAID = GREEN, GREY, RED
 
 

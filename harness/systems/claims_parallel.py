@@ -64,8 +64,12 @@ def covers(values: list[float], claimed: tuple[float, ...]) -> bool:
 
 
 def figures(found: dict[tuple[str, str], list[float]], *wanted: str) -> tuple[Figure, ...]:
+    """Every cause of those figures, in that order; the first and the last are what a picture shows."""
     return tuple(
-        Figure(what, cause, values, CLAIMED.get(what, ())) for (what, cause), values in found.items() if what in wanted
+        Figure(what, cause, values, CLAIMED.get(what, ()))
+        for each in wanted
+        for (what, cause), values in found.items()
+        if what == each
     )
 
 
@@ -156,7 +160,7 @@ def a2(short: bool, source: str = MODEL) -> Found:
         "each cause planted in the plain decoder, against the decoder as it is",
         conditions(source, short),
         (
-            *figures(found, *CLAIMED, AFTER_LAST),
+            *figures(found, LOGITS, SCORES, AFTER_LAST, LOGITS_MEAN, KL, PROBABILITY, CHOICE, TOP_5, TOP_10, OUTPUT),
             Figure("logits, largest, before the biases were loaded", BIASES, found[LOGITS, BIASES], (23.31,)),
         ),
         REAL,
