@@ -21,7 +21,7 @@ NAME = "gemma-3-270m"
 
 
 def test_what_llama_cpp_encoded_stays_what_it_is() -> None:
-    """Read and encoded again, 99 % of the blocks that its tools made hold the same values; the rest, whose levels do not
+    """Read and encoded again, 99 % of its tools' blocks hold the same values; the rest, whose levels do not
     show their scale, come near."""
     reader = gguf.GGUFReader(Path(fetch(NAME)) / KNOWN[NAME].file)
     found = [tensor for tensor in reader.tensors if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_K]
