@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from castpoint.harness.report.markdown import markdown, paragraphs
+from castpoint.harness.report.story import story
 from castpoint.harness.report.style import BLUE, GREEN, GREY, RC, RED, plt, save
 from castpoint.harness.runs.frames import latest, load_table
 from castpoint.harness.runs.records import load_runs
@@ -62,7 +63,8 @@ def page(folder: Path) -> str:
             "what was said lies within. An arrow: 0."
         )
     parts = [_section(row, figures[figures["claim"] == row["claim"]]) for row in claims.to_dict("records")]
-    return paragraphs(f"# {HEADING}\n\n{headline(folder)} Run {run_id}.", picture, markdown(rows), *parts)
+    head = f"# {HEADING}\n\n{headline(folder)} Run {run_id}."
+    return paragraphs(head, story(figures), picture, markdown(rows), *parts)
 
 
 def _section(row: dict[str, Any], figures: pd.DataFrame) -> str:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +32,15 @@ from castpoint.harness.systems.weights import opened
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S, START_S = 20.0, 90.0  # without a sign of any rank, once all have the model open; and until then
 START = "its start"
+# torchrun, which its parent's death ends too: asked here, since JAX's threads bear no fork that runs Python
+TORCHRUN = """
+import runpy, sys
+from castpoint.harness.runs.process import die_with_parent
+parent = int(sys.argv.pop(1))
+if sys.platform == "linux":
+    die_with_parent(parent)
+runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+"""
 GONE = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")  # of torchrun's summary
 
 
@@ -74,11 +82,10 @@ def launch(job: Job, ranks: int, folder: Path, patience_s: float = PATIENCE_S) -
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps(asdict(job)))
     where = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "-m", __name__, str(folder)]
+    command = [sys.executable, "-c", TORCHRUN, str(os.getpid()), *where, "-m", __name__, str(folder)]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with open(folder / "log", "wb") as log:
-        with_us = partial(die_with_parent, os.getpid()) if sys.platform == "linux" else None
-        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=with_us)
+        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         hung = _watched(torchrun, ranks, folder, patience_s)
     finally:
