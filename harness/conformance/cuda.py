@@ -137,14 +137,15 @@ def reference(plan: CastPlan, check: str, problems: list[Problem]) -> Reference:
 
 def checked(
     plan: CastPlan, config: Config | None, wanted: Reference, check: str, gpu: Cuda, runs: int = 2,
-    run: Callable[..., Outputs] = run_triton,
+    run: Callable[..., Outputs] | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """share_equal, elements, status and reason of one check of one config, None for the default one. runs: of each
-    problem, which must give the same bits. run: run_triton, or run_quantised for problems in blocks."""
+    problem, which must give the same bits. run: run_quantised for problems in blocks; None: run_triton."""
     exact = check == Check.EXACT
     what = "differ from the spec where no sum depends on order" if exact else "lie outside the envelope"
     try:
-        ran = [[out for p in wanted.problems for out in run(plan, p, config=config)] for _ in range(runs)]
+        made = run or run_triton
+        ran = [[out for p in wanted.problems for out in made(plan, p, config=config)] for _ in range(runs)]
         return _judged(ran, wanted.expected, wanted.bounds, what)
     except Exception as error:  # no compile, no memory, or a launch whose fault shows when its outputs are read
         return {"status": Status.FAILED, "reason": reason_of(gpu, "a check", error)}

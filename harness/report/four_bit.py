@@ -32,6 +32,8 @@ def frames(folder: Path) -> tuple[str, pd.DataFrame, pd.DataFrame] | None:
 def per_arm(layers: pd.DataFrame, column: str) -> pd.DataFrame:
     """Median of a figure over layers: a row an arm, a column a model."""
     rows = layers[layers["status"] == "ok"]
+    drawn = rows["weights"].eq("calibrated").map({True: ", drawn", False: ""})
+    rows = rows.assign(model=rows["model"] + drawn)
     return rows.groupby(["arm", "model"], sort=False)[column].median().unstack("model").reindex(rows["arm"].unique())
 
 
@@ -47,8 +49,10 @@ def headline(folder: Path) -> str:
         return ""
     k = per_arm(found[1], "k_rel_rms")
     worst = k[k.index.isin(PLANS)].max()
-    times = (k.loc["Q4_0"] / worst).dropna()
     kl = statistic(found[2], "Mean KLD")
+    if "Q4_0" not in k.index or not {"Q4_0 of QKV", "Q8_0 of QKV and norms", "eager"} <= set(kl.index):
+        return ""
+    times = (k.loc["Q4_0"] / worst).dropna()
     said = "; ".join(
         f"in {model} the mean KL is {kl.at['Q4_0 of QKV', model]:.2g} nats with 4-bit QKV, "
         f"{kl.at['Q8_0 of QKV and norms', model]:.2g} with QKV and norms in 8 bits, {kl.at['eager', model]:.2g} in eager bf16"

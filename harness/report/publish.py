@@ -147,6 +147,7 @@ def add(source: Path, runs: dict[str, dict[str, Any]], folder: Path) -> dict[str
         return new
     tables = [path for path in sorted(source.glob("*.csv")) if path.stem in TABLES]  # and no configs beside them
     drafts = {path.name: merged(path, folder / path.name, set(new)) for path in tables}
+    drafts = {name: text for name, text in drafts.items() if text.count("\n") > 1 or (folder / name).exists()}
     whole = json.loads((source / "environment.json").read_text()) | {"runs": dict(sorted((held | new).items()))}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

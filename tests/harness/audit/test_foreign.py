@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path):
     wanted = {name: sentence for name, (_, sentence) in REFUSED.items()}
     wanted |= {
         "norm_qkv": "unknown target 'sm_70': .*",
-        "rope": "unknown kernel 'rope': kernels are norm_qkv, rms_norm, head_norm",
+        "rope": "unknown kernel 'rope': kernels are norm_qkv, rms_norm, head_norm, quantised",
     }
     assert says.keys() == wanted.keys()
     for name, sentence in wanted.items():

@@ -57,6 +57,8 @@ def test_the_published_report_is_what_its_records_say(tmp_path: Path) -> None:
     shutil.copytree(PUBLISHED, tmp_path / "cpu")
     written = write_report(tmp_path / "cpu", newest_run(tmp_path / "cpu"))
     assert written.read_text() == (PUBLISHED / "report.md").read_text(), "make publish writes it anew"
+    for page in (PUBLISHED / "systems").glob("*.md"):
+        assert (tmp_path / "cpu" / "systems" / page.name).read_text() == page.read_text(), "make publish writes it anew"
 
 
 def folder_of(where: Path, runs: dict[str, dict]) -> Path:
@@ -105,6 +107,15 @@ def test_rows_are_added_once_and_only_those(tmp_path: Path) -> None:
     after = {path.name: path.read_text() for path in target.glob("*.csv")}
     assert add(source, runs, target) == {}
     assert after == {path.name: path.read_text() for path in target.glob("*.csv")}
+
+
+def test_a_table_of_an_unfinished_run_alone_is_no_file(tmp_path: Path) -> None:
+    source, folder = tmp_path / "run", tmp_path / "published"
+    shutil.copytree(PUBLISHED, source, ignore=shutil.ignore_patterns("plots", "systems"))
+    runs = load_runs(source)
+    newest = max(i for i, each in runs.items() if each["command"] == "cases")
+    add(source, {newest: runs[newest]}, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "environment.json"]
 
 
 def test_other_columns_are_refused_before_anything_is_written(tmp_path: Path) -> None:
