@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from castpoint.harness.model.fetch import had
 from castpoint.harness.model.language_model import name_of
 from castpoint.harness.model.study import PASSAGES, read_prompts
+from castpoint.harness.runs.environment import one_thread
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
@@ -102,17 +101,6 @@ def _cost(got: Got, tokens: int, about: dict[str, Any]) -> ParallelCostRow:
     )
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As a rank runs: a matmul over more threads may add otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _plain(
     weights: Weights, ids: list[int], dtype: str, name: str, counts: tuple[int, ...], records: Records
 ) -> Got:  # fmt: skip
@@ -124,7 +112,7 @@ def _plain(
         if stage in kept and layer < config.num_layers:
             kept[stage].append(value)
 
-    with _one_thread():
+    with one_thread():  # as a rank runs: a matmul over more threads may add otherwise
         logits = forward(config, w, ids, keep)
         for layer, normed in enumerate(kept["normed"]):
             at = f"model.layers.{layer}.self_attn."
