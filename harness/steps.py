@@ -130,7 +130,11 @@ def study_system(name: str, results: Path | None, source: str, short: bool, one:
     system = importlib.import_module(f"castpoint.harness.systems.{name.replace('-', '_')}")
     part_of = options.narrowed({}, model=source, short=short, claim=one)
     records = options.records_of(name, results, part_of, device="cpu", model=source, short=short)
-    system.sweep(records, source, short, *([one] if one else []))
+    try:
+        system.sweep(records, source, short, *([one] if one else []))
+    except UserError:
+        records.withdraw()
+        raise
     records.finish()
     print(PAGES[name].page(records.folder))
 

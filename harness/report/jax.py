@@ -14,6 +14,12 @@ from castpoint.harness.runs.frames import latest
 HEADING = "JAX beside PyTorch"
 ALONE, WHOLE, OP_BY_OP = "alone", "end to end", "op by op"
 MARK = {"omegalax's fp32 logits, Qwen3-0.6B, CPUs": 8.77e-5}  # reported by its authors
+CAUSES = """\
+JAX op by op, PyTorch's own input, all layers: share of equal bits where only that part of a stage is JAX's. Where
+nothing but products is JAX's and all bits are equal, the parts below it are all that differs. *Matmul, exact sums*: on
+inputs rounded to so few steps that no order of summation rounds; where that is equal, the order of sums is all that
+differs. PyTorch's softmax has an exp of its own and multiplies by 1 / sum, where JAX divides; that an exp within an ulp
+of JAX's and one sum a row explain every row is what can be asked of it."""
 SIDES = ((ALONE, BLUE, -0.14), (WHOLE, ORANGE, 0.14))  # reading, colour, beside the stage's place
 
 
@@ -22,7 +28,7 @@ def page(folder: Path) -> str:
     if not (stages := _rows(folder, "jax_stages")):
         return ""
     run_id, rows = stages
-    parts = _rows(folder, "jax_parts")
+    parts, causes = _rows(folder, "jax_parts"), _rows(folder, "jax_causes")
     model = drawn_model(rows)
     (folder / "plots").mkdir(exist_ok=True)
     save(
@@ -38,7 +44,8 @@ def page(folder: Path) -> str:
         under(f"## Every stage alone, {OP_BY_OP}, over layers: PyTorch's own input", by_stage(rows, ALONE)),
         under(f"## Every stage end to end, {OP_BY_OP}, over layers", by_stage(rows, WHOLE)),
         under("## Compiled, every stage alone: share of equal bits, least over layers", compiled(rows)),
-        under("## Why", why(parts[1])) if parts else "",
+        under(f"## Why, stage by stage\n\n{CAUSES} {others(rows, causes[1])}", by_cause(causes[1])) if causes else "",
+        under("## The functions behind it", why(parts[1])) if parts else "",
     )
 
 
@@ -119,6 +126,25 @@ def compiled(rows: pd.DataFrame) -> pd.DataFrame:
     )
     table = table[table.notna().sum(axis=1) > 1].map(lambda share: "–" if pd.isna(share) else f"{100 * share:.4g} %")
     return table.reset_index()
+
+
+def by_cause(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a stage and cause: share of equal bits where that alone is JAX's, over layers, of each model and dtype."""
+    of = rows.assign(of=rows["model"] + ", " + rows["dtype"])
+    table = of.pivot_table(index=["stage", "by_jax"], columns="of", values="share_equal", sort=False)
+    table = table.map(lambda share: "–" if pd.isna(share) else f"{100 * share:.4g} %")
+    return table.reset_index().rename(columns={"by_jax": "JAX's is", "of": ""})
+
+
+def others(rows: pd.DataFrame, causes: pd.DataFrame) -> str:
+    """What of the stages that have no cause here: equal bits, or that they have none."""
+    of = rows[(rows["reading"] == ALONE) & (rows["how"] == OP_BY_OP) & rows["dtype"].isin(["fp32", "bf16"])]
+    of = of[of["model"].isin(causes["model"]) & ~of["stage"].isin(causes["stage"])]
+    least = of.groupby("stage", sort=False)["share_equal"].min()
+    same, open_ = (", ".join(least[chosen].index) for chosen in (least == 1, least < 1))
+    return (f"In all layers of all of these equal without that: {same}." if same else "") + (
+        f" **Without a cause: {open_}.**" if open_ else ""
+    )
 
 
 def why(parts: pd.DataFrame) -> pd.DataFrame:

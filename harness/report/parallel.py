@@ -12,7 +12,7 @@ from castpoint.harness.report.style import BLUE, GREEN, GREY, ORANGE, panels, sa
 from castpoint.harness.runs.frames import latest, load_table
 
 HEADING = "Tensor parallel"
-ONE, PLAIN, SEPARATE = "one process", "plain decoder", "separate matmuls"
+ONE, PLAIN = "one process", "plain decoder"
 REDUCES = {"bf16": ORANGE, "fp32": BLUE, "tree": GREEN}
 MARK = 1e-3  # of the issue: what a right implementation stays within, in fp32
 SAID = """\
@@ -55,11 +55,6 @@ def page(folder: Path) -> str:
             "nothing of what ranks buy. Sent: bytes a rank sends in a prefill, counted: an all-reduce as the ring of 2 "
             "(R - 1) / R of its tensor, the tree as log2(R) whole tensors; both with the gathered logits.",
             costs(cost),
-        ),
-        under(
-            "## Q, K and V in one matmul\n\nOn the same input, against three matmuls: what another shape of the matmul "
-            "does. `fused`: as that many ranks make them.",
-            fused(rows),
         ),
     )
 
@@ -136,20 +131,6 @@ def costs(cost: pd.DataFrame) -> pd.DataFrame:
                     "read, million weights": row.read_elements / 1e6,
                 }
             )
-    return pd.DataFrame(lines)
-
-
-def fused(rows: pd.DataFrame) -> pd.DataFrame:
-    lines = []
-    part = rows[rows["reference"] == SEPARATE]
-    for (model, dtype, how, ranks), of in part.groupby(["model", "dtype", "reduce", "ranks"], sort=False):
-        line: dict[str, object] = {"model": model, "dtype": dtype, "matmul": how, "ranks": ranks}
-        for stage in "qkv":
-            each = of[of["stage"] == stage]
-            name = stage.upper()
-            line[f"layers with a differing {name}"] = f"{(each['share_equal'] < 1).sum()} of {len(each)}"
-            line[f"{name}, largest difference"] = each["max_abs"].max()
-        lines.append(line)
     return pd.DataFrame(lines)
 
 

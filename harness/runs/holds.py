@@ -70,6 +70,7 @@ PARTS = (
     Part("engine", "all", False, "greedy text parts at near ties, which another CPU's sums decide otherwise"),
     Part("engine_runs", "all", False, "times"),
     Part("jax_stages", "all", False, "two libraries' sums and functions on that CPU"),
+    Part("jax_causes", "all", False, "the same"),
     Part("jax_parts", "all", False, "the same"),
     *(Part(f"gpu_{what}", "all", False, "that GPU's") for what in ("checks", "limits", "counters", "steps", "speed")),
     Part("tuning", "all", False, "that GPU's"),

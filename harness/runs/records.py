@@ -6,6 +6,7 @@ was measured. A run that was stopped is continued, by the same code: rows it has
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -122,6 +123,9 @@ class Records:
     def note(self, **facts: object) -> None:
         """Adds facts about this run to environment.json."""
         self.runs[self.run_id].update(facts)
+        self._write()
+
+    def _write(self) -> None:
         draft = self.environment_path.with_suffix(".tmp")
         with writing(self.folder):
             draft.write_text(json.dumps({"schema": SCHEMA, "runs": self.runs}, indent=1) + "\n")
@@ -131,6 +135,18 @@ class Records:
     def finish(self) -> None:
         self.note(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         self.close()
+
+    def withdraw(self) -> None:
+        """Takes the run back where it holds no row, and its folder where that holds nothing else."""
+        if any(self.done.values()):
+            return
+        del self.runs[self.run_id]
+        if self.runs:
+            self._write()
+            return
+        self.environment_path.unlink()
+        with contextlib.suppress(OSError):  # it holds something
+            self.folder.rmdir()
 
     def close(self) -> None:
         """Writes the archive, where there is to be one, as the folder is now."""

@@ -11,11 +11,11 @@ from jax import Array, lax
 from torch import Tensor
 
 from castpoint.harness.runs.words import Judged
-from castpoint.harness.systems import decoder, jax_parts
+from castpoint.harness.systems import decoder, jax_causes
 from castpoint.harness.systems import jax_port as port
 from castpoint.harness.systems.found import Figure, Found
 from castpoint.harness.systems.jax import GIVEN_ANGLES, JIT, OP_BY_OP, WHOLE, fp64, read, reference, tallies
-from castpoint.harness.systems.weights import Config, Weights
+from castpoint.harness.systems.weights import Config, Lazy, Weights
 
 GEMMA, QWEN = "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"
 DECIDES = "castpoint study jax --model Qwen/Qwen2.5-7B-Instruct"
@@ -77,7 +77,7 @@ def b1(short: bool) -> Found:
                 made = port.tensor(written(weights.config, port.array(x), port.array(weight), root, mixed))
                 found.append((made.double() - expected.double()).abs().max().item())
                 differ[root, mixed] += int((made != expected).sum())
-    equal = {row.part: row.share_equal for row in jax_parts.roots(OP_BY_OP, bits)}
+    equal = {row.part: row.share_equal for row in jax_causes.roots(OP_BY_OP, bits)}
     zero = max(off["rsqrt", True]) == 0
     others = max(max(off[root, True]) for root in ("power", "x / sqrt"))
     verdict = Judged.NOT_REPRODUCED
@@ -135,12 +135,12 @@ def lost(weights: Weights) -> tuple[int, int, int, float]:
 def output(weights: Weights, ids: list[int], through: Callable[[Tensor], Tensor]) -> Tensor:
     """Layer 0's attention output in PyTorch, bf16, every weight passed through that function."""
 
-    class Through(port.Lazy):
+    class Through(Lazy):
         def __getitem__(self, name: str) -> Tensor:
             return through(super().__getitem__(name))
 
     kept: dict[str, Tensor] = {}
-    cut = port.shortened(weights, 1)
+    cut = weights.shortened(1)
     decoder.forward(cut.config, Through(cut, torch.bfloat16), ids, lambda stage, _, value: kept.update({stage: value}))
     return kept["output"]
 

@@ -45,10 +45,11 @@ NORMS_TOO, K_NORM, EAGER = ", norms too", ", K norm alone", "eager"
 
 def sweep(records: Records, source: str, short: bool) -> None:
     """Rows of drawn layers, of a model's own layers, and of whole models."""
+    names = MODELS[: 1 if short else None]
+    models = [load(had(source), tokens=TOKENS)] if source else (load(had(name), tokens=TOKENS) for name in names)
     for layer in DRAWN_LAYERS[: 1 if short else None]:
         add_layer(records, synthetic_problem(layer=layer, tokens=TOKENS))
-    for name in (source,) if source else MODELS[: 1 if short else None]:
-        lm = load(had(name), tokens=TOKENS)
+    for lm in models:
         found = texts(lm, None, 24 if short else TOKENS, 2 if short else TEXTS)
         for layer, problem in enumerate(_layers(lm, found[0].ids)[: 2 if short else None]):
             add_layer(records, problem.replace(model=lm.name, weights=lm.weights, layer=layer))

@@ -9,7 +9,6 @@ first, and every step of silu.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,11 +19,10 @@ import torch
 from jax import Array, lax
 from torch import Tensor
 
-from castpoint.harness.systems.weights import Config, Weights
+from castpoint.harness.systems.weights import Config
 
 State = dict[str, Array]
 Stage = tuple[str, Callable[[State, Mapping[str, Array]], Array]]  # of a state and the layer's weights
-SUMS = ("normed", "q", "k", "v", "q_normed", "k_normed", "scores", "attended", "output", "mlp_normed", "mlp", "logits")
 
 
 def array(tensor: Tensor) -> Array:
@@ -55,16 +53,15 @@ def embed(config: Config, rows: Array) -> Array:
     return rows * jnp.asarray(config.hidden_size**0.5, jnp.bfloat16).astype(rows.dtype) if config.gemma else rows
 
 
-def scaled(config: Config, x: Array, mean: Array, weight: Array) -> Array:
-    """x over the root of that mean of squares, times the weight."""
-    normed = wide(x) * lax.rsqrt(mean + config.eps)
+def scaled(config: Config, x: Array, rstd: Array, weight: Array) -> Array:
+    normed = wide(x) * rstd
     if config.gemma:
         return (normed * (1.0 + weight.astype(normed.dtype))).astype(x.dtype)
     return weight * normed.astype(x.dtype)
 
 
 def norm(config: Config, x: Array, weight: Array) -> Array:
-    return scaled(config, x, jnp.mean(jnp.square(wide(x)), -1, keepdims=True), weight)
+    return scaled(config, x, lax.rsqrt(jnp.mean(jnp.square(wide(x)), -1, keepdims=True) + config.eps), weight)
 
 
 def linear(x: Array, weight: Array) -> Array:
@@ -165,28 +162,6 @@ def run_layer(config: Config, layer: int, x: Array, w: Mapping[str, Array], give
     return state
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Weights read, and rounded or widened to dtype, when they are asked for: one layer at a time in memory."""
-
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        self.weights, self.dtype = weights, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights.read(name).to(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights.config.shapes())
-
-    def __len__(self) -> int:
-        return len(self.weights.config.shapes())
-
-
-def shortened(weights: Weights, layers: int) -> Weights:
-    """The model cut off behind its first layers."""
-    config = replace(weights.config, num_layers=layers)
-    return Weights(config, weights.where, {name: weights.stored[name] for name in config.shapes()})
-
-
 def layer_weights(w: Mapping[str, Tensor], layer: int) -> dict[str, Array]:
     prefix = f"model.layers.{layer}."
     return {name.removeprefix(prefix): array(w[name]) for name in w if name.startswith(prefix)}
@@ -200,11 +175,3 @@ def first(config: Config, w: Mapping[str, Tensor], ids: list[int]) -> Array:
 def head(config: Config, w: Mapping[str, Tensor]) -> Tensor:
     """[V, D], what makes logits."""
     return w["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
-
-
-def forward(config: Config, w: Mapping[str, Tensor], ids: list[int]) -> Array:
-    """Logits [S, V] in the weights' dtype, op by op."""
-    x = first(config, w, ids)
-    for layer in range(config.num_layers):
-        x = run_layer(config, layer, x, layer_weights(w, layer), {})["hidden"]
-    return linear(norm(config, x, array(w["model.norm.weight"])), array(head(config, w)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import ParallelCostRow, ParallelRow
+from castpoint.harness.runs.torchrun import launch
 from castpoint.harness.systems.decoder import forward
-from castpoint.harness.systems.ranks import DTYPES, Job, launch
-from castpoint.harness.systems.shards import REDUCES, check_divides, part_of, projected
+from castpoint.harness.systems.ranks import DTYPES, Job
+from castpoint.harness.systems.shards import REDUCES, check_divides
 from castpoint.harness.systems.weights import Config, Weights, opened, tokenizer_of
 
 RANKS = (1, 2, 4)
 REAL = ("qwen2.5-coder-0.5b-instruct", "gemma-3-270m")
-ONE, PLAIN, SEPARATE = "one process", "plain decoder", "separate matmuls"
+ONE, PLAIN = "one process", "plain decoder"
+RANK = "castpoint.harness.systems.ranks"  # the module that every rank runs
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def study(
     missing = [ranks for ranks in counts if due(ranks)]
     if not missing:
         return
-    plain = {dtype: _plain(weights, ids, dtype, name, counts, records) for dtype in dtypes}
+    plain = {dtype: _plain(weights, ids, dtype) for dtype in dtypes}
     job = Job(source, ids, decoded, dtypes, reduces, repeats=1 if decoded < 4 else 3)
     with tempfile.TemporaryDirectory() as scratch:
         for ranks in track([1, *(ranks for ranks in missing if ranks > 1)], f"ranks of {name}"):
             folder = Path(scratch) / str(ranks)
-            launch(job, ranks, folder)
+            launch(RANK, asdict(job), ranks, folder)
             for dtype, reduce in each:
                 one, got = (_got(Path(scratch) / str(n), dtype, reduce, n, weights.config) for n in (1, ranks))
                 about = {"model": name, "dtype": dtype, "reduce": reduce, "ranks": ranks}
@@ -101,57 +103,18 @@ def _cost(got: Got, tokens: int, about: dict[str, Any]) -> ParallelCostRow:
     )
 
 
-def _plain(
-    weights: Weights, ids: list[int], dtype: str, name: str, counts: tuple[int, ...], records: Records
-) -> Got:  # fmt: skip
-    """The plain decoder over all tokens at once; and, of what its Q, K and V are made of, each rank count's matmuls."""
-    config, w = weights.config, weights.all(DTYPES[dtype])
-    kept: dict[str, list[Tensor]] = {stage: [] for stage in ("normed", "k", "hidden")}
+def _plain(weights: Weights, ids: list[int], dtype: str) -> Got:
+    """The plain decoder over all tokens at once."""
+    config = weights.config
+    kept: dict[str, list[Tensor]] = {"k": [], "hidden": []}
 
     def keep(stage: str, layer: int, value: Tensor) -> None:
-        if stage in kept and layer < config.num_layers:
+        if stage in kept:
             kept[stage].append(value)
 
     with one_thread():  # as a rank runs: a matmul over more threads may add otherwise
-        logits = forward(config, w, ids, keep)
-        for layer, normed in enumerate(kept["normed"]):
-            at = f"model.layers.{layer}.self_attn."
-            rows = [w[f"{at}{part}_proj.weight"] for part in "qkv"]
-            biases = [w[f"{at}{part}_proj.bias"] for part in "qkv"] if config.bias else [None] * 3
-            apart = [projected(config, normed, r, b, tiled=False) for r, b in zip(rows, biases, strict=True)]
-            made = {("fused", n): _fused(config, normed, rows, biases, n, tiled=False) for n in counts}
-            made[("a head at a time", 1)] = _fused(config, normed, rows, biases, 1, tiled=True)
-            for (how, ranks), found in made.items():
-                about = {"model": name, "dtype": dtype, "reduce": how, "ranks": ranks}
-                records.add(
-                    *(
-                        ParallelRow(
-                            **about, tokens=len(ids), part="prefill", reference=SEPARATE, stage=stage, layer=layer,
-                            **_apart(one, other),
-                        )
-                        for stage, one, other in zip("qkv", found, apart, strict=True)
-                    )
-                )  # fmt: skip
+        logits = forward(config, weights.all(DTYPES[dtype]), ids, keep)
     return Got(kept["k"], [], kept["hidden"], logits, {})
-
-
-def _fused(
-    config: Config, normed: Tensor, rows: list[Tensor], biases: list[Any], ranks: int, tiled: bool
-) -> list[Tensor]:
-    """Q, K and V as that many ranks make them, each in one matmul or one a head; of a copied head the first rank's."""
-    size = config.head_dim
-    heads: list[dict[int, Tensor]] = [{}, {}, {}]
-    for rank in range(ranks):
-        part = part_of(config, rank, ranks)
-        held = (part.q, part.kv, part.kv)
-        cut = [slice(of.start * size, of.stop * size) for of in held]
-        weight = torch.cat([row[at] for row, at in zip(rows, cut, strict=True)])
-        bias = torch.cat([one[at] for one, at in zip(biases, cut, strict=True)]) if config.bias else None
-        made = projected(config, normed, weight, bias, tiled).split([len(of) for of in held], 1)
-        for into, of, values in zip(heads, held, made, strict=True):
-            for head, value in zip(of, values.unbind(1), strict=True):
-                into.setdefault(head, value)
-    return [torch.stack([into[head] for head in sorted(into)], 1) for into in heads]
 
 
 def _got(folder: Path, dtype: str, reduce: str, ranks: int, config: Config) -> Got:

@@ -7,7 +7,8 @@ parameter, each of its shape: a model one of whose parameters nothing filled is 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from castpoint.harness.problems import files
+from castpoint.harness.problems.drawn import layer_statistics, standard_normal, synthetic_problem
 from castpoint.harness.problems.files import Stored
+from castpoint.harness.problems.geometry import geometry_named
 from castpoint.harness.runs.errors import UserError, mistakes
 
+LAYER = "qwen2.5-7b, one layer"
+INNER = 18944  # Qwen2.5-7B's MLP, from its published configuration
 MODEL_TYPES = ("qwen2", "qwen3", "gemma3_text")
 SPARE = re.compile(r"rotary_emb\.inv_freq$|lm_head\.weight$")  # stored by some, and no parameter of its own
 # Names in GGUF (gguf.constants.TENSOR_NAMES) -> ours; of a layer after `blk.{i}.` and `model.layers.{i}.`
@@ -116,9 +121,30 @@ class Weights:
             return (whole[rows] if whole.ndim == 1 else whole[rows, columns]).clone()
         return held.cut(rows, columns)
 
+    def shortened(self, layers: int) -> Weights:
+        """The model cut off behind its first layers."""
+        config = replace(self.config, num_layers=min(layers, self.config.num_layers))
+        return Weights(config, self.where, {name: self.stored[name] for name in config.shapes()})
+
     def all(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every parameter, widened or rounded to dtype."""
         return {name: self.read(name).to(dtype) for name in self.config.shapes()}
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Weights read, and rounded or widened to dtype, when they are asked for: one layer at a time in memory."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights.read(name).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.config.shapes())
+
+    def __len__(self) -> int:
+        return len(self.weights.config.shapes())
 
 
 def check_filled(parameters: dict[str, tuple[int, ...]], tensors: dict[str, tuple[int, ...]], where: str) -> None:
@@ -216,6 +242,28 @@ def of_model(model: nn.Module, where: str) -> Weights:
     config = config_of(model.config)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in config.shapes()}
     return Weights(config, where, {n: Stored(list(t.shape), partial(lambda kept: kept, t)) for n, t in state.items()})
+
+
+def drawn_layer() -> Weights:
+    """One layer of Qwen2.5-7B's geometry with drawn weights; its table is the residual stream of 64 drawn tokens."""
+    g, row, rng = geometry_named("qwen2.5-7b"), layer_statistics()[1], torch.Generator().manual_seed(0)
+    problem = synthetic_problem("qwen2.5-7b", 1, 64)
+    config = Config(
+        *("qwen2", 64, g.hidden_size, INNER, 1, g.num_q_heads, g.num_kv_heads, g.head_dim, g.eps, g.head_dim**-0.5),
+        *((1e6,), (None,), True, True, 32768),
+    )
+    made = {"model.embed_tokens.weight": problem.x, "model.norm.weight": problem.norm_weight}
+    layer = "model.layers.0."
+    made |= {f"{layer}{name}_layernorm.weight": problem.norm_weight for name in ("input", "post_attention")}
+    rows = list(g.projections.values())
+    for name, part in zip("qkv", problem.qkv_weight.split(rows), strict=True):
+        made[f"{layer}self_attn.{name}_proj.weight"] = part
+        made[f"{layer}self_attn.{name}_proj.bias"] = (standard_normal(rng, len(part)) * 0.5).bfloat16()
+    for name, shape in config.shapes().items():
+        if name not in made:
+            std = row[f"{name.split('.')[-2]}_std"] * (1024 / g.hidden_size) ** 0.5
+            made[name] = (standard_normal(rng, *shape) * std).bfloat16()
+    return Weights(config, LAYER, {n: Stored(list(t.shape), partial(lambda kept: kept, t)) for n, t in made.items()})
 
 
 def _of_gguf(path: Path, config: Config) -> dict[str, Stored]:

@@ -18,6 +18,8 @@ from tiny_checkpoints import SAMPLE, gguf_tensors, model_tensors, write_folder, 
 import castpoint.harness.__main__ as cli
 import castpoint.harness.accuracy.sweep as sweep
 from castpoint.harness.runs.errors import UserError, writing
+from castpoint.harness.runs.records import Records
+from castpoint.harness.steps import SYSTEMS
 
 KERNEL = """
 import triton
@@ -103,6 +105,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("audit --run --target gfx942", "target must be sm_80 or sm_90"),
         ("audit --configs --results file", "cannot be written"),
         ("study", "studies are survey, cases, gates, streams, confusion"),
+        ("study parallel A1", "'A1' is no part of `study parallel`"),
+        ("study cases --short", "--model and --short are for systems and claims"),
+        ("bound nothing", "nothing does not exist, and is no hub id"),
         ("study cases --results file", "cannot be written"),
         ("study survey --device tpu", "must be cpu or cuda"),
         ("report", "runs/ holds no run yet"),
@@ -116,6 +121,30 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, line: str, words: str) -> No
     arguments = line.split() + (["nothing"] if line == "study" else [])
     assert words in failure(capsys, monkeypatch, *arguments)
     assert not Path("runs").exists(), "a refused run left a folder"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        *((f"{name} --model nothing --short", "nothing does not exist, and is no hub id") for name in SYSTEMS),
+        *((f"{name} --model other --short", "other") for name in SYSTEMS),
+        ("claims A2 --model nothing --short", "nothing does not exist, and is no hub id"),
+        ("claims A9", "there is no claim 'A9': claims are A1, A2"),
+        ("claims B1 --model other", "--model is for a claim of reports 000 to 002"),
+    ],
+)
+def test_a_refused_study_of_a_system_leaves_nothing(capsys, monkeypatch, line: str, words: str) -> None:
+    assert words in failure(capsys, monkeypatch, "study", *line.split(), "--results", "records")
+    assert not Path("records").exists()
+
+
+def test_a_refused_study_leaves_other_runs_as_they_are(capsys, monkeypatch, here: Path) -> None:
+    failure(capsys, monkeypatch, *"study claims A9 --results foreign".split())
+    assert (here / "foreign" / "environment.json").read_text() == "not JSON"
+    Records(here / "records", {"command": "bench"}, {}).finish()
+    before = (here / "records" / "environment.json").read_text()
+    failure(capsys, monkeypatch, *"study claims A9 --results records".split())
+    assert (here / "records" / "environment.json").read_text() == before
 
 
 @pytest.mark.parametrize("command", ["bench", "study cases", "audit", "model qwen3-0.6b", "report", "gpu"])

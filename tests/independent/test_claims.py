@@ -115,7 +115,7 @@ def test_b1_counts_of_right_roots():
     """How many of 2^17 inputs each way to write it rounds right, in JAX and in PyTorch: the lab's shares, on the same
     machine, whose vector instructions these are."""
     jax = pytest.importorskip("jax")
-    parts = importlib.import_module("castpoint.harness.systems.jax_parts")
+    parts = importlib.import_module("castpoint.harness.systems.jax_causes")
     x = inputs(BITS)
     rows = {row.part: row for row in parts.roots("op by op", BITS) if row.part.endswith("correctly rounded")}
     both = {

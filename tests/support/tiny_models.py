@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -104,3 +105,31 @@ def saved(folder: Path, model_type: str = "qwen3", **options: object) -> Path:
     tiny_model(model_type).save_pretrained(folder, **options)
     add_tokenizer(folder)
     return folder
+
+
+def write_gguf(path: Path, model_type: str) -> Path:
+    """The tiny model as llama.cpp's converter lays it out, in float32, with a byte-level vocabulary of 64 tokens."""
+    model, writer = tiny_model(model_type), gguf.GGUFWriter(path, model_type)
+    writer.add_block_count(3)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(model.config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([chr(ord("0") + i) for i in range(62)] + ["ab", "<end>"])
+    writer.add_token_types([1] * 63 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(63)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model_type.upper()], 3)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

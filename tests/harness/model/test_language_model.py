@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import psutil
 import pytest
 import torch
-from tiny_models import add_tokenizer, saved, tiny_config, tiny_model
+from tiny_models import add_tokenizer, saved, tiny_config, tiny_model, write_gguf
 from transformers import AutoModelForCausalLM
 
 from castpoint.harness.model import language_model
@@ -82,34 +81,6 @@ def test_what_made_the_weights_is_kept(tmp_path: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text().replace("{", '{"made_from": "GGUF, dequantised to bf16",', 1))
     assert load(str(folder)).weights == "GGUF, dequantised to bf16"
-
-
-def write_gguf(path: Path, model_type: str) -> Path:
-    """The tiny model as llama.cpp's converter lays it out, in float32, with a byte-level vocabulary of 64 tokens."""
-    model, writer = tiny_model(model_type), gguf.GGUFWriter(path, model_type)
-    writer.add_block_count(3)
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(model.config.head_dim)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e4)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([chr(ord("0") + i) for i in range(62)] + ["ab", "<end>"])
-    writer.add_token_types([1] * 63 + [3])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(63)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model_type.upper()], 3)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_gguf_weights_and_eps_come_back(tmp_path: Path) -> None:

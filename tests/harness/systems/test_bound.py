@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import failure
 from tiny_models import IDS as ALL_IDS
-from tiny_models import saved, tiny_model
+from tiny_models import saved, tiny_model, write_gguf
 
 from castpoint.harness.systems import bound as bounding
 from castpoint.harness.systems.causes import with_unloaded_bias, without
@@ -108,10 +108,11 @@ def test_a_bound_grows_with_the_number_of_terms_and_with_the_spread_of_its_runs(
     assert few == pytest.approx(bounding.U * 4 / 3, rel=0.1)
 
 
-def test_the_command_names_what_rounding_cannot_make(tmp_path: Path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("made", [lambda path: saved(path, "qwen3"), lambda path: write_gguf(path, "qwen2")])
+def test_the_command_names_what_rounding_cannot_make(tmp_path: Path, capsys, monkeypatch, made) -> None:
     import castpoint.harness.__main__ as cli
 
-    folder, said = saved(tmp_path / "m", "qwen3"), tmp_path / "measured.csv"
+    folder, said = made(tmp_path / "m.gguf"), tmp_path / "measured.csv"
     said.write_text("stage,layer,max_abs\nk,0,1e-9\nlogits,,14.31\n")
     monkeypatch.setattr("sys.argv", ["castpoint", "bound", str(folder), "--measured", str(said)])
     with pytest.raises(SystemExit) as ended:

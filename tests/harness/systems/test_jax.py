@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jax
 import pytest
 import torch
-from tiny_models import IDS, tiny_model
+from tiny_models import IDS, tiny_model, write_gguf
 
 from castpoint.harness.runs.words import Judged
-from castpoint.harness.systems import decoder, jax_parts
+from castpoint.harness.systems import decoder, jax_causes
 from castpoint.harness.systems import jax_port as port
-from castpoint.harness.systems.jax import ALONE, GIVEN_ANGLES, JIT, OP_BY_OP, WHOLE, Tally, fp64, tallies
-from castpoint.harness.systems.weights import Weights, of_model
+from castpoint.harness.systems.jax import (
+    ALONE,
+    EXACT,
+    GIVEN_ANGLES,
+    JIT,
+    OP_BY_OP,
+    WHOLE,
+    fp64,
+    read,
+    reference,
+    tallies,
+)
+from castpoint.harness.systems.jax_causes import NONE, SOFTMAX
+from castpoint.harness.systems.tally import Tally
+from castpoint.harness.systems.weights import Lazy, Weights, of_model
 
 TYPES = ("qwen2", "qwen3", "gemma3_text")
 
@@ -68,23 +84,67 @@ def test_compiled_layers_are_run_and_only_what_is_asked_for_is_shown() -> None:
     assert found[WHOLE, 3, "logits"].columns()["rel_rms"] < 1e-4
 
 
+def test_a_gguf_file_says_what_its_model_says(tmp_path: Path) -> None:
+    source = str(write_gguf(tmp_path / "m.gguf", "qwen2"))
+    model, (ids,) = read(source, 1, 8)
+    assert len(ids) == 8
+    found, expected = (tallies(each, torch.float32, OP_BY_OP, [ids]) for each in (model, weights("qwen2")))
+    assert found.keys() == expected.keys() and all(found[key] == expected[key] for key in found)
+
+
 def test_a_tally_counts_what_differs() -> None:
-    tally = Tally(8)
-    tally.add(torch.tensor([1.0, 2.0, 0.0, 4.0]), torch.tensor([1.0, 2.03125, 0.0, 4.0]))
+    tally = Tally()
+    tally.add(*(torch.tensor([1.0, two, 0.0, 4.0]).bfloat16() for two in (2.0, 2.03125)))
     made = tally.columns()
     assert (made["elements"], tally.equal) == (3, 2) and made["share_equal"] == 2 / 3
     assert made["max_abs"] == 0.03125 and made["max_ulp"] == 2 and made["ulps_of_largest"] == 1
 
 
-def test_both_libraries_multiply_alike_where_sums_have_no_order() -> None:
-    rows = {(row.part, row.how): row.share_equal for how in (OP_BY_OP, JIT) for row in jax_parts.sums(how)}
-    for how in (OP_BY_OP, JIT):
-        assert rows["matmul of integers, fp32", how] == rows["matmul of integers, bf16", how] == 1
+def causes(model_type: str, dtype: torch.dtype) -> dict[tuple[str, str], Tally]:
+    """Of every layer of a small model."""
+    model, found = weights(model_type), dict[tuple[str, str], Tally]()
+    kept, w = reference(model, dtype, IDS), Lazy(model, dtype)
+    for layer in range(model.config.num_layers):
+        for stage, what, actual, expected in jax_causes.of_layer(model.config, w, layer, kept):
+            found.setdefault((stage, what), Tally()).add(actual, expected)
+    return found
 
 
-def test_two_exponents_stand_for_all() -> None:
-    for name in ("rsqrt", "power", "1/sqrt"):
-        assert all(torch.equal(far, near) for far, near in jax_parts.commutes(name, OP_BY_OP, 12)), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_no_cause_of_a_stage_is_left_out(model_type: str, dtype: torch.dtype) -> None:
+    """Every stage that differs has its causes, without which no bit differs; the last norm and head are no layer's."""
+    found = causes(model_type, dtype)
+    for (stage, what), tally in found.items():
+        if what in (NONE, EXACT, SOFTMAX):
+            assert tally.equal == tally.elements > 0, (stage, what)
+    stages = tallies(weights(model_type), dtype, OP_BY_OP, [IDS])
+    apart = {s for (reading, layer, s), t in stages.items() if reading == ALONE and t.equal < t.elements and layer < 3}
+    assert apart <= {stage for stage, _ in found}
+
+
+@pytest.mark.parametrize(
+    "name, stage, what", [("linear", "q", EXACT), ("scaled", "k_normed", NONE), ("scores", "scores", EXACT)]
+)
+def test_a_port_that_does_more_is_not_explained(
+    name: str, stage: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that rounds its result once more, to 4 bits."""
+    own = getattr(port, name)
+    monkeypatch.setattr(port, name, lambda *args: jax.lax.reduce_precision(own(*args), 8, 3))
+    tally = causes("qwen3", torch.float32)[stage, what]
+    assert tally.equal < tally.elements
+
+
+@pytest.mark.parametrize("how", [OP_BY_OP, JIT])
+@pytest.mark.parametrize("name", jax_causes.ROOTS)
+def test_two_exponents_stand_for_all(name: str, how: str) -> None:
+    """The function at 4^k x is that at x over 2^k, in both libraries."""
+    for x in jax_causes.mantissas(12):
+        near = jax_causes.of_function(name, x, how)
+        for k in (-60, -10, 1, 60):
+            far = jax_causes.of_function(name, x * 4.0**k, how)
+            assert all(torch.equal(a * 2.0**k, b) for a, b in zip(far, near, strict=True))
 
 
 def test_the_chain_of_casts_loses_what_float16_cannot_hold() -> None:
@@ -111,7 +171,7 @@ def test_verdicts_follow_from_figures(
     from castpoint.harness.systems import claims_jax
 
     def planted(model: Weights, dtype: torch.dtype, *_: object) -> dict[object, Tally]:
-        tally = Tally(24)
+        tally = Tally()
         tally.figures["max_abs"] = reached[(torch.bfloat16, torch.float32, torch.float64).index(dtype)]
         return {(WHOLE, model.config.num_layers, "logits"): tally}
 

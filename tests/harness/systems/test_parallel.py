@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,10 +23,8 @@ from castpoint.harness.__main__ import app
 from castpoint.harness.problems import files
 from castpoint.harness.problems.files import Stored
 from castpoint.harness.runs.errors import UserError
-from castpoint.harness.systems import ranks as processes
 from castpoint.harness.systems.decoder import forward
 from castpoint.harness.systems.parallel import study
-from castpoint.harness.systems.ranks import Job, launch
 from castpoint.harness.systems.shards import REDUCES, Run, check_divides, load, part_of, span, tree
 from castpoint.harness.systems.weights import Weights, of_model, opened
 
@@ -244,68 +238,3 @@ def test_the_command_refuses_a_bias_too_few_or_too_many(
     assert isinstance(done.exception, UserError) or done.exit_code == 1
     assert said in (str(done.exception) + done.output)
     assert not list((tmp_path / "results").glob("*.csv"))
-
-
-def test_a_taken_port_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(
-            UserError, match=rf"port {port} cannot be had \(Address already in use\): unset MASTER_PORT"
-        ):
-            launch(Job("x", [1], 1, ["fp32"], ["tree"], 1), 2, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("MASTER_PORT", "soon")
-    with pytest.raises(UserError, match="port soon cannot be had"):
-        processes.free_port()
-
-
-def disturbed(
-    folder: Path, source: str, ranks: int, sent: signal.Signals | None, patience_s: float
-) -> tuple[str, float]:
-    """What launch says where the last rank is sent a signal once all have started, and how long after it."""
-    job = Job(source, IDS[:8], 2, ["fp32"], ["tree"], repeats=10**6)
-    said: list[str] = []
-
-    def run() -> None:
-        with pytest.raises(UserError) as caught:
-            launch(job, ranks, folder, patience_s)
-        said.append(str(caught.value))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while sent and (len(signs := processes._signs(folder)) < ranks or signs[ranks - 1][1] < 20):
-        assert thread.is_alive(), said
-        time.sleep(0.02)
-    if sent:
-        os.kill(signs[ranks - 1][0], sent)
-    start = time.monotonic()
-    thread.join(60)
-    took = time.monotonic() - start
-    for process, _, _ in processes._signs(folder).values():
-        with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
-    return said[0], took
-
-
-def test_ranks_end_with_one_that_was_killed(tmp_path: Path) -> None:
-    source = str(saved(tmp_path / "model", "qwen3"))
-    said, took = disturbed(tmp_path / "run", source, 2, signal.SIGKILL, 60)
-    assert said.startswith("rank 1 of 2 was ended by SIGKILL after layer ") and said.endswith(
-        "the other ranks were ended"
-    )
-    assert took < 15
-
-
-def test_ranks_end_with_one_that_hangs(tmp_path: Path) -> None:
-    source = str(saved(tmp_path / "model", "qwen3"))
-    said, took = disturbed(tmp_path / "run", source, 2, signal.SIGSTOP, 2)
-    assert said.startswith("rank 1 of 2 hangs: no sign for 2 s after layer ")
-    assert took < 15
-
-
-def test_the_error_of_a_rank_is_shown(tmp_path: Path) -> None:
-    said, _ = disturbed(tmp_path / "run", str(tmp_path / "nowhere"), 1, None, 60)
-    assert said.startswith(f"rank 0 of 1 failed: {tmp_path / 'nowhere'} does not exist")
