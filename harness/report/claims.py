@@ -34,9 +34,13 @@ def headline(folder: Path) -> str:
     found = frames(folder)
     if found is None:
         return ""
-    counts = found[1]["verdict"].value_counts()
-    verdicts = [f"{counts[verdict]} {verdict}" for verdict in Judged if verdict in counts]
-    return f"{len(found[1])} claims judged: {', '.join(verdicts)}."
+    return f"{len(found[1])} claims judged: {verdicts(found[1])}."
+
+
+def verdicts(claims: pd.DataFrame) -> str:
+    """`4 explained otherwise, 1 reproduced`."""
+    counts = claims["verdict"].value_counts()
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Judged if verdict in counts)
 
 
 def page(folder: Path) -> str:

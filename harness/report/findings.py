@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report import k_norms, model
+from castpoint.harness.report import claims, k_norms, model, systems
 from castpoint.harness.report.fingerprints import answer_words
 from castpoint.harness.report.markdown import percent
 from castpoint.harness.report.paired import LEVEL, interval
@@ -37,7 +37,7 @@ def anchor(heading: str) -> str:
 def findings(folder: Path, frames: Frames) -> list[Finding]:
     """frames: of a bench; studies are the folder's newest. Without the rows for one of them there is no such line."""
     of_bench = [*_noise(frames["eager"]), *_amplified(folder, frames["k_norms"])]
-    return [*of_bench, *_compiled(folder), *_seen(folder), *_noticed(folder)]
+    return [*of_bench, *_compiled(folder), *_seen(folder), *_noticed(folder), *_judged(folder)]
 
 
 NOISE, AMPLIFIED, IMPLEMENTATIONS = "Noise floor", "What the K-norm weights amplify", "What public implementations do"
@@ -149,3 +149,9 @@ def _times(by_text: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
         low, high = interval(values, over, LEVEL / len(arms))
         found[arm] = (values.mean() / over.mean(), max(low, 0.0), high)
     return pd.DataFrame.from_dict(found, orient="index", columns=["times", "low", "high"])
+
+
+def _judged(folder: Path) -> Iterator[Finding]:
+    if found := claims.frames(folder):
+        said = f"**{len(found[1])} claims of public reports**, measured again: {claims.verdicts(found[1])}."
+        yield Finding(said, systems.SECTION)

@@ -1,4 +1,4 @@
-"""The README's generated block: eight plans, five findings, and what was measured where. No number here is typed."""
+"""The README's generated block: eight plans, six findings, and what was measured where. No number here is typed."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 from castpoint.harness.report import claims, engine, four_bit, jax, parallel
 
+SECTION = "The systems of five reports"
 # name -> a module with page(folder), Markdown of the newest run, drawing its picture into plots/, empty without rows;
 # and HEADING and headline(folder), a sentence with the figure that a reader of ten seconds wants.
 PAGES: dict[str, ModuleType] = {
@@ -27,4 +28,4 @@ def section(folder: Path) -> str:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text.rstrip() + "\n")
             lines.append(f"- **[{module.HEADING}](systems/{name}.md)**: {module.headline(folder)}")
-    return "## The systems of five reports\n\n" + "\n".join(lines) if lines else ""
+    return f"## {SECTION}\n\n" + "\n".join(lines) if lines else ""

@@ -232,8 +232,8 @@ def a5(short: bool, source: str = MODEL) -> Found:
         Judged.REPRODUCED if covers(ulp, CLAIMED[AFTER_3]) else Judged.OTHERWISE,
         f"an ulp on K gives {span(ulp)} behind layer 3. An unloaded bias gives {span(found[OUTPUT, UNLOADED])} right behind the "
         f"projection (so not 0.076), {span(found[AFTER_1, UNLOADED])} behind layer 1 (2.7), {span(drawn)} behind layer 3 (750 "
-        f"to 900), where the stream's largest value is {span(sizes)}, one channel of the first token. Its range holds what was "
-        f"said {', '.join(reached) or 'nowhere'}",
+        f"to 900), where the stream's largest value is {span(sizes)}, one channel of the first token. Of what was said "
+        f"its range holds that of {', '.join(reached) or 'none'}",
         "each cause planted in the plain decoder, against the decoder as it is; layers are counted from 0",
         conditions(source, short),
         figures(found, *LAYERS, LARGEST_AFTER_3),

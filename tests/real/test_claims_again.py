@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from plain_chain import spacing
 from plain_k_norm import amplified
+from plain_norm import bf16
 from plain_qwen2 import apart, drawn_biases, forward, said_differently
 from safetensors import safe_open
 from test_claims import given_of, over_samples
@@ -16,7 +18,9 @@ from test_published import published
 from transformers import AutoTokenizer
 
 from castpoint.harness.model.fetch import fetch
-from castpoint.harness.systems import claims_kernels
+from castpoint.harness.systems import claims_jax, claims_kernels
+from castpoint.harness.systems import jax_port as port
+from castpoint.harness.systems.jax import read
 
 BIAS, LOGITS, OUTPUT = "unloaded bias", "logits, largest", "first layer's output projection"
 SEEDS, SEEDS_OF_ULP = 20, 6
@@ -35,6 +39,45 @@ def test_c3_gemma():
         assert own.keys() == found.keys()
         for name, value in own.items():
             assert found[name] == pytest.approx(value, rel=6e-6), (problem.layer, name)
+
+
+# ---------------------------------------------------------------- B1
+
+
+def in_bf16(x, weight, eps, root, gemma):
+    """RMSNorm with every value stored in bf16, sums in more."""
+    mean = bf16(bf16(bf16(x * x).mean(-1, keepdims=True)) + bf16(np.float64(eps)))
+    normed = bf16(x / bf16(np.sqrt(mean)) if root == "x / sqrt" else x * bf16(1 / np.sqrt(mean)))
+    return bf16(normed * (bf16(1 + weight) if gemma else weight))
+
+
+def before_rounding(x, weight, eps, gemma):
+    """Of RMSNorm in fp32, in float64: what is rounded to bf16 first, Gemma's behind its weight, Qwen's before it."""
+    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return normed * (1 + weight) if gemma else normed
+
+
+@pytest.mark.parametrize("model", claims_jax.size(False).models)
+def test_b1_on_real_streams(model):
+    """All in bf16: the same elements as the lab's, however the root is written. Statistics in fp32: whatever differs
+    from PyTorch lies beside a tie of bf16, by less than the five fp32 roundings of either side make."""
+    weights, (ids,) = read(model, 1, 64)
+    eps, gemma = weights.config.eps, weights.config.gemma
+    for stream, held, expected in claims_jax.norms(weights, ids):
+        x, weight, theirs = (value.double().numpy() for value in (stream, held, expected))
+        first = before_rounding(x, weight, eps, gemma)
+        beside = np.abs(np.abs(first) % spacing(first) / spacing(first) - 0.5) * spacing(first) / np.abs(first)
+        for root in claims_jax.ROOTS:
+            for mixed in (True, False):
+                arrays = (port.array(value) for value in (stream, held))
+                made = port.tensor(claims_jax.written(weights.config, *arrays, root, mixed)).double().numpy()
+                if not mixed:
+                    own = in_bf16(x, weight, eps, root, gemma)
+                    assert (own == made).mean() > 0.9999
+                    assert np.abs(own - theirs).max() == np.abs(made - theirs).max()
+                else:
+                    assert (beside[made != theirs] < 10 * 2**-24).all()
+                    assert (made == theirs).mean() > 0.999
 
 
 # ---------------------------------------------------------------- A2 to A4
