@@ -171,4 +171,5 @@ def _figure(rows: pd.DataFrame) -> Figure:
                 axes.margins(y=0.35)
                 axes.legend(fontsize=8, ncol=2, frameon=False, loc="lower right")
             axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
