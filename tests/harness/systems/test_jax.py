@@ -136,6 +136,14 @@ def test_a_port_that_does_more_is_not_explained(
     assert tally.equal < tally.elements
 
 
+def test_an_exp_four_ulps_off_explains_no_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At -1; less above, more below, so that no sum makes up for it."""
+    own = jax.numpy.exp
+    monkeypatch.setattr(jax.numpy, "exp", lambda value: own(value * (1 + 2**-21)))
+    tally = causes("qwen3", torch.float32)["weights", SOFTMAX]
+    assert tally.equal < tally.elements
+
+
 @pytest.mark.parametrize("how", [OP_BY_OP, JIT])
 @pytest.mark.parametrize("name", jax_causes.ROOTS)
 def test_two_exponents_stand_for_all(name: str, how: str) -> None:
