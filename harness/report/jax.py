@@ -15,11 +15,11 @@ HEADING = "JAX beside PyTorch"
 ALONE, WHOLE, OP_BY_OP = "alone", "end to end", "op by op"
 MARK = {"omegalax's fp32 logits, Qwen3-0.6B, CPUs": 8.77e-5}  # reported by its authors
 CAUSES = """\
-JAX op by op, PyTorch's own input, all layers: share of equal bits where only that part of a stage is JAX's. Where
-nothing but products is JAX's and all bits are equal, the parts below it are all that differs. *Matmul, exact sums*: on
-inputs rounded to so few steps that no order of summation rounds; where that is equal, the order of sums is all that
-differs. PyTorch's softmax has an exp of its own and multiplies by 1 / sum, where JAX divides; that an exp within an ulp
-of JAX's and one sum a row explain every row is what can be asked of it."""
+JAX op by op, PyTorch's own input, all layers, one passage: share of equal bits where only that part of a stage is
+JAX's. Where nothing but products is JAX's and all bits are equal, the parts below it are all that differs. *Matmul,
+exact sums*: on whole numbers whose sums no order rounds, and on rows of one term; where all are equal, terms and result
+are rounded alike, and what differs is how fp32 adds: in which order, with products rounded before or not. Softmax: what
+an exp within an ulp of JAX's and one sum a row within 8 explain, by either way to divide; in bf16 that asks little."""
 SIDES = ((ALONE, BLUE, -0.14), (WHOLE, ORANGE, 0.14))  # reading, colour, beside the stage's place
 
 
@@ -130,20 +130,30 @@ def compiled(rows: pd.DataFrame) -> pd.DataFrame:
 
 def by_cause(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a stage and cause: share of equal bits where that alone is JAX's, over layers, of each model and dtype."""
-    of = rows.assign(of=rows["model"] + ", " + rows["dtype"])
-    table = of.pivot_table(index=["stage", "by_jax"], columns="of", values="share_equal", sort=False)
-    table = table.map(lambda share: "–" if pd.isna(share) else f"{100 * share:.4g} %")
-    return table.reset_index().rename(columns={"by_jax": "JAX's is", "of": ""})
+    of = rows.assign(
+        of=rows["model"] + ", " + rows["dtype"],
+        equal=[equal(row.elements, row.differ) for row in rows.itertuples()],
+    )
+    table = of.pivot_table(index=["stage", "by_jax"], columns="of", values="equal", aggfunc="first", sort=False)
+    return table.fillna("–").reset_index().rename(columns={"by_jax": "JAX's is", "of": ""})
+
+
+def equal(elements: int, differ: int) -> str:
+    """`all` only where none differs."""
+    share = f"{100 * (1 - differ / elements):.4g} %"
+    return "all" if not differ else f"{share}, but {differ:,}" if share == "100 %" else share
 
 
 def others(rows: pd.DataFrame, causes: pd.DataFrame) -> str:
     """What of the stages that have no cause here: equal bits, or that they have none."""
-    of = rows[(rows["reading"] == ALONE) & (rows["how"] == OP_BY_OP) & rows["dtype"].isin(["fp32", "bf16"])]
-    of = of[of["model"].isin(causes["model"]) & ~of["stage"].isin(causes["stage"])]
-    least = of.groupby("stage", sort=False)["share_equal"].min()
-    same, open_ = (", ".join(least[chosen].index) for chosen in (least == 1, least < 1))
-    return (f"In all layers of all of these equal without that: {same}." if same else "") + (
-        f" **Without a cause: {open_}.**" if open_ else ""
+    of = rows[(rows["reading"] == ALONE) & (rows["how"] == OP_BY_OP) & rows["model"].isin(causes["model"])]
+    of = of[of["dtype"].isin(causes["dtype"])].groupby(["stage", "model", "dtype"], sort=False)["max_abs"].max()
+    known = pd.MultiIndex.from_frame(causes[["stage", "model", "dtype"]])
+    of = of[~of.index.isin(known)]
+    same = [stage for stage, largest in of.groupby("stage", sort=False).max().items() if largest == 0]
+    open_ = [", ".join(key) for key, largest in of.items() if largest > 0]
+    return (f"Where they are not here, all bits are equal: {', '.join(same)}." if same else "") + (
+        f" **Without a cause: {'; '.join(open_)}.**" if open_ else ""
     )
 
 

@@ -67,10 +67,10 @@ def headline(folder: Path) -> str:
     rows = found[1]
     one = rows[(rows["reference"] == ONE) & (rows["ranks"] > 1)]
     tree, others = one[one["reduce"] == "tree"], one[one["reduce"] == "fp32"]
-    k = tree[tree["stage"] == "k"]["share_equal"].min()
-    logits = tree[tree["stage"] == "logits"]["share_equal"].min()
+    k, same = tree[tree["stage"] == "k"], tree[tree["stage"].isin(["k", "logits"])]["max_abs"] == 0
     counts = " and ".join(str(n) for n in sorted(one["ranks"].unique()))
-    kept = "K and logits equal one process in every bit" if k == logits == 1 else f"K equals one process in {k:.4%}"
+    least_k = f"K equals one process in {k['share_equal'].min():.4%}"
+    kept = "K and logits equal one process in every bit" if same.all() else least_k
     least = others[others["stage"] == "k"]["share_equal"].min()
     fp32 = one[(one["dtype"] == "fp32") & (one["reduce"] == "fp32") & (one["stage"] == "logits")]["max_abs"].max()
     within = "within" if fp32 <= MARK else "beyond"

@@ -57,6 +57,7 @@ class Records:
         archive: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
@@ -137,7 +138,7 @@ class Records:
         self.close()
 
     def withdraw(self) -> None:
-        """Takes the run back where it holds no row, and its folder where that holds nothing else."""
+        """Takes the run back where it holds no row, and the folders made for it where they hold nothing else."""
         if any(self.done.values()):
             return
         del self.runs[self.run_id]
@@ -146,7 +147,8 @@ class Records:
             return
         self.environment_path.unlink()
         with contextlib.suppress(OSError):  # it holds something
-            self.folder.rmdir()
+            for folder in self._made:
+                folder.rmdir()
 
     def close(self) -> None:
         """Writes the archive, where there is to be one, as the folder is now."""

@@ -162,7 +162,7 @@ class JaxStageRow(Row, table="jax_stages", key=("model", "dtype", "how", "readin
 
 class JaxCauseRow(Row, table="jax_causes", key=("model", "dtype", "stage", "by_jax")):
     model: str; dtype: str; stage: str; by_jax: str; tokens: int  # by_jax: what of the stage is, all else PyTorch
-    elements: Count = None; share_equal: Number = None; max_ulp: Number = None
+    elements: Count = None; differ: Count = None; share_equal: Number = None; max_ulp: Number = None
 
 class JaxPartRow(Row, table="jax_parts", key=("part", "how")):
     part: str; how: str; inputs: str; says: str  # part: what is compared; says: what it decides

@@ -26,7 +26,7 @@ from castpoint.harness.runs.errors import UserError, reason_of
 from castpoint.harness.runs.process import die_with_parent
 
 Beat = Callable[[str], None]  # told where its rank is
-PATIENCE_S, START_S = 20.0, 90.0  # without a sign of any rank, once all have the model open; and until then
+PATIENCE_S, START_S = 20.0, 90.0  # without a sign of any rank, once each gave one behind its start; and until then
 START = "its start"
 # torchrun, which its parent's death ends too: asked here, since JAX's threads bear no fork that runs Python
 TORCHRUN = """
@@ -130,12 +130,12 @@ def _cause(folder: Path, ranks: int) -> str:
     log, signs = (folder / "log").read_text(errors="replace"), _signs(folder)
     for path in sorted(folder.glob("rank-*.error")):
         return f"rank {path.stem.split('-')[1]} of {ranks} failed: {path.read_text()}"
-    gone = {int(rank): int(code) for rank, code in GONE.findall(log)}
-    for rank, code in sorted(gone.items(), key=lambda item: item[1] == -signal.SIGTERM):
-        if code < 0:
-            return f"rank {rank} of {ranks} was ended by {signal.Signals(-code).name} after {signs[rank][2]}"
     if "EADDRINUSE" in log or "address already in use" in log:
         return "the port was taken meanwhile, run the command again"
+    gone = {int(rank): int(code) for rank, code in GONE.findall(log)}
+    for rank, code in sorted(gone.items(), key=lambda item: item[1] == -signal.SIGTERM):  # that one is torchrun's own
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"rank {rank} of {ranks} {how} after {signs[rank][2] if rank in signs else START}"
     return f"{ranks} ranks under torchrun failed: {(log.strip().splitlines() or ['without a word'])[-1][:300]}"
 
 

@@ -50,33 +50,26 @@ def fp64(dtype: torch.dtype) -> Any:
     return jax.enable_x64(dtype == torch.float64)
 
 
-class Runner:
-    """A configuration's layers in JAX, op by op or compiled; layers of one theta and window share what is compiled."""
+@functools.cache
+def runner(config: Config, kind: int, how: str, only: tuple[str, ...]) -> tuple[Callable[..., Any], list[port.Stage]]:
+    """A layer in JAX, whole and by stages. kind: the first of its theta and window; those share what is compiled."""
+    compiled = how.startswith("jit")
 
-    def __init__(self, config: Config, compiled: bool, only: tuple[str, ...]) -> None:
-        self.config, self.compiled, self.shown = config, compiled, {"hidden", *only}
-        self.of_kind = functools.cache(self._of_kind)
+    def whole(x: Array, w: Any, given: Any) -> Any:
+        state = port.run_layer(config, kind, x, w, given)
+        shown = {"hidden", *only} if compiled else state.keys()  # what is shown is stored, and rounded for that
+        return {name: value for name, value in state.items() if name in shown}
 
-    def _of_kind(self, kind: int) -> tuple[Callable[..., Any], list[port.Stage]]:
-        def whole(x: Array, w: Any, given: Any) -> Any:
-            state = port.run_layer(self.config, kind, x, w, given)
-            shown = self.shown if self.compiled else state.keys()  # what is shown is stored, and rounded for that
-            return {name: value for name, value in state.items() if name in shown}
-
-        jit = jax.jit if self.compiled else lambda function: function
-        return jit(whole), [(name, jit(make)) for name, make in port.stages(self.config, kind)]
-
-    def layer(self, number: int) -> tuple[Callable[..., Any], list[port.Stage]]:
-        kinds = list(zip(self.config.thetas, self.config.windows, strict=True))
-        return self.of_kind(kinds.index(kinds[number]))
+    jit = jax.jit if compiled else lambda function: function
+    return jit(whole), [(name, jit(make)) for name, make in port.stages(config, kind)]
 
 
 def tallies(
     weights: Weights, dtype: torch.dtype, how: str, passages: list[list[int]], only: tuple[str, ...] = ()
 ) -> dict[tuple[str, int, str], Tally]:
     """(reading, layer, stage) -> differences over these passages of token ids. only: those stages, end to end."""
-    config, found = weights.config, {}
-    runner, w = Runner(config, how.startswith("jit"), only), Lazy(weights, dtype)
+    config, found, w = weights.config, {}, Lazy(weights, dtype)
+    kinds = list(zip(config.thetas, config.windows, strict=True))
 
     def tally(reading: str, layer: int, stage: str, actual: Array, kept: Kept) -> None:
         if only and (reading == ALONE or stage not in only):
@@ -90,7 +83,8 @@ def tallies(
         tally(ALONE, -1, "embedding", x, kept)
         tally(WHOLE, -1, "embedding", x, kept)
         for number in range(config.num_layers):
-            lw, (whole, alone) = port.layer_weights(w, number), runner.layer(number)
+            lw, kind = port.layer_weights(w, number), kinds.index(kinds[number])
+            whole, alone = runner(config, kind, how, only)
             theirs = {stage: port.array(value) for (stage, layer), value in kept.items() if layer == number}
             theirs["x"] = port.array(kept["hidden", number - 1] if number else kept["embedding", -1])
             for stage, make in () if only else alone:
@@ -101,18 +95,12 @@ def tallies(
             for stage in state.keys() - {"x"} - given.keys():
                 tally(WHOLE, number, stage, state[stage], kept)
         last, table = port.array(w["model.norm.weight"]), port.array(port.head(config, w))
-        theirs = {
-            stage: port.array(kept[stage, layer]) for stage, layer in (("hidden", number), ("normed", number + 1))
-        }
-        tally(ALONE, number + 1, "normed", port.norm(config, theirs["hidden"], last), kept)
-        tally(ALONE, number + 1, "logits", port.linear(theirs["normed"], table), kept)
-        normed = port.norm(config, x, last)
-        tally(WHOLE, number + 1, "normed", normed, kept)
-        tally(WHOLE, number + 1, "logits", port.linear(normed, table), kept)
+        for reading, hidden in ((ALONE, port.array(kept["hidden", number])), (WHOLE, x)):
+            normed = port.norm(config, hidden, last)
+            tally(reading, number + 1, "normed", normed, kept)
+            normed = port.array(kept["normed", number + 1]) if reading == ALONE else normed
+            tally(reading, number + 1, "logits", port.linear(normed, table), kept)
     return found
-
-
-# ---------------------------------------------------------------- models
 
 
 def read(source: str, count: int, tokens: int) -> tuple[Weights, list[list[int]]]:
@@ -141,8 +129,7 @@ def _set_flags(flags: str) -> None:
 def stage_rows(source: str, dtype: str, how: str, count: int, tokens: int, shown: int = 0) -> list[JaxStageRow]:
     """Of one model, dtype and way to run JAX. shown: at most so many layers of the model, 0 for all."""
     weights, passages = read(source, count, tokens)
-    if shown and shown < weights.config.num_layers:
-        weights = port.shortened(weights, shown)
+    weights = weights.shortened(shown or weights.config.num_layers)
     with fp64(DTYPES[dtype]):
         found = tallies(weights, DTYPES[dtype], how, passages)
     size = {"model": name_of(source), "dtype": dtype, "how": how, "tokens": sum(map(len, passages))}
@@ -181,8 +168,8 @@ def sweep(records: Records, source: str, short: bool) -> None:
             flags = "--xla_allow_excess_precision=false" if how == NO_EXCESS else ""
             arguments = (model, dtype, how, count, tokens, shown)
             records.add(*(fresh(flags, stage_rows, *arguments) if flags else stage_rows(*arguments)))
-        asked = how == OP_BY_OP and dtype != "fp64" and model not in (LAYER, CALIBRATED_MODEL)
-        if asked and not records.has(JaxCauseRow, **about, stage="logits", by_jax=EXACT):
+        asked = how == OP_BY_OP and dtype != "fp64"
+        if asked and not records.has(JaxCauseRow, **about, stage="mlp", by_jax=EXACT):
             records.add(*cause_rows(model, dtype, tokens, shown))
     if not records.has(JaxPartRow, part="rsqrt: JAX, PyTorch", how=OP_BY_OP):
         records.add(*part_rows(short))

@@ -1,20 +1,23 @@
 """Why a stage differs: made again of PyTorch's parts, but for one that is JAX's, on PyTorch's own stream.
 
-Where none is JAX's and every bit is equal, no cause is left out. A matmul is asked on inputs whose sums are exact in
-any order: what is equal there, and not on the stream, differs by the order of its sums. Below, the libraries' functions
-side by side: roots on every mantissa, others on evenly spaced inputs.
+Where nothing but elementwise products, sums and casts is JAX's and every bit is equal, its other parts are all that
+differs. A matmul is asked on two other inputs: on whole numbers whose sums no order rounds, and on rows of one term.
+What is equal there rounds its terms and its result alike, and differs on the stream by how fp32 adds: in which order,
+and with products rounded before or not. Below, the libraries' functions: roots on every mantissa, others evenly.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
-from jax import Array, lax
+from jax import lax
 from torch import Tensor
 
 from castpoint.harness.runs.schema import JaxCauseRow, JaxPartRow
@@ -22,25 +25,39 @@ from castpoint.harness.systems import decoder
 from castpoint.harness.systems import jax_port as port
 from castpoint.harness.systems.jax import DTYPES, EXACT, JIT, OP_BY_OP, Kept, name_of, read, reference
 from castpoint.harness.systems.tally import Tally
-from castpoint.harness.systems.weights import Config, Lazy
+from castpoint.harness.systems.weights import LAYER, Config, Lazy
 
 NONE = "nothing but products"
-SOFTMAX = "exp within an ulp, any sum, times 1 / sum"
+NEAR = "exp within an ulp, sum within 8"
+Make = Callable[..., Any]
 Cause = tuple[str, str, Tensor, Tensor]  # stage, what of it is JAX's, its value, PyTorch's
 
 
-def by_jax(function: Callable[..., Array], *values: Tensor) -> Tensor:
+def by_jax(function: Make, *values: Tensor) -> Tensor:
     return port.tensor(function(*map(port.array, values)))
 
 
 def coarse(x: Tensor) -> Tensor:
-    """x in 65 steps, of size 1: what 2^13 products of two such add up to fits fp32's 24 bits in any order."""
-    return (x / x.abs().max() * 32).round()
+    """x in whole numbers up to 24: so many that 29,000 products of two add up to less than 2^24 in any order."""
+    return (x / x.abs().mean() * 6).round().clamp(-24, 24)
 
 
-def exact(stage: str, x: Tensor, weight: Tensor) -> Cause:
-    x, weight = coarse(x), coarse(weight)
-    return stage, EXACT, by_jax(port.linear, x, weight), F.linear(x, weight)
+def lone(x: Tensor) -> Tensor:
+    """Of each row the largest value, as it is; else 0."""
+    return torch.zeros_like(x).scatter(-1, at := x.abs().argmax(-1, keepdim=True), x.gather(-1, at))
+
+
+def exact(stage: str, ours: Make, theirs: Make, x: Tensor, y: Tensor) -> Iterator[Cause]:
+    """Of a product's two operands."""
+    for operands in ((coarse(x), coarse(y)), (lone(x), y)):
+        yield stage, EXACT, by_jax(ours, *operands), theirs(*operands)
+
+
+def linear(stage: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Cause]:
+    yield from exact(stage, port.linear, F.linear, x, weight)
+    if bias is not None:
+        operands = [coarse(value) for value in (x, weight, bias)]
+        yield stage, EXACT, by_jax(port.linear_bias, *operands), F.linear(*operands)
 
 
 def norm(config: Config, stage: str, x: Tensor, weight: Tensor) -> Iterator[Cause]:
@@ -56,19 +73,20 @@ def norm(config: Config, stage: str, x: Tensor, weight: Tensor) -> Iterator[Caus
 
 
 def softmax(scores: Tensor, hidden: Tensor, expected: Tensor) -> Iterator[Cause]:
-    """PyTorch's exp cannot be had apart from its softmax: what an exp within an ulp of JAX's, one sum a row and the
-    product with its reciprocal explain is taken for equal."""
+    """PyTorch's exp and sum cannot be had apart from its softmax: a row that an exp within an ulp of JAX's and one sum
+    within 8 explain is taken for equal; by the product with the sum's reciprocal, and by the quotient."""
     wide = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).float()
-    made = by_jax(jnp.exp, wide - wide.amax(-1, keepdim=True))
-    total = by_jax(lambda v: jnp.sum(v, -1, keepdims=True), made)
-    yield "weights", "exp and sum, times 1 / sum", (made * (1 / total)).to(expected.dtype), expected
-    explained = torch.zeros_like(expected[..., :1], dtype=torch.bool)
-    for step in range(-8, 9):
-        inverse = 1 / (total.view(torch.int32) + step).view(torch.float32)
-        near = [((made.view(torch.int32) + ulp).clamp(min=0).view(torch.float32) * inverse).to(expected.dtype)
-                for ulp in (-1, 0, 1)]  # fmt: skip
-        explained |= torch.stack([each == expected for each in near]).any(0).all(-1, keepdim=True)
-    yield "weights", SOFTMAX, torch.where(explained, expected, made), expected
+    exp = by_jax(jnp.exp, wide - wide.amax(-1, keepdim=True))
+    total = by_jax(lambda v: jnp.sum(v, -1, keepdims=True), exp)
+    exps = [(exp.view(torch.int32) + ulp).clamp(min=0).view(torch.float32) for ulp in (-1, 0, 1)]
+    sums = [(total.view(torch.int32) + ulp).view(torch.float32) for ulp in range(-8, 9)]
+    for how, over in (("times 1 / sum", lambda e, s: e * (1 / s)), ("divided by it", torch.div)):
+        made = over(exp, total).to(expected.dtype)
+        yield "weights", f"exp and sum, {how}", made, expected
+        for one in sums:
+            near = torch.stack([over(e, one).to(expected.dtype) == expected for e in exps])
+            made = torch.where(near.any(0).all(-1, keepdim=True), expected, made)
+        yield "weights", f"{NEAR}, {how}", made, expected
 
 
 def mlp(config: Config, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, expected: Tensor) -> Iterator[Cause]:
@@ -77,34 +95,33 @@ def mlp(config: Config, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, expec
     ours = by_jax(lambda v: port.activation(config, v), opened)
     for what, by in ((NONE, theirs), ("activation", ours)):
         yield "mlp", what, F.linear(by_jax(jnp.multiply, by, beside), down), expected
-    for into, matrix in ((x, gate), (theirs * beside, down)):
-        yield exact("mlp", into, matrix)
+    for into, matrix in ((x, gate), (x, up), (theirs * beside, down)):
+        yield from linear("mlp", into, matrix)
 
 
 def angles(config: Config, layer: int, expected: Tensor) -> Iterator[Cause]:
     count, size = expected.shape[1], config.head_dim
     theirs = 1 / config.thetas[layer] ** (torch.arange(0, size, 2).float() / size)
     ours = port.tensor(1 / config.thetas[layer] ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size))
-    turns = torch.cos, torch.sin
-    turned = (lambda v: by_jax(jnp.cos, v)), (lambda v: by_jax(jnp.sin, v))
+    turns, turned = (torch.cos, torch.sin), (partial(by_jax, jnp.cos), partial(by_jax, jnp.sin))
     for what, steps, f in ((NONE, theirs, turns), ("powers of theta", ours, turns), ("cos and sin", theirs, turned)):
-        phase = torch.outer(torch.arange(count).float(), steps)
+        phase = by_jax(jnp.outer, torch.arange(count).float(), steps)
         yield "angles", what, torch.stack([torch.cat([turn(phase)] * 2, -1)[:, None] for turn in f]), expected
 
 
 def attention(config: Config, layer: int, kept: Kept) -> Iterator[Cause]:
-    places, seen = torch.arange(len(kept["v", layer])), {}
-    hidden = decoder.hidden_from(config, layer, places, places)
+    q, k, v, weights = (kept[name, layer] for name in ("q_rotated", "k_rotated", "v", "weights"))
+    hidden = decoder.hidden_from(config, layer, *[torch.arange(len(v))] * 2)
 
-    def tap(stage: str, value: Tensor) -> Tensor:
-        seen[stage] = coarse(value) if stage == "weights" else value
-        return seen[stage]
+    def theirs(stage: str, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+        seen = {"weights": weights}
+        attended = decoder.attention(config, q, k, v, hidden, lambda name, value: seen.setdefault(name, value))
+        return attended if stage == "attended" else seen[stage]
 
-    q, k, v = (coarse(kept[name, layer]) for name in ("q_rotated", "k_rotated", "v"))
-    attended = decoder.attention(config, q, k, v, hidden, tap)
-    yield "scores", EXACT, by_jax(lambda *qk: port.scores(config, *qk), q, k), seen["scores"]
-    yield "attended", EXACT, by_jax(port.attended, seen["weights"], v), attended
-    yield from softmax(kept["scores", layer], hidden, kept["weights", layer])
+    of_scores, of_attended = partial(theirs, "scores", v=v, weights=weights), partial(theirs, "attended", q, k)
+    yield from exact("scores", partial(port.scores, config), of_scores, q, k)
+    yield from exact("attended", port.attended, lambda weights, v: of_attended(v, weights), weights, v)
+    yield from softmax(kept["scores", layer], hidden, weights)
 
 
 def of_layer(config: Config, w: Lazy, layer: int, kept: Kept) -> Iterator[Cause]:
@@ -115,57 +132,65 @@ def of_layer(config: Config, w: Lazy, layer: int, kept: Kept) -> Iterator[Cause]
     x = kept["hidden", layer - 1] if layer else kept["embedding", -1]
     yield from norm(config, "normed", x, weight("input_layernorm"))
     yield from norm(config, "mlp_normed", kept["residual", layer], weight(behind))
-    if config.gemma:
-        yield from norm(config, "residual", kept["output", layer], weight("post_attention_layernorm"))
-        yield from norm(config, "hidden", kept["mlp", layer], weight("post_feedforward_layernorm"))
+    ends = ("residual", "output", "post_attention", x), ("hidden", "mlp", "post_feedforward", kept["residual", layer])
+    for stage, made, name, before in ends if config.gemma else ():
+        for _, what, actual, _ in norm(config, stage, kept[made, layer], weight(f"{name}_layernorm")):
+            yield stage, what, by_jax(jnp.add, before, actual), kept[stage, layer]
     for name in "qk" if config.head_norm else "":
         yield from norm(config, f"{name}_normed", kept[name, layer], weight(f"self_attn.{name}_norm"))
     for stage, before, name in (*((n, "normed", n) for n in "qkv"), ("output", "attended", "o")):
-        yield exact(stage, kept[before, layer], weight(f"self_attn.{name}_proj"))
+        bias = w[f"model.layers.{layer}.self_attn.{name}_proj.bias"] if config.bias and name != "o" else None
+        yield from linear(stage, kept[before, layer], weight(f"self_attn.{name}_proj"), bias)
     yield from angles(config, layer, kept["angles", layer])
     yield from attention(config, layer, kept)
     matrices = (weight(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
     yield from mlp(config, kept["mlp_normed", layer], *matrices, kept["mlp", layer])
 
 
+def of_end(config: Config, w: Lazy, kept: Kept) -> Iterator[Cause]:
+    count = config.num_layers
+    yield from norm(config, "normed", kept["hidden", count - 1], w["model.norm.weight"])
+    yield from linear("logits", kept["normed", count], port.head(config, w))
+
+
 def cause_rows(source: str, dtype: str, tokens: int, shown: int = 0) -> list[JaxCauseRow]:
     """Over the layers (shown: at most so many, 0 for all) of one passage of so many tokens, JAX op by op."""
     weights, (ids,) = read(source, 1, tokens)
     weights = weights.shortened(shown or weights.config.num_layers)
-    config, count = weights.config, weights.config.num_layers
+    config, found = weights.config, dict[tuple[str, str], Tally]()
     kept, w = reference(weights, DTYPES[dtype], ids), Lazy(weights, DTYPES[dtype])
-    found: dict[tuple[str, str], Tally] = {}
-    head = exact("logits", kept["normed", count], port.head(config, w))
-    causes = (cause for layer in range(count) for cause in of_layer(config, w, layer, kept))
-    for stage, what, actual, expected in itertools.chain([head], causes):
+    parts = [of_layer(config, w, layer, kept) for layer in range(config.num_layers)]
+    parts += [] if source == LAYER else [of_end(config, w, kept)]  # its head is no model's
+    for stage, what, actual, expected in itertools.chain(*parts):
         found.setdefault((stage, what), Tally()).add(actual, expected)
+    about = {"model": name_of(source), "dtype": dtype, "tokens": len(ids)}
     return [
-        JaxCauseRow(model=name_of(source), dtype=dtype, stage=stage, by_jax=what, tokens=len(ids), **tally.shares())
+        JaxCauseRow(**about, stage=stage, by_jax=what, differ=tally.elements - tally.equal, **tally.shares())
         for (stage, what), tally in found.items()
     ]
 
 
-# ---------------------------------------------------------------- functions
-
-RIGHT = "correctly rounded"  # but for ties of float64's value
-# fp32 function -> PyTorch's, JAX's
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Array], Array]]] = {
-    "rsqrt": (torch.rsqrt, lax.rsqrt),
-    "power": (lambda v: v**-0.5, lambda v: v**-0.5),
-    "1/sqrt": (lambda v: 1 / v.sqrt(), lambda v: 1 / jnp.sqrt(v)),
-    RIGHT: (lambda v: v.double().rsqrt().float(),) * 2,
-    "exp": (lambda v: torch.cat([torch.zeros(len(v), 1), v[:, None]], 1).softmax(-1)[:, 1], jnp.exp),  # see functions
-    "tanh": (torch.tanh, jnp.tanh),
-    "cos": (torch.cos, jnp.cos),
-    "sin": (torch.sin, jnp.sin),
-    "silu": (F.silu, jax.nn.silu),
-}
-ROOTS = ("rsqrt", "power", "1/sqrt")
+ROOTS, RIGHT = ("rsqrt", "power", "1/sqrt"), "correctly rounded"  # but for ties of float64's value
+# function -> PyTorch's, JAX's, first and last of its fp32 inputs, none where every bf16 below 64 is, and what it says
+FUNCTIONS: dict[str, tuple[Make, Make, tuple[int, ...], str]] = {
+    "rsqrt": (torch.rsqrt, lax.rsqrt, (), ""),
+    "power": (lambda v: v**-0.5, lambda v: v**-0.5, (), ""),
+    "1/sqrt": (lambda v: 1 / v.sqrt(), lambda v: 1 / jnp.sqrt(v), (), ""),
+    RIGHT: (lambda v: v.double().rsqrt().float(), lax.rsqrt, (), ""),
+    "exp": (lambda v: torch.cat([torch.zeros(len(v), 1), v[:, None]], 1).softmax(-1)[:, 1], jnp.exp, (-80, -20),
+            "softmax: its exp, where its sum is 1"),  # PyTorch's is not torch.exp
+    "silu": (F.silu, jax.nn.silu, (-16, 16), "Qwen's MLP: its function"),
+    "tanh": (torch.tanh, jnp.tanh, (-4, 4), "Gemma's GELU: its function"),
+    "cos": (torch.cos, jnp.cos, (0, 64), "RoPE's angles: its function at equal phases"),
+    "sin": (torch.sin, jnp.sin, (0, 64), "the same"),
+    "silu, rounded once": (F.silu, lambda v: jax.nn.silu(port.wide(v)).astype(v.dtype), (), "Qwen's MLP in bf16"),
+    "silu, as jax.nn writes it": (F.silu, jax.nn.silu, (), "what a port does without a cast"),
+}  # fmt: skip
 
 
 def mantissas(bits: int = 23) -> Iterator[Tensor]:
     """Every fp32 in [1, 4) whose mantissa has that many bits, in chunks: rsqrt(4^k x) is rsqrt(x) / 2^k, exactly, for a
-    function that only sees mantissa and parity of the exponent, as the tests hold each to be."""
+    function that only sees mantissa and parity of the exponent, as the tests ask of each."""
     step = 1 << (23 - bits)
     for start in range(0x3F800000, 0x40800000, 1 << 20):
         yield torch.arange(start, start + (1 << 20), step, dtype=torch.int32).view(torch.float32)
@@ -173,7 +198,7 @@ def mantissas(bits: int = 23) -> Iterator[Tensor]:
 
 def of_function(name: str, x: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """JAX's and PyTorch's values."""
-    theirs, ours = FUNCTIONS[name]
+    theirs, ours, _, _ = FUNCTIONS[name]
     return theirs(x) if name == RIGHT else by_jax(jax.jit(ours) if how == JIT else ours, x), theirs(x)
 
 
@@ -197,39 +222,27 @@ def roots(how: str, bits: int) -> Iterator[JaxPartRow]:
 
 
 def functions(how: str, count: int) -> Iterator[JaxPartRow]:
-    for name, low, high, says in (
-        ("exp", -80.0, -20.0, "softmax: its exp, where its sum is 1"),  # PyTorch's is not torch.exp
-        ("silu", -16.0, 16.0, "Qwen's MLP: its function"),
-        ("tanh", -4.0, 4.0, "Gemma's GELU: its function"),
-        ("cos", 0.0, 64.0, "RoPE's angles: its function at equal phases"),
-        ("sin", 0.0, 64.0, "the same"),
-    ):
-        x = torch.linspace(low, high, count, dtype=torch.float64).float()
-        inputs = f"{count:,} fp32 in [{low:g}, {high:g}]"
-        yield row(f"{name}: JAX, PyTorch", how, inputs, says, iter([of_function(name, x, how)]))
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(torch.bfloat16)
-    every = every[every.isfinite() & (every.float().abs() < 64)]
-    for name, says, silu in (
-        ("silu, rounded once", "Qwen's MLP in bf16: its function", lambda v: jax.nn.silu(port.wide(v)).astype(v.dtype)),
-        ("silu, as jax.nn writes it", "what a port does without a cast", jax.nn.silu),
-    ):
-        made = by_jax(jax.jit(silu) if how == JIT else silu, every), F.silu(every)
-        yield row(f"{name}: JAX, PyTorch", how, "every bf16 below 64", says, iter([made]))
+    bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(torch.bfloat16)
+    bf16 = bf16[bf16.isfinite() & (bf16.float().abs() < 64)]
+    for name, (_, _, ends, says) in FUNCTIONS.items():
+        x = torch.linspace(*ends, count, dtype=torch.float64).float() if ends else bf16
+        inputs = f"{count:,} fp32 in {list(ends)}" if ends else "every bf16 below 64"
+        if says:
+            yield row(f"{name}: JAX, PyTorch", how, inputs, says, iter([of_function(name, x, how)]))
 
 
 def precision(how: str) -> Iterator[JaxPartRow]:
-    rng = torch.Generator().manual_seed(0)
-    x, w = (port.array(torch.randn(shape, generator=rng)) for shape in ((64, 896), (512, 896)))
+    x, w = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)) for rows in (64, 512))
     made = []
     for name in ("highest", "default"):
         with jax.default_matmul_precision(name):
-            made.append(port.tensor((jax.jit(port.linear) if how == JIT else port.linear)(x, w)))
-    yield row("matmul, precision default and highest", how, "normal values, fp32", "whether JAX's precision matters",
-              iter([(made[0], made[1])]))  # fmt: skip
+            made.append(by_jax(jax.jit(port.linear) if how == JIT else port.linear, x, w))
+    says = "whether JAX's precision matters"
+    yield row("matmul, precision default and highest", how, "normal values, fp32", says, iter([(made[0], made[1])]))
 
 
 def part_rows(short: bool) -> list[JaxPartRow]:
     """Every part, op by op and compiled."""
-    made = ((roots(how, 16 if short else 23), functions(how, 2**16 if short else 2**22), precision(how))
-            for how in (OP_BY_OP, JIT))  # fmt: skip
+    bits, count = (16, 2**16) if short else (23, 2**22)
+    made = ((roots(how, bits), functions(how, count), precision(how)) for how in (OP_BY_OP, JIT))
     return [row for parts in made for rows in parts for row in rows]

@@ -45,7 +45,7 @@ class Got:
 
 
 def sweep(records: Records, source: str, short: bool) -> None:
-    """Every rank count that divides the model. Raises UserError where none but 1 does, and as ranks.launch."""
+    """Every rank count that divides the model. Raises UserError where none but 1 does, and as torchrun.launch."""
     for name in [source] if source else REAL[: 1 if short else None]:
         study(records, had(name), RANKS, list(DTYPES), list(REDUCES), 12 if short else 24, 2 if short else 4)
 

@@ -127,15 +127,15 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, line: str, words: str) -> No
     ("line", "words"),
     [
         *((f"{name} --model nothing --short", "nothing does not exist, and is no hub id") for name in SYSTEMS),
-        *((f"{name} --model other --short", "other") for name in SYSTEMS),
+        *((f"{name} --model other --short", "config.json") for name in SYSTEMS),
         ("claims A2 --model nothing --short", "nothing does not exist, and is no hub id"),
         ("claims A9", "there is no claim 'A9': claims are A1, A2"),
         ("claims B1 --model other", "--model is for a claim of reports 000 to 002"),
     ],
 )
 def test_a_refused_study_of_a_system_leaves_nothing(capsys, monkeypatch, line: str, words: str) -> None:
-    assert words in failure(capsys, monkeypatch, "study", *line.split(), "--results", "records")
-    assert not Path("records").exists()
+    assert words in failure(capsys, monkeypatch, "study", *line.split())
+    assert not Path("runs").exists()
 
 
 def test_a_refused_study_leaves_other_runs_as_they_are(capsys, monkeypatch, here: Path) -> None:

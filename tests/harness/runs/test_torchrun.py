@@ -83,3 +83,13 @@ def test_ranks_end_with_one_that_hangs(tmp_path: Path) -> None:
 def test_the_error_of_a_rank_is_shown(tmp_path: Path) -> None:
     said, _ = disturbed(tmp_path / "run", str(tmp_path / "nowhere"), 1, None, 60)
     assert said.startswith(f"rank 0 of 1 failed: {tmp_path / 'nowhere'} does not exist")
+
+
+def test_a_rank_that_ends_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first sign, while its neighbour waits, whom torchrun ends."""
+    (tmp_path / "silent.py").write_text(
+        "import os, time\ntime.sleep(60) if os.environ['RANK'] == '0' else os._exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(UserError, match="rank 1 of 2 ended with status 3 after its start: the other ranks were ended"):
+        launch("silent", {}, 2, tmp_path / "run")
