@@ -20,10 +20,12 @@ LETTERS = 90  # of a text that are shown
 
 
 def page(folder: Path) -> str:
-    """In Markdown; its picture into plots/engine.png. Empty where no engine ran."""
+    """In Markdown; its picture into plots/engine.png. Empty where no engine ran, or nothing beside eager yet."""
     if not (found := latest(folder, "engine_runs")):
         return ""
     runs, texts = found[1], load_table(folder, found[0], "engine")
+    if texts["plan"].isin([EAGER, SHUFFLED]).all():
+        return ""
     picture = folder / "plots" / "engine.png"
     picture.parent.mkdir(exist_ok=True)
     model = runs["model"].iloc[0]

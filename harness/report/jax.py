@@ -24,8 +24,8 @@ SIDES = ((ALONE, BLUE, -0.14), (WHOLE, ORANGE, 0.14))  # reading, colour, beside
 
 
 def page(folder: Path) -> str:
-    """Markdown of the newest run, with its picture; empty without rows."""
-    if not (stages := _rows(folder, "jax_stages")):
+    """Markdown of the newest run, with its picture; empty where no model was run to its logits."""
+    if not (stages := _rows(folder, "jax_stages")) or "logits" not in set(stages[1]["stage"]):
         return ""
     run_id, rows = stages
     parts, causes = _rows(folder, "jax_parts"), _rows(folder, "jax_causes")

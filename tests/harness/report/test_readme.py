@@ -116,7 +116,7 @@ def test_committed_records_are_whole() -> None:
 def test_the_readme_is_short() -> None:
     numbers = re.findall(r"(?<![\w.\-])\d[\d,]*(?:\.\d+)*(?![\w\-])", PLAIN)
     assert len(README.splitlines()) <= 120 and len(README.split()) <= 1200
-    assert len(numbers) <= 80, "eight plans and six findings have ranges"
+    assert len(numbers) <= 85, "eight plans and six findings have ranges"
     assert "µs" not in README and "seconds" not in README, "CPU times invert between CPUs"
 
 
