@@ -132,7 +132,7 @@ def study_system(name: str, results: Path | None, source: str, short: bool, one:
     records = options.records_of(name, results, part_of, device="cpu", model=source, short=short)
     try:
         system.sweep(records, source, short, *([one] if one else []))
-    except UserError:
+    except (UserError, ModuleNotFoundError):
         records.withdraw()
         raise
     records.finish()

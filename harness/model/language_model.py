@@ -5,6 +5,7 @@ Weights come from safetensors or GGUF only. A pickle is never opened, remote cod
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ def _where(source: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return str(path), {"local_files_only": True}
     if path.is_file() and path.suffix == ".gguf":
+        importlib.import_module("gguf")  # else transformers names a package, and no extra
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_file():
         raise UserError(f"{source} is one file of a model: give the folder that holds it and config.json, or a .gguf")

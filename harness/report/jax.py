@@ -33,7 +33,7 @@ def page(folder: Path) -> str:
         return ""
     run_id, rows = stages
     parts, causes = _rows(folder, "jax_parts"), _rows(folder, "jax_causes")
-    model = drawn_model(rows)
+    model = pictured(rows)
     (folder / "plots").mkdir(exist_ok=True)
     save(
         picture(rows[rows["model"] == model]), folder / "plots" / "jax.png", f"{model}, JAX op by op on a CPU, {run_id}"
@@ -79,7 +79,7 @@ def _rows(folder: Path, table: str) -> tuple[str, pd.DataFrame] | None:
     return found and (found[0], found[1][found[1]["status"] == "ok"])
 
 
-def drawn_model(rows: pd.DataFrame) -> str:
+def pictured(rows: pd.DataFrame) -> str:
     """Of those run in most ways the one with most layers."""
     ways = rows.groupby("model", sort=False)["how"].nunique()
     return str(rows[rows["model"].isin(ways.index[ways == ways.max()])].groupby("model")["layer"].max().idxmax())
@@ -157,7 +157,7 @@ def others(rows: pd.DataFrame, causes: pd.DataFrame) -> str:
     of = of[~of.index.isin(known)]
     same = [stage for stage, largest in of.groupby("stage", sort=False).max().items() if largest == 0]
     open_ = [", ".join(key) for key, largest in of.items() if largest > 0]
-    return (f"Where they are not here, all bits are equal: {', '.join(same)}." if same else "") + (
+    return (f"Where a stage has no figure here, its bits are all equal: {', '.join(same)}." if same else "") + (
         f" **Without a cause: {'; '.join(open_)}.**" if open_ else ""
     )
 

@@ -133,7 +133,9 @@ def _cause(folder: Path, ranks: int) -> str:
     if "EADDRINUSE" in log or "address already in use" in log:
         return "the port was taken meanwhile, run the command again"
     gone = {int(rank): int(code) for rank, code in GONE.findall(log)}
-    for rank, code in sorted(gone.items(), key=lambda item: item[1] == -signal.SIGTERM):  # that one is torchrun's own
+    lost = {int(path.stem.split("-")[1]) for path in folder.glob("rank-*.lost")}
+    if gone:  # torchrun ends the others by SIGTERM
+        rank, code = min(gone.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[0] in lost))
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"rank {rank} of {ranks} {how} after {signs[rank][2] if rank in signs else START}"
     return f"{ranks} ranks under torchrun failed: {(log.strip().splitlines() or ['without a word'])[-1][:300]}"
@@ -157,8 +159,9 @@ def as_rank(folder: Path, run: Callable[[dict[str, Any], str, Beat], None]) -> i
     try:
         run(json.loads((folder / "job.json").read_text()), f"cuda:{rank}" if on_gpus else "cpu", beat)
     except Exception as error:
-        if not isinstance(error, dist.DistError) and "Connection" not in str(error) and "gloo" not in str(error):
-            (folder / f"rank-{rank}.error").write_text(str(error) if isinstance(error, UserError) else reason_of(error))
+        lost = isinstance(error, dist.DistError) or "Connection" in str(error) or "gloo" in str(error)  # a neighbour
+        said = str(error) if isinstance(error, UserError) else reason_of(error)
+        (folder / f"rank-{rank}.{'lost' if lost else 'error'}").write_text(said)
         raise
     dist.destroy_process_group()
     return 0

@@ -7,6 +7,7 @@ bits (ggml's block_q4_K). Scales are chosen by least squares over a few trials, 
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +22,6 @@ def through(kind: str, weight: Tensor) -> Tensor:
 
     Raises ValueError where the last dimension is no multiple of the block (llama.cpp stores another type there).
     """
-    import gguf
-
     if weight.shape[-1] % BLOCK[kind]:
         raise ValueError(f"{weight.shape[-1]} columns are no multiple of {BLOCK[kind]}, the block of {kind}")
     values = weight.detach().float().cpu().numpy().reshape(-1, weight.shape[-1])

@@ -6,6 +6,7 @@ parameter, each of its shape: a model one of whose parameters nothing filled is 
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -205,6 +206,7 @@ def opened(source: str) -> Weights:
     path = Path(source).expanduser()
     files.refuse_pickle(path)
     if path.suffix == ".gguf" and path.is_file():
+        importlib.import_module("gguf")  # else transformers names a package, and no extra
         with mistakes(Exception, about=f"{source}: its metadata cannot be read"):
             hf = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         config = config_of(hf)

@@ -14,6 +14,7 @@ import torch
 from commands import ROOT, failure
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SAMPLE, gguf_tensors, model_tensors, write_folder, write_gguf
+from tiny_models import write_gguf as write_whole
 
 import castpoint.harness.__main__ as cli
 import castpoint.harness.accuracy.sweep as sweep
@@ -138,6 +139,18 @@ def test_a_refused_study_of_a_system_leaves_nothing(capsys, monkeypatch, line: s
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("line", ["jax", "four-bit", *(f"{name} --model m.gguf" for name in ("parallel", "engine"))])
+def test_a_study_without_its_package_leaves_nothing(capsys, monkeypatch, here: Path, line: str) -> None:
+    write_whole(here / "m.gguf", "qwen2")
+    package = "jax" if line == "jax" else "gguf"
+    for module in ("jax", "codecs", "four_bit", "jax_port"):
+        monkeypatch.delitem(sys.modules, f"castpoint.harness.systems.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    said = failure(capsys, monkeypatch, "study", *line.split(), "--short")
+    assert f"the package {package} is missing: pip install" in said
+    assert not Path("runs").exists()
+
+
 def test_a_refused_study_leaves_other_runs_as_they_are(capsys, monkeypatch, here: Path) -> None:
     failure(capsys, monkeypatch, *"study claims A9 --results foreign".split())
     assert (here / "foreign" / "environment.json").read_text() == "not JSON"
@@ -173,6 +186,8 @@ def test_checkpoints_that_hold_no_problem(capsys, monkeypatch, here: Path) -> No
     ("package", "line", "extra"),
     [
         ("gguf", "bench --checkpoint m.gguf", "models"),
+        ("gguf", "model m.gguf", "models"),
+        ("gguf", "bound m.gguf", "models"),
         ("huggingface_hub", "bench --checkpoint Qwen/Tiny", "models"),
         ("castpoint.harness.model.language_model", "model qwen3-0.6b", None),
     ],

@@ -22,7 +22,10 @@ def stage(model: str, dtype: str, reading: str, name: str, layer: int, share: fl
 
 @pytest.mark.parametrize(
     "hidden, said",
-    [(1.0, "are equal: q_rotated, hidden."), (0.5, "are equal: q_rotated. **Without a cause: hidden, n,")],
+    [
+        (1.0, "its bits are all equal: q_rotated, hidden."),
+        (0.5, "its bits are all equal: q_rotated. **Without a cause: hidden, n,"),
+    ],
 )
 def test_a_stage_without_a_cause_is_said(tmp_path: Path, hidden: float, said: str) -> None:
     """Of one model hidden has a cause, of the other it may need one."""

@@ -93,3 +93,23 @@ def test_a_rank_that_ends_without_a_word_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(UserError, match="rank 1 of 2 ended with status 3 after its start: the other ranks were ended"):
         launch("silent", {}, 2, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "codes, lost, said",
+    [
+        ((1, -9), 0, "rank 1 of 2 was ended by SIGKILL after its start"),
+        ((1, 3), 0, "rank 1 of 2 ended with status 3 after its start"),
+        ((2, 1), 1, "rank 0 of 2 ended with status 2 after its start"),
+        ((-15, -11), None, "rank 1 of 2 was ended by SIGSEGV after its start"),
+    ],
+)
+def test_neither_who_lost_a_neighbour_nor_whom_torchrun_ends_is_named(
+    tmp_path: Path, codes: tuple[int, int], lost: int | None, said: str
+) -> None:
+    (tmp_path / "log").write_text(
+        "".join(f"  rank      : {i} (local_rank: {i})\n  exitcode  : {code} (pid: 7)\n" for i, code in enumerate(codes))
+    )
+    if lost is not None:
+        (tmp_path / f"rank-{lost}.lost").touch()
+    assert torchrun._cause(tmp_path, 2) == said
