@@ -91,7 +91,7 @@ def test_compiled_layers_are_run_and_only_what_is_asked_for_is_shown() -> None:
 
 
 def test_the_study_runs_to_its_end(tmp_path: Path) -> None:
-    """On more layers than it shows, and once more on what it has."""
+    """On more layers than it shows."""
     folder = tmp_path / "model"
     tiny_model("gemma3_text", 5).save_pretrained(folder)
     add_tokenizer(folder)
