@@ -36,27 +36,15 @@ def identify(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)] = 300,
     expect: Annotated[str, typer.Option(help="A named plan: exits with 1 unless this is it, or its norm.")] = "",
+    width: options.Width = None,
+    head_dim: options.HeadDim = None,
+    heads: options.Heads = "",
+    tokens: options.AskedTokens = None,
+    eps: options.Eps = None,
 ) -> None:
     """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
-    import json
-
-    from castpoint.harness.fingerprint.answer import check_expectation, unmet
-    from castpoint.harness.fingerprint.blackbox import KINDS
-    from castpoint.harness.fingerprint.norm import summary
-    from castpoint.harness.fingerprint.process import identify_target
-
-    if kind and kind not in KINDS:
-        raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if expect:
-        check_expectation(expect, kind or "qkv")
-    answer = identify_target(target, kind, options.device_named(device), time_limit)
-    kind = kind or answer.kind
-    failed = expect and (unmet(answer, expect, kind) if kind else f"{answer.status}: {answer.reason}")
-    if json_ or not failed:
-        print(json.dumps(answer.as_dict()) if json_ else summary(answer))
-    if failed:
-        raise UserError(f"{target} is not {expect}: {failed}")
-    raise typer.Exit(answer.status == "error")
+    sizes = options.sizes(width, head_dim, heads, tokens, eps)
+    raise typer.Exit(steps.identify(target, kind, options.device_named(device), time_limit, sizes, expect, json_))
 
 
 @app.command(name="plans", rich_help_panel=WHICH)

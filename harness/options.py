@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.problems.geometry import geometry_named, name_of
 from castpoint.harness.runs.environment import ROOT, describe, machine_name
 from castpoint.harness.runs.errors import UserError, mistakes
@@ -32,6 +33,24 @@ Plans = Annotated[str, typer.Option(help="Plans by name, with commas. Default: a
 Seed = Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min=0, max=10**9)]
 Short = Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")]
 Only = Annotated[str, typer.Option(help=f"Parts by name, with commas: {', '.join(PARTS)}. Default: all.")]
+
+# Of a kernel that identify asks, where it does not take any.
+Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", min=16, max=65536)]
+HeadDim = Annotated[int | None, typer.Option(help="Channels of a head that it takes.", min=16, max=4096)]
+Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q and of k and v.")]
+AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
+Eps = Annotated[float | None, typer.Option(help="An eps that it is asked with, besides those of public models.", min=0)]
+
+
+def sizes(width: int | None, head_dim: int | None, heads: str, tokens: int | None, eps: float | None) -> Sizes:
+    """What identify calls a kernel with. Raises UserError for heads that are no numbers."""
+    try:
+        numbers = tuple(int(number) for number in heads.split(",")) if heads else None
+    except ValueError:
+        numbers = ()
+    if numbers is not None and not (len(numbers) in (1, 2) and min(numbers) > 0 and numbers[0] % numbers[-1] == 0):
+        raise UserError(f"--heads must be heads of q, or heads of q and of k and v that divide them, not {heads!r}")
+    return Sizes(width, head_dim, numbers, tokens, eps)
 
 
 def select(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 from castpoint.harness import options
+from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.runs.errors import UserError, mistakes, writing
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
@@ -28,6 +30,27 @@ def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> Non
         sweep_budget(dataclasses.replace(settings, tokens=min(settings.tokens, BUDGET_TOKENS)), records)
     if "speed" in parts:
         sweep_speed(settings, records)
+
+
+def identify(target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes, expect: str, as_json: bool) -> int:
+    """Prints the fingerprint of MODULE:FUNCTION; the exit status. Raises UserError unless it is the expected plan."""
+    from castpoint.harness.fingerprint.answer import check_expectation, unmet
+    from castpoint.harness.fingerprint.blackbox import KINDS
+    from castpoint.harness.fingerprint.norm import summary
+    from castpoint.harness.fingerprint.process import identify_target
+
+    if kind and kind not in KINDS:
+        raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if expect:
+        check_expectation(expect, kind or "qkv")
+    answer = identify_target(target, kind, device, time_limit_s, sizes)
+    kind = kind or answer.kind
+    failed = expect and (unmet(answer, expect, kind) if kind else f"{answer.status}: {answer.reason}")
+    if as_json or not failed:
+        print(json.dumps(answer.as_dict()) if as_json else summary(answer))
+    if failed:
+        raise UserError(f"{target} is not {expect}: {failed}")
+    return int(answer.status == "error")
 
 
 def measure_gpu(folder: Path, archive: Path, deadline: float) -> int:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import Refused
-from castpoint.harness.fingerprint.evidence import TELLING, Call, concentrated
-from castpoint.harness.fingerprint.probes import ROWS
-from castpoint.harness.fingerprint.rules import Rule
+from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
-# Elements that no rule explains, above which the answer is `none`. Sums in another order and approximate roots change
-# 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
-UNEXPLAINED = 0.005
+CALLED = {"x": "with x {}", "memory": "with {}", "values": "with {}", "eps": "with eps={}", "argument": "{}"}
+SHOWN = 3  # questions that a reason names
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,9 @@ class Answer:
     share_equal, runner_up_share_equal: share of elements that the best rule, and the best rejected one, explain.
     nearest: the best rule where the answer is none.
     plans: the named plans that have these words; of a norm, those whose norm or head norm has them.
-    shapes: of every x that the callable answered, the first call's first; where it raises it was not asked.
+    asked: every call that the answer was held to, {about, what, result}; result is `same`, `refused: ...` where the
+    callable raised, or how it differs. about: x (its shape), memory (its layout), values, eps, or argument.
+    facts: what is no plan, in words: batch (whether bits depend on other rows), subnormals, strides.
 
     kind: of blackbox.KINDS, where it was guessed.
 
@@ -43,7 +42,8 @@ class Answer:
     nearest: dict[str, str] | None = None
     reason: str = ""
     plans: list[str] = field(default_factory=list)
-    shapes: list[list[int]] = field(default_factory=list)
+    asked: list[dict[str, str]] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     kind: str = ""
 
@@ -68,8 +68,9 @@ def answer_of(groups: list[list[dict[str, str]]], share: float, runner_up: float
         equal = [f"{name} ({word})" for name, word in candidates[0].items() if " or " in word]
         reason = f"the same bits on every row searched, whichever: {', '.join(equal)}" if equal else ""
         return Answer("identified", candidates, share, runner_up, reason=reason)
-    pairs = "; ".join(difference(candidates[0], other) for other in candidates[1:])
-    return Answer("undecided", candidates, share, runner_up, reason=f"undecided between {pairs}{evidence}")
+    names = {name: list(dict.fromkeys(words[name] for words in candidates)) for name in candidates[0]}
+    open_ = "; ".join(f"{name}={' or '.join(words)}" for name, words in names.items() if len(words) > 1)
+    return Answer("undecided", candidates, share, runner_up, reason=f"undecided between {open_}{evidence}")
 
 
 def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
@@ -109,37 +110,44 @@ def check_expectation(name: str, kind: str) -> None:
 
 
 def unmet(answer: Answer, name: str, kind: str) -> str:
-    """Why the answer is not that plan, as far as its kind says; empty if it is."""
-    if answer.status != "identified":
+    """Why the answer is not that plan, as far as its kind says; empty if it is, or if every candidate is."""
+    if not answer.candidates:
         return f"{answer.status}: {answer.reason}"
-    return against(plan_named(name), kind, answer.candidates[0])
+    other = [words for words in answer.candidates if against(plan_named(name), kind, words)]
+    if not other or len(answer.candidates) == 1:
+        return against(plan_named(name), kind, answer.candidates[0])
+    return f"{answer.status}: {answer.reason}"
 
 
-def differing(rule: Rule, call: Call) -> float:
-    """Share of elements that the rule does not explain; 0 where noise or approximate roots may be all of it."""
-    counted = call.rows.nonzero
-    wrong, number = call.wrong(rule)[0] & counted, counted.sum().item()
-    if wrong.sum() > max(TELLING, UNEXPLAINED * number) or (len(wrong) >= ROWS and concentrated(wrong)):
-        return wrong.sum().item() / number
-    return 0.0
+@dataclass(frozen=True)
+class Question:
+    """A call beyond those that decide: what it changes, and what the answer's plan leaves unexplained of it."""
+
+    about: str
+    what: str
+    ask: Callable[[], Miss]
 
 
-def at_other_shapes(answer: Answer, shapes: Sequence[list[int]], ask: Callable[[list[int]], float]) -> Answer:
-    """The answer, an identified one, or `none` where ask finds a share of elements that differ from it at a shape.
-    Shapes that the callable refuses are left out."""
-    others = []
-    for shape in shapes:
+def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
+    """The answer, or `none` where it is another function at one of the questions."""
+    asked, other = [*answer.asked], []
+    for question in questions:
+        called = CALLED[question.about].format(question.what)
         try:
-            share = ask(shape)
-        except Refused:
-            continue
+            miss = question.ask()
+        except Refused as refused:
+            result = f"refused: {refused}"
         except Fault as fault:
-            raise Fault(f"at {shape}: {fault}") from fault
-        if share:
-            others.append(f"at {shape} it is another function: {share:.2%} of the elements differ")
-    if not others:
+            raise Fault(f"{called}: {fault}") from fault
+        else:
+            result = str(miss) if miss else "same"
+            other += [f"{called} {miss}"] if miss else []
+        asked.append({"about": question.about, "what": question.what, "result": result})
+    answer = dataclasses.replace(answer, asked=asked)
+    if not other:
         return answer
-    reason = f"{'; '.join(others)} from the nearest plan, which explains the first shapes that were tried"
+    more = f"; and so at {len(other) - SHOWN} more of {len(asked)} calls" if len(other) > SHOWN else ""
+    reason = f"another function than the plan that explains the first calls: {'; '.join(other[:SHOWN])}{more}"
     return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 
 
@@ -147,3 +155,45 @@ def none_of_these(nearest: dict[str, str], share: float, runner_up: float | None
     """None: nearest explains that share, and why says what it does not."""
     reason = f"none of these: the nearest plan leaves {1 - share:.2%} of the elements unexplained; {why}"
     return Answer("none", [], share, runner_up, nearest, reason)
+
+
+def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
+    """One answer from those of a callable with each of its optional arguments by itself. What it refuses is listed, and if
+    that is all an error; where two are different functions the answer is `none`."""
+    names = {given: " and ".join(given) or "no optional argument" for given in answers}
+    there = {given: answer for given, answer in answers.items() if answer.status != "refused"}
+    if not there:
+        return dataclasses.replace(next(iter(answers.values())), status="error")
+    if len(answers) == 1:
+        return next(iter(there.values()))
+    calls = []
+    for given, answer in answers.items():
+        result = f"refused: {answer.reason}" if given not in there else "same" if answer.candidates else answer.status
+        calls.append({"about": "argument", "what": names[given], "result": result})
+    asked = [*(call for answer in there.values() for call in answer.asked), *calls]
+    fullest = max(there, key=len)
+    bad = next((given for given, answer in there.items() if not answer.candidates), None)
+    if bad is not None:
+        reason = f"with {names[bad]}: {there[bad].reason}"
+        return dataclasses.replace(there[bad], asked=asked, reason=reason)
+    answer = there[fullest]
+    for given, other in there.items():
+        kept = [words for words in answer.candidates if any(_agree(words, theirs) for theirs in other.candidates)]
+        if not kept:
+            reason = f"two functions: with {names[fullest]} and {names[given]} {difference_of(answer, other)}"
+            return dataclasses.replace(
+                answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason, asked=asked
+            )
+        status = "identified" if len(kept) == 1 else answer.status
+        answer = dataclasses.replace(answer, candidates=kept, status=status)
+    return dataclasses.replace(answer, asked=asked)
+
+
+def _agree(words: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether one function can have both."""
+    return all(set(words[name].split(" or ")) & set(other[name].split(" or ")) for name in words.keys() & other.keys())
+
+
+def difference_of(answer: Answer, other: Answer) -> str:
+    shared = [name for name in answer.candidates[0] if name in other.candidates[0]]
+    return difference(*({name: a.candidates[0][name] for name in shared} for a in (answer, other)))

@@ -60,71 +60,109 @@ def _takes(fn: Callable[..., Any], count: int) -> bool:
     return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)
 
 
+OPTIONAL = {"rmsnorm": ("residual",), "head_norm": ("residual",), "qkv": ("residual", "bias")}
+
+
+def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
+    """Which of OPTIONAL fn is called with: what it must have, and that with each of the others by itself."""
+    parameters = _signature(fn).parameters
+    there = [name for name in OPTIONAL[kind] if name in parameters]
+    must = tuple(name for name in there if parameters[name].default is inspect.Parameter.empty)
+    return [must, *((*must, name) for name in there if name not in must)]
+
+
+def laid_out(value: Tensor, layout: str) -> Tensor:
+    """value, contiguous, as a view of a larger buffer whose other elements are numbers like its own."""
+    if layout == "contiguous":
+        return value
+    if layout == "rows of a packed buffer":  # as k in what a qkv projection returns
+        buffer = torch.cat([value.roll(1, 0), value, value.roll(1, 0)], dim=1)
+        return buffer.narrow(1, value.shape[1], value.shape[1])
+    if layout == "an offset of one element":
+        return torch.cat([value.flatten()[-1:], value.flatten()])[1:].view(value.shape)
+    if layout == "heads before tokens in memory":
+        return value.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "channels apart":  # the last stride is not one
+        return torch.stack([value, value.roll(1, 0)], dim=-1)[..., 0]
+    raise ValueError(layout)
+
+
 class Refused(Fault):
     """The callable raised an exception instead of an answer."""
 
 
 class BlackBox:
-    """fn of one of KINDS on a device. Its optional arguments `residual` and `bias` are given where it has them, zero
-    unless the caller says otherwise.
+    """fn of one of KINDS on a device, with those of its OPTIONAL arguments that are given, zero unless the caller says
+    otherwise.
 
     Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. Of kind
-    qkv q, k and v may be flat, [T, heads * Dh]. shapes: of every x that was answered, in the order of their first call.
+    qkv q, k and v may be flat, [T, heads * Dh].
     """
 
-    def __init__(self, fn: Callable[..., Any], kind: str, device: str = "cpu") -> None:
+    def __init__(
+        self, fn: Callable[..., Any], kind: str, device: str = "cpu", given: tuple[str, ...] | None = None
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         if not callable(fn):
             raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
         self.fn, self.kind, self.device = fn, kind, device
-        self.shapes: list[list[int]] = []
+        self.given = paths(fn, kind)[0] if given is None else given
 
     def takes(self, name: str) -> bool:
-        """Whether fn has an argument of that name."""
-        return name in _signature(self.fn).parameters
+        """Whether fn is given an argument of that name."""
+        return name in self.given
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU."""
-        extra = self._extra(residual=torch.zeros_like(x) if residual is None else residual)
-        (y,) = self._call([self._given(x), self._given(weight), eps], extra, [list(x.shape)])
+    def norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, layout: str = "contiguous",
+        finite: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. layout: how x, and with an
+        offset the weight, lie in memory. finite: y must be."""
+        extra = self._extra(layout, residual=torch.zeros_like(x) if residual is None else residual)
+        arguments = [self._given(x, layout), self._given(weight, layout if "offset" in layout else "contiguous"), eps]
+        (y,) = self._call(arguments, extra, [list(x.shape)], finite)
         return y
 
     def qkv(
         self, x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor,
         eps: float, num_q_heads: int, num_kv_heads: int, residual: Tensor | None = None, bias: Tensor | None = None,
+        layout: str = "contiguous", finite: bool = True,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
-        tensors = [self._given(t) for t in (x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight)]
+        tensors = [self._given(x, layout)]
+        tensors += [self._given(t, "contiguous") for t in (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)]
         residual = torch.zeros_like(x) if residual is None else residual
-        extra = self._extra(residual=residual, bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
+        extra = self._extra(layout, residual=residual)
+        extra |= self._extra("contiguous", bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
         shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
-        return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes)
+        return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
 
-    def _given(self, value: Tensor) -> Tensor:
-        return value.to(torch.bfloat16).contiguous().to(self.device)
+    def _given(self, value: Tensor, layout: str) -> Tensor:
+        return laid_out(value.to(torch.bfloat16).contiguous().to(self.device), layout)
 
-    def _extra(self, **values: Tensor) -> dict[str, Tensor]:
-        return {name: self._given(value) for name, value in values.items() if self.takes(name)}
+    def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
+        return {name: self._given(value, layout) for name, value in values.items() if self.takes(name)}
 
-    def _call(self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]]) -> tuple[Tensor, ...]:
+    def _call(
+        self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]], finite: bool
+    ) -> tuple[Tensor, ...]:
         tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
-        before = [tensor.clone() for tensor in tensors]
+        owners = [(t if t._base is None else t._base).view(torch.int16) for t in tensors]  # what lies beside views too
+        before = [owner.clone() for owner in owners]
         try:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
             raise self._verdict(error, arguments, extra) from error
-        if any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)):
+        if any(not torch.equal(a, b) for a, b in zip(before, owners, strict=True)):
             raise Fault("the callable writes into its inputs: give it copies")
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
         if self.kind != "qkv":
             outputs = outputs[:1]  # (y, x + residual) of a fused add
         elif len(outputs) == len(shapes):
             outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
-        self._check(outputs, shapes)
-        if list(arguments[0].shape) not in self.shapes:
-            self.shapes.append(list(arguments[0].shape))
+        self._check(outputs, shapes, finite)
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Tensor]) -> Fault:
@@ -138,7 +176,7 @@ class BlackBox:
         kind = Fault if _raised_by_the_machine(error) else Refused
         return kind(f"the callable raised {type(error).__name__}: {text}")
 
-    def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]]) -> None:
+    def _check(self, outputs: tuple[Any, ...], shapes: list[list[int]], finite: bool) -> None:
         if len(outputs) != len(shapes) or not all(isinstance(output, Tensor) for output in outputs):
             kinds = ", ".join(type(output).__name__ for output in outputs)
             raise Fault(f"the callable returned ({kinds}), expected {KINDS[self.kind]}")
@@ -152,7 +190,7 @@ class BlackBox:
                 expected = "torch.bfloat16 or torch.float32 throughout"
                 raise Fault(f"the callable returned {output.dtype}, expected {expected}")
             wrong = 1 - output.isfinite().double().mean().item()
-            if wrong:
+            if wrong and finite:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
 
 

@@ -14,9 +14,18 @@ from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, factor_of, mean_of_squares, predict, scalar
+from castpoint.harness.fingerprint.rules import (
+    Readout,
+    Rows,
+    Rule,
+    factor_of,
+    mean_of_squares,
+    predict,
+    round_to,
+    scalar,
+    size_of_terms,
+)
 from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE
-from castpoint.variants.spec import round_to
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
 CONCENTRATED = 0.1
@@ -25,6 +34,9 @@ SEARCHES = 24
 ENOUGH = 30  # votes on every pair, after which more would not decide either
 MISSES = 8  # searches in a row without a telling one, after which rules count as the same
 CONTROLS = 16  # roots next to a boundary of a rounded rstd; if more than an eighth of them are an ulp off, eps is open
+# Elements that a rule leaves unexplained, above which the answer is `none`. Sums in another order and approximate roots
+# change 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
+UNEXPLAINED = 0.005
 CLOSE = 4 * 2.0**-23  # fp32 ulps; the least rounding of the family is 2^-9
 SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
 
@@ -41,7 +53,7 @@ class Call:
 
     def shares(self, rules: Sequence[Rule]) -> Tensor:
         """Share of elements that each rule explains, of those that are not zero whatever the rule; float64. Where fp32
-        is stored, up to CLOSE counts as explained: every fp32 ulp would show, which is a matter for later."""
+        is stored, up to close counts as explained: every fp32 ulp would show, which is a matter for later."""
         counted = self.rows.nonzero
         wrong = self.wrong(*rules) & counted
         return 1 - wrong.flatten(1).sum(1).double() / counted.sum().double()
@@ -52,8 +64,77 @@ class Call:
         wrong = predicted != self.stored
         kept = torch.tensor([rule.out == KEEP for rule in rules])
         if kept.any():
-            wrong[kept] = (predicted[kept] - self.stored).abs() > CLOSE * self.stored.abs()
+            near = (predicted[kept] - self.stored).abs() <= close(self.rows) * self.stored.abs()
+            wrong[kept] &= ~near
         return wrong
+
+    def ulps(self, rule: Rule) -> Tensor:
+        """How far each element is from what the rule says, float64 [R, C]: in ulps of bf16 where the rule rounds, else
+        in units of close; of an element that is read as a sum, relative to the terms. NaN is infinitely far."""
+        predicted = predict(rule, self.rows)
+        size = torch.maximum(torch.maximum(predicted.abs(), self.stored.abs()), size_of_terms(rule, self.rows)).double()
+        unit = (
+            torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
+            if rounds(rule)
+            else size * close(self.rows)
+        )
+        far = (predicted.double() - self.stored.double()).abs() / unit.clamp(min=2.0**-133)
+        return far.nan_to_num(nan=float("inf"))
+
+
+def close(rows: Rows) -> float:
+    """The relative error in fp32 that is no rounding of the family: CLOSE where sums are exact, else what adding up one
+    after the other may make of them too, the square root of the terms in ulps (eight times what it does on average)."""
+    return CLOSE if rows.exact else CLOSE + rows.width**0.5 * 2.0**-23
+
+
+def rounds(rule: Rule) -> int:
+    """How often the rule rounds to bf16 on the way from the mean to the result."""
+    words = (rule.variance, rule.rstd, rule.normed, rule.hidden if rule.matmul == "bf16" else KEEP, rule.out)
+    return sum(word != KEEP for word in words)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """What a rule leaves unexplained of a call, in elements: false where noise, an approximate root or a sum in another
+    order may be all of it."""
+
+    wrong: int
+    of: int
+    why: str = ""
+
+    def __bool__(self) -> bool:
+        return self.wrong > 0
+
+    def __str__(self) -> str:
+        share = f"{self.wrong / self.of:.2%} of the elements differ"
+        share = share if self.wrong > self.of / 10_000 else f"{self.wrong} of {self.of} elements differ"
+        return share + (f", {self.why}" if self.why else "")
+
+
+def missed(rule: Rule, call: Call) -> Miss:
+    """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away than
+    two ulps for each of its roundings."""
+    wrong, ulps = call.wrong(rule)[0], call.ulps(rule)
+    why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows))
+    return Miss(int(wrong.sum()) if why else 0, int(call.rows.nonzero.sum()), why.strip())
+
+
+def by_eps(misses: Sequence[Miss], calls: Sequence[Call]) -> str:
+    """What is left unexplained of calls with different eps, in words; empty if nothing."""
+    return "; ".join(f"{miss} at eps={c.rows.eps:g}" for miss, c in zip(misses, calls, strict=True) if miss)
+
+
+def beyond(wrong: Tensor, ulps: Tensor, limit: float, stored: Tensor, predicted: Tensor) -> str:
+    """Why wrong elements [R, C] cannot be noise, an approximate root or a sum in another order; empty if they can."""
+    far = torch.where(wrong, ulps, 0)
+    if far.max() > limit:
+        row, column = divmod(int(far.argmax()), far.shape[1])
+        is_, has = stored[row, column].item(), predicted[row, column].item()
+        return f"row {row} of {len(far)} has {is_:.6g} in column {column} where the plan has {has:.6g}"
+    if wrong.sum() > max(TELLING, UNEXPLAINED * wrong.numel()):
+        return " "
+    return concentrated(wrong) if len(wrong) >= probes.ROWS else ""
 
 
 def outs(dtype: torch.dtype) -> tuple[str, ...]:
@@ -103,7 +184,7 @@ def concentrated(wrong: Tensor) -> str:
     """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED of it; empty if nowhere."""
     for name, shares in (("row", wrong.double().mean(1)), ("column", wrong.double().mean(0))):
         if shares.max() > CONCENTRATED:
-            return f"they gather in {name} {int(shares.argmax())}, {shares.max():.0%} of it"
+            return f"they gather in {name} {int(shares.argmax())} of {len(shares)}, {shares.max():.0%} of it"
     return ""
 
 
@@ -113,7 +194,7 @@ def settled(rule: Rule, rows: Rows) -> Tensor:
     mean = mean_of_squares(rule.replace(variance=KEEP), rows)
     bare = rule.replace(rstd=KEEP, root="rsqrt" if rule.root == "rsqrt" else "sqrt")
     root = scalar(bare, mean_of_squares(rule, rows), rows.eps)
-    few = 1 + 2 * CLOSE
+    few = 1 + 2 * close(rows)
     firm = torch.ones(len(rows.x), 1, dtype=torch.bool)
     for value, storage in ((mean.float(), rule.variance), (root, rule.rstd)):
         if storage != KEEP:
@@ -127,7 +208,6 @@ class Ranking:
     share: float
     runner_up: float | None  # None if nothing was rejected
     left: list[Rule]  # rules that the best does not reject, itself first
-    gathered: str  # where the elements gather that the best does not explain; empty if nowhere
 
 
 def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
@@ -141,8 +221,7 @@ def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     best = ordered[0]
     left = [rule for rule in ordered[1:] if not rejects(best, rule, calls)]
     rejected = [shares[rule] for rule in ordered[1:] if rule not in left] or [s for s in rough.values() if s < 1]
-    gathered = concentrated(torch.cat([call.wrong(best)[0] for call in calls]))
-    return Ranking(best, shares[best], max(rejected, default=None), [best, *left], gathered)
+    return Ranking(best, shares[best], max(rejected, default=None), [best, *left])
 
 
 def classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:

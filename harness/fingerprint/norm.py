@@ -2,7 +2,8 @@
 
 It is called with rows whose sums are exact in any order (probes), and what it stores is compared, bit by bit, with what
 every rule of the family (rules) would store. First the roundings are found; then, among rules that differ by fp32 ulps
-only, rows are searched on which these store different bits. At last Gaussian rows must agree too.
+only, rows are searched on which these store different bits. At last it is held to the answer at other shapes, layouts,
+values and eps (questions).
 
 evidence says which rules are left after the calls. A single norm is asked here, a whole chain in chain.
 """
@@ -10,26 +11,34 @@ evidence says which rules are left after the calls. A single norm is asked here,
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.answer import (
-    UNEXPLAINED,
-    Answer,
-    answer_of,
-    at_other_shapes,
-    differing,
-    none_of_these,
-    plans_of,
+from castpoint.harness.fingerprint import facts, probes
+from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
+from castpoint.harness.fingerprint.blackbox import BlackBox, Refused, paths
+from castpoint.harness.fingerprint.calls import NormCalls
+from castpoint.harness.fingerprint.chain import chain
+from castpoint.harness.fingerprint.eps import other_eps
+from castpoint.harness.fingerprint.evidence import (
+    Call,
+    Miss,
+    by_eps,
+    check_repeats,
+    mean_shares,
+    missed,
+    outs,
+    rank,
 )
-from castpoint.harness.fingerprint.blackbox import BlackBox
-from castpoint.harness.fingerprint.chain import chain, other_rows
-from castpoint.harness.fingerprint.evidence import Call, check_repeats, mean_shares, outs, rank, refine
+from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
+from castpoint.harness.fingerprint.sizes import ANY, Sizes
+from castpoint.harness.fingerprint.ties import refined, ties, with_ties
 from castpoint.kernels.plan import RNE, STORAGE
 
 # A rule's words, as a plan calls them.
@@ -37,24 +46,26 @@ NORM_WORDS = {
     "rmsnorm": {"rstd": "rstd", "normed": "normed", "out": "hidden"},
     "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
 }
-# Kernels dispatch on the number of tokens and on the width, so the answer is tried at others: one token, rows that are
-# no power of two, many tokens. x [T, D] or [T, H, Dh].
-OTHER_SHAPES = {"rmsnorm": ([1, 8192], [3, 1000], [600, 2048]), "head_norm": ([1, 16, 256], [600, 1, 64])}
 
 
-def identify(fn: Callable[..., Any], kind: str, device: str = "cpu") -> Answer:
-    """The fingerprint of fn, a callable of blackbox.KINDS, called on that device. Never guesses.
+def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY) -> Answer:
+    """The fingerprint of fn, a callable of blackbox.KINDS, called on that device with those sizes. Never guesses.
 
     Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`.
     """
     start = time.perf_counter()
-    box = BlackBox(fn, kind, device)
-    try:
-        answer = chain(box) if kind == "qkv" else _norm(box)
-    except Fault as fault:
-        answer = Answer("error", reason=str(fault))
+    BlackBox(fn, kind, device)  # checks both
+    asked = [(given, BlackBox(fn, kind, device, given)) for given in paths(fn, kind)]
+    answer = by_paths({given: _guarded(box, sizes) for given, box in asked})
     seconds = round(time.perf_counter() - start, 2)
-    return dataclasses.replace(answer, plans=plans_of(answer, kind), shapes=box.shapes, seconds=seconds)
+    return dataclasses.replace(answer, plans=plans_of(answer, kind), seconds=seconds)
+
+
+def _guarded(box: BlackBox, sizes: Sizes) -> Answer:
+    try:
+        return chain(box, sizes) if box.kind == "qkv" else _norm(box, sizes)
+    except Fault as fault:
+        return Answer("refused" if isinstance(fault, Refused) else "error", reason=str(fault))
 
 
 def summary(answer: Answer) -> str:
@@ -73,51 +84,82 @@ def summary(answer: Answer) -> str:
         runner_up = answer.runner_up_share_equal
         other = "" if runner_up is None else f", the best rejected plan {runner_up:.3%}"
         lines.append(f"explains {answer.share_equal:.3%} of the elements{other}; {answer.seconds:g} s")
-        lines.append(f"called with x of {', '.join(map(str, answer.shapes))}")
-    return "\n".join(lines)
+    for about in dict.fromkeys(call["about"] for call in answer.asked):
+        whats = [call["what"] for call in answer.asked if call["about"] == about and call["result"] == "same"]
+        lines += [f"the same with {about}: {'; '.join(whats)}"] if whats else []
+    for result in dict.fromkeys(call["result"] for call in answer.asked if call["result"].startswith("refused")):
+        whats = [f"{call['about']} {call['what']}" for call in answer.asked if call["result"] == result]
+        lines.append(f"refused with {'; '.join(whats)}: {result.removeprefix('refused: ')}")
+    return "\n".join([*lines, *(f"{name}: {said}" for name, said in answer.facts.items())])
 
 
-def _norm(box: BlackBox) -> Answer:
-    heads, fused_add = box.kind == "head_norm", box.takes("residual")
-    rows, rng = probes.first_rows(probes.HEAD_DIM if heads else probes.WIDTH, residual=fused_add)
+def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], list[dict[str, str]]]:
+    """The calls that tell the roundings, at the first width that it takes; what it refused before."""
+    heads = (sizes.heads or (4,))[0] if box.kind == "head_norm" else None
+    own = sizes.head_dim if heads else sizes.width
+    refused: list[dict[str, str]] = []
+    first: Refused | None = None
+    for width in [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]:
+        asked = NormCalls(box, width, heads, sizes.tokens)
+        rows, _ = probes.first_rows(width, residual=box.takes("residual"))
+        try:
+            main = [asked.call(rows), asked.call(rows.at(probes.EPS_LARGE))]
+            check_repeats(main[0], asked.call(rows))
+        except Refused as error:
+            refused.append({"about": "x", "what": str(asked.shape(len(rows.x))), "result": f"refused: {error}"})
+            first = first or error
+            continue
+        return asked, main, refused
+    assert first is not None
+    raise first
 
-    def call(rows: Rows, count: int = 4) -> Call:
-        shape = [len(rows.x) // count, count, rows.width] if heads else list(rows.x.shape)
-        residual = None if rows.residual is None else rows.residual.reshape(shape)
-        stored = box.norm(rows.x.reshape(shape), rows.weight, rows.eps, residual)
-        return Call(rows, stored.reshape(rows.x.shape).float(), stored.dtype)
+
+def _norm(box: BlackBox, sizes: Sizes) -> Answer:
+    asked, main, refused = _first_calls(box, sizes)
+    fused_add = box.takes("residual")
 
     def named(rule: Rule) -> dict[str, str]:
         first = ["x"] if fused_add else []
         words = [*first, "statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root", "order"]
         return {NORM_WORDS[box.kind].get(word, word): getattr(rule, word) for word in words}
 
-    main = [call(rows), call(rows.at(probes.EPS_LARGE))]
-    check_repeats(main[0], call(rows))
-    ranking = rank(norm_rules(outs=outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,)), main)
-    nearest = named(ranking.best)
-    if 1 - ranking.share > UNEXPLAINED or ranking.gathered:
-        return none_of_these(nearest, ranking.share, ranking.runner_up, ranking.gathered or _by_eps(ranking.best, main))
+    rules = norm_rules(outs=outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,))
+    ranking = rank(rules, main)
+    words, unexplained = ties(ranking.best, main)
+    best, *left = with_ties(ranking.left, words)
+    misses = [missed(best, call) for call in main]
+    nearest = named(best)
+    if any(misses):
+        why = unexplained or other_eps(rules, main) or by_eps(misses, main)
+        return none_of_these(nearest, ranking.share, ranking.runner_up, why)
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    groups, said = refine([v for rule in ranking.left for v in arithmetic(rule)], rows.width, calls, call)
-    for count in (len(rows.x), 4):  # the same number of rows, and another
-        control = call(Rows(probes.gaussian([count, rows.width], rng), rows.weight, probes.EPS_SMALL, rows.width))
-        share = control.share(groups[0][0])
-        if 1 - share > UNEXPLAINED:
-            why = f"of {count} Gaussian rows, while it explains rows whose sums are exact"
-            return none_of_these(nearest, share, ranking.runner_up, why)
+    variants = [v for rule in (best, *left) for v in arithmetic(rule)]
+    groups, said, unexplained = refined(variants, asked.width, main, calls, asked.call)
+    if unexplained:
+        return none_of_these(nearest, ranking.share, ranking.runner_up, unexplained)
+    rule = groups[0][0]
     share = max(mean_shares([group[0] for group in groups], main).values())
-    words = [[named(rule) for rule in group] for group in groups]
-    answer = answer_of(words, share, ranking.runner_up, said)
-    if answer.status != "identified":
-        return answer
+    answer = answer_of([[named(rule) for rule in group] for group in groups], share, ranking.runner_up, said)
 
-    def ask(shape: list[int]) -> float:
-        rule = groups[0][0]
-        return differing(rule, call(other_rows(rule, math.prod(shape[:-1]), shape[-1], residual=fused_add), shape[-2]))
+    def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
+        return missed(rule, asked.at(rows, shape, layout) if shape else asked.call(rows, layout))
 
-    return at_other_shapes(answer, OTHER_SHAPES[box.kind], ask)
+    weight, eps = main[0].rows.weight, () if sizes.eps is None else (sizes.eps,)
+    answer = dataclasses.replace(answer, asked=refused)
+    answer = held_to(answer, questions(rule, weight, asked.shape(probes.ROWS), eps, fused_add, ask))
+    return dataclasses.replace(answer, facts=_facts(rule, asked, weight))
 
 
-def _by_eps(rule: Rule, calls: Sequence[Call]) -> str:
-    return ", ".join(f"{1 - call.share(rule):.2%} of them at eps={call.rows.eps:g}" for call in calls)
+def _facts(rule: Rule, asked: NormCalls, weight: Tensor) -> dict[str, str]:
+    def rows_of(x: Tensor, eps: float = probes.EPS_SMALL) -> Rows:
+        return Rows(x, weight[torch.arange(asked.width) % len(weight)], eps, asked.width, exact=False)
+
+    def stored(x: Tensor, finite: bool) -> Tensor:
+        shape = [*asked.shape(1)[1:]]
+        rows = rows_of(x.repeat_interleave(asked.heads or 1, 0))
+        return asked.at(rows, [len(x), *shape], finite=finite).stored.reshape(len(x), -1)
+
+    def missing(x: Tensor, layout: str, eps: float) -> Miss:
+        return missed(rule, asked.call(rows_of(x, eps), layout))
+
+    return facts.all_facts(stored, missing, asked.width, asked.tokens)

@@ -14,9 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, mean_of_squares, predict, scalar, scaled, two_step
+from castpoint.harness.fingerprint.rules import (
+    Readout,
+    Rows,
+    Rule,
+    mean_of_squares,
+    means_agree,
+    predict,
+    round_to,
+    scalar,
+    scaled,
+    two_step,
+)
 from castpoint.kernels.plan import KEEP, RNE
-from castpoint.variants.spec import round_to
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
 EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
@@ -36,6 +46,12 @@ def integers(low: int, high: int, shape: Sequence[int], rng: torch.Generator) ->
     return (torch.randint(low, high, list(shape), generator=rng) * signs).float()
 
 
+def filled(width: int) -> int:
+    """How many channels hold numbers of 8 bits, so that the sum of their squares has 24; the others are zero, and left
+    out of the rows."""
+    return min(width, 256)
+
+
 def norm_weight(width: int, rng: torch.Generator) -> Tensor:
     """[width] bf16 values in fp32, as stored: 0.001 to 100 in size, so that 1 + w needs up to 18 bits."""
     size = 10 ** (5 * torch.rand(width, generator=rng, dtype=torch.float64) - 3)
@@ -45,32 +61,33 @@ def norm_weight(width: int, rng: torch.Generator) -> Tensor:
 def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS) -> Rows:
     """General rows, eps EPS_SMALL. A third are made of numbers whose squares bf16 rounds up, a third down, for the
     statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels."""
+    held = filled(width)
     if residual:
-        x, rest = 2 * integers(128, 256, [count, width], rng), integers(1, 64, [count, width], rng)
-        places = torch.rand(count, width, generator=rng).argsort(1) < min(64, width)
+        x, rest = 2 * integers(128, 256, [count, held], rng), integers(1, 64, [count, held], rng)
+        places = torch.rand(count, held, generator=rng).argsort(1) < min(64, held)
         rest = torch.where((x + rest).abs() < 512, rest, -rest)
         scale = 2.0 ** torch.randint(-12, -2, [count, 1], generator=rng)
-        return Rows(x * places * scale, norm_weight(width, rng), EPS_SMALL, width, rest * places * scale)
+        return Rows(x * places * scale, norm_weight(held, rng), EPS_SMALL, width, rest * places * scale)
     numbers = torch.arange(64, 256).float()
     error = (round_to(numbers.square(), "bf16-rne") - numbers.square()) / numbers.square()
     kinds = itertools.cycle([numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]])
-    chosen = [kind[torch.randint(0, len(kind), [width], generator=rng)] for kind in itertools.islice(kinds, count)]
-    signs = torch.randint(0, 2, [count, width], generator=rng) * 2 - 1
+    chosen = [kind[torch.randint(0, len(kind), [held], generator=rng)] for kind in itertools.islice(kinds, count)]
+    signs = torch.randint(0, 2, [count, held], generator=rng) * 2 - 1
     scale = 2.0 ** torch.randint(-10, 0, [count, 1], generator=rng)
-    return Rows(torch.stack(chosen) * signs * scale, norm_weight(width, rng), EPS_SMALL, width)
+    return Rows(torch.stack(chosen) * signs * scale, norm_weight(held, rng), EPS_SMALL, width)
 
 
 @functools.cache
-def _first_rows(width: int, residual: bool, read: bool) -> tuple[Rows, Tensor]:
+def _first_rows(width: int, residual: bool, columns: int) -> tuple[Rows, Tensor]:
     rng = torch.Generator().manual_seed(0)
     rows = norm_rows(width, rng, residual=residual)
-    return dataclasses.replace(rows, readout=general_readout(rng) if read else None), rng.get_state()
+    return dataclasses.replace(rows, readout=general_readout(rng, width, columns) if columns else None), rng.get_state()
 
 
-def first_rows(width: int, *, residual: bool, read: bool = False) -> tuple[Rows, torch.Generator]:
-    """The general rows that every fingerprint begins with, read through general_readout or not, and the generator that
+def first_rows(width: int, *, residual: bool, columns: int = 0) -> tuple[Rows, torch.Generator]:
+    """The general rows that every fingerprint begins with, read through so many columns or not, and the generator that
     drew them. What thousands of rules predict of them is remembered with them."""
-    rows, state = _first_rows(width, residual, read)
+    rows, state = _first_rows(width, residual, columns)
     rng = torch.Generator()
     rng.set_state(state)
     return rows, rng
@@ -102,7 +119,7 @@ def telling_rows(rules: tuple[Rule, ...], width: int, seed: int, readout: Readou
     several = EPS_LARGE * 2 ** (2 * torch.rand(EPS_TRIED, generator=rng, dtype=torch.float64) - 1)
     few = all(KEEP not in (rule.variance, rule.normed) for rule in rules)
     eps = max(several.tolist(), key=lambda eps: _telling_pairs(rules, eps)) if few else several[0].item()
-    shared = integers(64, 256, [width - VARYING], rng) / 64
+    shared = integers(64, 256, [filled(width) - VARYING], rng) / 64
     varying = torch.randint(64, 256, [POOL, VARYING], generator=rng).float() / 64
     scale = 2.0 ** torch.randint(-3, 4, [POOL, 1], generator=rng)
     count = torch.randint(len(shared) // 4, len(shared) + 1, [POOL, 1], generator=rng)
@@ -113,7 +130,7 @@ def telling_rows(rules: tuple[Rule, ...], width: int, seed: int, readout: Readou
     turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)
     held = held.gather(1, turned)  # each row meets the weights otherwise
     x = torch.cat([varying[order], held], dim=1) * scale[order]
-    rows = Rows(x, norm_weight(width, rng), eps, width, readout=readout)
+    rows = Rows(x, norm_weight(filled(width), rng), eps, width, readout=readout)
     stored = [predict(rule, rows) for rule in rules]
     counts = [(stored[i] != stored[j]).sum(1, dtype=torch.int32) for i in range(len(rules)) for j in range(i)]
     chosen = _most_telling(counts)
@@ -165,14 +182,15 @@ def _near_boundaries(
 ) -> tuple[Rows, Tensor, list[Tensor], Tensor]:
     """So many rows, an eps for each that brings its root to about so many ulps from a boundary of rstd's rounding, the
     factor by each rule, and whether one and two roundings of the root agree for all of them; [count, 1]."""
-    pool = Rows(integers(64, 256, [count, width], rng) / 128, norm_weight(width, rng), EPS_LARGE, width)
+    x = integers(64, 256, [count, filled(width)], rng) / 128
+    pool = Rows(x, norm_weight(filled(width), rng), EPS_LARGE, width)
     variances = [mean_of_squares(rule, pool) for rule in rules]
     boundary = torch.randint(128, 256, [count, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
     root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
     off = ulps * torch.randn([count, 1], generator=rng, dtype=torch.float64)
     eps = root.square() * (1 + off * 2.0**-24) - variances[0]
     factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]
-    agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE)
+    agree = (eps > EPS_LARGE / 4) & (eps < 4 * EPS_LARGE) & means_agree(rules[0], pool)
     for rule, variance, factor in zip(rules, variances, factors, strict=True):
         agree &= factor == two_step(rule, variance, eps)
     return pool, eps, factors, agree
@@ -180,7 +198,7 @@ def _near_boundaries(
 
 def _in_orders(pool: Rows, eps: Tensor, place: int, rng: torch.Generator) -> Rows:
     """That row of the pool in ROWS orders of its channels, with its eps."""
-    orders = torch.rand(ROWS, pool.width, generator=rng).argsort(1)
+    orders = torch.rand(ROWS, pool.x.shape[1], generator=rng).argsort(1)
     return dataclasses.replace(pool, x=pool.x[place][orders], eps=eps[place].item())
 
 
@@ -191,19 +209,22 @@ def _order_rows(rules: Sequence[Rule], width: int, rng: torch.Generator, readout
     Where rstd is rounded, orders differ by an fp32 ulp, which bf16 shows of one product in thousands. So all values are
     tried with FINE_WEIGHTS and each row's rstd, and what tells two rules apart gets a column of its own.
     """
-    x = torch.zeros(ROWS, width)
+    held = filled(width)
+    x = torch.zeros(ROWS, held)
     for row in x:  # in another number of channels each, so that their rstd differ
-        filled = torch.randperm(width, generator=rng)[: int(torch.randint(width // 4, width, [1], generator=rng))]
-        row[filled] = integers(128, 256, [len(filled)], rng) / 128
-    rows = Rows(x, norm_weight(width, rng), EPS_LARGE, width, readout=readout)
+        places = torch.randperm(held, generator=rng)[: int(torch.randint(held // 4, held, [1], generator=rng))]
+        row[places] = integers(128, 256, [len(places)], rng) / 128
+    rows = Rows(x, norm_weight(held, rng), EPS_LARGE, width, readout=readout)
     factors = torch.stack([scalar(rule, mean_of_squares(rule, rows), EPS_LARGE) for rule in rules])  # [rules, ROWS, 1]
     values = torch.arange(128, 256).float() / 128
     pairs = Rows(values.repeat_interleave(len(FINE_WEIGHTS))[None], FINE_WEIGHTS.repeat(128)[None], EPS_LARGE, width)
     if readout is not None:
-        pairs = dataclasses.replace(pairs, readout=identity_readout(pairs.x.shape[1]))
-    columns = torch.randperm(width if readout is None else len(readout.channel), generator=rng)
+        every, zero = torch.arange(pairs.x.shape[1]), torch.zeros(pairs.x.shape[1])
+        pairs = dataclasses.replace(pairs, readout=Readout(every, zero + 1, every, zero))
+    columns = torch.randperm(held if readout is None else min(held, len(readout.channel)), generator=rng)
     found = False
-    for row, factor, free in zip(x, factors.unbind(1), columns.view(ROWS, -1).tolist(), strict=True):
+    for row, factor, own in zip(x, factors.unbind(1), columns.tensor_split(ROWS), strict=True):
+        free = own.tolist()
         if (factor != factor[0]).any():
             continue
         pairs = dataclasses.replace(pairs)  # what it remembers is of another row's rstd
@@ -232,7 +253,9 @@ def _factors(
     for rule in rules:
         held, free = (round_to(part.square(), rule.statistics).double() for part in (shared, varying))
         total = held.cumsum(0)[count - 1] + free.sum(-1)
-        variance = round_to((total / width * scale**2).float(), rule.variance).double()
+        total = total * scale**2
+        agree &= (total / width).float() == total.float() * torch.tensor(1 / width)
+        variance = round_to((total / width).float(), rule.variance).double()
         factor = scalar(rule, variance, eps)
         agree &= factor == two_step(rule, variance, eps)
         differ |= factors.setdefault(rule.root, factor) != factor
@@ -252,51 +275,51 @@ def _most_telling(counts: list[Tensor]) -> Tensor:
 
 # ---------------------------------------------------------------- the whole chain
 
-HEAD_DIM, NUM_Q_HEADS, NUM_KV_HEADS = 128, 2, 1
-HEADS = (NUM_Q_HEADS, NUM_KV_HEADS)
+HEAD_DIM = 128  # of a head norm
 WIDTH = 256  # of the residual stream
 READ = 16  # channels of a head that are not zero: 10-bit numbers, whose squares' sum has 24 bits
 
 
-def general_readout(rng: torch.Generator, *, bias: bool = False) -> Readout:
-    """HEAD_DIM columns: a third read one channel as it is, a third one channel times 8 bits, a third two channels."""
-    channel, other = (torch.randint(0, WIDTH, [HEAD_DIM], generator=rng) for _ in range(2))
-    other = torch.where(other == channel, (other + 1) % WIDTH, other)
-    first = 2.0 ** torch.randint(-2, 3, [HEAD_DIM], generator=rng)
-    second = 2.0 ** torch.randint(-4, 1, [HEAD_DIM], generator=rng)
-    third = HEAD_DIM // 3
+def general_readout(rng: torch.Generator, width: int, columns: int, *, bias: bool = False) -> Readout:
+    """A third of the columns read one channel as it is, a third one channel times 8 bits, a third two channels."""
+    channel, other = (torch.randint(0, filled(width), [columns], generator=rng) for _ in range(2))
+    other = torch.where(other == channel, (other + 1) % filled(width), other)
+    first = 2.0 ** torch.randint(-2, 3, [columns], generator=rng)
+    second = 2.0 ** torch.randint(-4, 1, [columns], generator=rng)
+    third = columns // 3
     first[:third] = integers(129, 256, [third], rng) / 128
     second[: 2 * third] = 0
-    values = integers(129, 256, [HEAD_DIM], rng) / 128 if bias else None
+    values = integers(129, 256, [columns], rng) / 128 if bias else None
     return Readout(channel, first, other, second, values)
 
 
 @functools.cache
-def identity_readout(columns: int = HEAD_DIM) -> Readout:
+def identity_readout(columns: int, width: int) -> Readout:
     """So many columns, which read the first channels as they are."""
-    channel, zero = torch.arange(columns), torch.zeros(columns)
+    channel, zero = torch.arange(columns) % filled(width), torch.zeros(columns)
     return Readout(channel, zero + 1, channel, zero)
 
 
-def cancelling_rows(rule: Rule, rng: torch.Generator) -> Rows:
+def cancelling_rows(rule: Rule, width: int, columns: int, rng: torch.Generator) -> Rows:
     """Rows whose readout takes differences of nearly equal hidden values, 2^-14 to 2^-11 of them: the low bits of the
     matmul's operand, which no single value stored as bf16 shows. On all of them one and two roundings of the rule's
     1 / sqrt agree, since a difference would show here."""
-    pairs = HEAD_DIM // 2
-    a, wa, b = torch.randint(129, 256, [3, 1 << 19], generator=rng).double()
+    pairs = min(columns, filled(width)) // 2
+    a, wa, b = torch.randint(129, 256, [3, 1 << 20], generator=rng).double()
     wb = (a * wa / b).round()
     difference = (a * wa / (b * wb) - 1).abs()
     good = ((difference > 2.0**-14) & (difference < 2.0**-11) & (wb > 128) & (wb < 256)).nonzero()[:pairs, 0]
     channel = torch.arange(0, 2 * pairs, 2)
-    x = integers(64, 256, [4 * ROWS, WIDTH], rng)
+    x = integers(64, 256, [4 * ROWS, filled(width)], rng)
     signs = x[:, : 2 * pairs : 2].sign()
     x[:, channel], x[:, channel + 1] = signs * a[good].float(), signs * b[good].float()
-    weight = integers(129, 256, [WIDTH], rng)
+    weight = integers(129, 256, [filled(width)], rng)
     weight[channel], weight[channel + 1] = wa[good].float(), wb[good].float()
-    columns = torch.cat([channel, channel])
-    ones = torch.ones(HEAD_DIM)
+    read = channel[torch.arange(columns) % pairs]
+    ones = torch.ones(columns)
     stored = weight if rule.weight_offset == "none" else weight - 1
-    rows = Rows(x / 64, stored, EPS_SMALL, WIDTH, readout=Readout(columns, ones, columns + 1, -ones))
+    rows = Rows(x / 64, stored, EPS_SMALL, width, readout=Readout(read, ones, read + 1, -ones))
     variance = mean_of_squares(rule, rows)
     agree = scalar(rule, variance, EPS_SMALL) == two_step(rule, variance, EPS_SMALL)
-    return dataclasses.replace(rows, x=rows.x[agree.flatten()][:ROWS])
+    agree &= means_agree(rule, rows)
+    return rows.of(agree.flatten().nonzero()[:ROWS, 0])

@@ -1,6 +1,6 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
-harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE`; it writes one line of JSON
-to standard output. KIND may be empty: it is guessed then."""
+harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE SIZES`; it writes one line of
+JSON to standard output. KIND may be empty: it is guessed then."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from typing import Any
 from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.ptx.driver import executed
 
 
-def identify_target(target: str, kind: str, device: str, time_limit_s: float) -> Answer:
+def identify_target(target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes = ANY) -> Answer:
     """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`. An empty
     kind is guessed, and the answer says which."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", target, kind, device]
+    command.append(json.dumps(dataclasses.asdict(sizes)))
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
@@ -43,13 +45,13 @@ def identify_target(target: str, kind: str, device: str, time_limit_s: float) ->
     return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
 
 
-def _answer(target: str, kind: str, device: str) -> Answer:
+def _answer(target: str, kind: str, device: str, sizes: str) -> Answer:
     """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
     try:
         fn = _loaded(target, device)
         guessed = "" if kind else guessed_kind(fn)
         with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
-            return dataclasses.replace(identify(fn, kind or guessed, device), kind=guessed)
+            return dataclasses.replace(identify(fn, kind or guessed, device, Sizes(**json.loads(sizes))), kind=guessed)
     except Fault as fault:
         return Answer("error", reason=str(fault))
 

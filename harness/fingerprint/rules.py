@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE, CastPlan
-from castpoint.variants.spec import matmul_operand, round_to
+from castpoint.variants import spec
+from castpoint.variants.spec import matmul_operand
 
 EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf16
 ROOTS = ("rsqrt", "sqrt", "1/sqrt")
 ORDERS = ("(x*rstd)*w", "x*(rstd*w)", "(x*w)*rstd")
 OFFSETS = ("none", KEEP, RNE)
+# To nearest as RNE, but for ties, which go away from zero (IEEE 754 roundTiesToAway, PTX's .rna) or toward it. No plan of
+# the lab has them: an answer can.
+RNA, RNZ = "bf16-rna", "bf16-rnz"
 T = TypeVar("T")
 TF32 = {matmul: CastPlan(hidden=KEEP, matmul=matmul) for matmul in ("tf32", "tf32x3")}
 
@@ -63,6 +67,14 @@ class Rule:
         return dataclasses.replace(self, **changes)
 
 
+def round_to(value: Tensor, storage: str) -> Tensor:
+    """fp32 value as that storage holds it, in fp32; RNA and RNZ besides those of a plan."""
+    if storage not in (RNA, RNZ):
+        return spec.round_to(value, storage)
+    half = 0x8000 if storage == RNA else 0x7FFF
+    return spec.round_to((value.view(torch.int32) + half).view(torch.float32), RTZ)
+
+
 @dataclass(frozen=True)
 class Readout:
     """Columns [N] of a projection with at most two weights each: first * h[channel] + second * h[other] (+ bias)."""
@@ -93,6 +105,7 @@ class Rows:
     width: int
     residual: Tensor | None = None
     readout: Readout | None = None
+    exact: bool = True  # whether the sum of squares is exact in fp32, in any order
 
     def at(self, eps: float) -> Rows:
         """The same rows with another eps."""
@@ -100,10 +113,13 @@ class Rows:
 
     def first(self, count: int) -> Rows:
         """The first rows."""
-        weight = self.weight if self.weight.ndim == 1 else self.weight[:count]
-        residual = None if self.residual is None else self.residual[:count]
-        first = functools.partial(dataclasses.replace, self, x=self.x[:count], weight=weight, residual=residual)
-        return self.remembered(("first", count), first)
+        return self.remembered(("first", count), lambda: self.of(torch.arange(count)))
+
+    def of(self, places: Tensor) -> Rows:
+        """The rows at those places."""
+        weight = self.weight if self.weight.ndim == 1 else self.weight[places]
+        residual = None if self.residual is None else self.residual[places]
+        return dataclasses.replace(self, x=self.x[places], weight=weight, residual=residual)
 
     @functools.cached_property
     def nonzero(self) -> Tensor:
@@ -139,6 +155,13 @@ def mean_of_squares(rule: Rule, rows: Rows) -> Tensor:
         return round_to(mean.to(torch.float32), rule.variance).to(torch.float64)
 
     return rows.remembered(("variance", rule.x, rule.statistics, rule.variance), make)
+
+
+def means_agree(rule: Rule, rows: Rows) -> Tensor:
+    """[R, 1] bool: whether the mean is the same by division, as a CPU makes it, and by multiplication with 1 / width, as
+    CUDA does: an ulp apart in some rows where the width is no power of two."""
+    total = round_to(source(rule, rows).square(), rule.statistics).double().sum(-1, keepdim=True)
+    return (total / rows.width).float() == total.float() * torch.tensor(1 / rows.width)
 
 
 def scalar(rule: Rule, variance: Tensor, eps: float | Tensor) -> Tensor:
@@ -201,6 +224,19 @@ def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
     if rows.readout.bias is not None:
         value = (round_to(value, rule.out) if rule.bias == "after" else value) + rows.readout.bias
     return round_to(value, rule.out)
+
+
+def size_of_terms(rule: Rule, rows: Rows) -> Tensor:
+    """[R, N] fp32: of elements that are sums of two products and a bias, the sum of their sizes; zero of others."""
+    if rows.readout is None:
+        return torch.zeros(1)
+    readout = rows.readout
+    sizes = {name: getattr(readout, name).abs() for name in ("first", "second")}
+    bias = None if readout.bias is None else readout.bias.abs()
+    sized = dataclasses.replace(rows, x=source(rule, rows).abs(), residual=None, weight=applied_weight(rule, rows).abs(),
+                                readout=dataclasses.replace(readout, bias=bias, **sizes))  # fmt: skip
+    plain = Rule(statistics=rule.statistics, hidden=KEEP, matmul="fp32", scale=rule.scale, out=KEEP)
+    return predict(plain, sized)
 
 
 def scaled(rule: Rule, value: Tensor, factor: Tensor) -> Tensor:

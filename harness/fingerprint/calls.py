@@ -1,0 +1,125 @@
+"""How rows become calls of a norm or a chain, and what it stores becomes evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from castpoint.harness.fingerprint import probes
+from castpoint.harness.fingerprint.blackbox import BlackBox
+from castpoint.harness.fingerprint.evidence import Call
+from castpoint.harness.fingerprint.heads import Geometry, HeadRows, head_rows
+from castpoint.harness.fingerprint.rules import Rows, Rule
+
+
+def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What ask returns of rows 0 to count, so many at once (None: all), the last part filled up with the first rows."""
+    at_once = at_once or count
+    places = torch.arange(math.ceil(count / at_once) * at_once) % count
+    parts = [ask(part) for part in places.split(at_once)]
+    return tuple(torch.cat(outputs)[:count] for outputs in zip(*parts, strict=True))
+
+
+def widened(rows: Rows) -> Rows:
+    """The rows with the channels that they leave out: zeros of x, ones of the weight."""
+    missing = (0, rows.width - rows.x.shape[1])
+    residual = None if rows.residual is None else pad(rows.residual, missing)
+    return dataclasses.replace(
+        rows, x=pad(rows.x, missing), weight=pad(rows.weight, missing, value=1.0), residual=residual
+    )
+
+
+@dataclass(frozen=True)
+class NormCalls:
+    """A norm as it is called: x of that width, [T, D] or with heads [T, H, Dh]."""
+
+    box: BlackBox
+    width: int
+    heads: int | None = None
+    tokens: int | None = None  # of every call, where the kernel takes no other number
+
+    def shape(self, rows: int) -> list[int]:
+        """Of x with at least so many rows, or as many as it takes."""
+        tokens = self.tokens or math.ceil(rows / (self.heads or 1))
+        return [tokens, self.width] if self.heads is None else [tokens, self.heads, self.width]
+
+    def call(self, rows: Rows, layout: str = "contiguous") -> Call:
+        """The rows, in as many calls as it takes."""
+        shape, dtypes = self.shape(len(rows.x)), []
+
+        def ask(part: Tensor) -> tuple[Tensor, ...]:
+            call = self.at(rows.of(part), shape, layout)
+            dtypes.append(call.dtype)
+            return (call.stored,)
+
+        (stored,) = in_parts(len(rows.x), math.prod(shape[:-1]), ask)
+        return Call(rows, stored, dtypes[0])
+
+    def at(self, rows: Rows, shape: list[int], layout: str = "contiguous", finite: bool = True) -> Call:
+        """One call with x of that shape."""
+        given = widened(rows)
+        residual = None if given.residual is None else given.residual.reshape(shape)
+        stored = self.box.norm(given.x.reshape(shape), given.weight, rows.eps, residual, layout, finite)
+        return Call(rows, stored.reshape(given.x.shape)[:, : rows.x.shape[1]].float(), stored.dtype)
+
+
+@dataclass(frozen=True)
+class ChainCalls:
+    """A chain as it is called, with that geometry."""
+
+    box: BlackBox
+    geometry: Geometry
+    tokens: int | None = None  # of every call, where the kernel takes no other number
+
+    def v(self, rows: Rows) -> Call:
+        """The input norm, seen through the first head of v; the rows have a readout of the head's channels."""
+        g = self.geometry
+        weight = torch.zeros(g.columns, g.width)
+        bias = None if rows.readout.bias is None else torch.zeros(g.columns)
+        at = sum(g.heads) * g.head_dim  # the weight's first row of v
+        weight[at : at + g.head_dim] = rows.readout.weight(g.width)
+        if bias is not None:
+            bias[at : at + g.head_dim] = rows.readout.bias
+        ones, given = torch.ones(g.head_dim), widened(rows)
+
+        def ask(part: Tensor) -> tuple[Tensor, ...]:
+            residual = None if given.residual is None else given.residual[part]
+            return self.box.qkv(given.x[part], given.weight, weight, ones, ones, rows.eps, *g.heads, residual, bias)
+
+        _, _, v = in_parts(len(rows.x), self.tokens, ask)
+        return Call(rows, v[:, 0].float(), v.dtype)
+
+    def qk(
+        self, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False, tokens: int = probes.ROWS
+    ) -> tuple[HeadRows, Call]:
+        """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows. More
+        tokens than ROWS begin again, in what is stored alone."""
+        g = self.geometry
+        given = head_rows(g, rng)
+        q_weight, k_weight = (probes.norm_weight(g.head_dim, rng) for _ in range(2))
+        identity = torch.full([g.width], 1.0 - (norm.weight_offset != "none"))
+        weight = torch.cat([given.qk_weight, torch.zeros(g.num_kv_heads * g.head_dim, g.width)])
+        bias = given.packed_bias() if biased else None
+        x = given.x[torch.arange(tokens) % probes.ROWS]
+        q, k, _ = in_parts(
+            tokens,
+            self.tokens,
+            lambda part: self.box.qkv(x[part], identity, weight, q_weight, k_weight, eps, *g.heads, bias=bias),
+        )
+        stored = torch.cat([q, k], dim=1).gather(2, given.places.expand(tokens, -1, -1))
+        return given, Call(given.rows(q_weight, k_weight, eps), stored.flatten(0, 1).float(), stored.dtype)
+
+    def of_heads(self, call: Call, *, q: bool) -> Call:
+        """The part of a call of qk that is q's, or k's."""
+        chosen = (torch.arange(len(call.rows.x)) % sum(self.geometry.heads) < self.geometry.num_q_heads) == q
+        return Call(call.rows.of(chosen.nonzero()[:, 0]), call.stored[chosen], call.dtype)
+
+    def at(self, geometry: Geometry) -> ChainCalls:
+        """The same with another geometry."""
+        return dataclasses.replace(self, geometry=geometry)

@@ -1,0 +1,173 @@
+"""What an answer about a chain is held to beside the calls that decide it: geometries of models, layouts, values, eps. Each
+is a dense Gaussian call, held to the envelope of the plan that was found, and small geometries are asked exactly too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint import facts, probes
+from castpoint.harness.fingerprint.answer import Question
+from castpoint.harness.fingerprint.blackbox import Refused
+from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
+from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
+from castpoint.harness.fingerprint.heads import Geometry
+from castpoint.harness.fingerprint.questions import EPS, Draw
+from castpoint.harness.fingerprint.rules import RNA, RNZ, Rule
+from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
+from castpoint.variants.envelope import envelope
+from castpoint.variants.problem import Problem
+
+# Tokens and geometry: every width of Qwen3 (0.6B to Coder 480B) and Llama (1B to 405B), head sizes 64 to 256, one to 32
+# heads, one to eight of k and v; Qwen3 0.6B, Qwen2.5 0.5B and Gemma 3 270M as they are.
+GEOMETRIES = (
+    (1, Geometry(1024, 16, 8, 128)),
+    (3, Geometry(2048, 4, 2, 64)),
+    (5, Geometry(2560, 5, 1, 80)),
+    (7, Geometry(4096, 2, 2, 96)),
+    (17, Geometry(5120, 3, 1, 128)),
+    (2, Geometry(3072, 1, 1, 256)),
+    (9, Geometry(6144, 1, 1, 128)),
+    (4, Geometry(8192, 2, 1, 64)),
+    (3, Geometry(16384, 1, 1, 64)),
+    (33, Geometry(896, 14, 2, 64)),
+    (130, Geometry(640, 4, 1, 256)),
+    (600, Geometry(256, 2, 1, 128)),
+    (1025, Geometry(256, 1, 1, 64)),
+    (2, Geometry(512, 32, 4, 128)),
+    (1, Geometry(4096, 2, 1, 128)),
+    (100, Geometry(1536, 2, 2, 128)),
+)
+EXACT = 1 << 20  # weights up to which a geometry is asked exactly too
+LAYOUTS = ("rows of a packed buffer", "an offset of one element")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A chain's input norm, its head norm, and the words of its plan."""
+
+    norm: Rule
+    head: Rule
+    words: dict[str, str]
+
+    @property
+    def plan(self) -> CastPlan:
+        """As an envelope knows it: without the ways of ties."""
+        first = {name: word.split(" or ")[0] for name, word in self.words.items() if name in vars(CastPlan())}
+        return CastPlan(**{name: RNE if word in (RNA, RNZ) else word for name, word in first.items()})
+
+
+def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Question]:
+    base = (probes.ROWS, calls.geometry)
+    for tokens, geometry in dict.fromkeys((base, *GEOMETRIES)):
+        what = f"[{tokens}, {geometry.width}], {str(geometry).partition(', ')[2]}"
+        yield Question("x", what, functools.partial(_at, calls.at(geometry), found, tokens))
+    tokens, geometry = base
+    dense = Dense(calls, found)
+    x = dense.x(tokens)
+    for layout in LAYOUTS:
+        yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
+    draw = Draw(found.norm, dense.weights()[0].float(), False)
+    for what, rows in draw.values(tokens, geometry.width):
+        yield Question("values", what, functools.partial(dense.ask, rows.x))
+    for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
+        small = x * 2.0 ** round(math.log2(eps or 1) / 2)
+        yield Question("eps", f"{eps:g}", functools.partial(dense.ask, small, eps=eps))
+
+
+def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
+    """What is left unexplained of dense rows there, or else of exact ones."""
+    geometry, dense = calls.geometry, Dense(calls, found)
+    miss = dense.ask(dense.x(tokens))
+    if miss or geometry.columns * geometry.width > EXACT:
+        return miss
+    rng = torch.Generator().manual_seed(1)
+    draw = Draw(found.norm, probes.norm_weight(geometry.width, rng), calls.box.takes("residual"))
+    readout = probes.general_readout(rng, geometry.width, geometry.head_dim)
+    rows = probes.norm_rows(geometry.width, rng, residual=draw.residual)
+    firm = settled(found.norm, rows).nonzero()[:, 0]
+    rows = dataclasses.replace(rows.of(firm[torch.arange(tokens) % len(firm)]), readout=readout)
+    if miss := missed(found.norm, calls.v(rows)):
+        return dataclasses.replace(miss, why=f"{miss.why} in v" if miss.why else "in v")
+    _, qk = calls.qk(found.norm, rng, probes.EPS_SMALL, tokens=tokens)
+    places = torch.arange(len(qk.stored)) % len(qk.rows.x)
+    firm = settled(found.head, qk.rows)[places]
+    known = Call(qk.rows.of(places[firm]), qk.stored[firm], qk.dtype)
+    miss = missed(found.head, known)
+    return dataclasses.replace(miss, why=f"{miss.why} in q and k" if miss.why else "in q and k") if miss else miss
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gaussian weights of a geometry, and what a plan's envelope leaves unexplained of calls with them."""
+
+    calls: ChainCalls
+    found: Found
+
+    def x(self, tokens: int) -> Tensor:
+        rng = torch.Generator().manual_seed(tokens)
+        return probes.gaussian([tokens, self.calls.geometry.width], rng)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Of the input norm, of the projection, of q's and k's norms; bf16."""
+        g, rng = self.calls.geometry, torch.Generator().manual_seed(5)
+        norm, q, k = (
+            (torch.randn(size, generator=rng).abs() + 0.5).bfloat16() for size in (g.width, g.head_dim, g.head_dim)
+        )
+        return norm, (torch.randn(g.columns, g.width, generator=rng) / g.width**0.5).bfloat16(), q, k
+
+    def ask(self, x: Tensor, layout: str = "contiguous", eps: float = probes.EPS_SMALL) -> Miss:
+        """What the plan's envelope leaves unexplained of x [T, D], given in as many calls as it takes."""
+        g, plan = self.calls.geometry, self.found.plan
+        norm, weight, q_norm, k_norm = self.weights()
+        offset = self.found.words["weight_offset"] != "none"
+        problem = Problem(x.bfloat16(), norm, weight, *g.heads, q_norm, k_norm, eps=eps, weight_offset=offset)
+        stored = self.stored(x, eps, layout)
+        for name, ends in envelope(plan, problem).items():
+            low, high = (end.flatten(1) for end in ends)
+            if miss := _outside(stored[name].flatten(1).double(), low, high, plan):
+                return dataclasses.replace(miss, why=f"{miss.why} in {name}" if miss.why else f"in {name}")
+        return Miss(0, 1)
+
+    def stored(self, x: Tensor, eps: float, layout: str = "contiguous", finite: bool = True) -> dict[str, Tensor]:
+        norm, weight, q_norm, k_norm = self.weights()
+        heads, box = self.calls.geometry.heads, self.calls.box
+
+        def ask(part: Tensor) -> tuple[Tensor, ...]:
+            return box.qkv(x[part], norm, weight, q_norm, k_norm, eps, *heads, layout=layout, finite=finite)
+
+        return dict(zip("qkv", in_parts(len(x), self.calls.tokens, ask), strict=True))
+
+
+def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
+    """Elements [T, C] outside of what sums in fp32 explain, if more or farther away than noise may be."""
+    nearest = stored.clamp(low, high)
+    wrong = nearest != stored
+    size = torch.maximum(stored.abs(), nearest.abs())
+    ulp = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - (8 if plan.out != KEEP else 24))
+    roundings = sum(getattr(plan, name) != KEEP for name in ("proj", "head_rstd", "head_normed", "out"))
+    far = ((stored - nearest).abs() / ulp.clamp(min=2.0**-133)).nan_to_num(nan=math.inf)
+    why = beyond(wrong, far, 2 * max(roundings, 1), stored, nearest)
+    return Miss(int(wrong.sum()) if why else 0, wrong.numel(), why.strip())
+
+
+def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
+    """facts.all_facts of q, k and v at once, with 2048 channels if it takes them."""
+    for geometry in (dataclasses.replace(calls.geometry, width=2048), calls.geometry):
+        dense = Dense(calls.at(geometry), found)
+
+        def stored(x: Tensor, finite: bool, dense: Dense = dense) -> Tensor:
+            outputs = dense.stored(x, probes.EPS_SMALL, finite=finite)
+            return torch.cat([output.flatten(1) for output in outputs.values()], dim=1)
+
+        with contextlib.suppress(Refused):
+            return facts.all_facts(stored, dense.ask, geometry.width, calls.tokens)
+    return {}

@@ -1,0 +1,120 @@
+"""What an answer about a norm is held to beside the calls that decide it: the shapes, the layouts in memory, the values and
+the eps of public models. Each question changes one thing, so that a reason can name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint import probes
+from castpoint.harness.fingerprint.answer import Question
+from castpoint.harness.fingerprint.evidence import Miss, settled
+from castpoint.harness.fingerprint.rules import Rows, Rule
+
+# Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and Llama
+# (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.
+WIDTHS = (1024, 2048, 4096, 5120, 2560, 3072, 6144, 8192, 16384)
+NORM_SHAPES = (
+    *([1, 8192], [2, 1024], [3, 1000], [5, 5120], [7, 2560], [8, 4096], [13, 6144], [3, 16384], [17, 3072], [33, 640]),
+    *([100, 896], [129, 2048], [257, 1536], [600, 2048], [1025, 256], [1, 256], [2, 2048]),
+)
+HEAD_SHAPES = (
+    *([1, 16, 256], [600, 1, 64], [600, 16, 128], [1, 1, 128], [2, 8, 80], [3, 5, 96], [7, 40, 128], [17, 3, 256]),
+    *([33, 32, 64], [130, 2, 112], [9, 64, 128]),
+)
+EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
+LAYOUTS = ("rows of a packed buffer", "an offset of one element")
+HEAD_LAYOUTS = (*LAYOUTS, "heads before tokens in memory")
+DRAWN = 1 << 16  # elements of rows drawn to choose settled ones from
+
+
+Ask = Callable[
+    [Rows, list[int] | None, str], Miss
+]  # rows, given as x of that shape (None: of the first), in that layout
+
+
+def questions(
+    rule: Rule, weight: Tensor, shape: list[int], eps: Sequence[float], residual: bool, ask: Ask
+) -> Iterator[Question]:
+    """All that a norm is held to which was found to be the rule at that shape of x with that weight [D]; eps besides
+    EPS."""
+    draw, heads, width = Draw(rule, weight, residual), len(shape) == 3, shape[-1]
+    count = max(probes.ROWS, math.prod(shape[:-1]))
+
+    def question(
+        about: str, what: str, rows: Rows, shape: list[int] | None = None, layout: str = "contiguous"
+    ) -> Question:
+        return Question(about, what, functools.partial(ask, rows, shape, layout))
+
+    yield question("x", str(shape), draw.mixed(count, width))
+    for other in HEAD_SHAPES if heads else NORM_SHAPES:
+        yield question("x", str(other), draw.mixed(math.prod(other[:-1]), other[-1]), other)
+    for layout in HEAD_LAYOUTS if heads else LAYOUTS:
+        yield question("memory", layout, draw.gaussian(count, width), layout=layout)
+    for what, rows in draw.values(count, width):
+        yield question("values", what, rows)
+    for value in dict.fromkeys((*eps, *EPS)):
+        scale = 2.0 ** round(math.log2(value or 1) / 2)
+        yield question("eps", f"{value:g}", draw.gaussian(count, width, scale=scale, eps=value))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Rows on which an error of a few fp32 ulps, in the mean or the root, leaves what the rule rounds of them as it is.
+    The weight is that of the deciding calls, repeated to any width: another shape brings no new one."""
+
+    rule: Rule
+    weight: Tensor
+    residual: bool
+
+    def gaussian(self, count: int, width: int, *, scale: float = 1.0, eps: float = probes.EPS_SMALL) -> Rows:
+        """Gaussian rows of that standard deviation, whose sums are rounded."""
+        rng = torch.Generator().manual_seed(count * width)
+        return self._settled(scale * probes.gaussian([self._drawn(count, width), width], rng), count, eps, rng, scale)
+
+    def mixed(self, count: int, width: int) -> Rows:
+        """Gaussian rows, and between them rows whose sums are exact in any order."""
+        rng = torch.Generator().manual_seed(count * width + 1)
+        x = probes.gaussian([self._drawn(count, width), width], rng)
+        low = 2 ** (int(math.log2(2**24 / width) / 2) - 1)  # values of so many bits that the squares' sum has 24
+        exact = probes.integers(low, 2 * low, x[1::2].shape, rng) / low
+        x[1::2] = exact * 2.0 ** torch.randint(-4, 6, [len(exact), 1], generator=rng)
+        return self._settled(x, count, probes.EPS_SMALL, rng)
+
+    def values(self, count: int, width: int) -> Iterator[tuple[str, Rows]]:
+        """Rows as streams of real models have them, and those that clamps, fp16 and fast paths change."""
+        rng = torch.Generator().manual_seed(2)
+        x = probes.gaussian([self._drawn(count, width), width], rng)
+        one = torch.arange(len(x)), torch.randint(0, width, [len(x)], generator=rng)
+        spike, massive, alone, gaps = x.clone(), x.clone(), torch.zeros_like(x), x.clone()
+        spike[one] = 30 * x[one].sign()
+        massive[one] = 2.0 ** (10 + 8 * torch.rand(len(x), generator=rng)) * x[one].sign()
+        alone[one] = x[one]
+        gaps[::2] = 0
+        powers = 2.0 ** torch.tensor([-12, 12, -8, 8, -4, 4]).float()
+        for what, rows in (
+            ("one channel of 30 sigma", spike),
+            ("rows scaled by 2^-12 to 2^12", spike * powers[torch.arange(len(x)) % 6, None]),
+            ("one channel of 2^10 to 2^18", massive),
+            ("one channel that is not zero", alone),
+            ("rows of zeros", gaps),
+        ):
+            yield what, self._settled(rows.bfloat16().float(), count, probes.EPS_SMALL, rng)
+
+    def _drawn(self, count: int, width: int) -> int:
+        return max(count, min(64, DRAWN // width), 2)
+
+    def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
+        weight = self.weight[torch.arange(x.shape[1]) % len(self.weight)]
+        residual = scale * probes.gaussian(x.shape, rng) if self.residual else None
+        rows = Rows(x, weight, eps, x.shape[1], residual, exact=False)
+        firm = settled(self.rule, rows).nonzero()[:, 0]
+        firm = torch.arange(len(x)) if not len(firm) else firm
+        chosen = firm[torch.arange(count) % len(firm)]
+        return dataclasses.replace(rows, x=x[chosen], residual=None if residual is None else residual[chosen])

@@ -1,0 +1,20 @@
+"""What a user's kernel is called with. Loads no torch: the command line checks its options with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that a kernel takes where not every size will do; None is any. heads: of q, or of the one kind that a head
+    norm sees, and of k and v. eps: asked besides those of public models."""
+
+    width: int | None = None
+    head_dim: int | None = None
+    heads: tuple[int, ...] | None = None
+    tokens: int | None = None
+    eps: float | None = None
+
+
+ANY = Sizes()

@@ -1,0 +1,78 @@
+"""Which way ties go: a rounding to nearest is to even until the callable shows otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from castpoint.harness.fingerprint import probes
+from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects
+from castpoint.harness.fingerprint.rules import RNA, RNZ, Readout, Rows, Rule
+from castpoint.kernels.plan import KEEP, RNE
+
+SEARCHES = 4
+
+
+def ties(
+    rule: Rule, calls: Sequence[Call], ask: Callable[[Rows], Call] | None = None, readout: Readout | None = None
+) -> tuple[dict[str, str], str]:
+    """The words of the rule's roundings whose ties do not go to even, and what no word explains, or an empty text.
+
+    Ties are sought in the calls, and where they have few in rows that ask is given. Ties of a mean, a root, or x times a
+    root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
+    """
+    words: dict[str, str] = {}
+    for name in ("x", "statistics", "variance", "rstd", "normed", "weight_offset", "hidden", "out"):
+        if getattr(rule, name) != RNE:
+            continue
+        even, away, zero = (rule.replace(**{name: word}) for word in (RNE, RNA, RNZ))
+        found = [*calls, *(_searched((even, away, zero), calls, ask, readout) if ask else [])]
+        for other, word in ((away, RNA), (zero, RNZ)):
+            if rejects(other, even, found):
+                words[name] = word
+        if words.get(name) == RNA and rejects(zero, away, found):
+            words[name] = RNZ
+        number, as_even, _ = count_votes(even, away, found)
+        if name not in words and _sure(rule, name) and number >= TELLING and as_even < 0.75 * number:
+            return (
+                {},
+                f"of {number:g} ties of {name} {as_even:g} go to even, and neither all away from zero nor all toward it",
+            )
+    return words, ""
+
+
+def refined(
+    rules: Sequence[Rule], width: int, main: Sequence[Call], calls: list[Call], ask: Callable[[Rows], Call],
+    readout: Readout | None = None,
+) -> tuple[list[list[Rule]], str, str]:  # fmt: skip
+    """evidence.refine of the rules, and again where it shows that ties go otherwise: groups of rules left, what was said
+    of the first two, and what of ties no word explains. calls grow."""
+    while True:
+        groups, said = refine(rules, width, calls, ask, readout)
+        words, unexplained = ties(groups[0][0], [*main, *calls], ask, readout)
+        if not words:
+            return groups, said, unexplained
+        rules = with_ties(rules, words)
+
+
+def with_ties(rules: Sequence[Rule], words: dict[str, str]) -> list[Rule]:
+    """The rules with those words where they round to nearest."""
+    own = [{name: word for name, word in words.items() if getattr(rule, name) == RNE} for rule in rules]
+    return [rule.replace(**changes) for rule, changes in zip(rules, own, strict=True)]
+
+
+def _sure(rule: Rule, name: str) -> bool:
+    """Whether a tie there is one whatever an implementation's root is."""
+    return name in ("x", "statistics", "weight_offset") or (name in ("hidden", "out") and rule.normed != KEEP)
+
+
+def _searched(
+    rules: tuple[Rule, ...], calls: Sequence[Call], ask: Callable[[Rows], Call], readout: Readout | None
+) -> list[Call]:
+    found: list[Call] = []
+    width = calls[0].rows.width
+    for seed in range(SEARCHES):
+        if count_votes(rules[0], rules[1], [*calls, *found])[0] >= 2 * TELLING:
+            break
+        rows = probes.telling_rows(rules, width, seed, readout)
+        found += [ask(rows)] if rows is not None else []
+    return found
