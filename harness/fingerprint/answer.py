@@ -158,14 +158,13 @@ def none_of_these(nearest: dict[str, str], share: float, runner_up: float | None
 
 
 def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
-    """One answer from those of a callable with each of its optional arguments by itself. What it refuses is listed, and if
-    that is all an error; where two are different functions the answer is `none`."""
+    """One answer from those of a callable with each of its optional arguments by itself. What it refuses is listed, and
+    if that is all an error; where two are different functions the answer is `none`."""
     names = {given: " and ".join(given) or "no optional argument" for given in answers}
     there = {given: answer for given, answer in answers.items() if answer.status != "refused"}
-    if not there:
-        return dataclasses.replace(next(iter(answers.values())), status="error")
-    if len(answers) == 1:
-        return next(iter(there.values()))
+    if len(answers) == 1 or all(answer.status in ("refused", "error") for answer in answers.values()):
+        first = next(iter(answers.values()))
+        return dataclasses.replace(first, status="error") if first.status == "refused" else first
     calls = []
     for given, answer in answers.items():
         result = f"refused: {answer.reason}" if given not in there else "same" if answer.candidates else answer.status

@@ -117,8 +117,8 @@ class BlackBox:
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, layout: str = "contiguous",
         finite: bool = True,
     ) -> Tensor:  # fmt: skip
-        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. layout: how x, and with an
-        offset the weight, lie in memory. finite: y must be."""
+        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. layout: how x, and with
+        an offset the weight, lie in memory. finite: y must be."""
         extra = self._extra(layout, residual=torch.zeros_like(x) if residual is None else residual)
         arguments = [self._given(x, layout), self._given(weight, layout if "offset" in layout else "contiguous"), eps]
         (y,) = self._call(arguments, extra, [list(x.shape)], finite)

@@ -49,9 +49,9 @@ class NormCalls:
         tokens = self.tokens or math.ceil(rows / (self.heads or 1))
         return [tokens, self.width] if self.heads is None else [tokens, self.heads, self.width]
 
-    def call(self, rows: Rows, layout: str = "contiguous") -> Call:
-        """The rows, in as many calls as it takes."""
-        shape, dtypes = self.shape(len(rows.x)), []
+    def call(self, rows: Rows, layout: str = "contiguous", shape: list[int] | None = None) -> Call:
+        """The rows as x of that shape, in as many calls as it takes."""
+        shape, dtypes = shape or self.shape(len(rows.x)), []
 
         def ask(part: Tensor) -> tuple[Tensor, ...]:
             call = self.at(rows.of(part), shape, layout)
@@ -98,8 +98,8 @@ class ChainCalls:
     def qk(
         self, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False, tokens: int = probes.ROWS
     ) -> tuple[HeadRows, Call]:
-        """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows. More
-        tokens than ROWS begin again, in what is stored alone."""
+        """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows.
+        More tokens than ROWS begin again, in what is stored alone."""
         g = self.geometry
         given = head_rows(g, rng)
         q_weight, k_weight = (probes.norm_weight(g.head_dim, rng) for _ in range(2))

@@ -64,7 +64,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     for name, q in (("q", True), ("k", False)):
         seen[name] = (head_rules, heads[0], [calls.of_heads(call, q=q) for call in head_calls])
     if why := "; ".join(text for name, of in seen.items() if (text := _unexplained(name, *of))):
-        return none_of_these(nearest, share, runner_up, norm_ties or head_ties or why)
+        return none_of_these(nearest, share, runner_up, why)
     if norm_ties or head_ties:
         return none_of_these(nearest, share, runner_up, norm_ties or head_ties)
     both = itertools.product(norms, classes(heads, head_calls))

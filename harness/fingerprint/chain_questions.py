@@ -1,5 +1,6 @@
-"""What an answer about a chain is held to beside the calls that decide it: geometries of models, layouts, values, eps. Each
-is a dense Gaussian call, held to the envelope of the plan that was found, and small geometries are asked exactly too."""
+"""What an answer about a chain is held to beside the calls that decide it: geometries of models, layouts, values, eps.
+Each is a dense Gaussian call, held to the envelope of the plan that was found, and small geometries are asked exactly
+too."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ class Miss:
 
 
 def missed(rule: Rule, call: Call) -> Miss:
-    """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away than
-    two ulps for each of its roundings."""
+    """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away
+    than two ulps for each of its roundings."""
     wrong, ulps = call.wrong(rule)[0], call.ulps(rule)
     why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows))
     return Miss(int(wrong.sum()) if why else 0, int(call.rows.nonzero.sum()), why.strip())

@@ -14,6 +14,7 @@ from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.evidence import Miss
 
 COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
+WINDOW = 8  # rows that are asked at least with each count
 Stored = Callable[[Tensor, bool], Tensor]  # what is stored of x [T, D], [T, ...], and whether that must be finite
 Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplained of x [T, D], a layout and eps
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
@@ -36,9 +37,9 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
     alone = stored(x, True)
     tried, other = [], []
     for count in () if tokens else COUNTS:
-        rows = torch.arange(count) % len(x)
+        calls = [(torch.arange(count) + start) % len(x) for start in range(0, WINDOW, count)]
         try:
-            same = _same(stored(x[rows], True), alone[rows])
+            same = all(_same(stored(x[rows], True), alone[rows]) for rows in calls)
         except Refused:
             continue
         tried.append(f"{count}")

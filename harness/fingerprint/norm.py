@@ -47,6 +47,8 @@ NORM_WORDS = {
     "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
 }
 
+FEW = 0.97  # share explained, from which on ties may be what is left
+
 
 def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY) -> Answer:
     """The fingerprint of fn, a callable of blackbox.KINDS, called on that device with those sizes. Never guesses.
@@ -130,7 +132,7 @@ def _norm(box: BlackBox, sizes: Sizes) -> Answer:
     misses = [missed(best, call) for call in main]
     nearest = named(best)
     if any(misses):
-        why = unexplained or other_eps(rules, main) or by_eps(misses, main)
+        why = other_eps(rules, main) or (unexplained if ranking.share > FEW else "") or by_eps(misses, main)
         return none_of_these(nearest, ranking.share, ranking.runner_up, why)
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     variants = [v for rule in (best, *left) for v in arithmetic(rule)]
@@ -142,7 +144,7 @@ def _norm(box: BlackBox, sizes: Sizes) -> Answer:
     answer = answer_of([[named(rule) for rule in group] for group in groups], share, ranking.runner_up, said)
 
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
-        return missed(rule, asked.at(rows, shape, layout) if shape else asked.call(rows, layout))
+        return missed(rule, asked.call(rows, layout, shape))
 
     weight, eps = main[0].rows.weight, () if sizes.eps is None else (sizes.eps,)
     answer = dataclasses.replace(answer, asked=refused)

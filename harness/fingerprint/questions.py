@@ -1,5 +1,5 @@
-"""What an answer about a norm is held to beside the calls that decide it: the shapes, the layouts in memory, the values and
-the eps of public models. Each question changes one thing, so that a reason can name it."""
+"""What an answer about a norm is held to beside the calls that decide it: the shapes, the layouts in memory, the values
+and the eps of public models. Each question changes one thing, so that a reason can name it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.evidence import Miss, settled
 from castpoint.harness.fingerprint.rules import Rows, Rule
 
-# Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and Llama
-# (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.
+# Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
+# Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.
 WIDTHS = (1024, 2048, 4096, 5120, 2560, 3072, 6144, 8192, 16384)
 NORM_SHAPES = (
     *([1, 8192], [2, 1024], [3, 1000], [5, 5120], [7, 2560], [8, 4096], [13, 6144], [3, 16384], [17, 3072], [33, 640]),
@@ -31,6 +32,7 @@ HEAD_SHAPES = (
 EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
 LAYOUTS = ("rows of a packed buffer", "an offset of one element")
 HEAD_LAYOUTS = (*LAYOUTS, "heads before tokens in memory")
+FEWEST = 4  # rows of each shape, in as many calls as it takes
 DRAWN = 1 << 16  # elements of rows drawn to choose settled ones from
 
 
@@ -54,7 +56,8 @@ def questions(
 
     yield question("x", str(shape), draw.mixed(count, width))
     for other in HEAD_SHAPES if heads else NORM_SHAPES:
-        yield question("x", str(other), draw.mixed(math.prod(other[:-1]), other[-1]), other)
+        at_once = math.prod(other[:-1])
+        yield question("x", str(other), draw.mixed(at_once * math.ceil(FEWEST / at_once), other[-1]), other)
     for layout in HEAD_LAYOUTS if heads else LAYOUTS:
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
@@ -79,12 +82,13 @@ class Draw:
         return self._settled(scale * probes.gaussian([self._drawn(count, width), width], rng), count, eps, rng, scale)
 
     def mixed(self, count: int, width: int) -> Rows:
-        """Gaussian rows, and between them rows whose sums are exact in any order."""
+        """Gaussian rows, and after each one whose sums are exact in any order: of its squares bf16 rounds most up or
+        down, which a sum of many Gaussian ones would hide."""
         rng = torch.Generator().manual_seed(count * width + 1)
         x = probes.gaussian([self._drawn(count, width), width], rng)
-        low = 2 ** (int(math.log2(2**24 / width) / 2) - 1)  # values of so many bits that the squares' sum has 24
-        exact = probes.integers(low, 2 * low, x[1::2].shape, rng) / low
-        x[1::2] = exact * 2.0 ** torch.randint(-4, 6, [len(exact), 1], generator=rng)
+        exact = probes.norm_rows(width, rng, count=2 * len(x)).x
+        biased = torch.arange(len(exact)) % 3 > 0
+        x[1::2] = pad(exact[biased][: len(x) // 2], (0, width - exact.shape[1]))
         return self._settled(x, count, probes.EPS_SMALL, rng)
 
     def values(self, count: int, width: int) -> Iterator[tuple[str, Rows]]:
@@ -108,7 +112,7 @@ class Draw:
             yield what, self._settled(rows.bfloat16().float(), count, probes.EPS_SMALL, rng)
 
     def _drawn(self, count: int, width: int) -> int:
-        return max(count, min(64, DRAWN // width), 2)
+        return max(count, min(64, DRAWN // width), 8)
 
     def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
         weight = self.weight[torch.arange(x.shape[1]) % len(self.weight)]

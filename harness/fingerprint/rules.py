@@ -28,8 +28,8 @@ EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf
 ROOTS = ("rsqrt", "sqrt", "1/sqrt")
 ORDERS = ("(x*rstd)*w", "x*(rstd*w)", "(x*w)*rstd")
 OFFSETS = ("none", KEEP, RNE)
-# To nearest as RNE, but for ties, which go away from zero (IEEE 754 roundTiesToAway, PTX's .rna) or toward it. No plan of
-# the lab has them: an answer can.
+# To nearest as RNE, but for ties, which go away from zero (IEEE 754 roundTiesToAway, PTX's .rna) or toward it. No plan
+# of the lab has them: an answer can.
 RNA, RNZ = "bf16-rna", "bf16-rnz"
 T = TypeVar("T")
 TF32 = {matmul: CastPlan(hidden=KEEP, matmul=matmul) for matmul in ("tf32", "tf32x3")}
@@ -158,8 +158,8 @@ def mean_of_squares(rule: Rule, rows: Rows) -> Tensor:
 
 
 def means_agree(rule: Rule, rows: Rows) -> Tensor:
-    """[R, 1] bool: whether the mean is the same by division, as a CPU makes it, and by multiplication with 1 / width, as
-    CUDA does: an ulp apart in some rows where the width is no power of two."""
+    """[R, 1] bool: whether the mean is the same by division, as a CPU makes it, and by multiplication with 1 / width,
+    as CUDA does: an ulp apart in some rows where the width is no power of two."""
     total = round_to(source(rule, rows).square(), rule.statistics).double().sum(-1, keepdim=True)
     return (total / rows.width).float() == total.float() * torch.tensor(1 / rows.width)
 
@@ -233,7 +233,8 @@ def size_of_terms(rule: Rule, rows: Rows) -> Tensor:
     readout = rows.readout
     sizes = {name: getattr(readout, name).abs() for name in ("first", "second")}
     bias = None if readout.bias is None else readout.bias.abs()
-    sized = dataclasses.replace(rows, x=source(rule, rows).abs(), residual=None, weight=applied_weight(rule, rows).abs(),
+    x, weight = source(rule, rows).abs(), applied_weight(rule, rows).abs()
+    sized = dataclasses.replace(rows, x=x, residual=None, weight=weight,
                                 readout=dataclasses.replace(readout, bias=bias, **sizes))  # fmt: skip
     plain = Rule(statistics=rule.statistics, hidden=KEEP, matmul="fp32", scale=rule.scale, out=KEEP)
     return predict(plain, sized)

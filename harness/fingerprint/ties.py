@@ -17,8 +17,8 @@ def ties(
 ) -> tuple[dict[str, str], str]:
     """The words of the rule's roundings whose ties do not go to even, and what no word explains, or an empty text.
 
-    Ties are sought in the calls, and where they have few in rows that ask is given. Ties of a mean, a root, or x times a
-    root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
+    Ties are sought in the calls, and where they have few in rows that ask is given. Ties of a mean, a root, or x times
+    a root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
     """
     words: dict[str, str] = {}
     for name in ("x", "statistics", "variance", "rstd", "normed", "weight_offset", "hidden", "out"):
@@ -33,10 +33,7 @@ def ties(
             words[name] = RNZ
         number, as_even, _ = count_votes(even, away, found)
         if name not in words and _sure(rule, name) and number >= TELLING and as_even < 0.75 * number:
-            return (
-                {},
-                f"of {number:g} ties of {name} {as_even:g} go to even, and neither all away from zero nor all toward it",
-            )
+            return {}, f"of {number:g} ties of {name} {as_even:g} go to even, the others not all one way"
     return words, ""
 
 
@@ -44,8 +41,8 @@ def refined(
     rules: Sequence[Rule], width: int, main: Sequence[Call], calls: list[Call], ask: Callable[[Rows], Call],
     readout: Readout | None = None,
 ) -> tuple[list[list[Rule]], str, str]:  # fmt: skip
-    """evidence.refine of the rules, and again where it shows that ties go otherwise: groups of rules left, what was said
-    of the first two, and what of ties no word explains. calls grow."""
+    """evidence.refine of the rules, and again where it shows that ties go otherwise: groups of rules left, what was
+    said of the first two, and what of ties no word explains. calls grow."""
     while True:
         groups, said = refine(rules, width, calls, ask, readout)
         words, unexplained = ties(groups[0][0], [*main, *calls], ask, readout)

@@ -137,11 +137,13 @@ def test_the_json_of_an_answer(module: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     (line,) = result.stdout.splitlines()
     code, answer = result.returncode, json.loads(line)
-    fields = "status candidates share_equal runner_up_share_equal nearest reason plans shapes seconds kind".split()
+    fields = "status candidates share_equal runner_up_share_equal nearest reason plans asked facts seconds kind".split()
     assert code == 0 and list(answer) == fields and time.monotonic() - start < 30
     assert answer["status"] == "identified" and answer["candidates"][0]["normed"] == RNE and answer["seconds"] < 10
     assert survey.expected(HF, "rmsnorm").items() <= answer["candidates"][0].items()
-    assert answer["plans"] == ["hf"] and answer["shapes"] == [[64, 256], [4, 256], [1, 8192], [3, 1000], [600, 2048]]
+    assert (
+        answer["plans"] == ["hf"] and len(answer["asked"]) > 25 and {c["result"] for c in answer["asked"]} == {"same"}
+    )
 
 
 UNKNOWN = """

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import castpoint.harness.fingerprint.rules as family
 from castpoint.harness.fingerprint import probes, survey
-from castpoint.harness.fingerprint.answer import UNEXPLAINED, Answer, words_of
+from castpoint.harness.fingerprint.answer import Answer, words_of
+from castpoint.harness.fingerprint.evidence import UNEXPLAINED
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.probes import EPS_LARGE, norm_rows
 from castpoint.harness.fingerprint.rules import Rule, arithmetic, norm_rules, predict

@@ -1,0 +1,131 @@
+"""A chain that is right at the deciding calls and wrong elsewhere is no plan: heads, KV heads, head sizes, widths,
+tokens, layouts, values. Each part of the signature moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint.norm import identify, summary
+from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.kernels.plan import KEEP
+from castpoint.variants.catalogue import HF, ONE_ROUNDING
+from castpoint.variants.eager import eager_norm
+
+Chain = Callable[..., tuple[Tensor, ...]]
+EAGER = survey.chain(HF, "eager")
+
+
+def where(wrong: Callable[..., bool], then: Chain | None = None) -> Chain:
+    """hf, or another chain (k times 1.01) where x, the heads or the head size are such."""
+
+    def fn(
+        x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, heads: int, kv_heads: int
+    ) -> tuple[Tensor, ...]:
+        q, k, v = EAGER(x, w, weight, q_w, k_w, eps, heads, kv_heads)
+        if not wrong(x=x, heads=heads, kv_heads=kv_heads, head_dim=len(q_w), eps=eps):
+            return q, k, v
+        return then(x, w, weight, q_w, k_w, eps, heads, kv_heads) if then else (q, k * 1.01, v)
+
+    return fn
+
+
+def split_k(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, heads: int, kv: int) -> object:
+    """Partial sums of 512 channels each, stored as bf16."""
+    hidden = eager_norm(x, w, eps, False).float()
+    parts = [h @ p.T for h, p in zip(hidden.split(512, 1), weight.float().split(512, 1), strict=True)]
+    proj = sum(part.bfloat16() for part in parts) if len(parts) > 1 else parts[0].bfloat16()
+    q, k, v = proj.reshape(len(x), -1, len(q_w)).split([heads, kv, kv], dim=1)
+    return eager_norm(q, q_w, eps, False), eager_norm(k, k_w, eps, False), v
+
+
+def second_head_copied(*arguments: object) -> tuple[Tensor, ...]:
+    q, k, v = EAGER(*arguments)
+    return q, k[:, :1].expand_as(k), v
+
+
+def packed_rows_ignored(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return EAGER(torch.as_strided(x, x.shape, (x.shape[1], 1)), *rest)
+
+
+def head_eps_ignored(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
+    _, _, v = EAGER(x, w, weight, q_w, k_w, eps, *heads)
+    proj = (eager_norm(x, w, eps, False).double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
+    q, k, _ = proj.split([heads[0], heads[1], heads[1]], dim=1)
+    return eager_norm(q, q_w, 1e-6, False), eager_norm(k, k_w, 1e-6, False), v
+
+
+def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
+    q, _, v = EAGER(*arguments)
+    return q, survey.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
+
+
+FAULTS: dict[str, tuple[Chain, str]] = {
+    "two kv heads": (second_head_copied, "16 and 8 heads of 128"),
+    "split k from 1024 channels on": (split_k, "with x [1, 1024]"),
+    "five heads": (where(lambda heads, **_: heads == 5), "with x [5, 2560]"),
+    "heads of 80": (where(lambda head_dim, **_: head_dim == 80), "heads of 80"),
+    "heads of 256": (where(lambda head_dim, **_: head_dim == 256), "heads of 256"),
+    "one q head a kv head": (where(lambda heads, kv_heads, **_: heads == kv_heads), "2 and 2 heads of 96"),
+    "many heads": (where(lambda heads, **_: heads > 16), "32 and 4 heads of 128"),
+    "the width of Qwen3 14B": (where(lambda x, **_: x.shape[1] == 5120), "with x [17, 5120]"),
+    "a width of 896": (where(lambda x, **_: x.shape[1] == 896), "with x [33, 896]"),
+    "another plan for many tokens": (
+        where(lambda x, **_: len(x) > 512, survey.chain(ONE_ROUNDING, "eager")),
+        "with x [600, 256]",
+    ),
+    "another plan for one token": (
+        where(lambda x, **_: len(x) == 1, survey.chain(ONE_ROUNDING, "eager")),
+        "with x [1, 1024]",
+    ),
+    "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),
+    "x clamped": (lambda x, *rest: EAGER(x.clamp(-1e5, 1e5), *rest), "of q "),
+    "x of bf16's size clamped": (lambda x, *rest: EAGER(x.clamp(max=16384), *rest), "with one channel of 2^10 to 2^18"),
+    "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "with eps=1e-05"),
+    "a head norm that ignores eps": (
+        head_eps_ignored,
+        "of q all is explained if it adds 1e-06 whatever eps is; of k all is",
+    ),
+    "k by another plan than q": (k_by_another_plan, "of k "),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_chain_that_is_wrong_somewhere_is_no_plan(name: str) -> None:
+    fn, reason = FAULTS[name]
+    answer = identify(fn, "qkv")
+    assert answer.status == "none" and not answer.candidates and not answer.plans and answer.nearest, answer
+    assert reason in answer.reason and len(answer.reason) < 900, answer.reason
+    if name == "k by another plan than q":
+        assert "of q " not in answer.reason, answer.reason
+
+
+def test_a_right_chain_lists_what_it_was_asked() -> None:
+    answer = identify(EAGER, "qkv")
+    assert answer.plans == ["hf"] and {c["result"] for c in answer.asked} == {"same"}
+    said = summary(answer)
+    for part in (
+        "[1, 1024], 16 and 8 heads of 128",
+        "[3, 16384], 1 and 1 heads of 64",
+        "rows of a packed buffer",
+        "1e-05",
+    ):
+        assert part in said
+    assert set(answer.facts) == {"batch invariant", "subnormal x", "gaps between channels"}
+
+
+def test_a_chain_of_one_geometry_is_asked_there() -> None:
+    def fn(
+        x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, heads: int, kv_heads: int
+    ) -> object:
+        if (x.shape[1], heads, kv_heads, len(q_w)) != (640, 4, 2, 80) or len(x) != 16:
+            raise ValueError("only 16 tokens of 640 channels")
+        return EAGER(x, w, weight, q_w, k_w, eps, heads, kv_heads)
+
+    answer = identify(fn, "qkv", sizes=Sizes(width=640, heads=(4, 2), head_dim=80, tokens=16))
+    assert answer.plans == ["hf"], answer
+    assert identify(fn, "qkv").reason == "the callable raised ValueError: only 16 tokens of 640 channels"
