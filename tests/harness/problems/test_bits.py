@@ -29,7 +29,7 @@ OTHERS = {
     "qwen3-1.7b": "a37d4d734ea1",
     "published": "2d18c54ee213",
     "cases": "a2be9db3ebfe",
-    "probes": "9e42b2f70df0",
+    "probes": "cf7bf927db2e",
 }
 
 
