@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import triton
 
+from .checks import check_count, described
 from .plan import RNE, RTZ, CastPlan
 
 KERNELS = ("fused", "split-k", "separate")
@@ -45,6 +46,8 @@ class Config:
         for name, allowed in (("kernel", KERNELS), ("prepass", PREPASSES), ("num_warps", (1, 2, 4, 8, 16))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        for name in ("block_m", "block_k", "num_stages", "splits"):
+            check_count(name, getattr(self, name))
         for name in ("block_m", "block_k"):
             if (value := getattr(self, name)) < 16 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least 16, not {value}")
@@ -69,6 +72,13 @@ class Config:
         shares = f", {self.splits} splits" if self.kernel == "split-k" else ""
         tiles = f"{self.block_m} x {self.block_k}{shares}, {self.num_warps} warps, {self.num_stages} stages"
         return f"{self.kernel}{before} {tiles}"
+
+
+def check_config_type(config: Config | None) -> None:
+    """Raises ValueError for what is neither a config nor None, such as the name of a kernel."""
+    if config is not None and not hasattr(config, "prepass"):  # by what it has: a copied folder has a class of its own
+        right = "a Config, such as Config(kernel='separate'), or None"
+        raise ValueError(f"config must be {right}, not {described(config)}")
 
 
 def unsupported(config: Config, plan: CastPlan) -> str:

@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_eps, check_plan, check_rope, check_tensor
+from .checks import (
+    check_count,
+    check_eps,
+    check_no_grad,
+    check_outputs,
+    check_plain,
+    check_plan,
+    check_rope,
+    check_tensor,
+)
 from .plan import DEFAULT, CastPlan, words
 from .rounding import applied_weight, narrow, round_to, widen
 
@@ -126,7 +135,7 @@ def head_norm(
     for shapes, dtypes or devices that do not fit.
     """
     tokens, heads, head_dim = _check_heads(proj, eps, positions, cos_sin_cache, plan, weight=weight)
-    out = output_tensor("out", out, (tokens, heads, head_dim), plan.out, like=proj)
+    out = output_tensor("out", out, (tokens, heads, head_dim), plan.out, like=proj, first="proj")
     weight, positions = _contiguous(weight, positions)
     launch_head_norm(proj, weight, out, plan, eps, (positions, cos_sin_cache))
     return out
@@ -147,11 +156,12 @@ def qk_norm(
         raise ValueError("q_norm_weight and k_norm_weight must be given together, or neither")
     weights = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight}
     tokens, heads, head_dim = _check_heads(proj, eps, positions, cos_sin_cache, plan, **weights)
+    check_count("num_q_heads", num_q_heads)
     if not 0 < num_q_heads < heads:
         raise ValueError(f"num_q_heads must leave heads of {heads} to both q and k, not be {num_q_heads}")
     q, k = (
-        output_tensor(name, given, (tokens, count, head_dim), plan.out, like=proj)
-        for name, given, count in zip("qk", out or (None, None), (num_q_heads, heads - num_q_heads), strict=True)
+        output_tensor(name, one, (tokens, count, head_dim), plan.out, like=proj, first="proj")
+        for name, one, count in zip("qk", check_outputs(out, "qk"), (num_q_heads, heads - num_q_heads), strict=True)
     )
     q_norm_weight, k_norm_weight, positions = _contiguous(q_norm_weight, k_norm_weight, positions)
     launch_head_norm(proj, q_norm_weight, q, plan, eps, (positions, cos_sin_cache), k_norm_weight, k)
@@ -164,16 +174,21 @@ def _check_heads(
 ) -> tuple[int, int, int]:  # fmt: skip
     """Shape of proj. Raises ValueError for shapes, dtypes or devices that do not fit."""
     check_plan(plan)
+    for name, tensor in {"proj": proj, **weights}.items():
+        if tensor is not None or name == "proj":
+            check_plain(name, tensor)
     if proj.ndim != 3 or proj.stride(2) != 1:
         raise ValueError(f"proj must be [tokens, heads, head size] with contiguous heads, not {list(proj.shape)}")
     if proj.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"proj must be torch.bfloat16 or torch.float32, not {proj.dtype}")
     tokens, heads, head_dim = proj.shape
+    check_tensor("proj", proj, [tokens, heads, head_dim], like=proj, dtype=proj.dtype)
     for name, weight in weights.items():
         if weight is not None:
-            check_tensor(name, weight, [head_dim], like=proj)
+            check_tensor(name, weight, [head_dim], like=proj, first="proj")
     check_eps(eps)
-    check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj)
+    check_rope(positions, cos_sin_cache, tokens, head_dim, like=proj, first="proj")
+    check_no_grad(proj=proj, **weights)
     check_device("proj", proj, head_norm_kernel)
     return tokens, heads, head_dim
 
@@ -221,12 +236,18 @@ def _compiles_for_cpu() -> bool:
         return False
 
 
-def output_tensor(name: str, out: Tensor | None, shape: tuple[int, ...], storage: str, *, like: Tensor) -> Tensor:
+def output_tensor(
+    name: str, out: Tensor | None, shape: tuple[int, ...], storage: str, *, like: Tensor, first: str = "x"
+) -> Tensor:
     """out if it fits, else a new tensor: bf16, or float32 for storage 'fp32'. Raises ValueError if it does not fit."""
     dtype = torch.float32 if storage == "fp32" else torch.bfloat16
     if out is None:
         return torch.empty(shape, dtype=dtype, device=like.device)
-    check_tensor(name, out, list(shape), like=like, dtype=dtype)
+    check_plain(name, out, codes=True)
+    if out.dtype != dtype:  # converted it would be another tensor, and theirs stays empty
+        raise ValueError(f"{name} must be {dtype}, which the plan stores, not {out.dtype}: make it with that dtype")
+    check_tensor(name, out, list(shape), like=like, first=first, dtype=dtype)
+    check_no_grad(**{name: out})
     if out.stride(-1) != 1:
         raise ValueError(f"{name} must have contiguous heads (stride 1 in its last dimension), not {out.stride()}")
     return out

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import multiply
-from .checks import check_tensor
-from .config import Config
+from .checks import check_count, check_no_grad, check_plain, check_tensor
+from .config import Config, check_config_type
 from .head_norm import check_device, output_tensor
 from .norm_qkv import launch_constants
 from .plan import DEFAULT, RNE
@@ -49,7 +49,11 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
     head_dim: Dh, the rows of W that a program takes. config: tiles of kernel='fused' with prepass='hidden'.
     Raises ValueError for shapes, dtypes, devices, a head size or a config that do not fit.
     """
-    if (config.kernel, config.prepass) != ("fused", "hidden"):
+    check_plain("hidden", hidden)
+    check_plain("weight", weight)
+    check_count("head_dim", head_dim)
+    check_config_type(config)
+    if config is None or (config.kernel, config.prepass) != ("fused", "hidden"):
         raise ValueError(f"matmul is the loop of kernel='fused' after prepass='hidden': config must be, not {config}")
     if hidden.ndim != 2 or hidden.shape[1] == 0:
         raise ValueError(f"hidden must be [tokens, hidden size], not {list(hidden.shape)}")
@@ -60,9 +64,10 @@ def matmul(hidden: Tensor, weight: Tensor, head_dim: int, config: Config, out: T
     if head_dim < 1 or rows == 0 or rows % head_dim:
         raise ValueError(f"weight has {rows} rows, which do not divide into heads of {head_dim}")
     check_tensor("hidden", hidden, [tokens, hidden_size], like=hidden)
-    check_tensor("weight", weight, [rows, hidden_size], like=hidden)
+    check_tensor("weight", weight, [rows, hidden_size], like=hidden, first="hidden")
+    check_no_grad(hidden=hidden, weight=weight)
     interpreted = check_device("hidden", hidden, matmul_kernel)
-    out = output_tensor("out", out, (tokens, rows), RNE, like=hidden)
+    out = output_tensor("out", out, (tokens, rows), RNE, like=hidden, first="hidden")
     if tokens == 0:
         return out
     matmul_kernel[(triton.cdiv(tokens, config.block_m), rows // head_dim)](

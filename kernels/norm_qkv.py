@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import finish_head, multiply, row_rstd, row_squares
-from .checks import check_inputs, check_plan
-from .config import Config, head_block, unsupported
+from .checks import check_inputs, check_no_grad, check_outputs, check_plain, check_plan, check_tensor
+from .config import Config, check_config_type, head_block, unsupported
 from .dispatch import launch_config
 from .head_norm import check_device, launch_head_norm, output_tensor
 from .plan import DEFAULT, RNE, CastPlan, words
@@ -131,13 +131,20 @@ def norm_qkv(
     Launches with kernel='split-k' share counters and must be ordered on a device, as in one stream, and the first one
     cannot be captured into a CUDA graph. config=None takes split-K for few tokens: there both hold too, so launch once
     with as many tokens before a capture. On a CPU it runs only interpreted (TRITON_INTERPRET=1 set before the import).
-    Raises ValueError for inputs that do not fit and for a config that cannot express the plan.
+    There is no backward. Raises ValueError for inputs that do not fit or wait for a gradient, and for a config that
+    cannot express the plan.
     """
     check_plan(plan)
     check_inputs(
         x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps,
         positions, cos_sin_cache,
     )  # fmt: skip
+    check_no_grad(
+        x=x, norm_weight=norm_weight, qkv_weight=qkv_weight, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+        bias=bias, residual=residual,
+    )  # fmt: skip
+    check_config_type(config)
+    given = check_outputs(out, "qkv")
     interpreted = check_device("x", x, norm_qkv_kernel)
     tokens, hidden_size = x.shape
     head_dim = qkv_weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
@@ -150,10 +157,10 @@ def norm_qkv(
     packed = None
     if config.kernel == "separate" and out is None:
         packed = torch.empty(tokens, sum(heads), head_dim, dtype=torch.bfloat16, device=x.device)
-        out = packed.split(heads, dim=1)
+        given = packed.split(heads, dim=1)
     q, k, v = (
-        output_tensor(name, given, (tokens, count, head_dim), plan.out, like=x)
-        for name, given, count in zip(("q", "k", "v"), out or (None, None, None), heads, strict=True)
+        output_tensor(name, one, (tokens, count, head_dim), plan.out, like=x)
+        for name, one, count in zip("qkv", given, heads, strict=True)
     )
     if tokens == 0:
         return q, k, v
@@ -216,7 +223,17 @@ def launch_constants(plan: CastPlan, config: Config, head_dim: int, interpreted:
 
 
 def fold_norm_weight(qkv_weight: Tensor, norm_weight: Tensor, plan: CastPlan) -> Tensor:
-    """W' = bf16(W * w_in), [rows, D] bf16, for a plan with scale='folded'; done once, when a model is loaded."""
+    """W' = bf16(W * w_in), [rows, D] bf16, for a plan with scale='folded'; done once, when a model is loaded.
+
+    qkv_weight [rows, D] bf16, norm_weight [D] bf16. Raises ValueError for others.
+    """
+    check_plan(plan)
+    check_plain("qkv_weight", qkv_weight)
+    check_plain("norm_weight", norm_weight)
+    if qkv_weight.ndim != 2:
+        raise ValueError(f"qkv_weight must be [rows, hidden size], not {list(qkv_weight.shape)}")
+    check_tensor("qkv_weight", qkv_weight, list(qkv_weight.shape), like=qkv_weight)
+    check_tensor("norm_weight", norm_weight, [qkv_weight.shape[1]], like=qkv_weight)
     weight = norm_weight.float()
     if plan.weight_offset != "none":
         weight = 1 + weight

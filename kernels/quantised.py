@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .chain import dot, finish_head, load_x, row_rstd, row_squares, scaled
-from .checks import check_inputs, check_plan
-from .config import Config, default_config
+from .checks import check_inputs, check_no_grad, check_outputs, check_plain, check_plan, described
+from .config import Config, check_config_type, default_config
 from .head_norm import check_device, output_tensor
 from .norm_qkv import launch_constants
 from .plan import DEFAULT, KEEP, RNE, STORAGE, CastPlan
@@ -156,16 +156,21 @@ def quantised_norm_qkv(
     like = torch.empty(1, dtype=torch.bfloat16, device=packed.device).expand(packed.shape[0], hidden_size)
     check_inputs(
         x, norm_weight, like, num_q_heads, num_kv_heads, q_norm_weight, k_norm_weight, bias, residual, eps,
-        positions, cos_sin_cache,
+        positions, cos_sin_cache, weight_name="packed",
+    )  # fmt: skip
+    check_no_grad(
+        x=x, norm_weight=norm_weight, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, bias=bias,
+        residual=residual,
     )  # fmt: skip
     interpreted = check_device("x", x, quantised_kernel)
     tokens, heads = x.shape[0], (num_q_heads, num_kv_heads, num_kv_heads)
     head_dim = packed.shape[0] // sum(heads)
+    check_config_type(config)
     config = config or default_config(head_dim, plan, interpreted)
     check_config(config)
     q, k, v = (
-        output_tensor(name, given, (tokens, count, head_dim), plan.out, like=x)
-        for name, given, count in zip(("q", "k", "v"), out or (None, None, None), heads, strict=True)
+        output_tensor(name, one, (tokens, count, head_dim), plan.out, like=x)
+        for name, one, count in zip("qkv", check_outputs(out, "qkv"), heads, strict=True)
     )
     if tokens == 0:
         return q, k, v
@@ -187,10 +192,9 @@ def quantised_norm_qkv(
 
 def check_words(plan: CastPlan, format: str, weight: str) -> None:
     """Raises ValueError for an unknown word, and for a plan that these weights cannot have."""
-    if format not in BLOCK_BYTES:
-        raise ValueError(f"format must be one of {', '.join(BLOCK_BYTES)}, not {format!r}")
-    if weight not in STORAGE:
-        raise ValueError(f"weight must be one of {', '.join(STORAGE)}, not {weight!r}")
+    for name, word, allowed in (("format", format, tuple(BLOCK_BYTES)), ("weight", weight, STORAGE)):
+        if not isinstance(word, str) or word not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {described(word)}")
     if weight == KEEP and plan.matmul != "fp32":
         raise ValueError(
             f"weight={KEEP!r} keeps 15 or 19 bits, which matmul={plan.matmul!r} does not read: weight must be rounded"
@@ -201,10 +205,13 @@ def check_words(plan: CastPlan, format: str, weight: str) -> None:
 
 def check_packed(x: Tensor, packed: Tensor, format: str) -> int:
     """D. Raises ValueError unless packed holds rows of whole blocks of as many channels as x."""
+    check_plain("x", x)
+    check_plain("packed", packed, codes=True)
     if packed.dtype != torch.uint8 or packed.ndim != 2 or not packed.is_contiguous():
         raise ValueError(
             "packed must be a contiguous torch.uint8 tensor [rows, bytes], not "
             f"{packed.dtype} {list(packed.shape)} of strides {packed.stride()}"
+            + (": norm_qkv takes bf16 weights" if packed.dtype == torch.bfloat16 else "")
         )
     if x.ndim != 2 or x.shape[1] == 0 or x.shape[1] % BLOCK:
         raise ValueError(f"x must be [tokens, hidden size], the hidden size a multiple of {BLOCK}, not {list(x.shape)}")
