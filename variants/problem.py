@@ -27,6 +27,7 @@ class Problem:
     cos_sin_cache  [P, Dh] fp32 or bf16, a row a position: cos of Dh / 2 angles, then their sin; or None
     eps            added to the mean of squares, > 0
     weight_offset  True: norm weights are stored as w - 1 and applied as 1 + w (Gemma)
+    logit_scale    what attention multiplies q.k by, behind this chain; None: Dh^-1/2
     model, layer, weights   what the inputs are, for the record
 
     Raises ValueError with a sentence that says what is wrong and what would be right.
@@ -46,6 +47,7 @@ class Problem:
     cos_sin_cache: Tensor | None = None
     eps: float = 1e-6
     weight_offset: bool = False
+    logit_scale: float | None = None
     model: str = "custom"
     layer: int = 0
     weights: str = "given"
@@ -57,7 +59,7 @@ class Problem:
 
     def inputs(self) -> dict[str, Any]:
         """The arguments by which kernels.norm_qkv takes this problem."""
-        shown_only = ("weight_offset", "model", "layer", "weights")
+        shown_only = ("weight_offset", "logit_scale", "model", "layer", "weights")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown_only}
 
     @property

@@ -5,7 +5,8 @@ With r = sqrt(mean(k^2) + eps), n = k / r and y = w * n, an error e in k becomes
     dy = (1 / r) diag(w) (I - n n^T / d) e
 
 so an error in channel j is multiplied by |w_j| / r, its absolute gain; relative to y_j the weight cancels.
-Logits q.k / sqrt(d) inherit the absolute error; softmax sees absolute differences of logits.
+Logits q.k / sqrt(d), or times the model's own scale, inherit the absolute error; softmax sees absolute differences
+of logits.
 Attention here is causal and without position encoding, from the plan's q and k, in float64.
 """
 
@@ -31,7 +32,7 @@ def amplification(problem: Problem, chain: Chain, truth: Chain) -> dict[str, flo
     before = error_stats(actual=k_before(problem, chain), reference=k_before(problem, truth))
     after = error_stats(actual=chain.k, reference=truth.k)
     predicted, measured = channel_gains(problem, chain, truth)
-    logits, true_logits = attention_logits(chain.q, chain.k), attention_logits(truth.q, truth.k)
+    logits, true_logits = (attention_logits(side.q, side.k, problem.logit_scale) for side in (chain, truth))
     causal = true_logits.isfinite()
     error = (logits - true_logits)[causal]
     weights, true_weights = logits.softmax(-1), true_logits.softmax(-1)
@@ -70,10 +71,11 @@ def channel_gains(problem: Problem, chain: Chain, truth: Chain) -> tuple[Tensor,
     return predicted.nan_to_num(), (behind / arriving).nan_to_num()
 
 
-def attention_logits(q: Tensor, k: Tensor) -> Tensor:
-    """q.k / sqrt(Dh), [Hq, T, T] float64, -inf above the diagonal; q [T, Hq, Dh], k [T, Hkv, Dh]."""
+def attention_logits(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """q.k times scale (None: Dh^-1/2), [Hq, T, T] float64, -inf above the diagonal; q [T, Hq, Dh], k [T, Hkv, Dh]."""
     k = k.to(torch.float64).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = torch.einsum("qhd,khd->hqk", q.to(torch.float64), k) / math.sqrt(q.shape[-1])
+    logits = torch.einsum("qhd,khd->hqk", q.to(torch.float64), k)
+    logits = logits / math.sqrt(q.shape[-1]) if scale is None else logits * scale
     return logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -math.inf)
 
 

@@ -94,8 +94,8 @@ def measures(problem: Problem, chain: Chain, exact: Chain, channel: int) -> dict
     q_weight, k_weight = (applied(problem, w) for w in (problem.q_norm_weight, problem.k_norm_weight))
     k = error_stats(actual=chain.k, reference=exact.k)
     found = amplification(problem, chain, exact)
-    logits, true_logits = attention_logits(chain.q, chain.k), attention_logits(exact.q, exact.k)
-    parts = channel_parts(chain, exact)
+    logits, true_logits = (attention_logits(side.q, side.k, problem.logit_scale) for side in (chain, exact))
+    parts = channel_parts(chain, exact, problem.logit_scale)
     return {
         "channel": channel,
         "k_norm_there": k_weight[channel].item(),
@@ -137,8 +137,8 @@ class Parts:
 
     shares   <c_j sum_i c_i> / <(sum_i c_i)^2>: a channel's square, and half of its cross terms; they sum to 1
     squares  <c_j^2> / <(sum_i c_i)^2>: they sum to 1 less all cross terms
-    terms    root of <sum_j (q*_j k*_j)^2 / d>: independent roundings of relative rms e of q and k make of it a logit
-             error of rms sqrt(2) e terms
+    terms    root of <sum_j (q*_j k*_j)^2 / d>, with the model's scale for d^-1/2 where it has one: independent
+             roundings of relative rms e of q and k make of it a logit error of rms sqrt(2) e terms
     """
 
     shares: Tensor
@@ -146,7 +146,7 @@ class Parts:
     terms: float
 
 
-def channel_parts(chain: Chain, exact: Chain) -> Parts:
+def channel_parts(chain: Chain, exact: Chain, scale: float | None = None) -> Parts:
     """Parts of a plan's chain against the truth. Without an error shares and squares are NaN."""
     group = exact.q.shape[1] // exact.k.shape[1]
     q, true_q = chain.q.transpose(0, 1), exact.q.transpose(0, 1)  # [Hq, T, Dh]
@@ -158,5 +158,6 @@ def channel_parts(chain: Chain, exact: Chain) -> Parts:
     squares = (dq * dq * kk + 2 * dq * true_q * kd + true_q * true_q * dd).sum((0, 1))
     whole = error.square().sum()
     heads, tokens, channels = q.shape
-    terms = (true_q.square() * true_k.square().cumsum(1)).sum() / (channels * heads * tokens * (tokens + 1) / 2)
+    terms = (true_q.square() * true_k.square().cumsum(1)).sum() / (heads * tokens * (tokens + 1) / 2)
+    terms *= 1 / channels if scale is None else scale**2
     return Parts(shares / whole, squares / whole, terms.sqrt().item())

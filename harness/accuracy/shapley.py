@@ -130,13 +130,15 @@ def shapley(values: Mapping[frozenset[str], float], players: Iterable[str]) -> d
     }
 
 
-def squared_errors(q: Tensor, k: Tensor, exact: Chain, reference: Chain | None = None) -> dict[str, float]:
+def squared_errors(
+    q: Tensor, k: Tensor, exact: Chain, reference: Chain | None = None, scale: float | None = None
+) -> dict[str, float]:
     """MEASURES of q [T, Hq, Dh] and k [T, Hkv, Dh] against a reference, the exact chain by default; K's relative to the
-    size of the exact heads."""
+    size of the exact heads; scale: of logits, as attention_logits takes it."""
     reference = reference or exact
     head_error = (k - reference.k).square().mean(-1)
     relative = torch.where(head_error == 0, 0.0, head_error / exact.k.square().mean(-1))
-    logits, true_logits = attention_logits(q, k), attention_logits(reference.q, reference.k)
+    logits, true_logits = attention_logits(q, k, scale), attention_logits(reference.q, reference.k, scale)
     causal = torch.ones_like(logits[0], dtype=torch.bool).tril()
     logit_error = (logits - true_logits)[:, causal]
     return dict(zip(MEASURES, (relative.mean().item(), logit_error.square().mean().item()), strict=True))
@@ -163,7 +165,9 @@ class Errors:
     def of(self, part: Part) -> dict[str, float]:
         """MEASURES of that part's q and k against the truth."""
         if part not in self.measured:
-            self.measured[part] = squared_errors(*self.queries_and_keys(part), self.exact)
+            self.measured[part] = squared_errors(
+                *self.queries_and_keys(part), self.exact, scale=self.problem.logit_scale
+            )
         return self.measured[part]
 
     def queries_and_keys(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -188,7 +192,7 @@ def budget(plan: CastPlan, problem: Problem, errors: Errors | None = None) -> di
     check_offset(plan, problem)
     errors = errors or Errors(problem)
     chain = spec(plan, problem)
-    total = squared_errors(chain.q, chain.k, errors.exact)
+    total = squared_errors(chain.q, chain.k, errors.exact, scale=problem.logit_scale)
     if not all(math.isfinite(value) for value in total.values()):
         raise ValueError(f"only a finite error can be divided, this plan's is {total}: x or weights overflow fp32")
     names = players(plan, problem)
@@ -207,5 +211,6 @@ def order_of_sums(plan: CastPlan, problem: Problem, backend: str = "triton") -> 
     """
     exact, chain = truth(problem), spec(plan, problem)
     q, k, _ = (output.to(torch.float64) for output in run(plan, problem, backend))
-    added, total = squared_errors(q, k, exact, reference=chain), squared_errors(chain.q, chain.k, exact)
+    added = squared_errors(q, k, exact, reference=chain, scale=problem.logit_scale)
+    total = squared_errors(chain.q, chain.k, exact, scale=problem.logit_scale)
     return {measure: (added[measure], total[measure]) for measure in MEASURES}

@@ -6,6 +6,7 @@ behind it hand these on, and the q and k norms, which are in the chain already, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,18 +14,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from castpoint.harness.problems.model_types import MODEL_TYPES, unsupported
 from castpoint.harness.runs.errors import UserError
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import check_backend, run
 from castpoint.variants.problem import Problem
 
-ARCHITECTURES = ("qwen3", "qwen2", "llama", "gemma3_text")  # the layers of all of them have the same parts
-
 
 def check_architecture(model_type: str) -> None:
     """Raises UserError for an architecture whose layers are built otherwise, or unknown."""
-    if model_type not in ARCHITECTURES:
-        raise UserError(f"unsupported architecture {model_type!r}: supported are {', '.join(ARCHITECTURES)}")
+    if model_type not in MODEL_TYPES:
+        raise UserError(unsupported(model_type))
 
 
 def fitted(plan: CastPlan, model_type: str) -> CastPlan:
@@ -34,10 +34,11 @@ def fitted(plan: CastPlan, model_type: str) -> CastPlan:
     if plan.out == KEEP:
         raise UserError("a plan with out='fp32' stores float32, which the attention of a bf16 model does not read")
     plan = plan.without_rope()
-    if model_type == "gemma3_text":
+    if MODEL_TYPES[model_type].weight_offset:
         return plan.replace(weight_offset=KEEP) if plan.weight_offset == "none" else plan
     if plan.weight_offset != "none":
-        raise UserError(f"a plan that adds 1 to norm weights is for gemma3_text, not for {model_type}")
+        offset = " and ".join(name for name, kind in MODEL_TYPES.items() if kind.weight_offset)
+        raise UserError(f"a plan that adds 1 to norm weights is for {offset}, not for {model_type}")
     return plan
 
 
@@ -61,8 +62,15 @@ def layer_problem(layer: nn.Module, config: object, x: Tensor) -> Problem:
         num_q_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         eps=config.rms_norm_eps,
-        weight_offset=config.model_type == "gemma3_text",
+        weight_offset=MODEL_TYPES[config.model_type].weight_offset,
+        logit_scale=logit_scale(layer),
     )
+
+
+def logit_scale(layer: nn.Module) -> float | None:
+    """What that layer's attention multiplies q.k by; None: Dh^-1/2."""
+    scale, usual = layer.self_attn.scaling, layer.self_attn.head_dim**-0.5
+    return None if math.isclose(scale, usual) else float(scale)
 
 
 @contextmanager

@@ -30,6 +30,10 @@ def sweep_k_norms(lm: LanguageModel, found: list[Text], records: Records) -> Non
 
 
 def entering(lm: LanguageModel, ids: list[int]) -> list[Tensor]:
-    """The residual stream of eager bf16 that enters each layer, [S, D]."""
-    tokens = torch.tensor([ids], device=lm.model.device)
-    return [lm.model.get_input_embeddings()(tokens)[0], *forward(lm.model, ids).hidden[:-1]]
+    """The residual stream of eager bf16 that enters each layer, [S, D]; the first by its norm's input, since models
+    scale their embeddings (Granite)."""
+    first: list[Tensor] = []
+    norm = decoder_layers(lm.model)[0].input_layernorm
+    with norm.register_forward_pre_hook(lambda module, inputs: first.append(inputs[0][0])):
+        behind = forward(lm.model, ids).hidden
+    return [first[0], *behind[:-1]]

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from castpoint.harness.model.attach import decoder_layers
+from castpoint.harness.model.attach import decoder_layers, logit_scale
 
 
 @dataclass(frozen=True)
 class Pass:
     """Of every layer: hidden, the state behind it [S, D]; q and k, as they leave their norm [S, H, Dh], before rotary
-    embedding. logits [S, V], and log_p, what they say of the next token [S, V] float64."""
+    embedding. logits [S, V], and log_p, what they say of the next token [S, V] float64. logit_scale: as a Problem's."""
 
     hidden: list[Tensor]
     q: list[Tensor]
     k: list[Tensor]
     logits: Tensor
+    logit_scale: float | None = None
 
     @functools.cached_property
     def log_p(self) -> Tensor:
@@ -40,7 +41,7 @@ def forward(model: nn.Module, ids: Sequence[int], batch: int = 1, decoded: int =
             cache = out.past_key_values
             logits.append(out.logits[0])
     whole = {name: [torch.cat(parts) for parts in layers] for name, layers in taps.items()}
-    return Pass(**whole, logits=torch.cat(logits))
+    return Pass(**whole, logits=torch.cat(logits), logit_scale=logit_scale(decoder_layers(model)[0]))
 
 
 @contextmanager

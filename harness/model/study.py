@@ -122,14 +122,14 @@ def _within(model: nn.Module, context: Callable[[], AbstractContextManager[None]
 
 
 def layer_errors(actual: Pass, reference: Pass, layer: int) -> dict[str, float]:
-    """Errors of one layer's hidden state, of its K, and of its attention logits q.k / sqrt(Dh), causal, without
-    positions. rel_rms: rms over tokens (K: and heads) of (rms error / rms of the reference). 1 - cosine: mean over
-    tokens."""
+    """Errors of one layer's hidden state, of its K, and of its attention logits, q.k times the model's scale, causal,
+    without positions. rel_rms: rms over tokens (K: and heads) of (rms error / rms of the reference). 1 - cosine: mean
+    over tokens."""
     a, r = actual.hidden[layer].to(torch.float64), reference.hidden[layer].to(torch.float64)
     error = a - r
     relative = error.square().mean(-1).sqrt() / r.square().mean(-1).sqrt()
     k = error_stats(actual=actual.k[layer], reference=reference.k[layer])
-    logits, expected = (attention_logits(p.q[layer], p.k[layer]) for p in (actual, reference))
+    logits, expected = (attention_logits(p.q[layer], p.k[layer], p.logit_scale) for p in (actual, reference))
     logit_error = (logits - expected)[expected.isfinite()]
     return {
         "max_abs": error.abs().max().item(),

@@ -18,10 +18,17 @@ from castpoint.harness.model.passes import last_of, norm_offset
 @contextmanager
 def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The bf16 model with its weights widened to that dtype, arithmetic in it; for float64 the norms too, which
-    transformers runs in float32. Gemma's embedding scale stays the bf16 number that it was trained with."""
+    transformers runs in float32, and experts one by one, since its grouped matmul has no float64. A router forms its
+    probabilities in float32 here too, an error of 2^-24. Gemma's embedding scale stays the bf16 number that it was
+    trained with."""
     scaled = [m for m in model.modules() if isinstance(getattr(m, "embed_scale", None), Tensor)]
     scales = [(module, "embed_scale", module.embed_scale.to(torch.bfloat16).to(dtype)) for module in scaled]
-    exact = [(m, "forward", functools.partial(_float64_norm, m)) for m in norms(model) if dtype == torch.float64]
+    exact: list[tuple[object, str, object]] = [
+        (m, "forward", functools.partial(_float64_norm, m)) for m in norms(model) if dtype == torch.float64
+    ]
+    if dtype == torch.float64:
+        experts = [module.config for module in model.modules() if hasattr(module, "is_transposed")]
+        exact += [(config, "_experts_implementation", "eager") for config in experts]
     with replaced([*((weight, "data", weight.data.to(dtype)) for weight in model.parameters()), *scales, *exact]):
         yield
 
@@ -48,16 +55,29 @@ def _one_ulp(seed: int, module: nn.Module, inputs: tuple[Tensor, ...], output: T
 
 
 def four_bit(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights."""
+    """A context in which every matrix of every layer went through ggml's Q4_0: 4 bits, a scale for 32 weights of a row.
+    A router's keeps its bits, as in ggml."""
 
     @functools.cache  # by the first arm that needs it
     def quantised() -> list[tuple[object, str, object]]:
         import gguf  # here, so that the other yardsticks do not need it
 
         kind = gguf.GGMLQuantizationType.Q4_0
-        matrices = [m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)]
-        blocks = [gguf.quantize(w.detach().float().cpu().numpy(), kind) for w in matrices]
-        read = [torch.from_numpy(gguf.dequantize(b, kind)).to(w) for w, b in zip(matrices, blocks, strict=True)]
-        return [(weight, "data", value) for weight, value in zip(matrices, read, strict=True)]
+
+        def rounded(rows: Tensor) -> Tensor:
+            blocks = gguf.quantize(rows.detach().float().cpu().contiguous().numpy(), kind)
+            return torch.from_numpy(gguf.dequantize(blocks, kind)).to(rows)
+
+        return [(w, "data", rounded(w.mT).mT if across else rounded(w)) for w, across in _matrices(model)]
 
     return lambda: replaced(quantised())
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Every matrix of every layer, and whether its rows lie in columns. Those of all experts lie in one tensor."""
+    for module in decoder_layers(model).modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight, False
+        for weight in module.parameters(recurse=False):
+            if weight.ndim == 3:
+                yield weight, getattr(module, "is_transposed", False)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from castpoint.harness.problems import files
 from castpoint.harness.problems.files import Stored
 from castpoint.harness.problems.geometry import Geometry, geometry_named
+from castpoint.harness.problems.model_types import MODEL_TYPES, geometry_of
 from castpoint.harness.runs.errors import UserError, mistakes
 
 if TYPE_CHECKING:
@@ -40,14 +40,11 @@ NAMES = {
 HF_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")  # two with vision; a bare backbone
 FLAT_NAMES = {role: hf.removeprefix("self_attn.").replace(".", "_") for role, (hf, _) in NAMES.items()} | {"x": "x"}
 
-# model_type -> what its config.json may leave out: defaults of transformers 5.23's configuration classes, which
-# Gemma 3's published configurations with vision rely on.
-GEMMA3 = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256)
-MODEL_TYPES = {"qwen2": {}, "qwen3": {"head_dim": 128}, "qwen3_moe": {}, "llama": {}, "gemma3_text": GEMMA3}
-HEAD_NORM_TYPES = ("qwen3", "qwen3_moe", "gemma3_text")
-
 # Architectures whose converter leaves the rows of q and k in Hugging Face's order; llama's permutes them for rotary.
-GGUF_MODEL_TYPES = {"qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+GGUF_MODEL_TYPES = {
+    "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
+}  # fmt: skip
+GEMMA3_27B_LAYERS = 62
 GGUF_CONFIG = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -129,7 +126,7 @@ def _is_lone(path: Path) -> bool:
 def _open_folder(fetch: Callable[..., Path], where: str) -> Checkpoint:
     """A folder or hub repository; fetch(*names) is the path of the first of these files that it holds."""
     origin = f"config.json of {where}"
-    geometry = _geometry(files.read_json(fetch("config.json")), origin)
+    geometry = geometry_of(files.read_json(fetch("config.json")), origin)
     weights = fetch(files.WEIGHTS, files.INDEX)
     if weights.name == files.WEIGHTS:
         stored, _ = files.open_safetensors(weights)
@@ -180,9 +177,10 @@ def _open_gguf(path: Path) -> Checkpoint:
     with mistakes(*foreign, about=f"{path} is truncated or no GGUF file"):
         reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    bias = {"attention_bias": f"blk.0.{NAMES['q_bias'][1]}" in tensors}  # metadata does not say
-    origin = f"metadata of {path}"
-    geometry = _geometry(_gguf_config(reader, path) | bias, origin)
+    config, origin = _gguf_config(reader, path), f"metadata of {path}"
+    key = MODEL_TYPES[str(config["model_type"])].bias
+    bias = {str(key): f"blk.0.{NAMES['q_bias'][1]}" in tensors}  # metadata does not say
+    geometry = geometry_of(config | bias, origin)
 
     def find(layer: int) -> tuple[dict[str, Stored], dict[str, str]]:
         names = {role: f"blk.{layer}.{name}" for role, (_, name) in NAMES.items()}
@@ -208,6 +206,13 @@ def _gguf_config(reader: GGUFReader, path: Path) -> dict[str, object]:
     config = {key: values[f"{arch}.{name}"] for key, name in GGUF_CONFIG.items() if f"{arch}.{name}" in values}
     if "rms_norm_eps" in config:  # kept as float32, 9.99999997e-7: its shortest decimal is the published 1e-6
         config["rms_norm_eps"] = files.shortest(config["rms_norm_eps"])
+    if (
+        arch == "gemma3"
+    ):  # metadata does not say: llama.cpp knows the 27B, whose q.k is over sqrt(D / Hq), by its layers
+        large = config.get("num_hidden_layers") == GEMMA3_27B_LAYERS
+        config["query_pre_attn_scalar"] = (
+            config["hidden_size"] // config["num_attention_heads"] if large else config.get("head_dim")
+        )
     return config | {"model_type": GGUF_MODEL_TYPES[arch]}
 
 
@@ -249,30 +254,3 @@ def _hf_names(present: dict[str, object], layer: int) -> dict[str, str]:
     first = (prefix for prefix in HF_PREFIXES if f"{prefix}layers.{layer}.{NAMES['norm'][0]}" in present)
     prefix = next(first, HF_PREFIXES[0])
     return {role: f"{prefix}layers.{layer}.{name}" for role, (name, _) in NAMES.items()}
-
-
-def _geometry(config: dict[str, object], origin: str) -> Geometry:
-    """The geometry that a Hugging Face config.json describes."""
-    model_type = config.get("model_type")
-    if model_type == "gemma3" and isinstance(config.get("text_config"), dict):  # with vision: the text part is nested
-        model_type, config = "gemma3_text", config["text_config"]
-    if model_type not in MODEL_TYPES:
-        known = ", ".join([*MODEL_TYPES, "gemma3"])
-        raise UserError(f"{origin} names the unsupported model type {model_type!r}: supported are {known}")
-    values = MODEL_TYPES[model_type] | {key: value for key, value in config.items() if value is not None}
-
-    def positive(key: str, default: int | float | None = None, kinds: type | UnionType = int) -> int | float:
-        value = values.get(key, default)
-        if not isinstance(value, kinds) or value <= 0:
-            raise UserError(f"{origin} must give {key} as a positive number, not {value!r}")
-        return value
-
-    hidden_size, heads = positive("hidden_size"), positive("num_attention_heads")
-    return Geometry(
-        *(hidden_size, heads, positive("num_key_value_heads", heads), positive("num_hidden_layers")),
-        head_dim=positive("head_dim", hidden_size // heads),
-        eps=positive("rms_norm_eps", 1e-6, int | float),
-        head_norm=model_type in HEAD_NORM_TYPES,
-        bias=model_type == "qwen2" or values.get("attention_bias", False),  # Qwen2 always has one, without a key
-        weight_offset=model_type == "gemma3_text",
-    )

@@ -236,7 +236,7 @@ def checkpoint_problem(source: str, model: str, layer: int, tokens: int, seed: i
     words = {"model": model, "layer": layer, "weights": weights}
     heads = {"num_q_heads": g.num_q_heads, "num_kv_heads": g.num_kv_heads}
     try:
-        return Problem(**tensors, **heads, eps=g.eps, weight_offset=g.weight_offset, **words)
+        return Problem(**tensors, **heads, eps=g.eps, weight_offset=g.weight_offset, logit_scale=g.logit_scale, **words)
     except ValueError as error:
         raise UserError(f"layer {layer} of {source}: {error}") from error
 

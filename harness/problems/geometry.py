@@ -11,7 +11,10 @@ from castpoint.harness.runs.errors import UserError
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of one attention layer's input: D hidden channels, q and key/value heads of Dh channels."""
+    """Sizes of one attention layer's input: D hidden channels, q and key/value heads of Dh channels.
+
+    logit_scale: what q.k is multiplied by; None: Dh^-1/2.
+    """
 
     hidden_size: int
     num_q_heads: int
@@ -22,6 +25,7 @@ class Geometry:
     head_norm: bool = True
     bias: bool = False
     weight_offset: bool = False
+    logit_scale: float | None = None
 
     @property
     def projections(self) -> dict[str, int]:

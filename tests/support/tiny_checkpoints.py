@@ -28,7 +28,8 @@ TINY = {
 
 def config_of(model_type: str) -> dict[str, object]:
     geometry = TINY[model_type]
-    return {
+    scalar = {"query_pre_attn_scalar": geometry.head_dim} if model_type == "gemma3_text" else {}
+    return scalar | {
         "model_type": model_type,
         "hidden_size": geometry.hidden_size,
         "num_attention_heads": geometry.num_q_heads,
@@ -109,7 +110,7 @@ GGUF_NAMES = {
 
 def write_gguf(path: Path, arch: str, tensors: dict[str, np.ndarray], drop: str = "", **types) -> Path:
     """A GGUF file as llama.cpp's converter lays it out, with `blk.{i}.` names; types: name -> quantisation."""
-    geometry = TINY[{"gemma3": "gemma3_text", "llama": "llama"}.get(arch, arch)]
+    geometry = TINY[{"gemma3": "gemma3_text", "qwen2moe": "qwen2", "qwen3moe": "qwen3"}.get(arch, arch)]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(geometry.num_layers)
     writer.add_embedding_length(geometry.hidden_size)

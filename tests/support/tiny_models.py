@@ -14,32 +14,51 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from castpoint.harness.model.attach import decoder_layers
 from castpoint.harness.model.language_model import LanguageModel
-from castpoint.harness.model.passes import forward
+from castpoint.harness.model.passes import forward, last_of
+from castpoint.harness.problems.model_types import MODEL_TYPES
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.catalogue import plan_named
 
-HEAD_SIZES = {"qwen3": 32, "qwen2": 16, "llama": 16, "gemma3_text": 32}
+HEAD_SIZES = {"qwen3": 32, "qwen2": 16, "llama": 16, "gemma3_text": 32}  # of others 32
 REFERENCE_PLANS = {"qwen3": "hf", "qwen2": "hf", "llama": "hf", "gemma3_text": "gemma"}  # by which transformers runs it
-REFERENCE_OFFSET = {"gemma3_text": 1}  # norm weights are stored as w - 1
+REFERENCE_OFFSET = {"gemma3_text": 1, "gemma": 1}  # norm weights are stored as w - 1
+# What configurations of other types need to be small: experts by each name that a type has for them, and a multiplier.
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4, "moe_k": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
+    "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+    "moe_layer_start_index": 0, "attention_multiplier": 0.05, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+    "query_pre_attn_scalar": 100, "pad_token_id": 0,
+}  # fmt: skip
 IDS = torch.randint(0, 64, [40], generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def reference_plan(model_type: str) -> CastPlan:
     """The plan by which transformers runs that architecture, up to RoPE."""
-    return plan_named(REFERENCE_PLANS[model_type]).without_rope()
+    kind = MODEL_TYPES[model_type]
+    name = "gemma" if kind.weight_offset else "one-rounding" if kind.one_rounding else "hf"
+    return plan_named(REFERENCE_PLANS.get(model_type, name)).without_rope()
 
 
-def tiny_config(model_type: str, layers: int = 3) -> object:
+def tiny_config(model_type: str, layers: int = 3, **changes: object) -> object:
+    """Of types beside REFERENCE_PLANS with biases where the type can have them."""
+    changes = dict(changes)
+    if model_type not in REFERENCE_PLANS:
+        known = AutoConfig.for_model(model_type)
+        flags = {"attention_bias": True, "use_bias": True, "qkv_bias": True}
+        changes = {key: value for key, value in (EXPERTS | flags).items() if hasattr(known, key)} | changes
     return AutoConfig.for_model(
         model_type,
+        **changes,
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=HEAD_SIZES[model_type],
+        head_dim=HEAD_SIZES.get(model_type, 32),
         rms_norm_eps=1e-5 if model_type == "llama" else 1e-6,
         max_position_embeddings=256,
         tie_word_embeddings=False,  # a tied model of random weights repeats its last token
@@ -75,6 +94,26 @@ def modules(model: nn.Module) -> list[tuple[str, int]]:
 def tiny_lm(model_type: str = "qwen3") -> LanguageModel:
     words = SimpleNamespace(encode=lambda text: [sum(map(ord, word)) % 64 for word in text.split()])
     return LanguageModel(tiny_model(model_type), words, "tiny", "drawn")
+
+
+@torch.no_grad()
+def taken(model: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """(layer, name) -> the stream x that enters it, and its q, k and v as they leave their norms, [S, ...]."""
+    kept: dict[tuple[int, str], Tensor] = {}
+
+    def keep(key: tuple[int, str], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        heads_first = output.ndim == 4 and model.config.model_type == "gemma3_text"
+        kept[key] = inputs[0][0] if key[1] == "x" else (output.transpose(1, 2) if heads_first else output)[0]
+
+    handles = []
+    for number, layer in enumerate(decoder_layers(model)):
+        places = {"x": layer.input_layernorm, "q": last_of(layer, "q"), "k": last_of(layer, "k")}
+        for name, module in (places | {"v": layer.self_attn.v_proj}).items():
+            handles.append(module.register_forward_hook(functools.partial(keep, (number, name))))
+    model(torch.tensor([IDS]))
+    for handle in handles:
+        handle.remove()
+    return kept
 
 
 def bits(model: nn.Module) -> list[Tensor]:

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import transformers
-from tiny_models import IDS, REFERENCE_PLANS, assert_untouched, differing, reference_plan, state_of, tiny_model
+from tiny_models import IDS, REFERENCE_PLANS, assert_untouched, differing, reference_plan, state_of, taken, tiny_model
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -63,26 +63,6 @@ def assert_explained(model: nn.Module, plan: object, context: object) -> None:
         problem = layer_problem(layer, model.config, kept[number, "x"])
         for name, ends in envelope(plan, problem).items():
             assert not outside(kept[number, name].reshape(ends[0].shape), ends).any(), (number, name)
-
-
-@torch.no_grad()
-def taken(model: nn.Module) -> dict[tuple[int, str], Tensor]:
-    """(layer, name) -> the stream x that enters it, and its q, k and v as they leave their norms, [S, ...]."""
-    kept: dict[tuple[int, str], Tensor] = {}
-
-    def keep(key: tuple[int, str], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        heads_first = output.ndim == 4 and model.config.model_type == "gemma3_text"
-        kept[key] = inputs[0][0] if key[1] == "x" else (output.transpose(1, 2) if heads_first else output)[0]
-
-    handles = []
-    for number, layer in enumerate(decoder_layers(model)):
-        places = {"x": layer.input_layernorm, "q": last_of(layer, "q"), "k": last_of(layer, "k")}
-        for name, module in (places | {"v": layer.self_attn.v_proj}).items():
-            handles.append(module.register_forward_hook(functools.partial(keep, (number, name))))
-    model(torch.tensor([IDS]))
-    for handle in handles:
-        handle.remove()
-    return kept
 
 
 def test_another_plans_envelope_does_not_hold_the_model(model: nn.Module) -> None:

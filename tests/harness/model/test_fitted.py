@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import REFERENCE_PLANS, modules, reference_plan, tiny_config, tiny_model
+from tiny_models import modules, reference_plan, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from castpoint.harness.model.attach import ARCHITECTURES, attached, check_architecture, fitted
+from castpoint.harness.model.attach import attached, check_architecture, fitted
+from castpoint.harness.problems.model_types import MODEL_TYPES
 from castpoint.variants.catalogue import plan_named
 
 transformers.logging.set_verbosity_error()
@@ -26,8 +27,8 @@ def refusal(model: nn.Module, plan: object, backend: str = "eager") -> str:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     qwen3, hf = tiny_model("qwen3"), plan_named("hf")
     assert "out='fp32'" in refusal(qwen3, hf.replace(out="fp32"))
-    assert "gemma3_text, not for qwen3" in refusal(qwen3, plan_named("gemma"))
-    with pytest.raises(ValueError, match="'mamba': supported are qwen3, qwen2, llama, gemma3_text"):
+    assert "gemma3_text and gemma, not for qwen3" in refusal(qwen3, plan_named("gemma"))
+    with pytest.raises(ValueError, match="'mamba': supported are qwen2, qwen3, qwen3_moe, llama, gemma3_text"):
         check_architecture("mamba")
     config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=8, n_positions=8)
     assert "'gpt2'" in refusal(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), hf)
@@ -43,6 +44,5 @@ def test_plans_are_fitted_to_gemma() -> None:
     assert fitted(plan_named("one-rounding"), "gemma3_text") == plan_named("gemma").without_rope()
     assert fitted(plan_named("gemma-bf16-offset"), "gemma3_text") == plan_named("gemma-bf16-offset").without_rope()
     assert fitted(plan_named("hf"), "qwen3") == plan_named("hf").without_rope()
-    assert tuple(REFERENCE_PLANS) == ARCHITECTURES
-    for kind in ARCHITECTURES:
+    for kind in MODEL_TYPES:
         assert fitted(reference_plan(kind), kind) == reference_plan(kind)

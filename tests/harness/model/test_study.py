@@ -212,7 +212,7 @@ def test_what_could_be_loaded_can_be_swept(tmp_path: Path, monkeypatch: pytest.M
         (["--prompts", "missing.txt"], "--prompts missing.txt does not exist"),
         (["--prompts", "empty.txt"], "empty.txt holds no prompt"),
         (["--plans", "hf,fp23"], "did you mean 'fp32'?"),
-        (["--plans", "gemma"], "is for gemma3_text, not for qwen3"),
+        (["--plans", "gemma"], "is for gemma3_text and gemma, not for qwen3"),
         (["--backend", "cudnn"], "unknown backend 'cudnn'"),
         (["--device", "tpu"], "must be cpu or cuda"),
     ],

@@ -65,14 +65,6 @@ def test_null_in_config_means_the_default(tmp_path):
     assert geometry == Geometry(64, 4, 4, 3, head_dim=16, eps=1e-6, head_norm=False)
 
 
-def test_config_defaults_are_those_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    for model_type, defaults in checkpoint.MODEL_TYPES.items():
-        config = transformers.AutoConfig.for_model(model_type)
-        assert {key: getattr(config, key) for key in defaults} == defaults, model_type
-        assert config.rms_norm_eps == 1e-6
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_wider_tensors_are_rounded_to_nearest_even(tmp_path, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in model_tensors("qwen3").items()}
@@ -107,6 +99,23 @@ def test_gguf_returns_the_layer_bit_for_bit(tmp_path, arch):
     expected = layer_tensors(arch, 1)
     expected["self_attn.v_proj.weight"] = expected["self_attn.v_proj.weight"].half().bfloat16()
     assert_inputs(inputs, inputs_of(expected))
+
+
+@pytest.mark.parametrize(("arch", "layers_of"), [("qwen2moe", "qwen2"), ("qwen3moe", "qwen3")])
+def test_gguf_of_a_model_with_experts(tmp_path, arch, layers_of):
+    """Its attention is that of the dense model, and so are the names; a bias is where its tensors are."""
+    path = write_gguf(tmp_path / "m.gguf", arch, gguf_tensors(layers_of))
+    geometry, inputs = loaded(str(path), 1, "")
+    assert geometry == TINY[layers_of]
+    assert_inputs(inputs, inputs_of(layer_tensors(layers_of, 1)))
+
+
+def test_gguf_gemma3_27b_divides_logits_by_a_size_that_metadata_does_not_hold(tmp_path, monkeypatch):
+    """llama.cpp knows it by its 62 layers: sqrt(5376 / 32), beside heads of 128 channels. Here by its 3."""
+    path = write_gguf(tmp_path / "m.gguf", "gemma3", gguf_tensors("gemma3_text", norm_offset=1.0))
+    assert loaded(str(path), 1, "")[0].logit_scale is None
+    monkeypatch.setattr(checkpoint, "GEMMA3_27B_LAYERS", 3)
+    assert loaded(str(path), 1, "")[0].logit_scale == (64 // 4) ** -0.5
 
 
 def test_gguf_qwen3_with_bias(tmp_path):
