@@ -14,7 +14,7 @@ from castpoint.harness.audit.flow import Flow
 from castpoint.harness.audit.kernels import Row, check_target, examine, reason
 from castpoint.harness.audit.machine import ASSEMBLY
 from castpoint.harness.compiled.compile import check_compilable, compile_source
-from castpoint.harness.compiled.loading import Fault, load
+from castpoint.harness.compiled.loading import load
 from castpoint.harness.runs.errors import UserError
 
 TYPE = re.compile(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8(e5|e4nv|e4b15|e4b8|e5b16))(:16)?")
@@ -59,12 +59,9 @@ def audit_foreign(
 
 def imported(module_function: str) -> triton.JITFunction:
     """The kernel of that name. Raises UserError where there is none, RuntimeError where it is interpreted."""
-    try:
-        found = load(module_function)
-    except Fault as fault:
-        if not isinstance(fault.found, triton.runtime.Autotuner | triton.runtime.Heuristics):
-            raise
-        return imported(f"{module_function}.fn")  # what triton.autotune or triton.heuristics was put on
+    found: object = load(module_function)
+    while isinstance(found, triton.runtime.Autotuner | triton.runtime.Heuristics):
+        found = found.fn  # what triton.autotune or triton.heuristics was put on
     if type(found).__module__.startswith("triton.runtime.interpreter"):
         check_compilable(found)
     if not isinstance(found, triton.JITFunction):

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from triton.runtime.jit import KernelInterface
+
 from castpoint.harness.runs.errors import UserError, reason_of
+
+SOURCE, COMPILED = "is source code that is not compiled here", "is compiled code without a Python function"
+WRAP = "call it in a Python function, and give that function's .py file"
+FOREIGN = {  # suffix -> what such a file is, and what would be right
+    **dict.fromkeys((".cu", ".cuh", ".hip", ".cpp", ".cc", ".c", ".h", ".hpp"), (SOURCE, f"compile it, {WRAP}")),
+    **dict.fromkeys((".so", ".pyd", ".dll"), (COMPILED, WRAP)),
+    **dict.fromkeys((".ptx", ".cubin", ".hsaco", ".ttir", ".ttgir", ".ll"), (COMPILED, WRAP)),
+    ".ipynb": ("is a notebook", "copy the function into a .py file"),
+}
+OUTPUTS = ("out", "output", "result", "dst", "y")  # what others call a tensor that is written to
 
 
 class Fault(UserError):
     """What a callable did against its contract, in one sentence."""
 
-    found: Any = None  # what was loaded and cannot be called
-
 
 def load(target: str) -> Callable[..., Any]:
-    """The callable of MODULE:FUNCTION; MODULE is a dotted name, importable from here, or the path of a .py file.
+    """The callable of MODULE:FUNCTION; MODULE is a dotted name, importable from here, or the path of a .py file, which
+    may import the files beside it, and relatively if it lies in a package.
 
     Raises Fault if it cannot be imported or is no callable.
     """
     module_name, _, attribute = target.rpartition(":")
     if not module_name or not attribute:
         raise Fault(f"{target!r} is not MODULE:FUNCTION, such as my_kernels.norm:rms_norm or norm.py:rms_norm")
+    check_path(module_name)
     try:
         if module_name.endswith(".py"):
             value: Any = _from_file(Path(module_name))
@@ -34,20 +49,121 @@ def load(target: str) -> Callable[..., Any]:
             value = importlib.import_module(module_name)
         for name in attribute.split("."):
             value = getattr(value, name)
+    except Fault:
+        raise
     except Exception as error:  # user code runs on import and may raise anything
         raise Fault(f"{target} cannot be imported: {reason_of(error)}") from error
-    if not callable(value):
-        fault = Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
-        fault.found = value
-        raise fault
+    if not callable(value) and not isinstance(value, KernelInterface):
+        raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
     return value
 
 
+def check_path(module: str) -> None:
+    """Raises Fault for the path of a file that holds no Python function."""
+    suffix = Path(module).suffix.lower()
+    if suffix in FOREIGN:
+        what, right = FOREIGN[suffix]
+        raise Fault(f"{module} {what}: {right}")
+    if suffix != ".py" and ("/" in module or Path(module).is_dir() and not Path(module, "__init__.py").exists()):
+        raise Fault(f"{module} is no .py file and no dotted name: give my/norms.py:rms_norm or my.norms:rms_norm")
+
+
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    path = path.resolve()
+    if imports_relatively(path.read_bytes()):
+        root = package_root(path)
+        sys.path.insert(0, str(root))
+        parts = path.relative_to(root).with_suffix("").parts
+        return importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    name = path.stem if path.stem not in sys.modules else f"target_{path.stem}"  # theirs may be called random.py
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    sys.path.append(str(path.parent))  # behind all others: what lies beside it hides no package
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def imports_relatively(source: bytes) -> bool:
+    """Whether that Python text has `from .a import b`, in a function or not; what does not parse has not."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # its import says what is wrong
+        return False
+    return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
+
+
+def package_root(path: Path) -> Path:
+    """The folder in which the outermost package of that file lies. Raises Fault where it lies in none."""
+    folder = path.parent
+    while (folder / "__init__.py").exists():
+        folder = folder.parent
+    if folder == path.parent:
+        name = f"{folder.name}.{path.stem}"
+        raise Fault(
+            f"{path.name} imports relatively, and {folder} is no package: add an __init__.py to it, or give {name} in "
+            f"place of the path, from {folder.parent}"
+        )
+    return folder
+
+
+# ---------------------------------------------------------------- what is no function of tensors
+
+
+def check_function(value: Callable[..., Any], target: str) -> None:
+    """Raises Fault for a callable that is no fn(x, weight, eps) -> y by what it is: a Triton kernel, a module, a class,
+    or a function that writes to a tensor that it is given, or takes arguments by name alone."""
+    name = target.rpartition(":")[2].rpartition(".")[2]
+    if isinstance(value, KernelInterface):
+        raise Fault(
+            f"{target} is a Triton kernel, which returns nothing: name its launcher, a Python function that makes the "
+            "output, launches the kernel and returns it"
+        )
+    if inspect.isclass(value):
+        made = "a module" if issubclass(value, nn.Module) else "an object"
+        raise Fault(f"{target} is a class, whose call makes {made}: give a function that {_by_module(name)}")
+    if isinstance(value, nn.Module) and len(_arguments(value.forward)[0]) < 3:
+        raise Fault(
+            f"{target} is a module, which holds its own weight and eps: give a function that {_by_module(name)}"
+        )
+    places, written, named = _arguments(value)
+    if written:
+        what = " and ".join(written)
+        raise Fault(
+            f"{target} writes to its argument{'s' * (len(written) > 1)} {what}: give a function that takes "
+            f"(x, weight, eps), makes {what}, calls {name}({', '.join(places)}) and returns what was written"
+        )
+    if named:
+        given = ", ".join(f"{each}={each}" for each in named)
+        raise Fault(
+            f"{target} takes {' and '.join(named)} by name alone: give a function that takes them by position and "
+            f"calls {name} with {given}"
+        )
+
+
+def _by_module(name: str) -> str:
+    return (
+        f"takes the weights by position and gives them to it, such as torch.func.functional_call({name}, "
+        "{'weight': weight}, (x,))"
+    )
+
+
+def _arguments(value: Callable[..., Any]) -> tuple[list[str], list[str], list[str]]:
+    """Names of the arguments that must be given by position, of those among them that are written to, and of those that
+    must be given by name. Of torch.ops by their schema, of others by what they call it; none where it does not tell."""
+    if schema := getattr(getattr(value, "default", value), "_schema", None):
+        asked = [each for each in schema.arguments if not each.has_default_value()]
+        written = [each.name for each in asked if each.alias_info and each.alias_info.is_write]
+        places = [each.name for each in asked if not each.kwarg_only]
+        return places, written, [each.name for each in asked if each.kwarg_only and each.name not in written]
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):
+        return [], [], []
+    asked = [each for each in parameters if each.default is each.empty]
+    places = [each.name for each in asked if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    written = [name for name in places if name in OUTPUTS]
+    return places, written, [each.name for each in asked if each.kind == each.KEYWORD_ONLY]

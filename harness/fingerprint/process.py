@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from castpoint.harness.compiled.loading import Fault, load
+from castpoint.harness.compiled.loading import Fault, check_function, load
 from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -49,6 +49,7 @@ def _answer(target: str, kind: str, device: str, sizes: str) -> Answer:
     """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
     try:
         fn = _loaded(target, device)
+        check_function(fn, target)
         guessed = "" if kind else guessed_kind(fn)
         with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
             return dataclasses.replace(identify(fn, kind or guessed, device, Sizes(**json.loads(sizes))), kind=guessed)
