@@ -83,12 +83,8 @@ def check_rope(
         raise ValueError("positions and cos_sin_cache must be given together, or neither")
     if positions is None or cos_sin_cache is None:
         return
-    check_plain("positions", positions, codes=True)
     check_plain("cos_sin_cache", cos_sin_cache)
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        right = "the head size must be 16, 32, 64 and so on"
-        raise ValueError(f"RoPE cuts a tile that holds one head into halves: {right}, not {head_dim}")
-    check_tensor("positions", positions, [tokens], like=like, first=first, dtype=torch.int64)
+    check_rotated(positions, tokens, head_dim, like=like, first=first)
     rows = cos_sin_cache.shape[0] if cos_sin_cache.ndim == 2 else "positions"
     if cos_sin_cache.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"cos_sin_cache must be torch.float32 or torch.bfloat16, not {cos_sin_cache.dtype}")
@@ -96,6 +92,15 @@ def check_rope(
     if not cos_sin_cache.is_contiguous():
         right = "contiguous, cos in the first half of each row"
         raise ValueError(f"cos_sin_cache must be {right}, not of strides {cos_sin_cache.stride()}")
+
+
+def check_rotated(positions: Tensor, tokens: int, head_dim: int, *, like: Tensor, first: str = "x") -> None:
+    """Raises ValueError unless these are positions of that many tokens, and heads of that size can be rotated."""
+    check_plain("positions", positions, codes=True)
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        right = "the head size must be 16, 32, 64 and so on"
+        raise ValueError(f"RoPE cuts a tile that holds one head into halves: {right}, not {head_dim}")
+    check_tensor("positions", positions, [tokens], like=like, first=first, dtype=torch.int64)
 
 
 def check_plan(plan: CastPlan) -> None:

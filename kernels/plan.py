@@ -14,8 +14,10 @@ RNE = "bf16-rne"
 RTZ = "bf16-rtz"
 STORAGE = (KEEP, RNE, RTZ)  # how a value is held: kept, rounded to nearest even, truncated
 
-# The values of the chain that may be rounded, in order; three of them exist only where q and k are rotated.
-ROPE_BOUNDARIES = ("unrotated", "cos_sin", "products")
+# The values of the chain that may be rounded, in order; RoPE's exist only where q and k are rotated. Those of its phase
+# are made where the table of cos and sin is: kernels are given that table.
+PHASE_BOUNDARIES = ("inv_freq", "position", "phase")
+ROPE_BOUNDARIES = ("unrotated", *PHASE_BOUNDARIES, "cos_sin", "products")
 BOUNDARIES = (
     *("x", "statistics", "variance", "rstd", "normed", "hidden", "proj", "head_rstd", "head_normed"),
     *ROPE_BOUNDARIES,
@@ -50,9 +52,14 @@ class CastPlan:
 
     With positions q and k are rotated before they are stored, each channel i of a head with channel i + Dh/2:
 
-    unrotated    [T, H, Dh]      q and k: head_normed * w_head; this and the next two have no effect without positions
-    cos_sin      [T, Dh/2] each  cos and sin of position * theta^(-2i/Dh), as they are held
+    unrotated    [T, H, Dh]      q and k: head_normed * w_head; this and the next five have no effect without positions
+    inv_freq     [Dh/2]          theta^(-2i/Dh), radians a position
+    position     [T]             of each token, as it is multiplied with inv_freq
+    phase        [T, Dh/2]       position * inv_freq, radians; an error in it grows with position
+    cos_sin      [T, Dh/2] each  cos and sin of phase, as they are held
     products     [T, H, Dh]      unrotated * cos, and that of the other channel * sin; out is their sum or difference
+
+    A kernel is given a table of cos and sin: inv_freq, position and phase are rounded by whoever makes that table.
 
     Choices that are no roundings, and make two numerical functions where two plans differ in one:
 
@@ -77,6 +84,9 @@ class CastPlan:
     head_rstd: str = KEEP
     head_normed: str = KEEP
     unrotated: str = KEEP
+    inv_freq: str = KEEP
+    position: str = KEEP
+    phase: str = KEEP
     cos_sin: str = KEEP
     products: str = KEEP
     out: str = RNE

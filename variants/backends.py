@@ -13,7 +13,7 @@ from castpoint.kernels.norm_qkv import norm_qkv
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import Outputs, eager, plan_eager, plan_weight
 from castpoint.variants.problem import Problem
-from castpoint.variants.spec import check_offset, spec
+from castpoint.variants.spec import check_offset, check_table, spec, with_table
 
 # Compiled once per plan and shape; PyTorch's own limit of 8 is meant for one function, not for a family.
 torch._dynamo.config.recompile_limit = 1024
@@ -27,13 +27,15 @@ def run_triton(
 ) -> Outputs:  # fmt: skip
     """q, k, v of the Triton kernels: compiled on a GPU, interpreted on a CPU.
 
-    qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own.
+    qkv_weight: plan_weight(plan, problem), if it is at hand. separate: the head norm as a kernel of its own. With
+    positions the plan's table is made first, unless the problem brings one: it waits for the GPU.
     config: how the launch is cut into programs, None for the default. Raises ValueError where it cannot express the
     plan (kernels.config.unsupported), or where plan and problem do not fit together.
     """
     check_offset(plan, problem)
+    check_table(plan, problem)
     weight = plan_weight(plan, problem) if qkv_weight is None else qkv_weight
-    inputs = {**problem.inputs(), "qkv_weight": weight}
+    inputs = {**with_table(plan, problem).inputs(), "qkv_weight": weight}
     return norm_qkv(**inputs, plan=plan, separate_head_norm=separate, config=config, out=out)
 
 
@@ -69,8 +71,10 @@ def run(plan: CastPlan, problem: Problem, backend: str) -> Outputs:
         return chain.q, chain.k, chain.v
     if backend == "eager":
         check_offset(plan, problem)
+        check_table(plan, problem)
         return plan_eager(plan, problem, plan_weight(plan, problem))
     if backend in ("triton", "triton-separate"):
         return run_triton(plan, problem, separate=backend == "triton-separate")
     check_offset(plan, problem)
-    return compiled_plan(plan)(problem, plan_weight(plan, problem))
+    check_table(plan, problem)
+    return compiled_plan(plan)(with_table(plan, problem), plan_weight(plan, problem))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from castpoint.kernels.norm_qkv import fold_norm_weight
 from castpoint.kernels.plan import CastPlan
+from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem, rotate_half
-from castpoint.variants.spec import round_to, truncate_tf32
+from castpoint.variants.spec import round_to, truncate_tf32, with_table
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -38,7 +39,7 @@ def rope_table(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """cos and sin of each token [T, 1, Dh] in bf16, which a model makes once for all its layers; None: no positions."""
     if problem.positions is None:
         return None
-    cos, sin = problem.cos_sin()
+    cos, sin = with_table(plan_named(eager_plan(problem)), problem).cos_sin()
     return cos.to(torch.bfloat16), sin.to(torch.bfloat16)
 
 
@@ -70,12 +71,13 @@ def plan_weight(plan: CastPlan, problem: Problem) -> Tensor:
 
 
 def plan_eager(plan: CastPlan, problem: Problem, qkv_weight: Tensor) -> Outputs:
-    """q, k, v of that plan in fp32 arithmetic; qkv_weight is plan_weight(plan, problem).
+    """q, k, v of that plan in fp32 arithmetic; qkv_weight is plan_weight(plan, problem). With positions and
+    without a table the plan's is made; Inductor takes a problem with_table.
 
     A bf16 matmul whose result is rounded anyway is one bf16 matmul. Where its fp32 accumulator is kept, the
     operands are widened, because PyTorch's bf16 matmul on CPUs returns bf16 only.
     """
-    p = problem
+    p = with_table(plan, problem)
     x = p.x.float()
     if p.residual is not None:
         x = round_to(x + p.residual.float(), plan.x)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.problem import Problem, rotate_half
-from castpoint.variants.spec import applied_weight, check_offset, matmul_operand, store
+from castpoint.variants.spec import applied_weight, check_offset, check_table, cos_sin, matmul_operand, store
 
 U = 2.0**-24  # unit roundoff of fp32
 SIGMAS = 6.0
@@ -55,6 +55,7 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     float64 tensors of the outputs' shapes. Raises ValueError if plan and problem do not fit together.
     """
     check_offset(plan, problem)
+    check_table(plan, problem)
     p = problem
     x = p.x.to(torch.float64)
     if p.residual is not None:
@@ -144,7 +145,7 @@ def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval
 def _rotated(value: Interval, p: Problem, plan: CastPlan) -> Interval:
     """Both channels of a pair vary by themselves here; of one head's rstd they share the error, so this is wider."""
     low, high = _stored(value, plan.unrotated)
-    cos, sin = (store(factor.to(torch.float64), plan.cos_sin) for factor in p.cos_sin())
+    cos, sin = cos_sin(plan, p)
     crossed = _product((rotate_half(low), rotate_half(high)), (sin, sin))  # corners, whichever end is the lower
     own, crossed = _stored(_product((low, high), (cos, cos)), plan.products), _stored(crossed, plan.products)
     return own[0] + crossed[0], own[1] + crossed[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from castpoint.kernels.checks import check_inputs
+from castpoint.kernels.checks import check_inputs, check_rotated
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Problem:
     k_norm_weight  [Dh] bf16, or None
     bias           [H * Dh] bf16, or None
     residual       [T, D] bf16 added to x, or None
-    positions      [T] int64 below P, or None: q and k are not rotated
-    cos_sin_cache  [P, Dh] fp32 or bf16, a row a position: cos of Dh / 2 angles, then their sin; or None
+    positions      [T] int64, or None: q and k are not rotated
+    theta          base of RoPE's frequencies theta^(-2i/Dh), which are not scaled; needed where there are positions
+    cos_sin_cache  [P, Dh] fp32 or bf16, a row a position below P: cos of Dh / 2 angles, then their sin, as an engine
+                   holds it. None: each plan's own table is made (spec.with_table). The truth asks no table
     eps            added to the mean of squares, > 0
     weight_offset  True: norm weights are stored as w - 1 and applied as 1 + w (Gemma)
     logit_scale    what attention multiplies q.k by, behind this chain; None: Dh^-1/2
@@ -44,6 +47,7 @@ class Problem:
     bias: Tensor | None = None
     residual: Tensor | None = None
     positions: Tensor | None = None
+    theta: float | None = None
     cos_sin_cache: Tensor | None = None
     eps: float = 1e-6
     weight_offset: bool = False
@@ -53,14 +57,18 @@ class Problem:
     weights: str = "given"
 
     def __post_init__(self) -> None:
-        check_inputs(**self.inputs())
+        check_inputs(**self.checked())
         check_finite(self)
         check_positions(self)
 
     def inputs(self) -> dict[str, Any]:
-        """The arguments by which kernels.norm_qkv takes this problem."""
-        shown_only = ("weight_offset", "logit_scale", "model", "layer", "weights")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shown_only}
+        """The arguments by which kernels.norm_qkv takes this problem; where there are positions it needs a table."""
+        not_theirs = ("theta", "weight_offset", "logit_scale", "model", "layer", "weights")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in not_theirs}
+
+    def checked(self) -> dict[str, Any]:
+        """inputs, but no positions where their table is still to be made."""
+        return self.inputs() | ({"positions": None} if self.cos_sin_cache is None else {})
 
     @property
     def tokens(self) -> int:
@@ -91,10 +99,9 @@ class Problem:
         return self.q_norm_weight, self.k_norm_weight
 
     def cos_sin(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of every channel's angle, [T, 1, Dh] as the cache holds them: both halves of a head alike."""
-        assert self.cos_sin_cache is not None, "q and k of a problem without positions are not rotated"
-        cos, sin = self.cos_sin_cache[self.positions].unsqueeze(1).chunk(2, dim=-1)
-        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        """cos and sin of every channel's angle, [T, 1, Dh] as cos_sin_cache holds them."""
+        assert self.cos_sin_cache is not None, "a problem without a table: spec.with_table makes it"
+        return both_halves(self.cos_sin_cache[self.positions])
 
     def replace(self, **changes: Any) -> Problem:
         """This problem with some inputs changed; checked like a new one."""
@@ -119,14 +126,31 @@ def check_finite(problem: Problem) -> None:
 
 
 def check_positions(problem: Problem) -> None:
-    positions, cache = problem.positions, problem.cos_sin_cache
-    if positions is None or cache is None or not problem.tokens:
+    positions, theta, cache = problem.positions, problem.theta, problem.cos_sin_cache
+    if positions is None:
         return
-    rows, low, high = cache.shape[0], int(positions.min()), int(positions.max())
+    check_rotated(positions, problem.tokens, problem.head_dim, like=problem.x)
+    if not (isinstance(theta, int | float) and math.isfinite(theta) and theta > 0):
+        raise ValueError(f"positions need theta, the base of RoPE's frequencies (1e6 for Qwen3), not {theta!r}")
+    if not problem.tokens:
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if cache is None:
+        if low < 0:
+            raise ValueError(f"positions must not be negative, as {low} is")
+        return
+    rows = cache.shape[0]
     if low < 0 or high >= rows:
         raise ValueError(f"positions must lie in 0 to {rows - 1}, the rows of cos_sin_cache, not in {low} to {high}")
     if not torch.isfinite(cache[positions]).all():
         raise ValueError("cos_sin_cache holds NaN or infinity at these positions: it must be finite")
+
+
+def both_halves(row: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, Dh] of rows [T, Dh] that hold cos of Dh / 2 angles, then their sin: both halves of a head turn
+    by the same angles."""
+    cos, sin = row.unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 def rotate_half(value: Tensor) -> Tensor:

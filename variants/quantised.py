@@ -18,7 +18,7 @@ from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.kernels.quantised import BLOCK, BLOCK_BYTES, quantised_norm_qkv
 from castpoint.variants.eager import Outputs
 from castpoint.variants.problem import Problem, check_finite, check_positions
-from castpoint.variants.spec import check_offset, round_to
+from castpoint.variants.spec import check_offset, check_table, round_to, with_table
 
 
 def dequantised(packed: Tensor, format: str) -> Tensor:
@@ -56,7 +56,7 @@ class QuantisedProblem(Problem):
     weight: str = RNE
 
     def __post_init__(self) -> None:
-        check_inputs(**self.inputs() | {"qkv_weight": self.qkv_weight.to(torch.bfloat16)})
+        check_inputs(**self.checked() | {"qkv_weight": self.qkv_weight.to(torch.bfloat16)})
         check_finite(self)
         check_positions(self)
 
@@ -77,6 +77,11 @@ def run_quantised(
 ) -> Outputs:
     """q, k, v of the kernel: compiled on a GPU, interpreted on a CPU. Raises ValueError where it cannot."""
     check_offset(plan, problem)
-    inputs = problem.inputs() | {"packed": problem.packed, "format": problem.format, "weight": problem.weight}
+    check_table(plan, problem)
+    inputs = with_table(plan, problem).inputs() | {
+        "packed": problem.packed,
+        "format": problem.format,
+        "weight": problem.weight,
+    }
     del inputs["qkv_weight"]
     return quantised_norm_qkv(**inputs, plan=plan, config=config, out=out)

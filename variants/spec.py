@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from castpoint.kernels.plan import KEEP, RNE, CastPlan
-from castpoint.variants.problem import Problem, rotate_half
+from castpoint.kernels.plan import KEEP, PHASE_BOUNDARIES, RNE, CastPlan
+from castpoint.variants import rope
+from castpoint.variants.problem import Problem, both_halves, rotate_half
+from castpoint.variants.rope import Store
 
 TF32_MASK = -(1 << 13)  # keeps sign, exponent and 10 of 23 bits of mantissa
 BF16_MASK = -(1 << 16)
+Rotated = TypeVar("Rotated", bound=Problem)
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,30 @@ def check_offset(plan: CastPlan, problem: Problem) -> None:
         )
 
 
+def check_table(plan: CastPlan, problem: Problem) -> None:
+    """Raises ValueError if the plan rounds what a table is made of, and the problem brings its table."""
+    rounded = [f"{name}={getattr(plan, name)!r}" for name in PHASE_BOUNDARIES if getattr(plan, name) != KEEP]
+    if rounded and problem.positions is not None and problem.cos_sin_cache is not None:
+        raise ValueError(
+            f"a plan with {', '.join(rounded)} makes its own table of cos and sin, and this problem brings one: use a "
+            "problem with positions and theta, without cos_sin_cache"
+        )
+
+
 def spec(plan: CastPlan, problem: Problem, product: Tensor | None = None) -> Chain:
     """The plan's exact definition on that problem. product: Chain.product, if it is at hand.
 
     Raises ValueError if plan and problem do not fit together.
     """
     check_offset(plan, problem)
+    check_table(plan, problem)
     return _chain(plan, problem, store, lambda weight: applied_weight(weight, plan), product)
 
 
 def truth(problem: Problem) -> Chain:
-    """The chain in float64 from the same bf16 inputs, nothing rounded."""
-    plan = CastPlan(hidden=KEEP, matmul="fp32")
+    """The chain in float64 from the same bf16 inputs, nothing rounded; angles from theta and positions, whatever table
+    the problem brings."""
+    plan, problem = CastPlan(hidden=KEEP, matmul="fp32"), problem.replace(cos_sin_cache=None)
     offset = 1.0 if problem.weight_offset else 0.0
     return _chain(plan, problem, lambda value, storage: value, lambda weight: weight.to(torch.float64) + offset)
 
@@ -111,14 +127,34 @@ def matmul_operand(hidden: Tensor, plan: CastPlan) -> Tensor:
     return high.to(torch.float64) + truncate_tf32(hidden - high).to(torch.float64)
 
 
-def rotated(
-    value: Tensor, cos: Tensor, sin: Tensor, plan: CastPlan, store: Callable[[Tensor, str], Tensor] = store
-) -> Tensor:
+def cos_sin(plan: CastPlan, problem: Problem, store: Store = store) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, Dh] float64 of a problem with positions, as the plan holds them: made by the plan, or of the
+    table that the problem brings."""
+    p = problem
+    if p.cos_sin_cache is not None:
+        cos, sin = p.cos_sin()
+        return store(cos.to(torch.float64), plan.cos_sin), store(sin.to(torch.float64), plan.cos_sin)
+    assert p.positions is not None and p.theta is not None, "q and k of a problem without positions are not rotated"
+    return both_halves(rope.rows(plan, p.positions, p.theta, p.head_dim, store).to(p.x.device))
+
+
+def with_table(plan: CastPlan, problem: Rotated) -> Rotated:
+    """That problem with the table that the plan makes, [P, Dh] fp32 for positions below P, whose values whoever reads
+    it rounds as plan.cos_sin says. The problem itself where it brings a table or has no positions."""
+    p = problem
+    if p.positions is None or p.theta is None or p.cos_sin_cache is not None:
+        return p
+    positions = torch.arange(int(p.positions.max()) + 1 if p.tokens else 0)
+    table = rope.rows(plan.replace(cos_sin=KEEP), positions, p.theta, p.head_dim, store)
+    return p.replace(cos_sin_cache=table.to(p.x.device, torch.float32))
+
+
+def rotated(value: Tensor, cos: Tensor, sin: Tensor, plan: CastPlan, store: Store = store) -> Tensor:
     """q or k [T, H, Dh] float64 after RoPE, not yet rounded as `out`; cos, sin [T, 1, Dh] as the plan holds them."""
     return store(value * cos, plan.products) + store(rotate_half(value) * sin, plan.products)
 
 
-def _mean_of_squares(value: Tensor, plan: CastPlan, store: Callable[[Tensor, str], Tensor]) -> Tensor:
+def _mean_of_squares(value: Tensor, plan: CastPlan, store: Store) -> Tensor:
     squares = value * value
     if plan.statistics != KEEP:
         squares = store(squares, plan.statistics)
@@ -126,8 +162,7 @@ def _mean_of_squares(value: Tensor, plan: CastPlan, store: Callable[[Tensor, str
 
 
 def _chain(
-    plan: CastPlan, problem: Problem, store: Callable[[Tensor, str], Tensor], applied: Callable[[Tensor], Tensor],
-    product: Tensor | None = None,
+    plan: CastPlan, problem: Problem, store: Store, applied: Callable[[Tensor], Tensor], product: Tensor | None = None,
 ) -> Chain:  # fmt: skip
     w_in = applied(problem.norm_weight)
     x = problem.x.to(torch.float64)
@@ -158,7 +193,7 @@ def _chain(
         q, k = head_normed.split([problem.num_q_heads, problem.num_kv_heads], dim=1)
         q, k = (value * applied(weight) for value, weight in zip((q, k), weights, strict=True))
     if problem.positions is not None:
-        cos, sin = (store(value.to(torch.float64), plan.cos_sin) for value in problem.cos_sin())
+        cos, sin = cos_sin(plan, problem, store)
         q, k = (rotated(store(value, plan.unrotated), cos, sin, plan, store) for value in (q, k))
     q, k, v = (store(value, plan.out) for value in (q, k, v))
     return Chain(x, variance, rstd, normed, hidden, product, proj, head_rstd, head_normed, q, k, v)

@@ -14,9 +14,10 @@ from torch import Tensor
 from castpoint.harness.cases.case import CLAIMS, Case, Inputs, Side, Way, hidden
 from castpoint.harness.cases.figures import beyond_ulps, magnitude_bias, outside, share, share_by_row, ulps
 from castpoint.harness.cases.inputs import ONES, near_one, normal, sum_inputs, values
-from castpoint.harness.problems.drawn import rope_frequencies, standard_normal
+from castpoint.harness.problems.drawn import standard_normal
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import FP32, ONE_ROUNDING
+from castpoint.variants.rope import frequencies
 from castpoint.variants.spec import store
 
 
@@ -85,7 +86,7 @@ def rope(x0: Tensor, x1: Tensor, f0: Tensor, f1: Tensor, first: str, second: str
 def angles(rng: torch.Generator, tokens: int, size: int) -> Tensor:
     """Positions up to 4,096 times RoPE's frequencies with base 10,000, [tokens, size / 2] float64."""
     positions = torch.randint(4096, (tokens, 1), generator=rng)
-    return positions * rope_frequencies(10_000, size)
+    return positions * frequencies(10_000, size)
 
 
 def at_real_angles(rng: torch.Generator) -> list[Inputs]:

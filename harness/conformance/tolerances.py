@@ -23,7 +23,7 @@ from torch import Tensor
 from castpoint.harness.conformance.faults import PLANTED, RIGHT, Fault, move_faults, same_function
 from castpoint.harness.runs.schema import GateRow, ToleranceRow
 from castpoint.harness.runs.words import Gate, Status, Verdict
-from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES, CastPlan
+from castpoint.kernels.plan import KEEP, PHASE_BOUNDARIES, ROPE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import Outputs
 
@@ -142,7 +142,8 @@ def rotation(test: Tolerance, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] |
 
 def norm_faults(test: Tolerance) -> list[Fault]:
     """What is planted in that test's norm; none of it changes the output's dtype, which every test would see."""
-    kinds = (*OF_A_NORM, *(ROPE_BOUNDARIES if test.positions else ()))
+    turned = set(ROPE_BOUNDARIES).difference(PHASE_BOUNDARIES) if test.positions else ()  # its table is given to it
+    kinds = (*OF_A_NORM, *turned)
     moves = [f for f in move_faults(PLANS[test.plan].plan) if f.kind in kinds and f.move != ("out", KEEP)]
     of = ("norm", "positions") if test.positions else ("norm",)
     return [*moves, *(fault for fault in PLANTED if fault.of in of)]

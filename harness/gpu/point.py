@@ -27,11 +27,12 @@ from castpoint.harness.timing.limits import implausible
 from castpoint.harness.timing.outputs import bits_differ, values_differ
 from castpoint.harness.timing.rig import Measurement, Outcome, measure
 from castpoint.kernels.config import Config
-from castpoint.kernels.plan import CastPlan
+from castpoint.kernels.plan import DEFAULT, CastPlan
 from castpoint.variants.backends import run_triton
 from castpoint.variants.catalogue import plan_named
 from castpoint.variants.eager import Outputs
 from castpoint.variants.problem import Problem
+from castpoint.variants.spec import with_table
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def prepared(point: Point, records: Records, gpu: Cuda, checks: Checks, limits: 
     where memory does not hold them, with the outputs of so many arms."""
     problem = model_problem(point.model, gpu.device)
     problem = problem.replace(x=problem.x[: point.tokens])
-    problem = with_positions(problem) if point.regime == ROPE else problem
+    if point.regime == ROPE:
+        problem = with_table(DEFAULT, with_positions(problem))  # fp32 phases, as all plans that are timed have them
     copies = copies_at(point, problem, gpu, arms)
     problems = [problem] * copies if point.regime == HOT else rig.rotated(problem, copies)
     cold = point.regime != HOT and copies * weight_bytes(problem) > 3 * gpu.l2_bytes()

@@ -15,6 +15,7 @@ from castpoint.kernels.head_norm import qk_norm
 from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.eager import eager_norm
 from castpoint.variants.problem import Problem
+from castpoint.variants.spec import with_table
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Heads = Callable[..., tuple[Tensor, Tensor]]  # (problem, q's and k's heads of proj, out=None) -> q, k normalised
@@ -93,7 +94,8 @@ def heads_of(plan: CastPlan, problem: Problem) -> Heads:
 
     def heads(p: Problem, proj: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         weights = p.q_norm_weight, p.k_norm_weight
-        rope = p.positions, p.cos_sin_cache
+        table = with_table(own, p)
+        rope = table.positions, table.cos_sin_cache
         return qk_norm(proj, *weights, p.num_q_heads, p.eps, *rope, plan=own, out=out)
 
     return heads

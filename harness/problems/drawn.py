@@ -15,7 +15,6 @@ import csv
 import hashlib
 import math
 from collections.abc import Iterable
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -256,28 +255,11 @@ def problem_at(settings: Settings, layer: int, tokens: int, plan_name: str | Non
 # ---------------------------------------------------------------- positions
 
 
-def rope_frequencies(theta: float, head_dim: int) -> Tensor:
-    """[head_dim / 2] float64: theta^(-2i / head_dim), radians a position, from 28 decimal digits."""
-    powers = [Decimal(theta) ** (Decimal(-step) / head_dim) for step in range(0, head_dim, 2)]
-    return torch.tensor([float(power) for power in powers], dtype=torch.float64)
-
-
-def cos_sin_cache(rows: int, head_dim: int) -> Tensor:
-    """[rows, head_dim] fp32: cos of position * THETA^(-2i / head_dim) for i < head_dim / 2, then sin of the same.
-
-    In float64, rounded once to fp32. Engines and transformers form the angle in fp32, which errs by position * 2^-24,
-    a thousandth of a radian at position 16,384: that is their input's error, and no rounding of the chain.
-    """
-    angles = torch.outer(torch.arange(rows, dtype=torch.float64), rope_frequencies(THETA, head_dim))
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(torch.float32)
-
-
 def with_positions(problem: Problem) -> Problem:
     """That problem with its tokens at FIRST, FIRST + 1, and so on. Raises ValueError for a head size that the kernels
     do not rotate."""
-    device, end = problem.x.device, FIRST + problem.tokens
     return problem.replace(
-        positions=torch.arange(FIRST, end, device=device),
-        cos_sin_cache=cos_sin_cache(end, problem.head_dim).to(device),
+        positions=torch.arange(FIRST, FIRST + problem.tokens, device=problem.x.device),
+        theta=THETA,
         weights=f"{problem.weights}, rotated from position {FIRST}",
     )

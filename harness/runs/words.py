@@ -153,6 +153,6 @@ FP32, ORDER_OF_SUMS = "fp32 arithmetic", "order of sums"  # players that no plan
 # A plan's players, in the order of the chain.
 PLAYERS = (
     *("x", "weight_offset", "statistics", "variance", "rstd", "normed", "hidden", "scale", "matmul", "proj"),
-    *("head_rstd", "head_normed", "unrotated", "cos_sin", "products", "out"),
+    *("head_rstd", "head_normed", "unrotated", "inv_freq", "position", "phase", "cos_sin", "products", "out"),
 )
 BINS = [10 ** (i / 4) for i in range(-28, 5)]  # model_dlogp's lower edges of |difference of log p|, nats; below: 0

@@ -25,6 +25,7 @@ PLANS = {
     "gemma": "offset hidden proj unrotated cos_sin products out",
     "gemma-bf16-offset": "offset offset_bf16 hidden proj unrotated cos_sin products out",
 }
+EXACT_PHASE = "exact-phase"  # a word of records older than RoPE's phase: it was not even rounded to fp32
 TRUTH = None  # in place of a plan's words: nothing is rounded, not even to fp32
 
 
@@ -69,7 +70,7 @@ def chain(inputs, words, matmul=summed):
     """q, k, v, and k before its head norm (`k_proj`), each [T, heads, Dh] float64.
 
     inputs: x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight as float64 arrays; num_q_heads, num_kv_heads, eps;
-    weight_offset: weights are stored as w - 1; cos, sin [T, Dh / 2], residual and bias, or None.
+    weight_offset: weights are stored as w - 1; positions [T] and theta; residual and bias, or None.
     """
     r = Rounding(words)
     x, w_in = inputs["x"], applied(inputs["norm_weight"], inputs, r)
@@ -120,13 +121,23 @@ def operands_of_matmul(value, r):
 
 def head(value, weight, inputs, r):
     value = r(value * inverse_rms(value, inputs["eps"], r, "head_rstd"), "head_normed") * weight
-    return value if inputs.get("cos") is None else rotated(value, inputs, r)
+    if inputs.get("positions") is None:
+        return value
+    turn = phases(inputs["positions"], inputs["theta"], value.shape[-1], r)
+    return rotated(value, np.cos(turn), np.sin(turn), r)
 
 
-def rotated(value, inputs, r):
-    """RoPE: pairs of channels half a head apart, turned by their angle."""
+def phases(positions, theta, size, r):
+    """Radians [T, size / 2]: each position times the frequencies theta^(-2i / size)."""
+    r = Rounding(TRUTH) if r.has(EXACT_PHASE) else r
+    steps = r(theta ** (-np.arange(0, size, 2) / size), "inv_freq")
+    return r(np.outer(r(positions.astype(float), "position"), steps), "phase")
+
+
+def rotated(value, cos, sin, r):
+    """RoPE: pairs of channels half a head apart, turned by their angle, whose cos and sin are [T, Dh / 2]."""
     value = r(value, "unrotated")
-    cos, sin = (r(inputs[name], "cos_sin")[:, None, :] for name in ("cos", "sin"))
+    cos, sin = (r(factor, "cos_sin")[:, None, :] for factor in (cos, sin))
     first, second = np.split(value, 2, axis=-1)
     turned = (
         r(first * cos, "products") - r(second * sin, "products"),

@@ -46,7 +46,7 @@ def turned(value, cos, sin, r, fault):
     if fault == "turned the other way":
         sin = -sin
     if fault != "one of two products not rounded":
-        return rotated(value, {"cos": cos, "sin": sin}, r)
+        return rotated(value, cos, sin, r)
     cos, sin = (r(angle, "cos_sin")[:, None] for angle in (cos, sin))
     value = r(value, "unrotated")
     first, second = np.split(value, 2, -1)

@@ -13,6 +13,7 @@ from support import DEVICE, NAN, ROOT, assert_bit_equal, random_problem
 from castpoint.kernels.head_norm import head_norm, qk_norm
 from castpoint.kernels.norm_qkv import norm_qkv
 from castpoint.kernels.plan import CastPlan
+from castpoint.variants.spec import with_table
 
 
 def bf16(*shape: int, device: str = DEVICE, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -162,7 +163,7 @@ def test_a_bad_input_of_qk_norm_is_named_in_one_line(case: str):
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("norm", [True, False])
 def test_qk_norm_is_head_norm_of_q_and_of_k(norm: bool, rope: bool):
-    problem = random_problem(rope=rope, tokens=20)
+    problem = with_table(CastPlan(), random_problem(rope=rope, tokens=20))
     proj = torch.randn(20, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)[:, :3]
     weights = (problem.q_norm_weight, problem.k_norm_weight) if norm else (None, None)
     plan, turned = CastPlan(proj="bf16-rne", head_normed="bf16-rne"), (problem.positions, problem.cos_sin_cache)

@@ -29,7 +29,7 @@ from castpoint.kernels.quantised import BLOCK_BYTES, load_weight, quantised_norm
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.envelope import envelope
 from castpoint.variants.quantised import QuantisedProblem, dequantised, packed_of, quantised_problem
-from castpoint.variants.spec import round_to, spec
+from castpoint.variants.spec import round_to, spec, with_table
 
 FORMATS = tuple(BLOCK_BYTES)
 CODECS = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -39,7 +39,7 @@ FP32 = PLANS["fp32"].plan
 
 
 def ran(plan: CastPlan, p: QuantisedProblem, config: Config | None = None, package: ModuleType = kernels) -> dict:
-    inputs = {name: value for name, value in p.inputs().items() if name != "qkv_weight"}
+    inputs = {name: value for name, value in with_table(plan, p).inputs().items() if name != "qkv_weight"}
     words = {"format": p.format, "weight": p.weight, "config": config}
     own = package.CastPlan(**plan.choices())
     return dict(zip("qkv", package.quantised_norm_qkv(**inputs, packed=p.packed, plan=own, **words), strict=True))

@@ -35,7 +35,7 @@ from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import eager
 from castpoint.variants.envelope import Interval, envelope
 from castpoint.variants.problem import Problem
-from castpoint.variants.spec import spec
+from castpoint.variants.spec import spec, with_table
 
 # ---------------------------------------------------------------- numbers
 
@@ -224,7 +224,7 @@ def check_far_positions(kernels: Kernels) -> None:
     """Rows of cos_sin_cache that lie 2^31 and more elements after the first are read where they are; its storage as
     check_addressing's."""
     plan = PLANS["hf"].plan.replace(out="fp32")
-    problem = random_problem(tokens=3, rope=True)
+    problem = with_table(plan, random_problem(tokens=3, rope=True))
     expected = KERNELS.run(plan, problem)
     width, first = problem.head_dim, 2**31 // problem.head_dim + 7
     with tempfile.TemporaryDirectory() as folder:

@@ -15,12 +15,13 @@ from torch import Tensor
 import castpoint.kernels.norm_qkv
 import castpoint.kernels.rounding
 import castpoint.kernels.split_k
-from castpoint.harness.problems.drawn import cos_sin_cache
+from castpoint.harness.problems.drawn import THETA
 from castpoint.kernels.config import Config
 from castpoint.kernels.plan import CastPlan
 from castpoint.variants.eager import plan_weight
 from castpoint.variants.envelope import Interval, outside
 from castpoint.variants.problem import Problem
+from castpoint.variants.spec import with_table
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cpu"
@@ -50,7 +51,7 @@ class Kernels:
 
         Memory that a launch allocates holds NaN at first.
         """
-        inputs = {**problem.inputs(), "qkv_weight": plan_weight(plan, problem)}
+        inputs = {**with_table(plan, problem).inputs(), "qkv_weight": plan_weight(plan, problem)}
         own = self.norm_qkv.CastPlan(**plan.choices())  # a copy of the package takes plans of its own class alone
         with poisoned_memory():
             outputs = self.norm_qkv.norm_qkv(**inputs, plan=own, separate_head_norm=separate, config=config, out=out)
@@ -166,7 +167,7 @@ def random_problem(
     rotation = {}
     if rope:
         positions = torch.randint(0, 512, (2 * tokens,), generator=rng).to(DEVICE)[::2]
-        rotation = {"positions": positions, "cos_sin_cache": cos_sin_cache(512, head_dim).to(DEVICE)}
+        rotation = {"positions": positions, "theta": THETA}
     return Problem(
         x=laid_out(normal(tokens, hidden_size), layout),
         norm_weight=weight(hidden_size, 2.0),

@@ -23,16 +23,17 @@ from support import KERNELS, assert_bit_equal, pinned_share, random_problem
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from castpoint.harness.problems.drawn import THETA, cos_sin_cache, synthetic_problem, with_positions
+from castpoint.harness.problems.drawn import THETA, synthetic_problem, with_positions
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.kernels.head_norm import head_norm
 from castpoint.kernels.norm_qkv import norm_qkv
-from castpoint.kernels.plan import KEEP, RNE, ROPE_BOUNDARIES
+from castpoint.kernels.plan import DEFAULT, KEEP, RNE, ROPE_BOUNDARIES
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, plan_eager, plan_weight
 from castpoint.variants.envelope import envelope, outside
-from castpoint.variants.spec import spec, truth
+from castpoint.variants.rope import frequencies
+from castpoint.variants.spec import spec, truth, with_table
 
 GEOMETRIES = {
     "heads of 16": {**SMALL, "tokens": 70, "hidden_size": 72, "head_dim": 16},
@@ -52,12 +53,19 @@ def transformers_table(positions: torch.Tensor, head_dim: int) -> tuple[torch.Te
     return Qwen3RotaryEmbedding(config)(torch.zeros(1), positions[None])
 
 
+def fp32_table(rows: int, head_dim: int) -> torch.Tensor:
+    """cos and sin [rows, head_dim] of THETA as a plan that rounds nothing on the way holds them."""
+    still = random_problem(tokens=1, head_dim=head_dim)
+    return with_table(DEFAULT, still.replace(positions=torch.tensor([rows - 1]), theta=THETA)).cos_sin_cache
+
+
 def test_the_table_is_qwen3s():
-    """Up to what forming the angle in fp32 errs by: half an ulp of a position, and of the frequency times it."""
+    """Up to what forming the angle in fp32 errs by: each phase by an ulp of the frequency and one of the product, whose
+    halves are ours."""
     positions = torch.tensor([0, 1, 2, 100, 4095])
     cos, sin = (value[0, :, :64].double() for value in transformers_table(positions, 128))
-    ours = cos_sin_cache(4096, 128)[positions].double()
-    allowed = (2 * positions[:, None] * 2.0**-24 + 2.0**-24).double()
+    ours = fp32_table(4096, 128)[positions].double()
+    allowed = (3 * positions[:, None] * 2.0**-24 + 2.0**-24).double()
     assert ((ours[:, :64] - cos).abs() <= allowed).all() and ((ours[:, 64:] - sin).abs() <= allowed).all()
     assert not ((ours[:, :64] - sin).abs() <= allowed).all(), "the test would not notice an exchange"
 
@@ -68,7 +76,7 @@ def problem():
     drawn = synthetic_problem(layer=0, tokens=48)
     positions = torch.arange(3000, 3048)
     cos, sin = (value[0, :, : drawn.head_dim // 2] for value in transformers_table(torch.arange(3048), drawn.head_dim))
-    return drawn.replace(positions=positions, cos_sin_cache=torch.cat([cos, sin], dim=1).contiguous())
+    return drawn.replace(positions=positions, theta=THETA, cos_sin_cache=torch.cat([cos, sin], dim=1).contiguous())
 
 
 def transformers_rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +120,8 @@ def test_one_rounding_is_rope_in_fp32_on_stored_heads(problem):
 
 def test_truth_is_a_complex_product(problem):
     before, after = truth(problem.replace(positions=None, cos_sin_cache=None)), truth(problem)
-    turn = torch.complex(*problem.cos_sin_cache[problem.positions].double().chunk(2, dim=-1))[:, None]
+    angles = torch.outer(problem.positions.double(), frequencies(THETA, problem.head_dim))
+    turn = torch.complex(angles.cos(), angles.sin())[:, None]
     for name in ("q", "k"):
         first, second = getattr(before, name).chunk(2, dim=-1)
         expected = torch.complex(first, second) * turn
@@ -134,7 +143,7 @@ def test_position_zero_turns_nothing():
 def test_a_cache_in_bf16_is_a_rounded_one():
     plan = plan_named("hf").replace(out="fp32")
     problem, expected = exact_case(plan, rope=True, **SMALL)
-    stored = problem.replace(cos_sin_cache=problem.cos_sin_cache.bfloat16())
+    stored = problem.replace(cos_sin_cache=with_table(plan, problem).cos_sin_cache.bfloat16())
     for name, actual in KERNELS.run(plan.replace(cos_sin=KEEP), stored).items():
         assert_bit_equal(actual=actual, expected=expected[name], what=name)
 
@@ -203,7 +212,7 @@ def test_rows_of_the_cache_beyond_2_31_elements():
 
 def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
     plan = plan_named("hf")
-    problem = random_problem(rope=True)
+    problem = with_table(plan, random_problem(rope=True))
     chain = spec(plan, problem)
     _q, k, _v = problem.split_heads(chain.proj)
     rope = (problem.positions, problem.cos_sin_cache)
@@ -230,7 +239,10 @@ def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, words):
-    inputs = {**random_problem(rope=True).inputs(), **changes}
+    inputs = {
+        **with_table(DEFAULT, random_problem(rope=True)).replace(cos_sin_cache=fp32_table(512, 32)).inputs(),
+        **changes,
+    }
     with pytest.raises(ValueError, match=words) as error:
         norm_qkv(**inputs)
     assert "\n" not in str(error.value)
@@ -243,7 +255,7 @@ def test_heads_that_fill_no_tile_are_refused(head_dim: int):
 
 
 def test_a_position_beyond_the_cache_is_refused_at_the_door():
-    problem = random_problem(rope=True)
+    problem = random_problem(rope=True).replace(cos_sin_cache=fp32_table(512, 32))
     for wrong in (-1, 512):
         with pytest.raises(ValueError, match="positions must lie in 0 to 511"):
             problem.replace(positions=torch.full((problem.tokens,), wrong))
@@ -254,7 +266,10 @@ def test_a_position_beyond_the_cache_is_refused_at_the_door():
 
 
 def test_plans_say_what_their_users_rope_does():
-    named = {name: tuple(getattr(entry.plan, b) for b in ROPE_BOUNDARIES) for name, entry in PLANS.items()}
+    """At six boundaries, of which no plan rounds the three of the phase."""
+    named = {name: [getattr(entry.plan, b) for b in ROPE_BOUNDARIES] for name, entry in PLANS.items()}
+    assert {tuple(words[1:4]) for words in named.values()} == {(KEEP, KEEP, KEEP)}
+    named = {name: (words[0], *words[4:]) for name, words in named.items()}
     assert named["hf"] == named["gemma"] == (RNE, RNE, RNE)
     assert named["one-rounding"] == (RNE, KEEP, KEEP)
     assert {named[name] for name in ("bf16-operand", "fp32", "deferred", "folded")} == {(KEEP, KEEP, KEEP)}

@@ -34,7 +34,7 @@ from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.eager import eager, eager_norm
 from castpoint.variants.envelope import Interval, envelope
 from castpoint.variants.problem import Problem, rotate_half
-from castpoint.variants.spec import spec, store
+from castpoint.variants.spec import cos_sin, spec, store
 
 HERE = ("eager", "F.rms_norm")  # norms that run on a CPU
 HF = plan_named("hf")
@@ -260,7 +260,7 @@ def test_compiled_eager_rounds_one_of_the_two_heads_that_it_turns():
     (peer,) = compiled_peers([problem], P2[:1])
     assert (peer.plan, peer.function, eager_peer([problem]).function) == (None, "not known", "hf")
     chain = spec(plan_named("one-rounding").replace(out=KEEP), problem.replace(positions=None, cos_sin_cache=None))
-    cos, sin = (store(value.double(), RNE) for value in problem.cos_sin())  # a bf16 table, as the model makes it
+    cos, sin = cos_sin(HF, problem)  # a bf16 table, as the model makes it
     outputs = named(peer.call(0))
     for name in ("q", "k"):
         head = getattr(chain, name)

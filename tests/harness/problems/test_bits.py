@@ -12,7 +12,9 @@ from castpoint.harness.cases.inputs import calibrated, normal
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.problems.drawn import digest, ordered_sum, synthetic_problem, with_positions
 from castpoint.harness.problems.streams import with_published_stream
+from castpoint.kernels.plan import DEFAULT
 from castpoint.variants.problem import Problem
+from castpoint.variants.spec import with_table
 
 # Of synthetic_problem(layer=layer), layers 0 to 27 of qwen3-0.6b with the seed and the 128 tokens of published figures.
 LAYERS = """
@@ -24,9 +26,9 @@ ce256c0c37d4 e5de569c662e a91cc0c4648f ab6a1f9ab7b0 23b32672cb5f 434e851abb7b de
 # Rotated problems: QKV bias; norm weights stored as w - 1; another D. A published stream. Then what cases and
 # fingerprints draw.
 OTHERS = {
-    "qwen2.5-0.5b": "7271b02f24b3",
-    "gemma-3-270m": "700cc421a33a",
-    "qwen3-1.7b": "a37d4d734ea1",
+    "qwen2.5-0.5b": "f9fa52da1341",
+    "gemma-3-270m": "5ab231bb98e9",
+    "qwen3-1.7b": "36af7dd24d2e",
     "published": "2d18c54ee213",
     "cases": "a2be9db3ebfe",
     "probes": "cf7bf927db2e",
@@ -51,7 +53,7 @@ def found(name: int | str) -> str:
     if name == "probes":
         rows = probes.norm_rows(1024, rng)
         return digest([rows.x, rows.weight, probes.norm_weight(1 << 16, rng), probes.gaussian([64, 512], rng)])
-    return digest_of(with_positions(synthetic_problem(name, 5)))
+    return digest_of(with_table(DEFAULT, with_positions(synthetic_problem(name, 5))))
 
 
 @pytest.mark.parametrize("layer", range(28))
