@@ -19,6 +19,7 @@ BUDGET_TOKENS = 64  # at most: the budget runs a spec for every subset of a plan
 def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> None:
     """Those parts of a bench."""
     from castpoint.harness.accuracy.budget import sweep_budget
+    from castpoint.harness.accuracy.rope_positions import sweep_rope_positions
     from castpoint.harness.accuracy.sweep import sweep_kernels, sweep_precision
     from castpoint.harness.timing.sweep import sweep_speed
 
@@ -27,7 +28,9 @@ def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> Non
     if "errors" in parts or "speed" in parts:  # what is red gets no time
         sweep_kernels(settings, records)
     if "budget" in parts:
-        sweep_budget(dataclasses.replace(settings, tokens=min(settings.tokens, BUDGET_TOKENS)), records)
+        few = dataclasses.replace(settings, tokens=min(settings.tokens, BUDGET_TOKENS))
+        sweep_budget(few, records)
+        sweep_rope_positions(few, records)
     if "speed" in parts:
         sweep_speed(settings, records)
 
@@ -202,12 +205,14 @@ def finish_study(records: Records, *tables: str) -> bool:
 
 
 def print_parts(records: Records, parts: tuple[str, ...]) -> None:
-    from castpoint.harness.report import budget
+    from castpoint.harness.report import budget, rope_positions
+    from castpoint.harness.report.markdown import paragraphs
     from castpoint.harness.report.page import tables
     from castpoint.harness.runs.frames import load
 
     frames = load(records.folder, records.run_id)
-    found = tables(frames) | {"budget": budget.section(frames["budget"])}
+    turned = rope_positions.section(frames["rope_positions"])
+    found = tables(frames) | {"budget": paragraphs(budget.section(frames["budget"]), turned)}
     shown = {"errors": ("plans", "kernels"), "amplification": ("amplification",), "budget": ("budget",)}
     for part in parts:
         print("\n\n".join(found[name] for name in shown.get(part, (part,))) + "\n")

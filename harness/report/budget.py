@@ -81,7 +81,8 @@ def _parts(frame: pd.DataFrame, measure: str, rotated: bool = False) -> pd.DataF
 
 def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame:
     """Plan -> `before` and `behind`, rms error of measure (K's relative to its head) without RoPE and with it on the
-    same layers; and the share of the squared error behind that each of RoPE's boundaries makes, NaN: not rounded.
+    same layers; and the share of the squared error behind that each of RoPE's boundaries makes which any plan
+    rounds, NaN: not rounded.
 
     Plans in falling order of the error behind; empty where no rotated problem was measured. A rotation keeps the
     size of a head, so that K's two errors compare; logits are those of rotated q and k.
@@ -90,7 +91,7 @@ def rope_shares(frame: pd.DataFrame, measure: str = MEASURES[0]) -> pd.DataFrame
     same = frame[frame["layer"].isin(rows["layer"])]
     errors = {"before": root_totals(same, measure), "behind": root_totals(same, measure, rotated=True)}
     shares = rows.pivot_table(index="plan", columns="player", values="share", aggfunc="mean")
-    table = pd.DataFrame(errors).dropna().join(shares.reindex(columns=list(ROPE_BOUNDARIES)))
+    table = pd.DataFrame(errors).dropna().join(shares[[name for name in ROPE_BOUNDARIES if name in shares.columns]])
     return table.sort_values("behind", ascending=False)
 
 
@@ -99,7 +100,9 @@ def rope_table(frame: pd.DataFrame) -> str:
     k, logits = (rope_shares(frame, measure) for measure in MEASURES)
     both = {"K": k, "logits": logits}.items()
     errors = {f"{name} {at}": rows[at].map("{:.3g}".format) for name, rows in both for at in ("before", "behind")}
-    table = pd.DataFrame(errors, k.index).join(k[list(ROPE_BOUNDARIES)].map(_percent).add_prefix("of its square: "))
+    table = pd.DataFrame(errors, k.index).join(
+        k.drop(columns=["before", "behind"]).map(_percent).add_prefix("of its square: ")
+    )
     words = (
         "Rms errors without RoPE and behind it, K's relative to its head, and the parts of K's squared error behind it:"
     )

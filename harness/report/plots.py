@@ -20,6 +20,7 @@ from castpoint.harness.report.gpu_plots import speedups
 from castpoint.harness.report.gpu_runs import newest
 from castpoint.harness.report.markdown import percent
 from castpoint.harness.report.model_plot import model_plots
+from castpoint.harness.report.rope_positions import error_over_positions
 from castpoint.harness.report.style import BLUE, GREY, KINDS, RC, ROUNDING, colour, kind, label_ends, panels, save
 from castpoint.harness.runs.frames import Frames, best_backend, differing, latest, load, over_layers
 from castpoint.harness.runs.records import load_runs
@@ -30,8 +31,8 @@ BASELINES = {"eager": "--", "torch.compile": ":"}  # what is timed beside plans,
 
 
 def draw(folder: Path, run_id: str) -> list[Path]:
-    """Draws every plot the run has data for, the newest error budget, GPU times and models into folder/plots; returns
-    the PNGs."""
+    """Draws every plot the run has data for, the newest error budget, RoPE over positions, GPU times and models into
+    folder/plots; returns the PNGs."""
     runs, frames = load_runs(folder), load(folder, run_id)
     plots: dict[str, Callable[[Frames], Figure | None]] = {
         "plans": error_per_plan,
@@ -45,6 +46,8 @@ def draw(folder: Path, run_id: str) -> list[Path]:
         figures = {name: (plot(frames), run_id) for name, plot in plots.items()}
         if budget := latest(folder, "budget"):
             figures["budget"] = (budget_bars(budget[1]), budget[0])
+        if turned := latest(folder, "rope_positions"):
+            figures["rope_positions"] = (error_over_positions(turned[1]), turned[0])
         if timed := newest(folder):
             figures["gpu_speedup"] = (speedups(timed), timed.run_id)
         for study in model.studies(folder):
@@ -58,7 +61,7 @@ def draw(folder: Path, run_id: str) -> list[Path]:
 
 
 def _label(run: dict, name: str) -> str:
-    """Model, weights, number of tokens (where no axis says it), machine, of the plot of that name."""
+    """Model, weights, number of tokens (where the plot does not say it), machine, of the plot of that name."""
     s, e = run["settings"], run["environment"]
     where = f"{e['gpu']['name'] if 'gpu' in e else e['processor']}; torch {e['versions']['torch']}"
     if name == "gpu_speedup":
@@ -66,7 +69,7 @@ def _label(run: dict, name: str) -> str:
     drawn = "calibrated weights, not the checkpoint" if s["model"] == "qwen3-0.6b" else "random weights"
     weights = s.get("weights") or s.get("checkpoint") or drawn
     more = " and 32 that eager wrote" if s.get("command") == "model" else ""
-    count = "" if name == "time" else f"{s['tokens']} tokens{more}; "
+    count = "" if name in ("time", "rope_positions") else f"{s['tokens']} tokens{more}; "
     return f"{s['model']}, {weights}; {count}{where}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from castpoint.harness.report import budget, gates, gpu, model, streams, systems
+from castpoint.harness.report import budget, gates, gpu, model, rope_positions, streams, systems
 from castpoint.harness.report.fingerprints import confusion_section, implementations_section
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
@@ -119,6 +119,7 @@ SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "implementations": implementations_section,
     "fingerprints": confusion_section,
     "budget": budget.section,
+    "rope_positions": rope_positions.section,
     "streams": streams.section,
     "cases": _cases,
     "audit": _audit,

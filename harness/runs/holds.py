@@ -42,6 +42,7 @@ PARTS = (
     Part("ulps", "all", True, SPEC),
     Part("budget", "spec", True, SPEC, "backend == 'spec'"),
     Part("budget", "kernels", False, "the order of sums, as under `errors`", "backend != 'spec'"),
+    Part("rope_positions", "all", True, SPEC),
     Part("eager", "all", False, "one row an instruction set; another make of CPU may add otherwise with the same"),
     Part("speed", "all", False, "times"),
     Part("audit", "all", True, "compilers for a GPU that is not there: they follow Triton's version"),

@@ -121,6 +121,11 @@ class BudgetRow(Row, table="budget", key=("weights", "layer", "tokens", "plan", 
     shapley: Number = None; share: Number = None; total: Number = None
     kernel_vs_spec: Number = None; kernel_vs_spec_share: Number = None
 
+class RopePositionRow(Row, table="rope_positions", key=("weights", "layer", "tokens", "position", "boundary")):
+    model: str; weights: str; layer: int; tokens: int; position: int; boundary: str  # boundary: what alone is in bf16
+    k_vs_truth: Number = None; k_vs_fp32: Number = None  # rms error relative to the head; fp32: with none in bf16
+    phase_max_error: Number = None  # radians
+
 class CaseRow(Row, table="cases", key=("case", "source", "measure")):
     case: int; source: str; where: str; before: str; after: str; measure: str; measured: Number = None; unit: str
     measured_low: Number = None; measured_high: Number = None

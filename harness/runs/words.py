@@ -149,6 +149,7 @@ class KNorms(StrEnum):
 # Measures of the error budget. k_rel_ms: mean over heads of (mean square of the head's error / of the head), the square
 # of rel_rms. logit_ms: mean square of the error of causal attention logits, the square of logit_rms_error.
 MEASURES = ("k_rel_ms", "logit_ms")
+NO_BOUNDARY = "none"  # of rope_positions: all in fp32
 FP32, ORDER_OF_SUMS = "fp32 arithmetic", "order of sums"  # players that no plan names
 # A plan's players, in the order of the chain.
 PLAYERS = (

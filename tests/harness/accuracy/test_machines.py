@@ -181,6 +181,7 @@ from dataclasses import replace
 from pathlib import Path
 from castpoint.harness.accuracy import machines, sweep
 from castpoint.harness.accuracy.budget import sweep_budget
+from castpoint.harness.accuracy.rope_positions import sweep_rope_positions
 from castpoint.harness.runs.records import Records, Settings
 
 machines.Machines.played = {}
@@ -188,6 +189,7 @@ settings = Settings(layers=(0,), tokens=16, kernel_tokens=1, plans=("hf", "bf16-
 records = Records(Path(sys.argv[1]), vars(settings), {})
 sweep.sweep_precision(settings, records)
 sweep_budget(replace(settings, plans=("bf16-operand",)), records)
+sweep_rope_positions(settings, records)
 """
 
 
@@ -221,7 +223,7 @@ def moved(two: Two, part: holds.Part) -> int:
     return int((one.to_numpy() != other.to_numpy()).any(axis=1).sum())
 
 
-MEASURED = ("errors", "amplification", "k_norms", "channels", "ulps", "budget")
+MEASURED = ("errors", "amplification", "k_norms", "channels", "ulps", "budget", "rope_positions")
 HOLDING = [part for table in MEASURED for part in holds.of(table, True)]
 
 

@@ -30,10 +30,11 @@ from audit_support import (
 
 from castpoint.harness.audit.kernels import audit_case, audit_compiled
 from castpoint.harness.compiled.compile import TARGETS, Compiled, compile_head_norm
-from castpoint.kernels.plan import KEEP, ROPE_BOUNDARIES
+from castpoint.kernels.plan import KEEP
 from castpoint.variants.catalogue import PLANS
 
 ROPE = {"rope": True}
+IN_KERNELS = ("unrotated", "cos_sin", "products")  # of RoPE's boundaries: the phase is none of a kernel's
 FOUND = {  # roundings of TTIR in the head norm with RoPE, by plan
     "hf": "head_normed {0}, unrotated {0}, 2 x cos_sin {0}, 4 x products {0}, out {0}".format("bf16-rne"),
     "one-rounding": "unrotated bf16-rne, out bf16-rne",
@@ -100,13 +101,13 @@ def test_right_kernels_pass_and_broken_machine_code_does_not(target: str, tmp_pa
     if target in (NVIDIA, AMD):
         assert re.fullmatch(CONTRACTED, says["products contracted"])
         assert says["products kept"] == says["fusion, products rounded"] == ""
-        for name in ROPE_BOUNDARIES:
+        for name in IN_KERNELS:
             assert f"TTIR: {name} is there, where nothing is to be rotated" in says["not asked for"]
             assert f"TTIR: {name} was not found" in says["not there"]
     if target == NVIDIA:
         elements = [row["reason"] for row in rest if row["fault"] == "one element"]
         found = [re.search(r"elements of (\w+) left unrounded: 1\b", reason)[1] for reason in elements]
-        assert set(found) == {"head_normed", *ROPE_BOUNDARIES, "out"}
+        assert set(found) == {"head_normed", *IN_KERNELS, "out"}
         for name, reason in zip(found, elements, strict=True):  # LLVM gave two of four products the place of the others
             assert ("products is not rounded, TTIR says bf16-rne (2 times)" in reason) == (name == "products")
 

@@ -178,9 +178,10 @@ def test_cases_and_budget_commands_fill_the_report(
     assert len(shares) == 6 and ((shares - 1).abs() < 1e-5).all()  # hf with RoPE too
     assert (frame["player"] == "order of sums").sum() == 4, "two plans, two measures"
     sections = study_sections(tmp_path)
-    assert [section.splitlines()[0] for section in sections] == ["## Error budget", "## Cases of the field"]
+    titles = ["## Error budget", "## RoPE's phase over positions", "## Cases of the field"]
+    assert [section.splitlines()[0] for section in sections] == titles
     run_id, frame = latest(tmp_path, "cases")
-    assert f"Claims: {counted(frame['verdict'])}." in sections[1] and counted(frame["verdict"]).endswith("; 2 in all")
+    assert f"Claims: {counted(frame['verdict'])}." in sections[2] and counted(frame["verdict"]).endswith("; 2 in all")
     commit = load_runs(tmp_path)[run_id]["environment"]["commit"]
     assert study_sections(tmp_path, commit) == sections, "a study of the same commit does not say so"
     assert study_sections(tmp_path, "c0ffee") == [f"{section}\n\nCommit {commit}." for section in sections]
