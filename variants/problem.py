@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class Problem:
         assert self.cos_sin_cache is not None, "a problem without a table: spec.with_table makes it"
         return both_halves(self.cos_sin_cache[self.positions])
 
-    def replace(self, **changes: Any) -> Problem:
+    def replace(self, **changes: Any) -> Self:
         """This problem with some inputs changed; checked like a new one."""
         return dataclasses.replace(self, **changes)
 
