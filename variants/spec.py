@@ -140,13 +140,15 @@ def cos_sin(plan: CastPlan, problem: Problem, store: Store = store) -> tuple[Ten
 
 def with_table(plan: CastPlan, problem: Rotated) -> Rotated:
     """That problem with the table that the plan makes, [P, Dh] fp32 for positions below P, whose values whoever reads
-    it rounds as plan.cos_sin says. The problem itself where it brings a table or has no positions."""
+    it rounds as plan.cos_sin says; rows of no token are NaN. The problem itself where it brings a table or has no
+    positions."""
     p = problem
     if p.positions is None or p.theta is None or p.cos_sin_cache is not None:
         return p
-    positions = torch.arange(int(p.positions.max()) + 1 if p.tokens else 0)
-    table = rope.rows(plan.replace(cos_sin=KEEP), positions, p.theta, p.head_dim, store)
-    return p.replace(cos_sin_cache=table.to(p.x.device, torch.float32))
+    positions = p.positions.cpu()
+    table = torch.full((int(positions.max()) + 1 if p.tokens else 0, p.head_dim), torch.nan)
+    table[positions] = rope.rows(plan.replace(cos_sin=KEEP), positions, p.theta, p.head_dim, store).to(torch.float32)
+    return p.replace(cos_sin_cache=table.to(p.x.device))
 
 
 def rotated(value: Tensor, cos: Tensor, sin: Tensor, plan: CastPlan, store: Store = store) -> Tensor:

@@ -55,8 +55,8 @@ def transformers_table(positions: torch.Tensor, head_dim: int) -> tuple[torch.Te
 
 def fp32_table(rows: int, head_dim: int) -> torch.Tensor:
     """cos and sin [rows, head_dim] of THETA as a plan that rounds nothing on the way holds them."""
-    still = random_problem(tokens=1, head_dim=head_dim)
-    return with_table(DEFAULT, still.replace(positions=torch.tensor([rows - 1]), theta=THETA)).cos_sin_cache
+    still = random_problem(tokens=rows, head_dim=head_dim)
+    return with_table(DEFAULT, still.replace(positions=torch.arange(rows), theta=THETA)).cos_sin_cache
 
 
 def test_the_table_is_qwen3s():
@@ -240,7 +240,7 @@ def test_the_head_norm_by_itself_rotates_and_rope_needs_no_norm():
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, words):
     inputs = {
-        **with_table(DEFAULT, random_problem(rope=True)).replace(cos_sin_cache=fp32_table(512, 32)).inputs(),
+        **random_problem(rope=True).replace(cos_sin_cache=fp32_table(512, 32)).inputs(),
         **changes,
     }
     with pytest.raises(ValueError, match=words) as error:

@@ -152,6 +152,7 @@ def test_a_table_has_a_row_a_position_and_is_made_once():
     problem = at(random_problem(tokens=3), torch.tensor([5, 0, 1]))
     once = with_table(DEFAULT, problem)
     assert once.cos_sin_cache.shape == (6, problem.head_dim) and once.cos_sin_cache.dtype == torch.float32
+    assert once.cos_sin_cache.isnan().all(dim=1).tolist() == [False, False, True, True, True, False]
     assert with_table(plan_named("hf").replace(phase=RNE), once) is once
     still, none = random_problem(), random_problem(tokens=0, rope=True)
     assert with_table(DEFAULT, still) is still and with_table(DEFAULT, none).cos_sin_cache.shape == (0, 32)

@@ -25,7 +25,7 @@ from castpoint.harness.accuracy.shapley import (
 )
 from castpoint.harness.problems.drawn import synthetic_problem, with_positions
 from castpoint.harness.runs.words import MEASURES
-from castpoint.kernels.plan import BOUNDARIES, KEEP, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
+from castpoint.kernels.plan import BOUNDARIES, KEEP, PHASE_BOUNDARIES, RNE, ROPE_BOUNDARIES, RTZ, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, truth
@@ -81,6 +81,13 @@ def test_every_subset_with_positions_too(name: str) -> None:
         boundary for boundary in ROPE_BOUNDARIES if getattr(plan_named(name), boundary) != KEEP
     }
     check_every_subset(Errors, name, problem)
+
+
+def test_what_phases_are_made_of_are_players_where_a_plan_rounds_it() -> None:
+    plan, problem = plan_named("fp32").replace(inv_freq=RNE, position=RTZ, phase=RNE), with_positions(small())
+    assert players(plan, problem) == ["x", *PHASE_BOUNDARIES, "out"] and players(plan, small()) == ["x", "out"]
+    found = budget(plan, problem)["k_rel_ms"]
+    assert all(found.parts[name] > found.parts["out"] for name in PHASE_BOUNDARIES)
 
 
 def test_every_subset_without_head_norm_too() -> None:

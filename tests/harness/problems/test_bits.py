@@ -26,9 +26,9 @@ ce256c0c37d4 e5de569c662e a91cc0c4648f ab6a1f9ab7b0 23b32672cb5f 434e851abb7b de
 # Rotated problems: QKV bias; norm weights stored as w - 1; another D. A published stream. Then what cases and
 # fingerprints draw.
 OTHERS = {
-    "qwen2.5-0.5b": "f9fa52da1341",
-    "gemma-3-270m": "5ab231bb98e9",
-    "qwen3-1.7b": "36af7dd24d2e",
+    "qwen2.5-0.5b": "0bff77c9b652",
+    "gemma-3-270m": "8cb0f1445c97",
+    "qwen3-1.7b": "53a7f11923b6",
     "published": "2d18c54ee213",
     "cases": "a2be9db3ebfe",
     "probes": "cf7bf927db2e",
