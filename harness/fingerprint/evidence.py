@@ -6,6 +6,7 @@ so a few wrong elements, from approximate instructions or noise, decide nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -189,8 +190,10 @@ def concentrated(wrong: Tensor) -> str:
 
 
 def settled(rule: Rule, rows: Rows) -> Tensor:
-    """Which rows no error of a few fp32 ulps, in the mean or the root, brings to another stored variance or rstd: bool
-    [R]. An implementation that divides by 1000 as times 1 / 1000, or whose root is approximate, has such errors."""
+    """Which rows no error of a few fp32 ulps, in the mean or the root, brings to another stored variance or rstd, nor
+    more than a few of their elements to another result: bool [R]. An implementation that divides by 1000 as times 1 /
+    1000, or whose root is approximate, has such errors; where all products are numbers of bf16, truncation shows them
+    all."""
     mean = mean_of_squares(rule.replace(variance=KEEP), rows)
     bare = rule.replace(rstd=KEEP, root="rsqrt" if rule.root == "rsqrt" else "sqrt")
     root = scalar(bare, mean_of_squares(rule, rows), rows.eps)
@@ -199,7 +202,9 @@ def settled(rule: Rule, rows: Rows) -> Tensor:
     for value, storage in ((mean.float(), rule.variance), (root, rule.rstd)):
         if storage != KEEP:
             firm &= round_to(value * few, storage) == round_to(value / few, storage)
-    return firm[:, 0]
+    low, high = (predict(rule, dataclasses.replace(rows), round_to(root * f, rule.rstd)) for f in (1 / few, few))
+    moved = (high - low).abs() > 4 * (few - 1) * high.abs() if rule.out == KEEP else high != low
+    return firm[:, 0] & (moved.double().mean(1) < CONCENTRATED / 2)
 
 
 @dataclass(frozen=True)

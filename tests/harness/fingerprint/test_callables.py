@@ -184,7 +184,7 @@ def test_flat_heads_are_viewed_by_head() -> None:
 def test_a_chain_with_other_arguments_is_told_what_to_take() -> None:
     reason = identify(norm_qkv, "qkv").reason
     assert reason.startswith("the callable takes (x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight")
-    assert f", ...), it must take {KINDS['qkv']}, residual and bias by name: wrap it in one" in reason
+    assert f", ...), it must take {KINDS['qkv']}: wrap it in one" in reason
 
     def inside(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise TypeError("unsupported operand")

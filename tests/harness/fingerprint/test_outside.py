@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.harness.fingerprint import survey
@@ -58,9 +57,6 @@ OUTSIDERS: dict[str, Norm] = {
         out=lambda y: torch.where(
             y < 0, torch.nextafter(round_to(y, RTZ).bfloat16(), y.new_tensor(-1e30).bfloat16()), round_to(y, RTZ)
         ).bfloat16()
-    ),
-    "another function for few tokens": lambda x, w, eps: (
-        eager_norm(x, w, eps, False) if len(x) > 16 else F.rms_norm(x, (x.shape[-1],), w, eps)
     ),
 }
 
