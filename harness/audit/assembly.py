@@ -25,6 +25,7 @@ def ptx_graph(text: str) -> list[Node]:
     """Every value of the PTX. Halves of 64 bits are `pack`ed and taken `part`s of; prmt is `bytes`."""
     files = {number: PurePath(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
     lines, place, inline, blocks = [], NOWHERE, False, 0
+    text = re.sub(r"\bcall\b[^;]*;", lambda call: " ".join(call[0].split()), text)  # on several lines
     for line in text.split("\n\t.section", 1)[0].splitlines():
         blocks += "begin inline asm" in line
         inline = "begin inline asm" in line or inline and "end inline asm" not in line
@@ -38,7 +39,10 @@ def ptx_graph(text: str) -> list[Node]:
             lines.append(f"{label[1]}_{blocks}" if inline else label[1])
         elif ";" in line and not line.startswith((".", "{ .", "{.")):
             for statement in filter(None, (each.strip() for each in line.split(";"))):
-                guard, op, rest = re.match(r"(@!?[%\w]+\s+)?([\w.:]+)\s*(.*)", statement.lstrip("{} ")).groups("")
+                parts = re.match(r"(@!?[%\w]+\s+)?([\w.:]+)\s*(.*)", statement.lstrip("{} \t"))
+                if not parts:
+                    continue
+                guard, op, rest = parts.groups("")
                 operands = [each.strip() for each in re.split(r",\s*(?![^{]*\})", rest)] if rest else []
                 if inline and op.startswith("bra"):  # a label of a block of inline assembly, which others have too
                     operands = [f"{operands[0]}_{blocks}"]
@@ -76,6 +80,8 @@ def _lower_ptx(builder: Builder, instruction: Instruction) -> None:
         result = builder.add(op, *(builder.read(each) for each in target), *flat)
     else:
         result = builder.operation(op, flat if target else flat + [builder.read(each) for each in lists[0]])
+    if op.startswith("atom."):  # its result is seldom read
+        builder.effects.append(result)
     builder.write_all(target, result)
 
 
@@ -143,6 +149,7 @@ def _amd_value(builder: Builder, operand: str, half: int = 0) -> Node | int:
 _NO_RESULT = re.compile(
     r"(buffer|global|flat|scratch)_(store|atomic)|ds_write|ds_add|s_(waitcnt|nop|barrier|sleep|setprio|cmp|bitcmp|set)"
 )
+_PART_WRITTEN = re.compile(r"v_cvt_(pk|sr)_(fp8|bf8)_f32|v_fma_mix(lo|hi)_f16|.*UNUSED_PRESERVE")  # the rest stays
 # Operations that one instruction does, the second on the result of the first.
 _TWO_IN_ONE = {"v_add3_u32": "iadd iadd", "v_and_or_b32": "and or", "v_or3_b32": "or or", "v_lshl_or_b32": "shl or"}
 
@@ -178,6 +185,8 @@ def _lower_amd(builder: Builder, instruction: Instruction) -> None:
         result = builder.add(second, builder.add(first, *values[:2]), values[2])
     else:
         result = builder.operation(op, values)
+    if target and _PART_WRITTEN.match(text):
+        result = builder.add("phi", builder.read(target[0]), result)
     builder.write_all(target, result)
 
 

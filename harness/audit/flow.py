@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from castpoint.harness.audit.graph import Node, origins, reached
+from castpoint.harness.audit.instructions import FORMATS, holds
 from castpoint.harness.audit.roundings import BF16, TF32, Rounding, rounded_bits, rounding_operations
-from castpoint.harness.audit.ttir import pointer_name, ttir_graph, types_of, width
+from castpoint.harness.audit.ttir import converted, pointer_name, ttir_graph, types_of
 
 PASSED = re.compile(
     r"phi|select|tt\.(splat|expand_dims|broadcast|reshape|trans|cat|join|split)|ttg?\.convert_layout"
@@ -22,6 +23,8 @@ READERS = re.compile(
     r"arith\.(add|sub|mul|div|rem|max\w*|min\w*)f|math\.\w+|tt\.(precise_\w+|dot\w*|reduce|scan|store|atomic_\w+|clampf"
     r"|descriptor_store|extern_elementwise|elementwise_inline_asm|call|reduce\.return)"
 )
+# Exact in any type, or a sum of many, whose steps are not roundings of a value.
+EXACT = re.compile(r"tt\.(reduce|scan|dot\w*|clampf)|arith\.(max|min)\w*f|math\.(floor|ceil|trunc|round\w*)")
 NOT_FOLLOWED = re.compile(
     r"tt\.(extern_elementwise|elementwise_inline_asm|call|atomic_\w+|scan|dot_scaled|gather)|scf\.while|cf\.\w+"
 )
@@ -108,12 +111,11 @@ class Flow:
         before, after = types_of(node)
         if node.op == "arith.addf" and after == "f32" and any(is_zero(arg) for arg in node.args):
             return [arg for arg in node.args if not is_zero(arg)], None  # exact, but for the sign of a zero
-        if node.op in ("arith.truncf", "tt.fp_to_fp") and width(after) < width(before):
-            mode = "rtz" if "rounding = rtz" in node.text else "rne"
-            return node.args, Rounding(f"{after}-{mode}", node.args[0], node, frozenset({node.place}))
+        if node.op in ("arith.truncf", "tt.fp_to_fp") and (kind := rounds(node)):
+            return node.args, Rounding(kind, node.args[0], node, frozenset({node.place}))
         if node.op in ("tt.fp_to_fp", "tt.bitcast", "arith.bitcast"):
             return self._bits(node, before, after)
-        if READERS.fullmatch(node.op) and after in ("bf16", "fp16") and node.op != "tt.reduce":
+        if READERS.fullmatch(node.op) and after in ("bf16", "fp16") and not EXACT.fullmatch(node.op):
             return [], Rounding(f"{after}-rne", node, node, frozenset({node.place}))
         return [], None
 
@@ -141,7 +143,7 @@ class Flow:
             kind = f"{'tf32' if mask == TF32 else 'bf16'}-{mode}"
             return value.args, Rounding(kind, value.args[0], node, places)
         casts = [each for each in origins(node.args[0], ON_BITS) if each.op == "tt.bitcast"]
-        floats = {each.args[0] for each in casts if types_of(each)[0][0] in "fb"}
+        floats = {each.args[0] for each in casts if types_of(each)[0][0] in "fbe"}
         rounding = Rounding("unknown arithmetic on bits", min(floats, key=id), node, places) if floats else None
         return list(floats), rounding
 
@@ -183,7 +185,7 @@ class Flow:
         if node.op in ("arith.constant", "arg", "arith.sitofp", "arith.uitofp"):
             return "scalar"
         if not READERS.fullmatch(node.op):
-            return "" if types_of(node)[1] in ("f32", "bf16", "fp16") else "address"
+            return "" if types_of(node)[1] in ("f32", "f64", *FORMATS) and types_of(node)[1] != "i1" else "address"
         if node.op == "tt.dot":
             return "proj"
         first, second = (self.roles(arg) for arg in (*node.args, 0, 0)[:2])
@@ -265,6 +267,14 @@ def renamed(roles: frozenset[str], **names: str) -> str:
         if f"head_{old}" in roles:
             return f"head_{new}"
     return ""
+
+
+def rounds(node: Node) -> str | None:
+    """Kind of what a conversion to a float rounds; None where the new type holds all of the old, or there is none."""
+    types = converted(node)
+    if types is None or holds(types[1], types[0]):
+        return None
+    return f"{types[1]}-{'rtz' if 'rounding = rtz' in node.text else 'rne'}"
 
 
 def is_zero(node: Node | int) -> bool:

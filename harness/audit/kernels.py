@@ -19,9 +19,10 @@ of the kernel that stores it proves it, and no rounding may follow. Workspace, w
 within its kernel: what is loaded is whatever the kernel stores behind the same pointer. That addresses, the order of
 programs and the counter of those that arrived are right, no row says, nor which of cos and sin meets which half.
 
-Texts become graphs in ttir and assembly (of graph's nodes); roundings finds the roundings in one, flow names the values
-of TTIR. plan then holds TTIR to the plan, machine the machine code to TTIR. Here both become rows, in foreign those of
-kernels without a plan.
+Texts become graphs in ttir and assembly (of graph's nodes); roundings finds the roundings in one, by the tables of
+instructions or by the idiom; flow names the values of TTIR, sites says where they are rounded. plan then holds TTIR to
+the plan, machine the machine code to TTIR. Here both become rows, in foreign those of kernels without a plan, and in
+listing those of PTX alone.
 """
 
 from __future__ import annotations
@@ -32,9 +33,18 @@ from typing import Any
 from castpoint.harness.audit.assembly import machine_graph
 from castpoint.harness.audit.flow import Flow
 from castpoint.harness.audit.graph import NOWHERE
-from castpoint.harness.audit.machine import ASSEMBLY, beside_assembly, compare_machine, fused, fusion_faults, sites_of
+from castpoint.harness.audit.instructions import is_unknown, opcode
+from castpoint.harness.audit.machine import (
+    ASSEMBLY,
+    beside_assembly,
+    compare_machine,
+    fused,
+    fusion_faults,
+    made_of_integers,
+)
 from castpoint.harness.audit.plan import compare_ttir, declared, flow_of, part_of, resource_faults
 from castpoint.harness.audit.roundings import Rounding, machine_roundings
+from castpoint.harness.audit.sites import sites_of, without_exact
 from castpoint.harness.audit.words import described, dot_precisions, listed, not_followed
 from castpoint.harness.compiled.compile import COMPILERS, TARGETS, Compiled, binaries, check_compilable
 from castpoint.harness.runs.errors import UserError
@@ -57,20 +67,24 @@ def examine(
     if all(node.place == NOWHERE for node in flow.nodes):
         raise UserError("the kernel was compiled without line numbers: unset TRITON_DISABLE_LINE_INFO")
     nodes = machine_graph(compiled.asm)
-    sites, found = sites_of(flow, names), machine_roundings(nodes)
+    sites = sites_of(flow, names, compiled.target)
+    found = without_exact(flow, sites, machine_roundings(nodes))
+    unseen = dict.fromkeys(op for node in nodes if is_unknown(op := opcode(node.text)))
+    unseen |= dict.fromkeys(f"{site.kind} made of integers" for site in made_of_integers(sites, nodes))
     counts, faults = compare_machine(sites, nodes, found)
     extra, asked = fused(flow, nodes)
     inside = {node.place for node in flow.nodes if node.op == ASSEMBLY}
     if inside:
         sites_beside, found = beside_assembly(inside, sites, found)
-        _, faults = compare_machine(sites_beside, nodes, found)
+        _, beside = compare_machine(sites_beside, nodes, found)
+        faults = [fault for fault in beside if fault in faults or "not rounded" not in fault]  # it may be inside
     faults += [] if fp_fusion else fusion_faults([node for node in extra if node.place not in inside])
     row = {
         "ttir": listed(f"{site.boundary or 'unclassified'} {site.kind}" for site in sites),
         "machine": listed(f"{name or 'unclassified'} {count}" for name, count in counts.items()),
         "roundings": "; ".join(described(flow)),
         "matmul": listed(dot_precisions(flow)),
-        "not_followed": ", ".join(not_followed(flow)),
+        "not_followed": ", ".join([*not_followed(flow), *unseen]),
         "fused": len(extra),
         "expanded": asked,
         "matrix": listed(compiled.matrix_instructions()),
@@ -105,7 +119,8 @@ def audit_case(target: str, kernel: str, plan_name: str, keywords: dict[str, Any
     ttir          roundings found in TTIR, the same words; a boundary comes twice where branches have one each
     machine       elements a thread rounds at each boundary in PTX or AMD assembly, all copies of loops included
     roundings     of each rounding in TTIR what is rounded and what reads it; matmul: operand types of its products
-    not_followed  operations of TTIR that the audit cannot see through
+    not_followed  operations of TTIR that the audit cannot see through, and of machine code narrow arithmetic that it
+                  does not know, or makes of integers
     fused         multiply-adds that TTIR has apart; expanded: those that are its products, quotients and roots
     matrix        matrix instructions
     registers     a thread; spills: bytes a thread (both None without disassembler); shared: bytes a block

@@ -1,18 +1,19 @@
 """Machine code against TTIR: each rounding is found again, none is added, none comes too late, and nothing is fused.
 
-The line table says which of TTIR's roundings one of machine code is; where it lost the place, the kind of operation
-that is rounded does.
+sites says which of TTIR's roundings one of machine code is; where the place is lost, the kind of operation that is
+rounded does.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
-from castpoint.harness.audit.flow import LOADS, Edge, Flow
+from castpoint.harness.audit.flow import LOADS, Flow
 from castpoint.harness.audit.graph import MERGES, NOWHERE, Node, Place, origins, reached, spot
 from castpoint.harness.audit.roundings import FLOAT, MATRIX_RESULT, Rounding, is_fused
+from castpoint.harness.audit.sites import INTEGER, UNPACKS, Site, computes, is_kind, is_moved, is_step
+from castpoint.harness.audit.ttir import types_of
 from castpoint.harness.audit.words import titled
 
 WORDS = {"arith.mulf": {"fmul"}, "arith.addf": {"fadd"}, "arith.subf": {"fsub", "fadd"}}
@@ -22,53 +23,28 @@ CUTS = (*MERGES, "and", "shl", "shr", "bytes")  # what makes a value of others' 
 LOAD = re.compile(r"ld\.global|(buffer|global|flat)_load")
 ROOTED = ("arith.divf", "tt.precise_divf")
 EXPANDED = re.compile(r"tt\.(dot|precise_\w+|extern_elementwise)|arith\.(divf|remf)|math\.\w+")
+MOVES = ("arith.divf", "arith.remf")
 ASSEMBLY = "tt.elementwise_inline_asm"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One rounding of TTIR, to be found again."""
-
-    boundary: str
-    kind: str
-    places: frozenset[Place]
-    sources: tuple[Node, ...]
-    sinks: tuple[Node, ...]
-    role: str
-    always: bool  # nothing reads the source unrounded
-    redundant: bool  # what comes in is rounded already
-    spared: str  # what a conversion of Triton's own may leave out
-
-
-def sites_of(flow: Flow, names: dict[Rounding, str]) -> list[Site]:
-    """Every rounding of TTIR, with its boundary by names (else the role of what is rounded)."""
-    edges_of: dict[Node, list[Edge]] = defaultdict(list)
-    for edge in flow.edges:
-        if not (edge.sink.op == "tt.dot" and edge.operand == 2):  # a sum that goes on is no reader of it
-            edges_of[edge.source].append(edge)
-    sites = []
-    for rounding, edges in flow.rounded.items():
-        sources, sinks = (tuple(dict.fromkeys(getattr(e, end) for e in edges)) for end in ("source", "sink"))
-        before = [edge.roundings[: edge.roundings.index(rounding)] for edge in edges]
-        always = all(each.roundings for source in sources for each in edges_of[source]) and not any(before)
-        redundant = all(those and those[-1].kind.startswith("bf16") for those in before)
-        boundary, role = names.get(rounding, edges[0].role), edges[0].role
-        spared = "without NaN" if rounding.node.op == "tt.fp_to_fp" else ""
-        about = (boundary, rounding.kind, rounding.places, sources, sinks, role)
-        sites.append(Site(*about, always, redundant, spared))
-    return sites
 
 
 def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding]) -> tuple[Counter, list[str]]:
     """(elements rounded at each boundary in machine code, what it does otherwise than TTIR, one sentence each)."""
     counts, faults, matched = Counter(), [], defaultdict(list)
-    for rounding in sorted(found, key=lambda each: not each.places):  # those that lost their place in a move come last
+    unfollowed = made_of_integers(sites, nodes)
+    found = [rounding for rounding in found if not any(is_step(rounding, site) for site in unfollowed)]
+
+    def at_place(rounding: Rounding) -> list[Site]:  # `a * b + c` is two operations at one place
+        here = [site for site in sites if site.places & rounding.places]
+        computed = [site for site in here if computes(rounding, site)]
+        return computed if computed or is_fused(rounding.node) else here
+
+    for rounding in sorted(found, key=lambda each: (not each.places, not at_place(each))):  # moved ones come last
         if rounding.places:
-            here = [site for site in sites if site.places & rounding.places]
+            here = at_place(rounding) or [site for site in sites if is_moved(rounding, site, matched[site])]
         else:
             alike = [site for site in sites if any(shape(each) & shape(rounding.value) for each in site.sources)]
             here = [site for site in alike if not matched[site]] or alike
-        same = [site for site in here if rounding.kind == site.kind or rounding.kind == f"{site.kind} {site.spared}"]
+        same = [site for site in here if is_kind(rounding, site)]
         for site in same:  # the line table does not tell two calls from one another that one helper makes
             matched[site].append(rounding)
         if same:
@@ -81,15 +57,20 @@ def compare_machine(sites: list[Site], nodes: list[Node], found: list[Rounding])
             faults.append(f"machine code: a value is rounded {rounding.kind} where TTIR does not, {where}")
     for site in sites:
         # a shift, after memory none of a float
-        elusive = "unknown" in site.kind or site.kind.endswith("rtz without NaN")
+        elusive = "unknown" in site.kind or site.kind.endswith("rtz without NaN") or site in unfollowed
         if not matched[site] and not site.redundant and not elusive:
             alike = [each for each in sites if (each.boundary, each.kind) == (site.boundary, site.kind)]
             if not moved(alike, nodes, [rounding for each in alike for rounding in matched[each]]):
                 faults.append(f"machine code: {titled(site.boundary)} is not rounded, TTIR says {site.kind}")
-        elif site.always:
+        elif site.always and site not in unfollowed:
             related = [other for other in sites if set(other.sources) & set(site.sources)]
             faults += unrounded(site, nodes, [rounding for other in related for rounding in matched[other]])
     return counts, [f"{fault} ({n} times)" if n > 1 else fault for fault, n in Counter(faults).items()]
+
+
+def made_of_integers(sites: list[Site], nodes: list[Node]) -> list[Site]:
+    """Those whose target has no such conversion, and makes it of integers: it is not followed."""
+    return [s for s in sites if s.by_integers and any(n.op in INTEGER and n.place in s.places for n in nodes)]
 
 
 def moved(alike: list[Site], nodes: list[Node], rounded: list[Rounding]) -> bool:
@@ -137,9 +118,13 @@ def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[st
     computed = {node for node in nodes if node.op in words and node.place in places - {NOWHERE}}
     lost = [n for n in computed - inputs if any(user.place != n.place for user in readers(n))]  # no step of a quotient
     made = set()  # what has several elements
-    if "tt.dot" in ops:  # and there is one in a kernel, or its results are added up
+    if (
+        "tt.dot" in ops and types_of(site.sources[0])[1] != "fp16"
+    ):  # and there is one in a kernel, or its results are added up
         made = {node for node in nodes if MATRIX_RESULT.match(node.op)}
         inputs |= made
+    elif ops & set(LOADS) and types_of(site.sources[0])[1] not in ("f32", "f64"):
+        lost += unpacked(site, nodes, places)
     elif ops & set(LOADS):
         made = {node for node in nodes if LOAD.match(node.op) and node.place in places - {NOWHERE}}
     values = {rounding.value for rounding in rounded}
@@ -151,6 +136,17 @@ def unrounded(site: Site, nodes: list[Node], rounded: list[Rounding]) -> list[st
     if early:
         faults.append(f"machine code: elements of {titled(site.role)} read before they are rounded: {len(early)}")
     return faults
+
+
+def unpacked(site: Site, nodes: list[Node], places: set[Place]) -> list[Node]:
+    """Loads of several narrow elements that arithmetic reads elsewhere than where they are rounded."""
+    loads = [node for node in nodes if LOAD.match(node.op) and node.place in places - {NOWHERE}]
+    found = []
+    for load in loads:
+        ways = reached([load], lambda each: [user for user in each.users if user.op in UNPACKS])
+        readers_ = {user for way in ways for user in way.users if user.op in FLOAT}
+        found += [load] if any(user.place not in site.places for user in readers_) else []
+    return found
 
 
 def is_element(node: Node, made: set[Node]) -> bool:
@@ -168,8 +164,10 @@ def readers(node: Node) -> set[Node]:
 def fused(flow: Flow, nodes: list[Node]) -> tuple[list[Node], int]:
     """(fused multiply-adds that TTIR does not ask for, the number of those it does: products, quotients, roots)."""
     asked = {node.place for node in flow.nodes if EXPANDED.fullmatch(node.op)} - {NOWHERE}
+    apart = {node.place for node in flow.nodes if node.op in ("arith.mulf", "arith.addf", "arith.subf")}
+    moves = any(node.op in MOVES for node in flow.nodes)  # LLVM gives steps of several elements another place
     all_ = [node for node in nodes if is_fused(node)]
-    extra = [node for node in all_ if node.place not in asked]
+    extra = [node for node in all_ if node.place not in asked and (node.place in apart or not moves)]
     return extra, len(all_) - len(extra)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from castpoint.harness.audit.graph import Node, Place, link, reached
+from castpoint.harness.audit.instructions import narrowing, widens
 
 JUMP = re.compile(r"bra\b|ret\b|exit\b|s_branch|s_cbranch|s_endpgm|s_setpc")
 
@@ -151,8 +152,6 @@ _WORDS = {
     r"prmt\.b32": "prmt",
     r"v_bfi_b32": "bfi",
     r"fma\.|mad\.\w*\.?f\d|v_(pk_)?(fma|mad|mac|fmac|fmaak|fmamk|fma_mix\w*)_(f\d|bf16)|v_dot2\w*": "fma",
-    r"cvt\.r\w+\.(\w+\.)*?(bf16|f16|tf32|e\dm\d)|v_cvt_(pk|sr|pkrtz|_)*(bf16|f16|bf8|fp8)": "cvt",
-    r"mul\..*(bf16|f16)|add\..*bf16|sub\..*bf16|v_(pk_)?(mul|add)_(bf16|f16)": "narrow_arithmetic",
     r"mul\..*f32|v_(pk_)?mul_f32": "fmul",
     r"add\..*f32|v_(pk_)?add_f32": "fadd",
     r"sub\..*f32|v_sub_f32|v_subrev_f32": "fsub",
@@ -168,4 +167,10 @@ _ORDERS |= dict.fromkeys(("v_lshrrev_b32", "v_lshlrev_b32"), (1, 0))
 
 @cache
 def word_of(op: str) -> str:
-    return next((word for pattern, word in _WORDS.items() if re.match(pattern, op)), op)
+    narrow = narrowing(op)
+    if narrow and narrow.converts:
+        return "cvt"
+    if widens(op):
+        return "widened"
+    word = next((word for pattern, word in _WORDS.items() if re.match(pattern, op)), op)
+    return "narrow_arithmetic" if narrow and word != "fma" else word

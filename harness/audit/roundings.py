@@ -9,12 +9,15 @@ import re
 from dataclasses import dataclass
 
 from castpoint.harness.audit.graph import MERGES, NOWHERE, Node, Place, origins, reached
+from castpoint.harness.audit.instructions import holds, narrowing, opcode, widens
 from castpoint.harness.compiled.compile import MATRIX_INSTRUCTION
 
 QUIET, HALF_ULP, INFINITY, ABSOLUTE = 0x00400000, 0x7FFF, 0x7F800000, 0x7FFFFFFF
 BF16, TF32 = 0xFFFF0000, 0xFFFFE000  # the bits that stay
 NANS = (0x7FFF0000, 0x7FFF, 0x7FC00000, 0x7FC0)  # that a compiler may put for any NaN, in fp32 or in its upper half
-ONES, MINUS_ZEROS = (0x3F800000, 0x3F80, 0x3F803F80), (0x80000000, 0x8000, 0xFFFF8000, 0x80008000)  # fp32, bf16, two
+MINUS_ZEROS = (0x80000000, 0x8000, 0xFFFF8000, 0x80008000)  # fp32, 16 bits, two of these
+ONES = (0x3F800000, 0xBF800000, 0x3F80, 0xBF80, 0xFFFFBF80, 0x3F803F80, 0xBF80BF80)  # and -1, the same and fp16's
+ONES += (0x3C00, 0xBC00, 0xFFFFBC00, 0x3C003C00, 0xBC00BC00)
 FLOAT = ("fmul", "fadd", "fsub", "fdiv", "fsqrt", "frsqrt", "fma")
 MATRIX_RESULT = re.compile(rf"{MATRIX_INSTRUCTION.pattern}|tcgen05\.ld")
 
@@ -41,14 +44,14 @@ def rounded_bits(node: Node | int) -> tuple[str, Node, bool] | None:
     if node.op != "select":
         value = _nearest(node)
         return ("rne without NaN", value, False) if value else None
-    for quiet, other, holds in ((*node.args[1:3], True), (node.args[2], node.args[1], False)):
+    for quiet, other, when in ((*node.args[1:3], True), (node.args[2], node.args[1], False)):
         value, half = _with_constant(quiet, "or", QUIET), False
         if value is None and (upper := _upper(_with_constant(quiet, "or", QUIET >> 16))):
             value, other, half = upper, _upper(other), True
         elif value is None and quiet in NANS:
             other, half = _with_constant(other, "and", BF16) or _upper(other), True
             value = _nearest(other)
-        if isinstance(value, Node) and _is_nan(node.args[0], value) is holds:
+        if isinstance(value, Node) and _is_nan(node.args[0], value) is when:
             if other is value:
                 return "rtz", value, half
             if _nearest(other) is value:
@@ -135,16 +138,22 @@ def cut(node: Node, user: Node) -> str | None:
     """`bf16` or `tf32` where that user reads only as many upper bits of node, else None."""
     mask = next((arg for arg in user.args if isinstance(arg, int)), 1)
     if user.op == "and":
-        return "bf16" if not mask & 0xFFFF else "tf32" if mask | 1 << 31 == TF32 else None
+        return "bf16" if _is_upper(mask) else "tf32" if mask | 1 << 31 == TF32 else None
     if user.op == "shr":
         return "bf16" if user.args[1] == 16 else None
     if user.op == "bfi" and isinstance(user.args[0], int):
         kept = user.args[0] if user.args[1] is node else user.args[0] ^ 0xFFFFFFFF
-        return None if kept & 0xFFFF else "bf16"
+        return "bf16" if _is_upper(kept) else None
     if user.op == "bytes" and isinstance(user.args[2], int):
         chosen = [user.args[2] >> 8 * index & 0xFF for index in range(4)]
         return "bf16" if all(e >= 8 or e % 4 > 1 for e in chosen if e >= 8 or user.args[e // 4] is node) else None
     return None
+
+
+def _is_upper(mask: int) -> bool:
+    """Whether a mask leaves fp32's upper bits, at most bf16's and some behind the point: not its sign or exponent."""
+    lower = ~(mask | 1 << 31) & 0xFFFFFFFF
+    return 0xFFFF <= lower < 1 << 22 and not lower & lower + 1
 
 
 _ADDRESS = re.compile(r"v_(add_lshl|lshl_add|mul_lo|mul_hi|mad_\w*u)|mul\.(lo|wide)|mad\.(lo|wide)")
@@ -177,11 +186,7 @@ def machine_roundings(nodes: list[Node]) -> list[Rounding]:
             kind = f"{cuts.pop()}-{mode}" if len(cuts) == 1 and None not in cuts else f"{mode} with lower bits kept"
             found.append(Rounding(kind, value, node, frozenset(each.place for each in steps[node]) - {NOWHERE}))
     for node in nodes:
-        if node.op in ("cvt", "narrow_arithmetic") or node.op == "fma" and "f16" in node.text:
-            lanes = 2 if re.search(r"x2|_pk", node.text) else 1
-            values = node.args[:lanes] if node.op == "cvt" else [node] * lanes
-            places = frozenset({node.place})
-            found += [Rounding(conversion(node.text), v, node, places) for v in values if isinstance(v, Node)]
+        found += _instruction_roundings(node)
         for user in node.users:
             if user not in inner and (type_ := cut(node, user)) and node not in cores and is_float(node):
                 found.append(Rounding(f"{type_}-rtz without NaN", node, user, frozenset({user.place})))
@@ -209,17 +214,39 @@ def _is_cut(value: Node | int, cores: dict[Node, object], seen: set[Node]) -> bo
 
 
 def is_fused(node: Node) -> bool:
-    """Whether a multiply-add has a product and a sum: sm_80, which lacks both in bf16, adds -0 or multiplies by 1."""
+    """Whether a multiply-add has a product and a sum: sm_80, which lacks both in bf16, adds -0 or multiplies by 1 or,
+    for a difference, -1."""
     return node.op == "fma" and not (node.args[2] in MINUS_ZEROS or any(arg in ONES for arg in node.args[:2]))
 
 
 def is_float(node: Node) -> bool:
     """Whether machine code computed this as fp32: arithmetic, a matrix instruction, a merge of such alone."""
-    return all(each.op in FLOAT or MATRIX_RESULT.match(each.op) for each in origins(node))
+    made = origins(node)
+    narrow = any(each.op == "fma" and narrowing(opcode(each.text)) for each in made)
+    return not narrow and all(each.op in FLOAT or MATRIX_RESULT.match(each.op) for each in made)
 
 
-def conversion(text: str) -> str:
-    """Kind of a conversion to a narrow type, or of arithmetic in one, by the instruction's name."""
-    type_ = re.search(r"(bf16|f16|tf32|e\dm\d|bf8|fp8)", text)[1]
-    mode = "rtz" if re.search(r"\.rz\b|rtz", text) else "rna" if ".rna" in text else "rne"
-    return f"{'fp16' if type_ == 'f16' else type_}-{mode}"
+def _instruction_roundings(node: Node) -> list[Rounding]:
+    """What one instruction rounds, by the tables: what it converts, but for values of the type already, or results."""
+    if node.op not in ("cvt", "narrow_arithmetic", "fma") or not (narrow := narrowing(opcode(node.text))):
+        return []
+    if narrow.converts:
+        values = node.args[:1] * narrow.count if narrow.packed else node.args[: narrow.count]
+        values = [value for value in values if isinstance(value, Node) and not _is_of(narrow.type, value, set())]
+    else:
+        values = [node] * narrow.count
+    return [Rounding(narrow.kind, value, node, frozenset({node.place})) for value in values]
+
+
+def _is_of(type_: str, value: Node | int, seen: set[Node]) -> bool:
+    """Whether that type of FORMATS holds a value as it is, since it was made of a type that goes into it."""
+    if not isinstance(value, Node) or value in seen:
+        return True
+    made = origins(value, (*MERGES, "and", "shr"))
+    return bool(made) and all(
+        narrow is not None and narrow.converts and holds(type_, narrow.type)
+        if (narrow := narrowing(opcode(each.text)))
+        else each.op == "widened"
+        and (holds(type_, widens(opcode(each.text))) or _is_of(type_, each.args[0], seen | {value}))
+        for each in made
+    )

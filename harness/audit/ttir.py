@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import PurePath
 
 from castpoint.harness.audit.graph import NOWHERE, Node, Place, link, place_of
+from castpoint.harness.audit.instructions import FORMATS
 
 _LOC = re.compile(r" loc\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
 _OPERATION = re.compile(r'(?:(%[^=]+) = )?"?([\w.]+)"?(.*)')
 _NAME = r"%[\w.]+(?:#\d+)?"
 _CONSTANT = re.compile(r"(?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+)?i(?:16|32)\b")
+CONVERSIONS = ("arith.truncf", "arith.extf", "tt.fp_to_fp", "arith.sitofp", "arith.uitofp")
+# Triton's fp8e4nv, fp8e5, fp8e4b15 and, on AMD, fp8e4b8 and fp8e5b16.
+EIGHT_BITS = {"f8E4M3FN": "e4m3", "f8E5M2": "e5m2", "f8E4M3B11FNUZ": "e4m3b11fnuz"}
+EIGHT_BITS |= {"f8E4M3FNUZ": "e4m3fnuz", "f8E5M2FNUZ": "e5m2fnuz"}
 _BITS = {"andi": "and", "ori": "or", "addi": "iadd", "shrui": "shr", "shli": "shl", "select": "select", "cmpi": "cmp"}
 
 
@@ -42,6 +47,9 @@ def ttir_graph(text: str) -> list[Node]:
             continue
         if line.startswith("}"):
             _, owners = regions.pop()
+            if owners and owners[0].op in ("tt.reduce", "tt.scan"):  # their types and place stand at the end
+                owners[0].text += line.lstrip("})")
+                owners[0].place = places.get(locs[-1], NOWHERE) if locs else NOWHERE
             if line.endswith("{"):  # else, do
                 regions.append(({}, owners))
             continue
@@ -115,14 +123,19 @@ def _ttir_places(text: str) -> dict[str, Place]:
 
 
 def types_of(node: Node) -> tuple[str, str]:
-    """Element types of the first operand and of the result, in TTIR's words but for fp16 and fp8."""
+    """Element types of the first operand and of the result, in TTIR's words but for fp16 and e4m3, e5m2 and so on."""
     found = re.findall(r"(?:\b|(?<=x))(bf16|f16|f32|f64|f8\w+|i\d+)\b", node.text.rpartition(" : ")[2]) or ["?"]
-    first, last = (re.sub(r"^f8\w+", "fp8", re.sub(r"^f16", "fp16", each)) for each in (found[0], found[-1]))
+    first, last = (re.sub(r"^f16", "fp16", EIGHT_BITS.get(each, each)) for each in (found[0], found[-1]))
     return first, last
 
 
-def width(type_: str) -> int:
-    return int((re.findall(r"\d+", type_) or ["0"])[0])
+def converted(node: Node) -> tuple[str, str] | None:
+    """What a conversion to a float makes what of, in words of instructions.FORMATS; None for any other operation."""
+    if node.op not in CONVERSIONS:
+        return None
+    before, after = (re.sub(r"^f(?=\d\d$)", "fp", each) for each in types_of(node))
+    before = re.sub(r"^i(?!1$)", "u" if "uitofp" in node.op else "s", before)
+    return (before, after) if before in FORMATS and after in FORMATS else None
 
 
 def pointer_name(node: Node) -> str:

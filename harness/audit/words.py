@@ -45,6 +45,9 @@ def not_followed(flow: Flow) -> list[str]:
     operations = {id(node.args): node for node in flow.nodes}  # one for each, however many results it has
     found = Counter(node.op for node in operations.values() if NOT_FOLLOWED.fullmatch(node.op) and not counts(node))
     words = [op if count == 1 else f"{count} x {op}" for op, count in found.items()]
+    words += [
+        "a tt.dot that adds up in fp16" for node in flow.nodes if node.op == "tt.dot" and types_of(node)[1] == "fp16"
+    ]
     loaded = dict.fromkeys(pointer_name(node) for node in flow.nodes if node.op in LOADS)
     for pointer in loaded:
         names = [name for name in pointer.split(" or ") if name in flow.stored]
