@@ -233,9 +233,12 @@ def audit(
     run: Annotated[bool, typer.Option("--run", help="Run our kernels' PTX on this CPU, against their specs.")] = False,
     configs: Annotated[bool, typer.Option("--configs", help="Registers, spills, shared memory of every tile.")] = False,
     target: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942. Default: all; of --run: sm_90.")] = "",
+    ptx: Annotated[Path | None, typer.Option(help="PTX of any compiler, nvcc too: what it rounds, and where.")] = None,
     results: ResultsFolder = None,
 ) -> None:
     """Does the compiled code hold the roundings that the plan declares? Needs no GPU; exits with 1 if a row is red."""
+    if ptx:
+        raise typer.Exit(steps.audit_ptx(ptx, kernel or signature or run or configs or target or results))
     options.compiling()
     if kernel and (run or configs):
         raise UserError("--run and --configs are for the lab's own kernels: leave KERNEL out")

@@ -90,7 +90,7 @@ def keep(folder: Path, archive: Path) -> None:
 
 
 COUNTED = {  # what three columns of an audited kernel count
-    "not_followed": "  (operations of TTIR that the audit cannot see through)",
+    "not_followed": "  (operations that the audit cannot see through)",
     "fused": "  (multiply-adds of the machine code where TTIR multiplies and adds apart)",
     "expanded": "  (multiply-adds that TTIR's products, quotients and roots expand to)",
 }
@@ -106,6 +106,20 @@ def audit_foreign(kernel: str, target: str, signature: str, constants: list[str]
         said = {name: value for name, value in row.items() if value not in ("", None)}
         print("\n".join(f"{name:13} {value}{COUNTED.get(name, '')}" for name, value in said.items()) + "\n")
     return any(row["status"] in ("red", "failed") for row in rows)
+
+
+def audit_ptx(path: Path, other: object) -> bool:
+    """Prints what each function of a file of PTX rounds; False, since there is nothing to hold it to. other: whatever
+    else was asked for, which UserError refuses."""
+    from castpoint.harness.audit.listing import audit_ptx
+
+    if other:
+        raise UserError("--ptx lists what one file of PTX rounds: leave out all else")
+    for row in audit_ptx(path):
+        said = {name: value for name, value in row.items() if value != ""}
+        words = {"fused": "  (multiply-adds)", "not_followed": "  (instructions that the audit cannot see through)"}
+        print("\n".join(f"{name:13} {value}{words.get(name, '')}" for name, value in said.items()) + "\n")
+    return False
 
 
 def audit_own(run: bool, configs: bool, target: str, results: Path | None) -> bool:
