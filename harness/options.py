@@ -39,6 +39,7 @@ Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", 
 HeadDim = Annotated[int | None, typer.Option(help="Channels of a head that it takes.", min=16, max=4096)]
 Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q and of k and v.")]
 AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
+Call = Annotated[str, typer.Option(help="How a norm is called, such as 'fn(out, x, w, eps)'. Default: by its names.")]
 Eps = Annotated[float | None, typer.Option(help="An eps that it is asked with, besides those of public models.", min=0)]
 
 

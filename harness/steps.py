@@ -35,7 +35,9 @@ def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> Non
         sweep_speed(settings, records)
 
 
-def identify(target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes, expect: str, as_json: bool) -> int:
+def identify(
+    target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes, call: str, expect: str, as_json: bool
+) -> int:
     """Prints the fingerprint of MODULE:FUNCTION; the exit status. Raises UserError unless it is the expected plan."""
     from castpoint.harness.fingerprint.answer import check_expectation, unmet
     from castpoint.harness.fingerprint.blackbox import KINDS
@@ -46,7 +48,7 @@ def identify(target: str, kind: str, device: str, time_limit_s: float, sizes: Si
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if expect:
         check_expectation(expect, kind or "qkv")
-    answer = identify_target(target, kind, device, time_limit_s, sizes)
+    answer = identify_target(target, kind, device, time_limit_s, sizes, call)
     kind = kind or answer.kind
     failed = expect and (unmet(answer, expect, kind) if kind else f"{answer.status}: {answer.reason}")
     if as_json or not failed:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.runs.errors import UserError, reason_of
@@ -24,7 +22,6 @@ FOREIGN = {  # suffix -> what such a file is, and what would be right
     **dict.fromkeys((".ptx", ".cubin", ".hsaco", ".ttir", ".ttgir", ".ll"), (COMPILED, WRAP)),
     ".ipynb": ("is a notebook", "copy the function into a .py file"),
 }
-OUTPUTS = ("out", "output", "result", "dst", "y")  # what others call a tensor that is written to
 
 
 class Fault(UserError):
@@ -108,62 +105,3 @@ def package_root(path: Path) -> Path:
             f"place of the path, from {folder.parent}"
         )
     return folder
-
-
-# ---------------------------------------------------------------- what is no function of tensors
-
-
-def check_function(value: Callable[..., Any], target: str) -> None:
-    """Raises Fault for a callable that is no fn(x, weight, eps) -> y by what it is: a Triton kernel, a module, a class,
-    or a function that writes to a tensor that it is given, or takes arguments by name alone."""
-    name = target.rpartition(":")[2].rpartition(".")[2]
-    if isinstance(value, KernelInterface):
-        raise Fault(
-            f"{target} is a Triton kernel, which returns nothing: name its launcher, a Python function that makes the "
-            "output, launches the kernel and returns it"
-        )
-    if inspect.isclass(value):
-        made = "a module" if issubclass(value, nn.Module) else "an object"
-        raise Fault(f"{target} is a class, whose call makes {made}: give a function that {_by_module(name)}")
-    if isinstance(value, nn.Module) and len(_arguments(value.forward)[0]) < 3:
-        raise Fault(
-            f"{target} is a module, which holds its own weight and eps: give a function that {_by_module(name)}"
-        )
-    places, written, named = _arguments(value)
-    if written:
-        what = " and ".join(written)
-        raise Fault(
-            f"{target} writes to its argument{'s' * (len(written) > 1)} {what}: give a function that takes "
-            f"(x, weight, eps), makes {what}, calls {name}({', '.join(places)}) and returns what was written"
-        )
-    if named:
-        given = ", ".join(f"{each}={each}" for each in named)
-        raise Fault(
-            f"{target} takes {' and '.join(named)} by name alone: give a function that takes them by position and "
-            f"calls {name} with {given}"
-        )
-
-
-def _by_module(name: str) -> str:
-    return (
-        f"takes the weights by position and gives them to it, such as torch.func.functional_call({name}, "
-        "{'weight': weight}, (x,))"
-    )
-
-
-def _arguments(value: Callable[..., Any]) -> tuple[list[str], list[str], list[str]]:
-    """Names of the arguments that must be given by position, of those among them that are written to, and of those that
-    must be given by name. Of torch.ops by their schema, of others by what they call it; none where it does not tell."""
-    if schema := getattr(getattr(value, "default", value), "_schema", None):
-        asked = [each for each in schema.arguments if not each.has_default_value()]
-        written = [each.name for each in asked if each.alias_info and each.alias_info.is_write]
-        places = [each.name for each in asked if not each.kwarg_only]
-        return places, written, [each.name for each in asked if each.kwarg_only and each.name not in written]
-    try:
-        parameters = inspect.signature(value).parameters.values()
-    except (TypeError, ValueError):
-        return [], [], []
-    asked = [each for each in parameters if each.default is each.empty]
-    places = [each.name for each in asked if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    written = [name for name in places if name in OUTPUTS]
-    return places, written, [each.name for each in asked if each.kind == each.KEYWORD_ONLY]

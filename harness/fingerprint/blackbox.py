@@ -95,8 +95,8 @@ class BlackBox:
     """fn of one of KINDS on a device, with those of its OPTIONAL arguments that are given, zero unless the caller says
     otherwise.
 
-    Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. Of kind
-    qkv q, k and v may be flat, [T, heads * Dh].
+    Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. A norm
+    may work in place, y in x and x + residual in residual. Of kind qkv q, k and v may be flat, [T, heads * Dh].
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class BlackBox:
             raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
         self.fn, self.kind, self.device = fn, kind, device
         self.given = paths(fn, kind)[0] if given is None else given
+        self.manners: dict[str, str] = {}  # what it does with its inputs, in words
 
     def takes(self, name: str) -> bool:
         """Whether fn is given an argument of that name."""
@@ -150,20 +151,57 @@ class BlackBox:
         tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
         owners = [(t if t._base is None else t._base).view(torch.int16) for t in tensors]  # what lies beside views too
         before = [owner.clone() for owner in owners]
+        residual = extra.get("residual")
+        sums = None if residual is None else (arguments[0].float() + residual.float()).bfloat16()
         try:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
             raise self._verdict(error, arguments, extra) from error
-        if any(not torch.equal(a, b) for a, b in zip(before, owners, strict=True)):
-            raise Fault("the callable writes into its inputs: give it copies")
+        states = zip(tensors, before, owners, strict=True)
+        written = [tensor for tensor, old, new in states if not torch.equal(old, new)]
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
         if self.kind != "qkv":
-            outputs = outputs[:1]  # (y, x + residual) of a fused add
+            outputs = self._of_norm(outputs, arguments[0], extra.get("residual"), written, sums)
+            self._check_beside(written, before, owners, tensors)
+        elif written:
+            raise Fault("the callable writes into its inputs: give it copies")
         elif len(outputs) == len(shapes):
             outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
         self._check(outputs, shapes, finite)
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
+
+    def _of_norm(
+        self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
+    ) -> tuple[Any, ...]:
+        """(y,) of what a norm returned, or wrote into x; what it does with x + residual besides is noted."""
+        if outputs[0] is None and any(tensor is x for tensor in written):
+            outputs = (x,)
+        in_place = isinstance(outputs[0], Tensor) and outputs[0].data_ptr() == x.data_ptr()
+        for tensor in written:
+            if tensor is x and in_place:
+                self.manners["y"] = "is written into x"
+            elif tensor is residual and sums is not None and _near(residual, sums):
+                self.manners["x + residual"] = "is written into residual"
+            else:
+                raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
+        second = outputs[1] if len(outputs) > 1 else None
+        if sums is not None and isinstance(second, Tensor) and second.shape == sums.shape:
+            self.manners.setdefault("x + residual", "is returned")
+            if not _near(second, sums):
+                self.manners["x + residual"] = "is not what is returned beside y"
+        return outputs[:1]
+
+    def _check_beside(
+        self, written: list[Tensor], before: list[Tensor], owners: list[Tensor], tensors: list[Tensor]
+    ) -> None:
+        """Raises Fault where a callable that works in place wrote beside the view that it was given."""
+        for tensor, old, new in zip(tensors, before, owners, strict=True):
+            if any(tensor is each for each in written):
+                inside = torch.zeros_like(new, dtype=torch.bool)
+                inside.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).fill_(True)
+                if not torch.equal(old[~inside], new[~inside]):
+                    raise Fault("the callable writes beside the view that it is given")
 
     def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Tensor]) -> Fault:
         """What to say of an exception of fn called with these."""
@@ -192,6 +230,11 @@ class BlackBox:
             wrong = 1 - output.isfinite().double().mean().item()
             if wrong and finite:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
+
+
+def _near(value: Tensor, sums: Tensor) -> bool:
+    """Whether value is x + residual, rounded to bf16 in whatever way, or not; NaN where that is."""
+    return torch.allclose(value.float(), sums.float(), rtol=2.0**-7, atol=2.0**-133, equal_nan=True)
 
 
 def _by_head(output: Any, shape: list[int]) -> Any:

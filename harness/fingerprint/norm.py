@@ -35,6 +35,7 @@ from castpoint.harness.fingerprint.evidence import (
     outs,
     rank,
 )
+from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -50,13 +51,19 @@ NORM_WORDS = {
 FEW = 0.97  # share explained, from which on ties may be what is left
 
 
-def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY) -> Answer:
-    """The fingerprint of fn, a callable of blackbox.KINDS, called on that device with those sizes. Never guesses.
+def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY, call: str = "") -> Answer:
+    """The fingerprint of fn, a callable of blackbox.KINDS or a norm in one of forms, called on that device with those
+    sizes. call: how a norm is called. Never guesses.
 
     Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`.
     """
     start = time.perf_counter()
     BlackBox(fn, kind, device)  # checks both
+    if kind != "qkv":
+        try:
+            fn = adapted(fn, call)
+        except Fault as fault:
+            return Answer("error", reason=str(fault))
     asked = [(given, BlackBox(fn, kind, device, given)) for given in paths(fn, kind)]
     answer = by_paths({given: _guarded(box, sizes) for given, box in asked})
     seconds = round(time.perf_counter() - start, 2)
@@ -164,4 +171,4 @@ def _facts(rule: Rule, asked: NormCalls, weight: Tensor) -> dict[str, str]:
     def missing(x: Tensor, layout: str, eps: float) -> Miss:
         return missed(rule, asked.call(rows_of(x, eps), layout))
 
-    return facts.all_facts(stored, missing, asked.width, asked.tokens)
+    return asked.box.manners | facts.all_facts(stored, missing, asked.width, asked.tokens)

@@ -1,6 +1,6 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
-harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE SIZES`; it writes one line of
-JSON to standard output. KIND may be empty: it is guessed then."""
+harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE SIZES CALL`; it writes one
+line of JSON to standard output. KIND may be empty: it is guessed then."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from castpoint.harness.compiled.loading import Fault, check_function, load
+from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.fingerprint.blackbox import guessed_kind
+from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.ptx.driver import executed
 
 
-def identify_target(target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes = ANY) -> Answer:
+def identify_target(
+    target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes = ANY, call: str = ""
+) -> Answer:
     """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`. An empty
     kind is guessed, and the answer says which."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", target, kind, device]
-    command.append(json.dumps(dataclasses.asdict(sizes)))
+    command += [json.dumps(dataclasses.asdict(sizes)), call]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
@@ -45,14 +48,15 @@ def identify_target(target: str, kind: str, device: str, time_limit_s: float, si
     return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
 
 
-def _answer(target: str, kind: str, device: str, sizes: str) -> Answer:
+def _answer(target: str, kind: str, device: str, sizes: str, call: str) -> Answer:
     """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
     try:
         fn = _loaded(target, device)
-        check_function(fn, target)
-        guessed = "" if kind else guessed_kind(fn)
+        guessed = "" if kind else guessed_kind(adapted(fn, call))
         with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
-            return dataclasses.replace(identify(fn, kind or guessed, device, Sizes(**json.loads(sizes))), kind=guessed)
+            return dataclasses.replace(
+                identify(fn, kind or guessed, device, Sizes(**json.loads(sizes)), call), kind=guessed
+            )
     except Fault as fault:
         return Answer("error", reason=str(fault))
 
