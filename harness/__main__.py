@@ -41,10 +41,11 @@ def identify(
     heads: options.Heads = "",
     tokens: options.AskedTokens = None,
     eps: options.Eps = None,
+    dtype: options.Dtype = "bf16",
     call: options.Call = "",
 ) -> None:
     """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
-    sizes = options.sizes(width, head_dim, heads, tokens, eps)
+    sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
     raise typer.Exit(steps.identify(target, kind, options.device_named(device), time_limit, sizes, call, expect, json_))
 
 

@@ -39,19 +39,24 @@ Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", 
 HeadDim = Annotated[int | None, typer.Option(help="Channels of a head that it takes.", min=16, max=4096)]
 Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q and of k and v.")]
 AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
+Dtype = Annotated[str, typer.Option(help="Of x: bf16, fp16, or fp32 (a residual stream). A chain takes bf16.")]
 Call = Annotated[str, typer.Option(help="How a norm is called, such as 'fn(out, x, w, eps)'. Default: by its names.")]
 Eps = Annotated[float | None, typer.Option(help="An eps that it is asked with, besides those of public models.", min=0)]
 
 
-def sizes(width: int | None, head_dim: int | None, heads: str, tokens: int | None, eps: float | None) -> Sizes:
-    """What identify calls a kernel with. Raises UserError for heads that are no numbers."""
+def sizes(
+    width: int | None, head_dim: int | None, heads: str, tokens: int | None, eps: float | None, dtype: str
+) -> Sizes:
+    """What identify calls a kernel with. Raises UserError for heads that are no numbers, and an unknown dtype."""
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise UserError(f"--dtype must be bf16, fp16 or fp32, not {dtype!r}")
     try:
         numbers = tuple(int(number) for number in heads.split(",")) if heads else None
     except ValueError:
         numbers = ()
     if numbers is not None and not (len(numbers) in (1, 2) and min(numbers) > 0 and numbers[0] % numbers[-1] == 0):
         raise UserError(f"--heads must be heads of q, or heads of q and of k and v that divide them, not {heads!r}")
-    return Sizes(width, head_dim, numbers, tokens, eps)
+    return Sizes(width, head_dim, numbers, tokens, eps, dtype)
 
 
 def select(

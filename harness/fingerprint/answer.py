@@ -85,9 +85,9 @@ def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
 
 
 def against(plan: CastPlan, kind: str, words: dict[str, str]) -> str:
-    """Where words, a candidate, are not the plan's; empty if nowhere."""
+    """Where words, a candidate, are not the plan's, fp16 taken for bf16; empty if nowhere."""
     wanted = words_of(plan, kind) | ({"x": plan.x} if "x" in words else {})
-    other = [name for name, word in wanted.items() if word not in words[name].split(" or ")]
+    other = [name for name, word in wanted.items() if word not in words[name].replace("fp16", "bf16").split(" or ")]
     return ", ".join(f"{name}={words[name]} against {wanted[name]}" for name in other)
 
 

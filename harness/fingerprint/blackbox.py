@@ -100,13 +100,16 @@ class BlackBox:
     """
 
     def __init__(
-        self, fn: Callable[..., Any], kind: str, device: str = "cpu", given: tuple[str, ...] | None = None
-    ) -> None:
+        self, fn: Callable[..., Any], kind: str, device: str = "cpu", given: tuple[str, ...] | None = None,
+        dtype: str = "bf16",
+    ) -> None:  # fmt: skip
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         if not callable(fn):
             raise ValueError(f"{fn!r} is not callable, expected {KINDS[kind]}")
         self.fn, self.kind, self.device = fn, kind, device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        self.weight_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
         self.given = paths(fn, kind)[0] if given is None else given
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
 
@@ -116,12 +119,14 @@ class BlackBox:
 
     def norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, layout: str = "contiguous",
-        finite: bool = True,
+        finite: bool = True, weight_dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. layout: how x, and with
         an offset the weight, lie in memory. finite: y must be."""
         extra = self._extra(layout, residual=torch.zeros_like(x) if residual is None else residual)
-        arguments = [self._given(x, layout), self._given(weight, layout if "offset" in layout else "contiguous"), eps]
+        weight_layout = layout if "offset" in layout else "contiguous"
+        weight = self._given(weight, weight_layout, weight_dtype or self.weight_dtype)
+        arguments = [self._given(x, layout, self.dtype), weight, eps]
         (y,) = self._call(arguments, extra, [list(x.shape)], finite)
         return y
 
@@ -131,28 +136,29 @@ class BlackBox:
         layout: str = "contiguous", finite: bool = True,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
-        tensors = [self._given(x, layout)]
-        tensors += [self._given(t, "contiguous") for t in (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)]
+        weights = (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)
+        tensors = [self._given(x, layout, self.dtype)]
+        tensors += [self._given(weight, "contiguous", self.weight_dtype) for weight in weights]
         residual = torch.zeros_like(x) if residual is None else residual
         extra = self._extra(layout, residual=residual)
         extra |= self._extra("contiguous", bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
         shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
         return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
 
-    def _given(self, value: Tensor, layout: str) -> Tensor:
-        return laid_out(value.to(torch.bfloat16).contiguous().to(self.device), layout)
+    def _given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+        return laid_out(value.to(dtype, copy=True).contiguous().to(self.device), layout)
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
-        return {name: self._given(value, layout) for name, value in values.items() if self.takes(name)}
+        return {name: self._given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
 
     def _call(
         self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]], finite: bool
     ) -> tuple[Tensor, ...]:
         tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
-        owners = [(t if t._base is None else t._base).view(torch.int16) for t in tensors]  # what lies beside views too
+        owners = [_bits(t if t._base is None else t._base) for t in tensors]  # what lies beside views too
         before = [owner.clone() for owner in owners]
         residual = extra.get("residual")
-        sums = None if residual is None else (arguments[0].float() + residual.float()).bfloat16()
+        sums = None if residual is None else arguments[0].float() + residual.float()
         try:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
@@ -224,17 +230,21 @@ class BlackBox:
                 raise Fault(f"the callable returned a {layout} tensor, expected a dense one")
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
-            if output.dtype not in (torch.bfloat16, torch.float32) or output.dtype != outputs[0].dtype:
-                expected = "torch.bfloat16 or torch.float32 throughout"
+            if output.dtype not in (self.weight_dtype, torch.float32) or output.dtype != outputs[0].dtype:
+                expected = f"{self.weight_dtype} or torch.float32 throughout"
                 raise Fault(f"the callable returned {output.dtype}, expected {expected}")
             wrong = 1 - output.isfinite().double().mean().item()
             if wrong and finite:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
 
 
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.int16 if value.itemsize == 2 else torch.int32)
+
+
 def _near(value: Tensor, sums: Tensor) -> bool:
-    """Whether value is x + residual, rounded to bf16 in whatever way, or not; NaN where that is."""
-    return torch.allclose(value.float(), sums.float(), rtol=2.0**-7, atol=2.0**-133, equal_nan=True)
+    """Whether value is x + residual, rounded to bf16 or fp16 in whatever way, or not; NaN where that is."""
+    return torch.allclose(value.float(), sums, rtol=2.0**-7, atol=2.0**-24, equal_nan=True)
 
 
 def _by_head(output: Any, shape: list[int]) -> Any:

@@ -49,23 +49,29 @@ class NormCalls:
         tokens = self.tokens or math.ceil(rows / (self.heads or 1))
         return [tokens, self.width] if self.heads is None else [tokens, self.heads, self.width]
 
-    def call(self, rows: Rows, layout: str = "contiguous", shape: list[int] | None = None) -> Call:
+    def call(
+        self, rows: Rows, layout: str = "contiguous", shape: list[int] | None = None,
+        weight_dtype: torch.dtype | None = None,
+    ) -> Call:  # fmt: skip
         """The rows as x of that shape, in as many calls as it takes."""
         shape, dtypes = shape or self.shape(len(rows.x)), []
 
         def ask(part: Tensor) -> tuple[Tensor, ...]:
-            call = self.at(rows.of(part), shape, layout)
+            call = self.at(rows.of(part), shape, layout, weight_dtype=weight_dtype)
             dtypes.append(call.dtype)
             return (call.stored,)
 
         (stored,) = in_parts(len(rows.x), math.prod(shape[:-1]), ask)
         return Call(rows, stored, dtypes[0])
 
-    def at(self, rows: Rows, shape: list[int], layout: str = "contiguous", finite: bool = True) -> Call:
+    def at(
+        self, rows: Rows, shape: list[int], layout: str = "contiguous", finite: bool = True,
+        weight_dtype: torch.dtype | None = None,
+    ) -> Call:  # fmt: skip
         """One call with x of that shape."""
         given = widened(rows)
         residual = None if given.residual is None else given.residual.reshape(shape)
-        stored = self.box.norm(given.x.reshape(shape), given.weight, rows.eps, residual, layout, finite)
+        stored = self.box.norm(given.x.reshape(shape), given.weight, rows.eps, residual, layout, finite, weight_dtype)
         return Call(rows, stored.reshape(given.x.shape)[:, : rows.x.shape[1]].float(), stored.dtype)
 
 

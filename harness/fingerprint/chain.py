@@ -29,7 +29,6 @@ from castpoint.harness.fingerprint.evidence import (
 )
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.rules import (
-    EPS_BF16,
     Readout,
     Rule,
     arithmetic,
@@ -155,7 +154,7 @@ def _head_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> list[Cal
 def _shared_words(rule: Rule) -> dict[str, str]:
     """What one word of a plan says of both norms."""
     words = {name: getattr(rule, name) for name in ("statistics", "variance", "weight_offset")}
-    return words | {"variance + eps": rule.eps if rule.eps in EPS_BF16 else KEEP}
+    return words | {"variance + eps": KEEP if rule.eps in ("float32", "float64") else rule.eps}
 
 
 def _fit(norm: Rule, head: Rule) -> bool:

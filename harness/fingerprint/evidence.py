@@ -25,8 +25,9 @@ from castpoint.harness.fingerprint.rules import (
     round_to,
     scalar,
     size_of_terms,
+    storages,
 )
-from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE
+from castpoint.kernels.plan import KEEP
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
 CONCENTRATED = 0.1
@@ -70,16 +71,16 @@ class Call:
         return wrong
 
     def ulps(self, rule: Rule) -> Tensor:
-        """How far each element is from what the rule says, float64 [R, C]: in ulps of bf16 where the rule rounds, else
-        in units of close; of an element that is read as a sum, relative to the terms. NaN is infinitely far."""
+        """How far each element is from what the rule says, float64 [R, C]: in ulps of bf16 (or fp16) where the rule
+        rounds, else in units of close; of an element that is read as a sum, relative to the terms. NaN is infinitely
+        far."""
         predicted = predict(rule, self.rows)
-        size = torch.maximum(torch.maximum(predicted.abs(), self.stored.abs()), size_of_terms(rule, self.rows)).double()
-        unit = (
-            torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
-            if rounds(rule)
-            else size * close(self.rows)
-        )
-        far = (predicted.double() - self.stored.double()).abs() / unit.clamp(min=2.0**-133)
+        size = torch.maximum(predicted.abs(), self.stored.abs())
+        size = torch.maximum(size, size_of_terms(rule, self.rows)).double()
+        bits, least = (11, 2.0**-24) if rule.narrow == "fp16" else (8, 2.0**-133)
+        ulp = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits).clamp(min=least)
+        unit = ulp if rounds(rule) else (size * close(self.rows)).clamp(min=2.0**-149)
+        far = (predicted.double() - self.stored.double()).abs() / unit
         return far.nan_to_num(nan=float("inf"))
 
 
@@ -138,9 +139,9 @@ def beyond(wrong: Tensor, ulps: Tensor, limit: float, stored: Tensor, predicted:
     return concentrated(wrong) if len(wrong) >= probes.ROWS else ""
 
 
-def outs(dtype: torch.dtype) -> tuple[str, ...]:
+def outs(dtype: torch.dtype, narrow: str = "bf16") -> tuple[str, ...]:
     """The words of the last rounding that what was returned in that dtype leaves open."""
-    return (RNE, RTZ) if dtype == torch.bfloat16 else STORAGE
+    return storages(narrow)[dtype != torch.float32 :]
 
 
 def check_repeats(first: Call, second: Call) -> None:

@@ -3,6 +3,7 @@ numbers count, and whether x may lie with gaps between its channels."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.blackbox import Refused
-from castpoint.harness.fingerprint.evidence import Miss
+from castpoint.harness.fingerprint.calls import NormCalls
+from castpoint.harness.fingerprint.evidence import Miss, missed, outs
+from castpoint.harness.fingerprint.rules import Rows, Rule, storages
 
 COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
 WINDOW = 8  # rows that are asked at least with each count
@@ -20,11 +23,12 @@ Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplain
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
 
 
-def all_facts(stored: Stored, missing: Missing, width: int, tokens: int | None) -> dict[str, str]:
-    """Each by its name, in words. tokens: of every call, where the kernel takes no other number."""
+def all_facts(stored: Stored, missing: Missing, width: int, tokens: int | None, narrow: str = "bf16") -> dict[str, str]:
+    """Each by its name, in words. tokens: of every call, where the kernel takes no other number. narrow: bf16 or
+    fp16."""
     return {
         "batch invariant": batch(stored, width, tokens),
-        "subnormal x": subnormals(missing, width),
+        "subnormal x": subnormals(missing, width, narrow),
         "gaps between channels": gaps(missing, width),
     }
 
@@ -61,10 +65,11 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
     return f"yes: a row of {width} has the same bits {counts}in another place, beside others and NaN"
 
 
-def subnormals(missing: Missing, width: int) -> str:
-    """What rows of numbers below 2^-126, the least normal one of bf16, are taken for."""
+def subnormals(missing: Missing, width: int, narrow: str) -> str:
+    """What rows of numbers below the least normal one, 2^-126 of bf16, 2^-14 of fp16, are taken for."""
     rng = torch.Generator().manual_seed(4)
-    x = probes.integers(1, 128, [probes.ROWS, width], rng) * 2.0**-133
+    most, unit = (1024, 2.0**-24) if narrow == "fp16" else (128, 2.0**-133)
+    x = probes.integers(1, most, [probes.ROWS, width], rng) * unit
     miss = missing(x, "contiguous", TINY)
     return f"taken for another number, {miss}" if miss else "counts"
 
@@ -76,6 +81,29 @@ def gaps(missing: Missing, width: int) -> str:
     except Fault as fault:
         return f"refused: {fault}"
     return f"not read as they lie, and not refused: {miss}" if miss else "read as they lie"
+
+
+def fp32_weights(rule: Rule, rows: Rows, asked: NormCalls, names: dict[str, str]) -> str:
+    """What becomes of a norm weight in fp32, which bf16 does not hold: used whole, rounded, or refused; and whether the
+    result is stored otherwise then, as where types are promoted. names: the plan's, of the rule's boundaries."""
+    rng = torch.Generator().manual_seed(6)
+    fine = rows.weight * (1 + 2.0**-7 * torch.rand(rows.weight.shape, generator=rng))
+    try:
+        call = asked.call(dataclasses.replace(rows, weight=fine), weight_dtype=torch.float32)
+    except Refused as refused:
+        return f"refused: {refused}"
+    words = storages(rule.narrow)
+    others = [
+        rule.replace(weight=w, normed=n, out=o) for w in words for n in words for o in outs(call.dtype, rule.narrow)
+    ]
+    best = max(others, key=call.share)
+    if miss := missed(best, call):
+        return f"another function, the nearest with weight={best.weight}: {miss}"
+    said = [f"weight={best.weight}"]
+    for name in ("normed", "out"):
+        if getattr(best, name) != getattr(rule, name):
+            said.append(f"{names.get(name, name)}={getattr(best, name)}")
+    return ", ".join(said)
 
 
 def _gaussian(rows: int, width: int) -> Tensor:

@@ -11,6 +11,8 @@ evidence says which rules are left after the calls. A single norm is asked here,
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,10 +39,9 @@ from castpoint.harness.fingerprint.evidence import (
 )
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
-from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
+from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, storages
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.ties import refined, ties, with_ties
-from castpoint.kernels.plan import RNE, STORAGE
 
 # A rule's words, as a plan calls them.
 NORM_WORDS = {
@@ -64,7 +65,7 @@ def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Size
             fn = adapted(fn, call)
         except Fault as fault:
             return Answer("error", reason=str(fault))
-    asked = [(given, BlackBox(fn, kind, device, given)) for given in paths(fn, kind)]
+    asked = [(given, BlackBox(fn, kind, device, given, sizes.dtype)) for given in paths(fn, kind)]
     answer = by_paths({given: _guarded(box, sizes) for given, box in asked})
     seconds = round(time.perf_counter() - start, 2)
     return dataclasses.replace(answer, plans=plans_of(answer, kind), seconds=seconds)
@@ -88,7 +89,8 @@ def summary(answer: Answer) -> str:
     if answer.plans:
         words = answer.candidates[0]
         part = "" if "proj" in words else "the head norm of " if "head_rstd" in words else "the norm of "
-        lines.append(f"= {part}{', '.join(answer.plans)}")
+        half = ", with fp16 in place of bf16" if any("fp16" in word for word in words.values()) else ""
+        lines.append(f"= {part}{', '.join(answer.plans)}{half}")
     if answer.share_equal is not None:
         runner_up = answer.runner_up_share_equal
         other = "" if runner_up is None else f", the best rejected plan {runner_up:.3%}"
@@ -106,11 +108,14 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
     """The calls that tell the roundings, at the first width that it takes; what it refused before."""
     heads = (sizes.heads or (4,))[0] if box.kind == "head_norm" else None
     own = sizes.head_dim if heads else sizes.width
+    fused_add, whole = box.takes("residual"), sizes.dtype == "fp32"
     refused: list[dict[str, str]] = []
     first: Refused | None = None
     for width in [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]:
         asked = NormCalls(box, width, heads, sizes.tokens)
-        rows, _ = probes.first_rows(width, residual=box.takes("residual"))
+        rows, _ = probes.first_rows(width, residual=fused_add or whole, narrow=narrow_of(sizes))
+        if whole and not fused_add:  # x of 9 bits
+            rows = dataclasses.replace(rows, x=rows.x + rows.residual, residual=None)
         try:
             main = [asked.call(rows), asked.call(rows.at(probes.EPS_LARGE))]
             check_repeats(main[0], asked.call(rows))
@@ -125,50 +130,70 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
 
 def _norm(box: BlackBox, sizes: Sizes) -> Answer:
     asked, main, refused = _first_calls(box, sizes)
-    fused_add = box.takes("residual")
-
-    def named(rule: Rule) -> dict[str, str]:
-        first = ["x"] if fused_add else []
-        words = [*first, "statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root", "order"]
-        return {NORM_WORDS[box.kind].get(word, word): getattr(rule, word) for word in words}
-
-    rules = norm_rules(outs=outs(main[0].dtype), xs=STORAGE if fused_add else (RNE,))
-    ranking = rank(rules, main)
-    words, unexplained = ties(ranking.best, main)
-    best, *left = with_ties(ranking.left, words)
-    misses = [missed(best, call) for call in main]
-    nearest = named(best)
-    if any(misses):
-        why = other_eps(rules, main) or (unexplained if ranking.share > FEW else "") or by_eps(misses, main)
-        return none_of_these(nearest, ranking.share, ranking.runner_up, why)
-    calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    variants = [v for rule in (best, *left) for v in arithmetic(rule)]
-    groups, said, unexplained = refined(variants, asked.width, main, calls, asked.call)
-    if unexplained:
-        return none_of_these(nearest, ranking.share, ranking.runner_up, unexplained)
-    rule = groups[0][0]
-    share = max(mean_shares([group[0] for group in groups], main).values())
-    answer = answer_of([[named(rule) for rule in group] for group in groups], share, ranking.runner_up, said)
+    answer, rule = _decided(asked, main, sizes)
+    if rule is None:
+        return answer
 
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
         return missed(rule, asked.call(rows, layout, shape))
 
-    weight, eps = main[0].rows.weight, () if sizes.eps is None else (sizes.eps,)
+    weight = main[0].rows.weight
     answer = dataclasses.replace(answer, asked=refused)
-    answer = held_to(answer, questions(rule, weight, asked.shape(probes.ROWS), eps, fused_add, ask))
-    return dataclasses.replace(answer, facts=_facts(rule, asked, weight))
+    shape = asked.shape(probes.ROWS)
+    answer = held_to(answer, questions(rule, weight, shape, sizes, box.takes("residual"), ask))
+    said = _facts(rule, asked, main[0].rows, sizes)
+    word = re.match(r"weight=(\S+?)(,|$)", said["fp32 weights"])
+    candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
+    return dataclasses.replace(answer, candidates=candidates, facts=said)
 
 
-def _facts(rule: Rule, asked: NormCalls, weight: Tensor) -> dict[str, str]:
+def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, Rule | None]:
+    """The answer of the deciding calls, and the rule that it is held to: none where the answer is none."""
+    several = asked.box.takes("residual") or sizes.dtype == "fp32"
+    narrow = narrow_of(sizes)
+    words = storages(narrow)
+    rules = norm_rules(outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow)
+
+    def named(rule: Rule) -> dict[str, str]:
+        names = ["x"] if several else []
+        names += ["statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root", "order"]
+        return {NORM_WORDS[asked.box.kind].get(name, name): getattr(rule, name) for name in names}
+
+    ranking = rank(rules, main)
+    tied, unexplained = ties(ranking.best, main)
+    best, *left = with_ties(ranking.left, tied)
+    misses = [missed(best, call) for call in main]
+    none = functools.partial(none_of_these, named(best), ranking.share, ranking.runner_up)
+    if any(misses):
+        ways = unexplained if ranking.share > FEW else ""
+        return none(other_eps(rules, main) or ways or by_eps(misses, main)), None
+    calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
+    variants = [v for rule in (best, *left) for v in arithmetic(rule)]
+    groups, said, unexplained = refined(variants, asked.width, main, calls, asked.call)
+    if unexplained:
+        return none(unexplained), None
+    share = max(mean_shares([group[0] for group in groups], main).values())
+    return answer_of([[named(r) for r in group] for group in groups], share, ranking.runner_up, said), groups[0][0]
+
+
+def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
+    box, weight = asked.box, main.weight
+
     def rows_of(x: Tensor, eps: float = probes.EPS_SMALL) -> Rows:
-        return Rows(x, weight[torch.arange(asked.width) % len(weight)], eps, asked.width, exact=False)
+        repeated = weight[torch.arange(asked.width) % len(weight)]
+        return Rows(x.to(box.dtype).float(), repeated, eps, asked.width, exact=False)
 
     def stored(x: Tensor, finite: bool) -> Tensor:
-        shape = [*asked.shape(1)[1:]]
         rows = rows_of(x.repeat_interleave(asked.heads or 1, 0))
-        return asked.at(rows, [len(x), *shape], finite=finite).stored.reshape(len(x), -1)
+        return asked.at(rows, [len(x), *asked.shape(1)[1:]], finite=finite).stored.reshape(len(x), -1)
 
     def missing(x: Tensor, layout: str, eps: float) -> Miss:
         return missed(rule, asked.call(rows_of(x, eps), layout))
 
-    return asked.box.manners | facts.all_facts(stored, missing, asked.width, asked.tokens)
+    said = facts.all_facts(stored, missing, asked.width, asked.tokens, narrow_of(sizes))
+    return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
+
+
+def narrow_of(sizes: Sizes) -> str:
+    """What is rounded to: fp16 where x is, else bf16."""
+    return "fp16" if sizes.dtype == "fp16" else "bf16"

@@ -26,7 +26,7 @@ from castpoint.harness.fingerprint.rules import (
     scaled,
     two_step,
 )
-from castpoint.kernels.plan import KEEP, RNE
+from castpoint.kernels.plan import KEEP
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once
 EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
@@ -58,8 +58,10 @@ def norm_weight(width: int, rng: torch.Generator) -> Tensor:
     return round_to((size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1)).float(), "bf16-rne")
 
 
-def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS) -> Rows:
-    """General rows, eps EPS_SMALL. A third are made of numbers whose squares bf16 rounds up, a third down, for the
+def norm_rows(
+    width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS, narrow: str = "bf16"
+) -> Rows:
+    """General rows, eps EPS_SMALL. A third are made of numbers whose squares narrow rounds up, a third down, for the
     statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels."""
     held = filled(width)
     if residual:
@@ -69,7 +71,7 @@ def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count
         scale = 2.0 ** torch.randint(-12, -2, [count, 1], generator=rng)
         return Rows(x * places * scale, norm_weight(held, rng), EPS_SMALL, width, rest * places * scale)
     numbers = torch.arange(64, 256).float()
-    error = (round_to(numbers.square(), "bf16-rne") - numbers.square()) / numbers.square()
+    error = (round_to(numbers.square(), f"{narrow}-rne") - numbers.square()) / numbers.square()
     kinds = itertools.cycle([numbers, numbers[error.argsort()[:16]], numbers[error.argsort()[-16:]]])
     chosen = [kind[torch.randint(0, len(kind), [held], generator=rng)] for kind in itertools.islice(kinds, count)]
     signs = torch.randint(0, 2, [count, held], generator=rng) * 2 - 1
@@ -78,24 +80,25 @@ def norm_rows(width: int, rng: torch.Generator, *, residual: bool = False, count
 
 
 @functools.cache
-def _first_rows(width: int, residual: bool, columns: int) -> tuple[Rows, Tensor]:
+def _first_rows(width: int, residual: bool, columns: int, narrow: str) -> tuple[Rows, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    rows = norm_rows(width, rng, residual=residual)
+    rows = norm_rows(width, rng, residual=residual, narrow=narrow)
     return dataclasses.replace(rows, readout=general_readout(rng, width, columns) if columns else None), rng.get_state()
 
 
-def first_rows(width: int, *, residual: bool, columns: int = 0) -> tuple[Rows, torch.Generator]:
+def first_rows(width: int, *, residual: bool, columns: int = 0, narrow: str = "bf16") -> tuple[Rows, torch.Generator]:
     """The general rows that every fingerprint begins with, read through so many columns or not, and the generator that
     drew them. What thousands of rules predict of them is remembered with them."""
-    rows, state = _first_rows(width, residual, columns)
+    rows, state = _first_rows(width, residual, columns, narrow)
     rng = torch.Generator()
     rng.set_state(state)
     return rows, rng
 
 
-def gaussian(shape: Sequence[int], rng: torch.Generator) -> Tensor:
-    """Gaussian bf16 values in fp32."""
-    return round_to(torch.randn(list(shape), generator=rng, dtype=torch.float64).float(), "bf16-rne")
+def gaussian(shape: Sequence[int], rng: torch.Generator, dtype: str = "bf16", scale: float = 1.0) -> Tensor:
+    """Gaussian values of that dtype and standard deviation, in fp32."""
+    drawn = scale * torch.randn(list(shape), generator=rng, dtype=torch.float64)
+    return round_to(drawn.float(), KEEP if dtype == "fp32" else f"{dtype}-rne")
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,8 +188,11 @@ def _near_boundaries(
     x = integers(64, 256, [count, filled(width)], rng) / 128
     pool = Rows(x, norm_weight(filled(width), rng), EPS_LARGE, width)
     variances = [mean_of_squares(rule, pool) for rule in rules]
-    boundary = torch.randint(128, 256, [count, 1], generator=rng) + (0.5 if rules[0].rstd == RNE else 0.0)
-    root = boundary.double() / 128 if rules[0].root != "rsqrt" else 256 / boundary.double()
+    first = 1024 if rules[0].narrow == "fp16" else 128
+    boundary = torch.randint(first, 2 * first, [count, 1], generator=rng) + (
+        0.0 if rules[0].rstd[-4:] == "-rtz" else 0.5
+    )
+    root = boundary.double() / first if rules[0].root != "rsqrt" else 2 * first / boundary.double()
     off = ulps * torch.randn([count, 1], generator=rng, dtype=torch.float64)
     eps = root.square() * (1 + off * 2.0**-24) - variances[0]
     factors = [scalar(rule, variance, eps) for rule, variance in zip(rules, variances, strict=True)]

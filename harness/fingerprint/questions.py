@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.evidence import Miss, settled
-from castpoint.harness.fingerprint.rules import Rows, Rule
+from castpoint.harness.fingerprint.rules import Rows, Rule, round_to
+from castpoint.harness.fingerprint.sizes import Sizes
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
 # Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.
@@ -42,11 +43,10 @@ Ask = Callable[
 
 
 def questions(
-    rule: Rule, weight: Tensor, shape: list[int], eps: Sequence[float], residual: bool, ask: Ask
+    rule: Rule, weight: Tensor, shape: list[int], sizes: Sizes, residual: bool, ask: Ask
 ) -> Iterator[Question]:
-    """All that a norm is held to which was found to be the rule at that shape of x with that weight [D]; eps besides
-    EPS."""
-    draw, heads, width = Draw(rule, weight, residual), len(shape) == 3, shape[-1]
+    """All that a norm is held to which was found to be the rule at that shape of x with that weight [D]."""
+    draw, heads, width = Draw(rule, weight, residual, sizes.dtype), len(shape) == 3, shape[-1]
     count = max(probes.ROWS, math.prod(shape[:-1]))
 
     def question(
@@ -62,7 +62,7 @@ def questions(
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
-    for value in dict.fromkeys((*eps, *EPS)):
+    for value in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
         scale = 2.0 ** round(math.log2(value or 1) / 2)
         yield question("eps", f"{value:g}", draw.gaussian(count, width, scale=scale, eps=value))
 
@@ -75,18 +75,20 @@ class Draw:
     rule: Rule
     weight: Tensor
     residual: bool
+    dtype: str = "bf16"  # of x
 
     def gaussian(self, count: int, width: int, *, scale: float = 1.0, eps: float = probes.EPS_SMALL) -> Rows:
         """Gaussian rows of that standard deviation, whose sums are rounded."""
         rng = torch.Generator().manual_seed(count * width)
-        return self._settled(scale * probes.gaussian([self._drawn(count, width), width], rng), count, eps, rng, scale)
+        x = probes.gaussian([self._drawn(count, width), width], rng, self.dtype, scale)
+        return self._settled(x, count, eps, rng, scale)
 
     def mixed(self, count: int, width: int) -> Rows:
         """Gaussian rows, and after each one whose sums are exact in any order: of its squares bf16 rounds most up or
         down, which a sum of many Gaussian ones would hide."""
         rng = torch.Generator().manual_seed(count * width + 1)
-        x = probes.gaussian([self._drawn(count, width), width], rng)
-        exact = probes.norm_rows(width, rng, count=2 * len(x)).x
+        x = probes.gaussian([self._drawn(count, width), width], rng, self.dtype)
+        exact = probes.norm_rows(width, rng, count=2 * len(x), narrow=self.rule.narrow).x
         biased = torch.arange(len(exact)) % 3 > 0
         x[1::2] = pad(exact[biased][: len(x) // 2], (0, width - exact.shape[1]))
         return self._settled(x, count, probes.EPS_SMALL, rng)
@@ -109,14 +111,15 @@ class Draw:
             ("one channel that is not zero", alone),
             ("rows of zeros", gaps),
         ):
-            yield what, self._settled(rows.bfloat16().float(), count, probes.EPS_SMALL, rng)
+            held = rows if self.dtype == "fp32" else round_to(rows, f"{self.dtype}-rne")
+            yield what, self._settled(held.nan_to_num(posinf=6e4, neginf=-6e4), count, probes.EPS_SMALL, rng)
 
     def _drawn(self, count: int, width: int) -> int:
         return max(count, min(64, DRAWN // width), 8)
 
     def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
         weight = self.weight[torch.arange(x.shape[1]) % len(self.weight)]
-        residual = scale * probes.gaussian(x.shape, rng) if self.residual else None
+        residual = probes.gaussian(x.shape, rng, self.dtype, scale) if self.residual else None
         rows = Rows(x, weight, eps, x.shape[1], residual, exact=False)
         firm = settled(self.rule, rows).nonzero()[:, 0]
         firm = torch.arange(len(x)) if not len(firm) else firm

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +25,6 @@ from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE, CastPlan
 from castpoint.variants import spec
 from castpoint.variants.spec import matmul_operand
 
-EPS_BF16 = ("bf16 sum", "bf16")  # words of eps for a norm that is written in bf16
 ROOTS = ("rsqrt", "sqrt", "1/sqrt")
 ORDERS = ("(x*rstd)*w", "x*(rstd*w)", "(x*w)*rstd")
 OFFSETS = ("none", KEEP, RNE)
@@ -40,10 +40,11 @@ class Rule:
     """One numerical function. Storages as in CastPlan; besides:
 
     eps    where variance + eps is formed: `float32`; `float64`, the root in float64 too, rounded once to fp32;
-           `bf16 sum`, the sum rounded to bf16 (a norm written wholly in bf16); `bf16`, eps itself before that
+           `bf16 sum`, the sum rounded to bf16 (a norm written wholly in bf16); `bf16`, eps itself before that; fp16 too
     root   `rsqrt`: x is multiplied by 1 / sqrt(.); `sqrt`: x is divided by sqrt(.); `1/sqrt`: sqrt(.) is rounded as
            rstd first, then 1 / sqrt(.); with rstd kept that is a way to compute rsqrt, and no rule of its own
     order  of the three factors; only the first forms x * rstd, which alone can be rounded as `normed`
+    weight the norm's weight as it is used, which makes a difference where it is given in fp32
     hidden, scale, matmul   as in CastPlan, for rows that are read through a matmul; `out` is then what it stores
     bias   `before`: added before the result is rounded; `after`: to the rounded result, which is rounded again
     """
@@ -56,6 +57,7 @@ class Rule:
     rstd: str = KEEP
     order: str = ORDERS[0]
     normed: str = KEEP
+    weight: str = KEEP
     weight_offset: str = "none"
     hidden: str = KEEP
     scale: str = "prologue"
@@ -66,13 +68,37 @@ class Rule:
     def replace(self, **changes: str) -> Rule:
         return dataclasses.replace(self, **changes)
 
+    @functools.cached_property
+    def narrow(self) -> str:
+        """bf16 or fp16, to which it rounds."""
+        return "fp16" if any(word.startswith("fp16") for word in vars(self).values()) else "bf16"
+
+
+def storages(narrow: str) -> tuple[str, str, str]:
+    """The words of a boundary where `bf16`, or `fp16`, is what values are rounded to: kept, to nearest, truncated."""
+    return KEEP, f"{narrow}-rne", f"{narrow}-rtz"
+
 
 def round_to(value: Tensor, storage: str) -> Tensor:
-    """fp32 value as that storage holds it, in fp32; RNA and RNZ besides those of a plan."""
-    if storage not in (RNA, RNZ):
+    """fp32 value as that storage holds it, in fp32; ties away or toward zero, and fp16, besides those of a plan."""
+    if storage in STORAGE:
         return spec.round_to(value, storage)
+    if storage.startswith("fp16"):
+        return _half(value, storage)
     half = 0x8000 if storage == RNA else 0x7FFF
     return spec.round_to((value.view(torch.int32) + half).view(torch.float32), RTZ)
+
+
+def _half(value: Tensor, storage: str) -> Tensor:
+    if storage == "fp16-rne":
+        return value.half().float()
+    exponent = torch.frexp(value).exponent.clamp(min=-13)  # subnormals are multiples of 2^-24
+    unit = torch.ldexp(torch.ones_like(value), exponent - 11).double()
+    steps = value.double().abs() / unit
+    steps = {"rtz": steps.floor(), "rna": (steps + 0.5).floor(), "rnz": (steps - 0.5).ceil()}[storage[-3:]]
+    rounded = (steps * unit).copysign(value.double())
+    most = 65504.0 if storage.endswith("rtz") else math.inf  # the largest of fp16
+    return torch.where(rounded.abs() > 65504, rounded.sign() * most, rounded).float().where(value.isfinite(), value)
 
 
 @dataclass(frozen=True)
@@ -170,9 +196,10 @@ def scalar(rule: Rule, variance: Tensor, eps: float | Tensor) -> Tensor:
         under = variance + eps
     else:
         added = torch.as_tensor(eps, dtype=torch.float32)
-        added = round_to(added, RNE if rule.eps == "bf16" else KEEP).to(torch.float64)
+        narrow = KEEP if rule.eps == "float32" else f"{rule.eps.split()[0]}-rne"
+        added = round_to(added, KEEP if rule.eps.endswith("sum") else narrow).to(torch.float64)
         under = (variance + added).to(torch.float32)
-        under = round_to(under, KEEP if rule.eps == "float32" else RNE).to(torch.float64)
+        under = round_to(under, narrow).to(torch.float64)
     if rule.root == "rsqrt":
         return round_to(under.rsqrt().to(torch.float32), rule.rstd)
     root = round_to(under.sqrt().to(torch.float32), rule.rstd)
@@ -198,7 +225,8 @@ def factor_of(rule: Rule, rows: Rows) -> Tensor:
 
 def applied_weight(rule: Rule, rows: Rows) -> Tensor:
     """fp32 of the weight's shape: w, or 1 + w."""
-    return rows.weight if rule.weight_offset == "none" else round_to(1 + rows.weight, rule.weight_offset)
+    weight = round_to(rows.weight, rule.weight)
+    return weight if rule.weight_offset == "none" else round_to(1 + weight, rule.weight_offset)
 
 
 def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
@@ -208,7 +236,7 @@ def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
     x, weight = source(rule, rows), applied_weight(rule, rows)
 
     def product() -> Tensor:
-        key = ("product", *_root_key(rule), rule.order, rule.normed, rule.weight_offset)
+        key = ("product", *_root_key(rule), rule.order, rule.normed, rule.weight, rule.weight_offset)
         return rows.remembered(key, functools.partial(_normalised, rule, x, factor, weight))
 
     def read() -> Tensor:
@@ -219,7 +247,9 @@ def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
     if rows.readout is None:
         return round_to(product(), rule.out)
     before = (*_root_key(rule), rule.order, rule.normed) if rule.scale == "prologue" else (rule.x,)
-    value = rows.remembered(("read", rule.scale, *before, rule.weight_offset, rule.hidden, rule.matmul), read)
+    value = rows.remembered(
+        ("read", rule.scale, *before, rule.weight, rule.weight_offset, rule.hidden, rule.matmul), read
+    )
     value = value if rule.scale == "prologue" else scaled(rule, value, factor)
     if rows.readout.bias is not None:
         value = (round_to(value, rule.out) if rule.bias == "after" else value) + rows.readout.bias
@@ -266,16 +296,20 @@ def _folded(readout: Readout, weight: Tensor) -> Readout:
     return dataclasses.replace(readout, first=first, second=round_to(readout.second * weight[readout.other], RNE))
 
 
-def norm_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tuple[str, ...] = ROOTS) -> list[Rule]:
+def norm_rules(
+    *, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tuple[str, ...] = ROOTS, narrow: str = "bf16"
+) -> list[Rule]:
     """Every rule of a norm up to its fp32 arithmetic (eps in fp32 or float64, root, order: see arithmetic).
 
     outs: storages that the dtype of the result allows. xs: of the sum under the norm, where there is one. roots: those
-    in question where rstd is rounded.
+    in question where rstd is rounded. narrow: bf16 or fp16, to which values are rounded.
     """
+    words = storages(narrow)
     return [
-        Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, offset, out=out)
-        for x, statistics, variance, rstd, normed, offset, out in itertools.product(xs, *[STORAGE] * 4, OFFSETS, outs)
-        for eps in (("float32",) if variance == KEEP else ("float32", *EPS_BF16))
+        Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, weight_offset=offset, out=out)
+        for x, statistics, variance, rstd, normed in itertools.product(xs, *[words] * 4)
+        for offset, out in itertools.product(("none", *words[:2]), outs)
+        for eps in (("float32",) if variance == KEEP else ("float32", f"{narrow} sum", narrow))
         for root in (ROOTS[:1] if rstd == KEEP else roots)
     ]
 

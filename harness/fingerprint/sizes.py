@@ -8,13 +8,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Sizes:
     """Sizes that a kernel takes where not every size will do; None is any. heads: of q, or of the one kind that a head
-    norm sees, and of k and v. eps: asked besides those of public models."""
+    norm sees, and of k and v. eps: asked besides those of public models. dtype: of x, bf16, fp16 or fp32 (a residual
+    stream); weights are fp16 with fp16, else bf16."""
 
     width: int | None = None
     head_dim: int | None = None
     heads: tuple[int, ...] | None = None
     tokens: int | None = None
     eps: float | None = None
+    dtype: str = "bf16"
 
 
 ANY = Sizes()

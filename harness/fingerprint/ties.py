@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects
-from castpoint.harness.fingerprint.rules import RNA, RNZ, Readout, Rows, Rule
-from castpoint.kernels.plan import KEEP, RNE
+from castpoint.harness.fingerprint.rules import Readout, Rows, Rule
+from castpoint.kernels.plan import KEEP
 
 SEARCHES = 4
 
@@ -21,16 +21,17 @@ def ties(
     a root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
     """
     words: dict[str, str] = {}
+    nearest, away_, zero_ = (f"{rule.narrow}-{way}" for way in ("rne", "rna", "rnz"))
     for name in ("x", "statistics", "variance", "rstd", "normed", "weight_offset", "hidden", "out"):
-        if getattr(rule, name) != RNE:
+        if getattr(rule, name) != nearest:
             continue
-        even, away, zero = (rule.replace(**{name: word}) for word in (RNE, RNA, RNZ))
+        even, away, zero = (rule.replace(**{name: word}) for word in (nearest, away_, zero_))
         found = [*calls, *(_searched((even, away, zero), calls, ask, readout) if ask else [])]
-        for other, word in ((away, RNA), (zero, RNZ)):
+        for other, word in ((away, away_), (zero, zero_)):
             if rejects(other, even, found):
                 words[name] = word
-        if words.get(name) == RNA and rejects(zero, away, found):
-            words[name] = RNZ
+        if words.get(name) == away_ and rejects(zero, away, found):
+            words[name] = zero_
         number, as_even, _ = count_votes(even, away, found)
         if name not in words and _sure(rule, name) and number >= TELLING and as_even < 0.75 * number:
             return {}, f"of {number:g} ties of {name} {as_even:g} go to even, the others not all one way"
@@ -53,7 +54,7 @@ def refined(
 
 def with_ties(rules: Sequence[Rule], words: dict[str, str]) -> list[Rule]:
     """The rules with those words where they round to nearest."""
-    own = [{name: word for name, word in words.items() if getattr(rule, name) == RNE} for rule in rules]
+    own = [{name: word for name, word in words.items() if getattr(rule, name)[-4:] == "-rne"} for rule in rules]
     return [rule.replace(**changes) for rule, changes in zip(rules, own, strict=True)]
 
 

@@ -1,0 +1,113 @@
+"""fp16 in place of bf16, x in fp32, and norm weights in fp32: each is named, and what is rounded to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import command
+from torch import Tensor
+
+from castpoint.harness.fingerprint.answer import unmet
+from castpoint.harness.fingerprint.norm import identify, summary
+from castpoint.harness.fingerprint.rules import round_to
+from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.kernels.plan import KEEP, RNE
+from castpoint.variants.eager import eager_norm
+
+HALF = "fp16-rne"
+
+
+def norm(**words: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A norm with these roundings; of `hidden`, the dtype that it returns."""
+
+    def held(name: str, value: Tensor) -> Tensor:
+        return round_to(value, words.get(name, KEEP))
+
+    def fn(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        x = held("x", x.float())
+        mean = held("variance", held("statistics", x * x).mean(-1, keepdim=True))
+        normed = held("normed", x * held("rstd", torch.rsqrt(mean + eps)))
+        y = held("hidden", normed * held("weight", w.float()))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return y.to(dtype.get(words.get("hidden", KEEP)[:4], torch.float32))
+
+    return fn
+
+
+BOUNDARIES = ("statistics", "variance", "rstd", "normed", "hidden")
+
+
+@pytest.mark.parametrize(
+    ("boundary", "word"),
+    [
+        *((boundary, word) for boundary in BOUNDARIES for word in (HALF, "fp16-rtz")),
+        *((boundary, "fp16-rna") for boundary in ("rstd", "normed", "hidden")),  # ties of a mean are too few to tell
+    ],
+)
+def test_a_boundary_of_fp16_is_named(boundary: str, word: str) -> None:
+    words = {"hidden": HALF, boundary: word}
+    answer = identify(norm(**words), "rmsnorm", sizes=Sizes(dtype="fp16"))
+    assert answer.status in ("identified", "undecided") and answer.candidates[0].items() >= words.items(), answer
+
+
+def test_fp16_has_the_names_of_plans() -> None:
+    answer = identify(norm(normed=HALF, hidden=HALF), "rmsnorm", sizes=Sizes(dtype="fp16"))
+    assert answer.plans == ["hf"] and not unmet(answer, "hf", "rmsnorm") and unmet(answer, "one-rounding", "rmsnorm")
+    assert "= the norm of hf, with fp16 in place of bf16" in summary(answer)
+    mixed = identify(norm(normed=RNE, hidden=HALF), "rmsnorm", sizes=Sizes(dtype="fp16"))
+    assert mixed.status == "none", mixed  # bf16 between fp16
+    heads = identify(norm(normed=HALF, hidden=HALF), "head_norm", sizes=Sizes(dtype="fp16"))
+    assert heads.plans == ["hf", "separate-head-norm"]
+
+
+@pytest.mark.parametrize("x", [KEEP, RNE])
+def test_a_residual_stream_in_fp32_is_kept_or_rounded(x: str) -> None:
+    answer = identify(norm(x=x, normed=RNE, hidden=RNE), "rmsnorm", sizes=Sizes(dtype="fp32"))
+    assert answer.status == "identified" and answer.candidates[0]["x"] == x, answer
+
+
+def promoted(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return eager_norm(x, w, eps, False)
+
+
+def refusing(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    if w.dtype != x.dtype:
+        raise TypeError("weight must have the dtype of x")
+    return promoted(x, w, eps)
+
+
+@pytest.mark.parametrize(
+    ("fn", "said"),
+    [
+        (norm(hidden=RNE), "weight=fp32"),
+        (norm(hidden=RNE, weight=RNE), "weight=bf16-rne"),
+        (norm(hidden=RNE, weight="bf16-rtz"), "weight=bf16-rtz"),
+        (promoted, "weight=fp32, hidden=fp32"),
+        (lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w.to(x.dtype), eps), "weight=bf16-rne"),
+        (refusing, "refused: the callable raised TypeError: weight must have the dtype of x"),
+        (
+            lambda x, w, eps: promoted(x, w, eps) * (1 + (w.dtype == torch.float32)),
+            "another function, the nearest with",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_norm_weights_in_fp32_are_a_boundary(fn: Callable[..., Tensor], said: str) -> None:
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "identified" and answer.facts["fp32 weights"].startswith(said), answer.facts
+    word = said.partition("=")[2].partition(",")[0] if said.startswith("weight=") else None
+    assert answer.candidates[0].get("weight") == word
+
+
+def test_the_command_takes_a_dtype() -> None:
+    target = "torch.nn.functional:rms_norm"
+    call = "rms_norm(x, [256], w, eps)"
+    done = command(
+        "identify", target, "--call", call, "--kind", "rmsnorm", "--dtype", "fp16", "--expect", "one-rounding"
+    )
+    assert done.returncode == 0 and "fp16 in place of bf16" in done.stdout, (done.stdout, done.stderr)
+    done = command("identify", target, "--dtype", "fp8")
+    assert done.returncode == 1 and "--dtype must be bf16, fp16 or fp32, not 'fp8'" in done.stderr
