@@ -15,7 +15,6 @@ from castpoint.harness.fingerprint.answer import Answer, answer_of, difference, 
 from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
 from castpoint.harness.fingerprint.calls import ChainCalls
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
-from castpoint.harness.fingerprint.eps import other_eps
 from castpoint.harness.fingerprint.evidence import (
     Call,
     Ranking,
@@ -28,6 +27,7 @@ from castpoint.harness.fingerprint.evidence import (
     rejects,
 )
 from castpoint.harness.fingerprint.heads import Geometry
+from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.rules import (
     Readout,
     Rule,
@@ -39,6 +39,8 @@ from castpoint.harness.fingerprint.rules import (
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.ties import refined, ties, with_ties
 from castpoint.kernels.plan import KEEP, RNE, STORAGE
+
+HEAD_WORDS = {"rstd": "head_rstd", "normed": "head_normed"}  # of a head's rule, as a plan calls them
 
 
 def chain(box: BlackBox, sizes: Sizes) -> Answer:
@@ -59,9 +61,9 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     halves = ((norm_ranking, head_ranking), (head_ranking, norm_ranking))
     runner_up = max((a.runner_up + b.share) / 2 for a, b in halves if a.runner_up is not None)
     nearest = _plan_words(norm, heads[0], fused_add)
-    seen = {"v, which shows the input norm,": (projected, norm, main)}
+    seen = {"v, which shows the input norm,": (norm, main)}
     for name, q in (("q", True), ("k", False)):
-        seen[name] = (head_rules, heads[0], [calls.of_heads(call, q=q) for call in head_calls])
+        seen[name] = (heads[0], [calls.of_heads(call, q=q) for call in head_calls])
     if why := "; ".join(text for name, of in seen.items() if (text := _unexplained(name, *of))):
         return none_of_these(nearest, share, runner_up, why)
     if norm_ties or head_ties:
@@ -115,12 +117,12 @@ def _identity(calls: ChainCalls) -> Readout:
     return probes.identity_readout(calls.geometry.head_dim, calls.geometry.width)
 
 
-def _unexplained(name: str, rules: Sequence[Rule], best: Rule, calls: Sequence[Call]) -> str:
+def _unexplained(name: str, best: Rule, calls: Sequence[Call]) -> str:
     """What the best rule leaves unexplained of that output, in words; empty if nothing."""
     misses = [missed(best, call) for call in calls]
     if not any(misses):
         return ""
-    return f"of {name} {other_eps(rules, calls) or by_eps(misses, calls)}"
+    return f"of {name} {missing_word(best, calls, HEAD_WORDS if name in 'qk' else {}) or by_eps(misses, calls)}"
 
 
 def _input_norm(

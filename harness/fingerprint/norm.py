@@ -26,7 +26,6 @@ from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, he
 from castpoint.harness.fingerprint.blackbox import BlackBox, Refused, paths
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.chain import chain
-from castpoint.harness.fingerprint.eps import other_eps
 from castpoint.harness.fingerprint.evidence import (
     Call,
     Miss,
@@ -38,6 +37,7 @@ from castpoint.harness.fingerprint.evidence import (
     rank,
 )
 from castpoint.harness.fingerprint.forms import adapted
+from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, storages
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -166,7 +166,7 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
     none = functools.partial(none_of_these, named(best), ranking.share, ranking.runner_up)
     if any(misses):
         ways = unexplained if ranking.share > FEW else ""
-        return none(other_eps(rules, main) or ways or by_eps(misses, main)), None
+        return none(missing_word(best, main, NORM_WORDS[asked.box.kind]) or ways or by_eps(misses, main)), None
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     variants = [v for rule in (best, *left) for v in arithmetic(rule)]
     groups, said, unexplained = refined(variants, asked.width, main, calls, asked.call)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.harness.fingerprint import survey
@@ -58,6 +59,24 @@ OUTSIDERS: dict[str, Norm] = {
             y < 0, torch.nextafter(round_to(y, RTZ).bfloat16(), y.new_tensor(-1e30).bfloat16()), round_to(y, RTZ)
         ).bfloat16()
     ),
+    "LayerNorm": lambda x, w, eps: F.layer_norm(x, (x.shape[-1],), w, None, eps),
+    "no weight": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), None, eps),
+    "the L2 norm": lambda x, w, eps: F.normalize(x.float(), dim=-1).bfloat16() * w,
+    "1 + w, and no norm": lambda x, w, eps: x * (1 + w),
+}
+MISSING = {  # what the answer says would explain it
+    "variance over D - 1": "the mean is over one channel less",
+    "eps outside the root": "eps is added to the root, not under it",
+    "eps a constant": "it adds 1e-06 whatever eps is",
+    "normed in fp16": "normed is rounded to fp16",
+    "1 + w in fp16": "weight_offset is rounded to fp16",
+    "normed cut to tf32": "normed is cut to 11 bits, as tf32 and fp16 have them",
+    "the L2 norm": "it is the L2 norm",
+    "one column of normed not rounded": "they gather in column 255 of 256",
+    "LayerNorm": "the mean is subtracted: it is LayerNorm",
+    "no weight": "no weight is applied",
+    "rounded toward minus infinity": "",
+    "1 + w, and no norm": "",
 }
 
 
@@ -66,6 +85,7 @@ def test_a_kernel_outside_the_family_is_none_of_these(name: str) -> None:
     answer = identify(OUTSIDERS[name], "rmsnorm")
     assert answer.status == "none" and answer.candidates == [], answer
     assert answer.nearest and answer.reason.startswith("none of these: the nearest plan leaves"), answer
+    assert MISSING.get(name, "elements differ") in answer.reason, answer.reason
 
 
 def test_norms_that_no_one_plan_can_say_are_none_of_these() -> None:
