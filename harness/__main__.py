@@ -30,7 +30,7 @@ PROVEN, LAB = "Is it proven?", "The lab"
 
 @app.command(rich_help_panel=WHICH)
 def identify(
-    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.norms:rms_norm or norm.py:rms_norm.")],
+    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION, as engine.norms:rms_norm or norm.py:rms_norm.")] = "",
     kind: Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv. Default: guessed by its arguments.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")] = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -43,9 +43,12 @@ def identify(
     eps: options.Eps = None,
     dtype: options.Dtype = "bf16",
     call: options.Call = "",
+    capture: options.CaptureFile = None,
 ) -> None:
-    """Which plan does a callable implement? Exits with 1 if it cannot be called as it should."""
+    """Which plan does a callable implement, or explains a capture? Exits with 1 if it cannot be called as it should."""
     sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
+    if capture is not None:
+        raise typer.Exit(steps.identify_capture(capture, f"{target}{kind}", sizes, expect, json_))
     raise typer.Exit(steps.identify(target, kind, options.device_named(device), time_limit, sizes, call, expect, json_))
 
 

@@ -41,6 +41,9 @@ Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q 
 AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
 Dtype = Annotated[str, typer.Option(help="Of x: bf16, fp16, or fp32 (a residual stream). A chain takes bf16.")]
 Call = Annotated[str, typer.Option(help="How a norm is called, such as 'fn(out, x, w, eps)'. Default: by its names.")]
+CaptureFile = Annotated[
+    Path | None, typer.Option("--capture", help="One recorded call, in safetensors, in place of a function.")
+]
 Eps = Annotated[float | None, typer.Option(help="An eps that it is asked with, besides those of public models.", min=0)]
 
 

@@ -44,6 +44,8 @@ def identify(
     from castpoint.harness.fingerprint.norm import summary
     from castpoint.harness.fingerprint.process import identify_target
 
+    if not target:
+        raise UserError("identify takes MODULE:FUNCTION, or --capture FILE")
     if kind and kind not in KINDS:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if expect:
@@ -56,6 +58,26 @@ def identify(
     if failed:
         raise UserError(f"{target} is not {expect}: {failed}")
     return int(answer.status == "error")
+
+
+def identify_capture(path: Path, other: str, sizes: Sizes, expect: str, as_json: bool) -> int:
+    """Prints which plans explain one recorded call; the exit status. Raises UserError for another option than eps and
+    heads, and unless every plan that is left is the expected one."""
+    from castpoint.harness.fingerprint import capture, captured
+    from castpoint.harness.fingerprint.answer import check_expectation
+
+    if other or sizes.width or sizes.head_dim or sizes.tokens:
+        raise UserError("--capture says all but eps and heads by itself: leave out TARGET and other options")
+    recorded = capture.read(path, sizes)
+    if expect:
+        check_expectation(expect, recorded.kind)
+    answer = captured.explain(recorded)
+    failed = captured.unmet(answer, expect) if expect else ""
+    if as_json or not failed:
+        print(json.dumps(answer.as_dict()) if as_json else captured.told(answer))
+    if failed:
+        raise UserError(f"{path} is not {expect}: {failed}")
+    return 0
 
 
 def measure_gpu(folder: Path, archive: Path, deadline: float) -> int:

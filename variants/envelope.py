@@ -56,6 +56,11 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     """
     check_offset(plan, problem)
     check_table(plan, problem)
+    return outputs_interval(plan, problem, proj_interval(plan, problem))
+
+
+def proj_interval(plan: CastPlan, problem: Problem, columns: slice = slice(None)) -> Interval:
+    """Those columns of proj [T, columns], float64, before it is rounded as plan.proj: whatever that word is."""
     p = problem
     x = p.x.to(torch.float64)
     if p.residual is not None:
@@ -64,30 +69,34 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
     hidden: Interval = (x, x)
     early = plan.scale == "prologue" and not _keeps_hidden(plan)
     if early:
-        hidden = _stored(_product(hidden, rstd), plan.normed)
-    weight = p.qkv_weight.to(torch.float64)
+        hidden = stored(product(hidden, rstd), plan.normed)
+    weight = p.qkv_weight[columns].to(torch.float64)
     w_in = applied_weight(p.norm_weight, plan)
     if plan.scale == "folded":
         weight = store(weight * w_in, RNE)
     elif _keeps_hidden(plan):
-        hidden = _widened(_product(hidden, (w_in, w_in)), 2 * U)  # two products in fp32, whichever comes first
+        hidden = widened(product(hidden, (w_in, w_in)), 2 * U)  # two products in fp32, whichever comes first
     else:
-        hidden = _stored(_product(hidden, (w_in, w_in)), plan.hidden)
+        hidden = stored(product(hidden, (w_in, w_in)), plan.hidden)
     proj = dot_interval((matmul_operand(hidden[0], plan), matmul_operand(hidden[1], plan)), weight, plan.matmul)
     if not early:
-        proj = _widened(_product(proj, rstd), U)
+        proj = widened(product(proj, rstd), U)
     if p.bias is not None:
-        bias = p.bias.to(torch.float64)
-        proj = _widened((proj[0] + bias, proj[1] + bias), U)
-    proj = _stored(proj, plan.proj)
+        bias = p.bias[columns].to(torch.float64)
+        proj = widened((proj[0] + bias, proj[1] + bias), U)
+    return proj
 
-    q, k, v = zip(*(p.split_heads(end) for end in proj), strict=True)
+
+def outputs_interval(plan: CastPlan, problem: Problem, proj: Interval) -> dict[str, Interval]:
+    """envelope, from proj_interval of all columns."""
+    p = problem
+    q, k, v = zip(*(p.split_heads(end) for end in stored(proj, plan.proj)), strict=True)
     if weights := p.head_weights:
         w_q, w_k = (applied_weight(weight, plan) for weight in weights)
         q, k = _head_norm(q, w_q, plan, p.eps), _head_norm(k, w_k, plan, p.eps)
     if p.positions is not None:
         q, k = _rotated(q, p, plan), _rotated(k, p, plan)
-    return {name: _stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
+    return {name: stored(ends, plan.out) for name, ends in (("q", q), ("k", k), ("v", v))}
 
 
 def false_red(sums: int) -> float:
@@ -109,15 +118,18 @@ def outside(actual: Tensor, envelope: Interval) -> Tensor:
     return ~(inside | (actual.isnan() & (low.isnan() | high.isnan())))
 
 
-def _stored(ends: Interval, storage: str) -> Interval:
+def stored(ends: Interval, storage: str) -> Interval:
+    """Both ends as that storage holds them."""
     return store(ends[0], storage), store(ends[1], storage)
 
 
-def _widened(ends: Interval, relative: float) -> Interval:
+def widened(ends: Interval, relative: float) -> Interval:
+    """Ends that a relative error moves apart."""
     return ends[0] - relative * ends[0].abs(), ends[1] + relative * ends[1].abs()
 
 
-def _product(a: Interval, b: Interval) -> Interval:
+def product(a: Interval, b: Interval) -> Interval:
+    """Every product of a value of a and one of b."""
     corners = [i * j for i in a for j in b]
     low, high = corners[0], corners[0]
     for corner in corners[1:]:
@@ -131,23 +143,28 @@ def _squares(ends: Interval) -> Interval:
     return torch.where(straddles, 0.0, torch.minimum(low, high)), torch.maximum(low, high)
 
 
-def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval:
+def variance_interval(value: Interval, statistics: str, variance: str) -> Interval:
+    """Mean of the squares of value [..., n] as a plan with those words stores both, [..., 1]."""
     squares = _squares(value)
-    if plan.statistics != KEEP:
-        squares = _stored(squares, plan.statistics)
+    if statistics != KEEP:
+        squares = stored(squares, statistics)
     low, high = (end.mean(-1, keepdim=True) for end in squares)
     error = sum_error(squares[1]) / squares[1].shape[-1] + 3 * U * high  # and squaring, dividing by n, adding eps
-    variance = _stored(((low - error).clamp(min=0), high + error), plan.variance)
+    return stored(((low - error).clamp(min=0), high + error), variance)
+
+
+def _rstd(value: Interval, plan: CastPlan, eps: float, storage: str) -> Interval:
+    variance = variance_interval(value, plan.statistics, plan.variance)
     low, high = ((end + eps).rsqrt() for end in reversed(variance))
-    return _stored(_widened((low, high), 2 * RSQRT_ULPS * U), storage)
+    return stored(widened((low, high), 2 * RSQRT_ULPS * U), storage)
 
 
 def _rotated(value: Interval, p: Problem, plan: CastPlan) -> Interval:
     """Both channels of a pair vary by themselves here; of one head's rstd they share the error, so this is wider."""
-    low, high = _stored(value, plan.unrotated)
+    low, high = stored(value, plan.unrotated)
     cos, sin = cos_sin(plan, p)
-    crossed = _product((rotate_half(low), rotate_half(high)), (sin, sin))  # corners, whichever end is the lower
-    own, crossed = _stored(_product((low, high), (cos, cos)), plan.products), _stored(crossed, plan.products)
+    crossed = product((rotate_half(low), rotate_half(high)), (sin, sin))  # corners, whichever end is the lower
+    own, crossed = stored(product((low, high), (cos, cos)), plan.products), stored(crossed, plan.products)
     return own[0] + crossed[0], own[1] + crossed[1]
 
 
@@ -204,5 +221,5 @@ def _repeats(terms: Tensor) -> Tensor:
 
 
 def _head_norm(proj: Interval, weight: Tensor, plan: CastPlan, eps: float) -> Interval:
-    head_normed = _stored(_product(proj, _rstd(proj, plan, eps, plan.head_rstd)), plan.head_normed)
-    return _product(head_normed, (weight, weight))
+    head_normed = stored(product(proj, _rstd(proj, plan, eps, plan.head_rstd)), plan.head_normed)
+    return product(head_normed, (weight, weight))

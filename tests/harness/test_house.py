@@ -31,7 +31,7 @@ ROOMS = {  # room -> what it imports of the others
     "systems": ("accuracy", "model", "problems", "runs"),
     "peers": ("timing", "ptx", "runs"),
     "conformance": ("accuracy", "peers", "problems", "ptx", "runs", "timing"),
-    "fingerprint": ("compiled", "peers", "ptx", "runs"),
+    "fingerprint": ("compiled", "peers", "problems", "ptx", "runs"),
     "gpu": ("conformance", "peers", "problems", "runs", "timing"),
 }
 PLANTED = {  # file of the laid-out package -> an import that the rule forbids, and its contract's name

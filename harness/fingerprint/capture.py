@@ -1,0 +1,220 @@
+"""A capture: one call recorded from real traffic, what went in and what came out, in safetensors; checked here.
+
+A chain's holds
+
+    x              [T, D] bf16                the residual stream
+    norm_weight    [D] bf16
+    qkv_weight     [(Hq + 2 Hkv) * Dh, D]     bf16, rows ordered q, k, v
+    q_norm_weight  [Dh] bf16                  with k_norm_weight, where there are head norms
+    bias           [(Hq + 2 Hkv) * Dh] bf16   where there is one
+    residual       [T, D] bf16                added to x, where it is
+    q, k, v        [T, heads, Dh] or [T, heads * Dh], bf16 or fp32: before RoPE
+
+and a norm's x and y [T, D] or [T, H, Dh] and weight [D] or [Dh]. eps, num_q_heads and num_kv_heads stand in the file's
+metadata, or the user gives them; heads also follow from three-dimensional q and k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint.sizes import ANY, Sizes
+from castpoint.harness.problems.files import open_safetensors
+from castpoint.harness.runs.errors import UserError, mistakes
+from castpoint.variants.problem import Problem
+
+NORM = {"x": True, "weight": True, "y": True}  # tensor -> whether it must be there
+CHAIN = {
+    "x": True, "norm_weight": True, "qkv_weight": True, "q_norm_weight": False, "k_norm_weight": False,
+    "bias": False, "residual": False, "q": True, "k": True, "v": True,
+}  # fmt: skip
+OUTPUTS = ("y", "q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A recorded norm: x [T, D] or [T, H, Dh] and weight bf16, y of x's shape, bf16 or fp32."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    outputs: dict[str, Tensor]  # y
+
+    @property
+    def kind(self) -> str:
+        return "rmsnorm" if self.x.ndim == 2 else "head_norm"
+
+    @property
+    def tokens(self) -> int:
+        return len(self.x)
+
+    @property
+    def sums(self) -> int:
+        """Sums whose order is not known."""
+        return self.x.numel() // self.x.shape[-1]
+
+    def cut(self, first: int, last: int) -> Norm:
+        """Those tokens of it."""
+        return dataclasses.replace(self, x=self.x[first:last], outputs=_cut(self.outputs, first, last))
+
+    def like(self, tokens: int) -> Norm:
+        """Tokens like those recorded, without outputs."""
+        (x,) = _like([self.x], tokens)
+        return dataclasses.replace(self, x=x, outputs={})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A recorded chain: what went in, norm weights taken as w, and q, k, v [T, heads, Dh], bf16 or fp32."""
+
+    problem: Problem
+    outputs: dict[str, Tensor]
+    kind: str = "qkv"
+
+    @property
+    def tokens(self) -> int:
+        return self.problem.tokens
+
+    @property
+    def sums(self) -> int:
+        """Sums whose order is not known: of x's squares, of products, and of the squares of heads with a norm."""
+        p = self.problem
+        heads = p.num_q_heads + p.num_kv_heads if p.has_head_norm else 0
+        return p.tokens * (1 + p.num_heads * p.head_dim + heads)
+
+    def cut(self, first: int, last: int) -> Chain:
+        """Those tokens of it."""
+        p = self.problem
+        residual = None if p.residual is None else p.residual[first:last]
+        return Chain(p.replace(x=p.x[first:last], residual=residual), _cut(self.outputs, first, last))
+
+    def like(self, tokens: int) -> Chain:
+        """Tokens like those recorded, without outputs."""
+        p = self.problem
+        x, *residual = _like([p.x] if p.residual is None else [p.x, p.residual], tokens)
+        return Chain(p.replace(x=x, residual=residual[0] if residual else None), {})
+
+
+Capture = Norm | Chain
+
+
+def _cut(outputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    return {name: output[first:last] for name, output in outputs.items()}
+
+
+def _like(values: list[Tensor], tokens: int) -> list[Tensor]:
+    """So many rows of each, those that are there in turn, scaled by factors from 1 to 2: the same values, elsewhere on
+    the grid to which they are rounded."""
+    rows = torch.arange(tokens) % len(values[0])
+    factors = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(0))
+    factors = factors.reshape(-1, *[1] * (values[0].ndim - 1))
+    return [(value[rows].float() * factors).to(torch.bfloat16) for value in values]
+
+
+def read(path: Path, sizes: Sizes = ANY) -> Capture:
+    """The capture of that file; eps and heads of sizes where the file does not say them.
+
+    Raises UserError for a file that is none, a tensor that is missing, unknown, of another shape or dtype or not
+    finite, and where eps or the heads are not said, or said twice and differently.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file: --capture takes a safetensors file with the tensors of one call")
+    stored, metadata = open_safetensors(path)
+    is_norm = "y" in stored
+    wanted = NORM if is_norm else CHAIN
+    missing = [name for name, must in wanted.items() if must and name not in stored]
+    if missing:
+        tensors = ", ".join(name for name, must in wanted.items() if must)
+        other = "" if is_norm else f"; a norm's: {', '.join(NORM)}"
+        raise UserError(f"{path} has no {', '.join(missing)}: a {'norm' if is_norm else 'chain'}'s capture holds "
+                        f"{tensors}{other}")  # fmt: skip
+    if unknown := [name for name in stored if name not in wanted]:
+        raise UserError(f"{path} holds {', '.join(unknown)}, which is no part of a capture: {', '.join(wanted)}")
+    tensors = {name: stored[name].read() for name in wanted if name in stored}
+    _check_tensors(path, tensors)
+    eps = _eps(path, metadata, sizes)
+    if is_norm:
+        return _norm(path, tensors, eps)
+    return _chain(path, tensors, eps, _heads(path, tensors, metadata, sizes))
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """dtypes, tokens and NaN: what is said of every tensor alike."""
+    outputs = [name for name in OUTPUTS if name in tensors]
+    for name, tensor in tensors.items():
+        allowed = (torch.bfloat16, torch.float32) if name in OUTPUTS else (torch.bfloat16,)
+        if tensor.dtype not in allowed:
+            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {words}")
+        if tensor.dtype != tensors[outputs[0]].dtype and name in outputs:
+            raise UserError(f"{path}: {name} and {outputs[0]} differ in dtype, expected one for all outputs")
+        if not tensor.numel():
+            raise UserError(f"{path}: {name} is empty, of shape {list(tensor.shape)}")
+        if wrong := int((~tensor.isfinite()).sum()):
+            raise UserError(f"{path}: {name} holds NaN or infinity in {wrong} elements: record a call without")
+
+
+def _norm(path: Path, tensors: dict[str, Tensor], eps: float) -> Norm:
+    x, weight, y = (tensors[name] for name in NORM)
+    if x.ndim not in (2, 3):
+        raise UserError(f"{path}: x has shape {list(x.shape)}, expected [T, D] or [T, H, Dh]")
+    for name, shape in (("weight", [x.shape[-1]]), ("y", list(x.shape))):
+        if list(tensors[name].shape) != shape:
+            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, expected {shape} as x has")
+    return Norm(x, weight, eps, {"y": y})
+
+
+def _chain(path: Path, tensors: dict[str, Tensor], eps: float, heads: tuple[int, int]) -> Chain:
+    outputs = {name: tensors.pop(name) for name in ("q", "k", "v")}
+    with mistakes(ValueError, about=str(path)):
+        problem = Problem(**tensors, num_q_heads=heads[0], num_kv_heads=heads[1], eps=eps)
+    for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):
+        shape = [problem.tokens, count, problem.head_dim]
+        if list(outputs[name].shape) not in (shape, [shape[0], shape[1] * shape[2]]):
+            raise UserError(f"{path}: {name} has shape {list(outputs[name].shape)}, expected {shape} or flat")
+        outputs[name] = outputs[name].reshape(shape)
+    return Chain(problem, outputs)
+
+
+def _number(path: Path, metadata: dict[str, str], name: str, given: float | None, option: str) -> float | None:
+    """What the metadata says of it, or the user; None: neither."""
+    if name not in metadata:
+        return given
+    with mistakes(ValueError, about=f"{path}: {name} of its metadata is no number"):
+        said = float(metadata[name])
+    if given is not None and said != given:
+        raise UserError(f"{path} was recorded with {name}={said:g}, and {option} says {given:g}: leave it out")
+    return said
+
+
+def _eps(path: Path, metadata: dict[str, str], sizes: Sizes) -> float:
+    eps = _number(path, metadata, "eps", sizes.eps, "--eps")
+    if eps is None:
+        raise UserError(f"{path} does not say eps: put it into the file's metadata, or give --eps")
+    if not (math.isfinite(eps) and eps > 0):
+        raise UserError(f"{path}: eps must be a positive number, not {eps:g}")
+    return eps
+
+
+def _heads(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], sizes: Sizes) -> tuple[int, int]:
+    """Heads of q, and of k and v: as said, else by the shapes of q and k, else by the size of a head."""
+    given = sizes.heads or (None, None)
+    dim = len(tensors["q_norm_weight"]) if tensors.get("q_norm_weight", torch.zeros(())).ndim == 1 else None
+    found: list[int] = []
+    for output, name, option in (("q", "num_q_heads", given[0]), ("k", "num_kv_heads", given[-1])):
+        said, shape = _number(path, metadata, name, option, "--heads"), list(tensors[output].shape)
+        by_shape = shape[1] if len(shape) == 3 else shape[1] // dim if len(shape) == 2 and dim else None
+        heads = by_shape if said is None else said
+        if heads is None:
+            raise UserError(f"{path} does not say {name}, and a flat {output} does not: put it into the file's "
+                            "metadata, or give --heads")  # fmt: skip
+        if heads < 1 or heads != int(heads):
+            raise UserError(f"{path}: {name} must be a positive whole number, not {heads:g}")
+        found.append(int(heads))
+    return found[0], found[1]
