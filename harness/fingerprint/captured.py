@@ -241,6 +241,11 @@ def words(plan: Plan, capture: Capture) -> dict[str, str]:
     return found
 
 
+def holds(candidate: dict[str, str], plan: dict[str, str]) -> bool:
+    """Whether a candidate's words, merged with `or`, have those of a plan."""
+    return all(word in candidate[name].split(" or ") for name, word in plan.items())
+
+
 def told(answer: Captured) -> str:
     """The answer in lines for a reader."""
     undecided = len(answer.candidates) > 1

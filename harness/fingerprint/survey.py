@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.answer import Answer, words_of
+from castpoint.harness.fingerprint.capture import Capture, Chain
+from castpoint.harness.fingerprint.capture import Norm as RecordedNorm
+from castpoint.harness.fingerprint.captured import explain, holds
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.rules import OFFSETS
 from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
+from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
 from castpoint.harness.runs.records import Records
@@ -177,3 +181,39 @@ def survey_known(records: Records) -> None:
             continue
         answer = identify(fn, kind)
         records.add(FingerprintRow(**key, **_columns(answer), status=answer.status, answered=_found(answer)))
+
+
+# ---------------------------------------------------------------- captures of plans that are known
+
+
+def recorded_chain(plan: CastPlan, tokens: int) -> Chain:
+    """The plan's spec on a cut of Qwen3-0.6B's calibrated first layer: 256 channels, 2 + 1 + 1 heads of 128."""
+    p = synthetic_problem(tokens=tokens)
+    first = [p.qkv_weight[start : start + count, :256] for start, count in ((0, 256), (2048, 128), (3072, 128))]
+    cut = p.replace(x=p.x[:, :256], norm_weight=p.norm_weight[:256], qkv_weight=torch.cat(first), num_q_heads=2,
+                    num_kv_heads=1)  # fmt: skip
+    outputs = spec(plan, cut.replace(weight_offset=plan.weight_offset != "none")).outputs()
+    return Chain(cut, {name: _as_stored(value, plan.out) for name, value in outputs.items()})
+
+
+def recorded_norm(plan: CastPlan, tokens: int) -> RecordedNorm:
+    """The plan's first norm by its spec on that layer's input, 1024 channels."""
+    p = synthetic_problem(tokens=tokens)
+    y = spec_norm(plan)(p.x, p.norm_weight, p.eps)
+    return RecordedNorm(p.x, p.norm_weight, p.eps, {"y": y})
+
+
+def _as_stored(value: Tensor, storage: str) -> Tensor:
+    return value.to(torch.float32 if storage == KEEP else torch.bfloat16)
+
+
+def told_apart(plans: list[CastPlan], tokens: int, record: Callable[[CastPlan, int], Capture]) -> tuple[float, float]:
+    """Of captures of so many tokens of each plan: the share whose answer is that plan alone, or with plans that such
+    inputs cannot tell from it, and the share whose answer leaves the plan out."""
+    told = lost = 0
+    for plan in plans:
+        capture = record(plan, tokens)
+        answer = explain(capture)
+        there = any(holds(words, words_of(plan, capture.kind)) for words in answer.candidates)
+        told, lost = told + (there and answer.status == "identified"), lost + (not there)
+    return told / len(plans), lost / len(plans)
