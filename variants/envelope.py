@@ -60,7 +60,8 @@ def envelope(plan: CastPlan, problem: Problem) -> dict[str, Interval]:
 
 
 def proj_interval(plan: CastPlan, problem: Problem, columns: slice = slice(None)) -> Interval:
-    """Those columns of proj [T, columns], float64, before it is rounded as plan.proj: whatever that word is."""
+    """Those columns of proj [T, columns], float64, before it is rounded as plan.proj. Norm weights are read
+    as the plan has them, however the problem says they are stored."""
     p = problem
     x = p.x.to(torch.float64)
     if p.residual is not None:

@@ -40,28 +40,21 @@ def bounds_of(capture: Capture) -> Callable[[Plan], dict[str, Interval]]:
     if isinstance(capture, Norm):
         variance = functools.cache(functools.partial(_variance, capture))
         return lambda rule: {"y": _norm(rule, capture, variance(rule.statistics, rule.variance))}
-    problem_of, proj = _problems(capture.problem), functools.cache(lambda plan: proj_interval(plan, problem_of(plan)))
-    return lambda plan: outputs_interval(plan, problem_of(plan), proj(before_proj(plan)))
+    proj = functools.cache(lambda plan: proj_interval(plan, capture.problem))
+    return lambda plan: outputs_interval(plan, capture.problem, proj(before_proj(plan)))
 
 
 def v_bounds_of(capture: Chain, step: int) -> Callable[[CastPlan], Interval]:
     """Of a plan the interval of every step-th channel of v [T, channels], stored as its words proj and out say."""
     p = capture.problem
     columns = slice((p.num_q_heads + p.num_kv_heads) * p.head_dim, None, step)
-    problem_of = _problems(p)
-    proj = functools.cache(lambda plan: proj_interval(plan, problem_of(plan), columns))
+    proj = functools.cache(lambda plan: proj_interval(plan, p, columns))
     return lambda plan: stored(stored(proj(before_proj(plan)), plan.proj), plan.out)
 
 
 def before_proj(plan: CastPlan) -> CastPlan:
     """The plan by what it does before proj is rounded."""
     return plan.replace(proj=KEEP, head_rstd=KEEP, head_normed=KEEP, out=RNE)
-
-
-def _problems(problem: Problem) -> Callable[[CastPlan], Problem]:
-    """The problem as a plan reads its norm weights."""
-    stored_as = functools.cache(lambda offset: problem.replace(weight_offset=offset))
-    return lambda plan: stored_as(plan.weight_offset != "none")
 
 
 def input_plans(problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:

@@ -34,7 +34,7 @@ from castpoint.harness.fingerprint.capture import Capture, Chain
 from castpoint.harness.fingerprint.evidence import TELLING, outs
 from castpoint.harness.fingerprint.norm import NORM_WORDS, summary
 from castpoint.harness.fingerprint.rules import Rule, norm_rules
-from castpoint.kernels.plan import KEEP, RNE, CastPlan
+from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.envelope import Interval, false_red, outside
 
@@ -105,10 +105,9 @@ def named(capture: Capture) -> dict[Plan, list[str]]:
     found: dict[Plan, list[str]] = {}
     for name, plan in ((name, entry.plan) for name, entry in PLANS.items()):
         if isinstance(capture, Chain):
-            shown: Plan = plan.without_rope().replace(
-                **({} if capture.problem.has_head_norm else dict.fromkeys(HEAD_WORDS, KEEP)),
-                **({"x": RNE} if capture.problem.residual is None else {}),
-            )
+            shown: Plan = plan.without_rope()
+            if not capture.problem.has_head_norm:
+                shown = shown.replace(**dict.fromkeys(HEAD_WORDS, KEEP))
         elif words := words_of(plan, capture.kind):
             theirs = {word: own for own, word in NORM_WORDS[capture.kind].items()}
             shown = Rule(**{theirs.get(name, name): word for name, word in words.items()})

@@ -29,7 +29,6 @@ from castpoint.harness.fingerprint.rules import (
     mean_of_squares,
     norm_rules,
     predict,
-    scalar,
     two_step,
 )
 from castpoint.harness.fingerprint.sizes import Sizes
@@ -157,17 +156,19 @@ def test_every_rule_of_a_norm_lies_in_its_own_interval() -> None:
 
 def test_fp32_arithmetic_of_any_usual_kind_lies_in_the_same_interval() -> None:
     p = synthetic_problem(tokens=64)
-    capture = Norm(p.x, p.norm_weight, 1e-6, {})
+    even = torch.where(p.x < 0, -0.996, 0.996).to(torch.bfloat16)  # a root just above 1, where an ulp is the most
+    capture = Norm(torch.cat([p.x, even]), p.norm_weight, 1e-6, {})
     bounds, rows = bounds_of(capture), rows_of(capture)
     for rule in (Rule(), Rule(out=KEEP), Rule(rstd=RNE, out=KEEP), Rule(variance=RNE, out=KEEP)):
         low, high = bounds(rule)["y"]
         made = [predict(other, rows) for other in arithmetic(rule) if rule.rstd == KEEP or other.root == rule.root]
         variance = mean_of_squares(rule, rows)
         made.append(predict(rule, dataclasses.replace(rows), two_step(rule, variance, 1e-6)))
-        if rule.variance == RNE:  # rsqrt.approx: two ulps, and then products in any order
-            for order, ulps in itertools.product(ORDERS, (-2, 2)):
-                factor = scalar(rule, variance, 1e-6) * (1 + ulps * 2.0**-23)
-                made.append(predict(rule.replace(order=order), dataclasses.replace(rows), factor))
+        if rule.variance == RNE:  # rsqrt.approx, two ulps off, and products in any order
+            exact = (variance + 1e-6).rsqrt()
+            ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+            for order, steps in itertools.product(ORDERS, ((exact / ulp + 2).floor(), (exact / ulp - 2).ceil())):
+                made.append(predict(rule.replace(order=order), dataclasses.replace(rows), (steps * ulp).float()))
         assert all(((low <= y.double()) & (y.double() <= high)).all() for y in made), rule
 
 
