@@ -45,7 +45,7 @@ def identify(
     call: options.Call = "",
     capture: options.CaptureFile = None,
 ) -> None:
-    """Which plan does a callable implement, or explains a capture? Exits with 1 if it cannot be called as it should."""
+    """Which plan is a callable's, or a capture's? Exits with 1 if it cannot be called, or read, as it should."""
     sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
     if capture is not None:
         raise typer.Exit(steps.identify_capture(capture, f"{target}{kind}", sizes, expect, json_))
