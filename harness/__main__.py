@@ -15,6 +15,7 @@ except ImportError:
     sys.exit("error: the command line needs typer and rich: `make bench` sets them up, or pip install typer rich")
 
 from castpoint.harness import options, steps
+from castpoint.harness.fingerprint.subject import Subject
 from castpoint.harness.options import DeviceName, ResultsFolder
 from castpoint.harness.runs.errors import UserError, mistakes
 
@@ -30,7 +31,10 @@ PROVEN, LAB = "Is it proven?", "The lab"
 
 @app.command(rich_help_panel=WHICH)
 def identify(
-    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION, as engine.norms:rms_norm or norm.py:rms_norm.")] = "",
+    target: options.Target = "",
+    command: options.Command = "",
+    ask: options.Ask = None,
+    answer: options.Answered = None,
     kind: Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv. Default: guessed by its arguments.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")] = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -45,11 +49,12 @@ def identify(
     call: options.Call = "",
     capture: options.CaptureFile = None,
 ) -> None:
-    """Which plan is a callable's, or a capture's? Exits with 1 if it cannot be called, or read, as it should."""
+    """Which plan is a function's, a program's, a capture's? Exits with 1 if it cannot be called or read as it should."""
     sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
-    if capture is not None:
-        raise typer.Exit(steps.identify_capture(capture, f"{target}{kind}", sizes, expect, json_))
-    raise typer.Exit(steps.identify(target, kind, options.device_named(device), time_limit, sizes, call, expect, json_))
+    given = {"MODULE:FUNCTION": target, "--command": command, "--ask": ask, "--answer": answer, "--capture": capture}
+    options.check_subject(kind, device, expect, sizes, call, **given)
+    subject = Subject(target, command, ask, answer, capture, call)
+    raise typer.Exit(steps.identify(subject, kind, device, time_limit, sizes, expect, json_))
 
 
 @app.command(name="plans", rich_help_panel=WHICH)

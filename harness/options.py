@@ -34,6 +34,12 @@ Seed = Annotated[int, typer.Option(help="Seed of drawn weights and inputs.", min
 Short = Annotated[bool, typer.Option("--short", help="Three layers, fewer tokens: does everything run?")]
 Only = Annotated[str, typer.Option(help=f"Parts by name, with commas: {', '.join(PARTS)}. Default: all.")]
 
+# What identify asks: a function, a program, or through files.
+Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.norms:rms_norm or norm.py:rms_norm.")]
+Command = Annotated[str, typer.Option(help="A program instead: 'PROGRAM {input} {output}', both files of safetensors.")]
+Ask = Annotated[Path | None, typer.Option(help="No connection: writes the questions into this new folder.")]
+Answered = Annotated[Path | None, typer.Option("--answer", help="A folder of --ask: answers, or asks once more.")]
+
 # Of a kernel that identify asks, where it does not take any.
 Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", min=16, max=65536)]
 HeadDim = Annotated[int | None, typer.Option(help="Channels of a head that it takes.", min=16, max=4096)]
@@ -60,6 +66,25 @@ def sizes(
     if numbers is not None and not (len(numbers) in (1, 2) and min(numbers) > 0 and numbers[0] % numbers[-1] == 0):
         raise UserError(f"--heads must be heads of q, or heads of q and of k and v that divide them, not {heads!r}")
     return Sizes(width, head_dim, numbers, tokens, eps, dtype)
+
+
+def check_subject(kind: str, device: str, expect: str, sizes: Sizes, call: str, **given: object) -> None:
+    """Raises UserError unless one of what identify asks, by the names of its options, is given, with what it needs."""
+    there = [name for name, value in given.items() if value]
+    if len(there) != 1:
+        raise UserError(f"identify takes one of {', '.join(given)}, and was given {' and '.join(there) or 'none'}")
+    if there[0] in ("--command", "--ask") and not kind:
+        raise UserError(f"{there[0]} needs --kind, rmsnorm, head_norm or qkv: a program's arguments do not tell it")
+    if there[0] != "MODULE:FUNCTION" and device != "cpu":
+        raise UserError(f"--device is for MODULE:FUNCTION: what {there[0]} asks chooses its own, leave it out")
+    if call and there[0] != "MODULE:FUNCTION":
+        raise UserError(f"--call is for MODULE:FUNCTION: leave it out with {there[0]}")
+    if there[0] == "--capture" and (kind or sizes != Sizes(heads=sizes.heads, eps=sizes.eps)):
+        raise UserError("--capture says all but --heads and --eps by itself: leave out other options")
+    if there[0] in ("--command", "--ask") and sizes.dtype != "bf16":
+        raise UserError(f"--dtype is for MODULE:FUNCTION: {there[0]} gives bf16")
+    if there[0] == "--ask" and expect:
+        raise UserError("--expect is for an answer: give it to --answer, not to --ask")
 
 
 def select(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from castpoint.harness import options
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.subject import Subject
 from castpoint.harness.runs.errors import UserError, mistakes, writing
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
@@ -36,38 +37,40 @@ def measure(settings: Settings, records: Records, parts: tuple[str, ...]) -> Non
 
 
 def identify(
-    target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes, call: str, expect: str, as_json: bool
+    subject: Subject, kind: str, device: str, time_limit_s: float, sizes: Sizes, expect: str, as_json: bool
 ) -> int:
-    """Prints the fingerprint of MODULE:FUNCTION; the exit status. Raises UserError unless it is the expected plan."""
+    """Prints the fingerprint, or what is asked next; exit status. Raises UserError unless it is the expected plan."""
+    if subject.target:
+        device = options.device_named(device)
+    if subject.capture:
+        return identify_capture(subject.capture, sizes, expect, as_json)
     from castpoint.harness.fingerprint.answer import check_expectation, unmet
     from castpoint.harness.fingerprint.blackbox import KINDS
     from castpoint.harness.fingerprint.norm import summary
-    from castpoint.harness.fingerprint.process import identify_target
 
-    if not target:
-        raise UserError("identify takes MODULE:FUNCTION, or --capture FILE")
     if kind and kind not in KINDS:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if expect:
         check_expectation(expect, kind or "qkv")
-    answer = identify_target(target, kind, device, time_limit_s, sizes, call)
+    answer = subject.asked(kind, device, time_limit_s, sizes)
+    if isinstance(answer, str):  # the next round of questions
+        print(json.dumps({"status": "asked", "reason": answer}) if as_json else answer)
+        return int(bool(expect))
     kind = kind or answer.kind
     failed = expect and (unmet(answer, expect, kind) if kind else f"{answer.status}: {answer.reason}")
     if as_json or not failed:
         print(json.dumps(answer.as_dict()) if as_json else summary(answer))
     if failed:
-        raise UserError(f"{target} is not {expect}: {failed}")
+        raise UserError(f"{subject} is not {expect}: {failed}")
     return int(answer.status == "error")
 
 
-def identify_capture(path: Path, other: str, sizes: Sizes, expect: str, as_json: bool) -> int:
-    """Prints which plans explain one recorded call; the exit status. Raises UserError for another option than eps and
-    heads, and unless every plan that is left is the expected one."""
+def identify_capture(path: Path, sizes: Sizes, expect: str, as_json: bool) -> int:
+    """Prints which plans explain one recorded call; the exit status. Raises UserError unless every plan that is left is
+    the expected one."""
     from castpoint.harness.fingerprint import capture, captured
     from castpoint.harness.fingerprint.answer import check_expectation
 
-    if other or sizes.width or sizes.head_dim or sizes.tokens:
-        raise UserError("--capture says all but eps and heads by itself: leave out TARGET and other options")
     recorded = capture.read(path, sizes)
     if expect:
         check_expectation(expect, recorded.kind)

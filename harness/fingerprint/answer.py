@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import Refused
+from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, CastPlan
@@ -135,6 +135,8 @@ def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
         called = CALLED[question.about].format(question.what)
         try:
             miss = question.ask()
+        except Unasked:
+            continue
         except Refused as refused:
             result = f"refused: {refused}"
         except Fault as fault:

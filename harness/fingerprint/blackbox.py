@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +92,26 @@ class Refused(Fault):
     """The callable raised an exception instead of an answer."""
 
 
+class Unasked(Fault):
+    """What the way to a callable cannot carry: a layout in memory, through a file."""
+
+
+class Pending(Exception):
+    """Calls have no answer yet: what comes next depends on them."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How calls reach a callable. files: as files, which hold no layout in memory. settle: where answers come in
+    rounds, raises Pending if a call so far has none; such a call returns numbers that mean nothing."""
+
+    files: bool = False
+    settle: Callable[[], None] | None = None
+
+
+DIRECT = Way()
+
+
 class BlackBox:
     """fn of one of KINDS on a device, with those of its OPTIONAL arguments that are given, zero unless the caller says
     otherwise.
@@ -101,7 +122,7 @@ class BlackBox:
 
     def __init__(
         self, fn: Callable[..., Any], kind: str, device: str = "cpu", given: tuple[str, ...] | None = None,
-        dtype: str = "bf16",
+        dtype: str = "bf16", way: Way = DIRECT,
     ) -> None:  # fmt: skip
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -110,12 +131,22 @@ class BlackBox:
         self.fn, self.kind, self.device = fn, kind, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         self.weight_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
-        self.given = paths(fn, kind)[0] if given is None else given
+        self.given, self.way = paths(fn, kind)[0] if given is None else given, way
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
 
     def takes(self, name: str) -> bool:
         """Whether fn is given an argument of that name."""
         return name in self.given
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether answers come in rounds: what does not depend on an answer is asked before settle."""
+        return self.way.settle is not None
+
+    def settle(self) -> None:
+        """Raises Pending where a call so far has no answer yet."""
+        if self.way.settle is not None:
+            self.way.settle()
 
     def norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, layout: str = "contiguous",
@@ -146,6 +177,8 @@ class BlackBox:
         return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
 
     def _given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+        if self.way.files and layout != "contiguous":
+            raise Unasked("a file holds numbers, not how they lie in memory")
         return laid_out(value.to(dtype, copy=True).contiguous().to(self.device), layout)
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
@@ -163,6 +196,8 @@ class BlackBox:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
+            if self.way.files and isinstance(error, Fault):  # of the program: it says all
+                raise
             raise self._verdict(error, arguments, extra) from error
         states = zip(tensors, before, owners, strict=True)
         written = [tensor for tensor, old, new in states if not torch.equal(old, new)]

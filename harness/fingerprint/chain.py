@@ -17,7 +17,6 @@ from castpoint.harness.fingerprint.calls import ChainCalls
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
 from castpoint.harness.fingerprint.evidence import (
     Call,
-    Ranking,
     by_eps,
     check_repeats,
     classes,
@@ -26,7 +25,7 @@ from castpoint.harness.fingerprint.evidence import (
     rank,
     rejects,
 )
-from castpoint.harness.fingerprint.heads import Geometry
+from castpoint.harness.fingerprint.heads import Geometry, HeadRows
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.rules import (
     Readout,
@@ -36,8 +35,9 @@ from castpoint.harness.fingerprint.rules import (
     projected_rules,
     round_to,
 )
+from castpoint.harness.fingerprint.searches import SEARCH, Search
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.ties import refined, ties, with_ties
+from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.kernels.plan import KEEP, RNE, STORAGE
 
 HEAD_WORDS = {"rstd": "head_rstd", "normed": "head_normed"}  # of a head's rule, as a plan calls them
@@ -50,9 +50,17 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     xs = STORAGE if fused_add else (RNE,)
     projected = projected_rules(outs=outs(main[0].dtype), xs=xs)
     norm_ranking = rank(projected, main)
-    norms, evidence, norm_ties = _input_norm(calls, main, norm_ranking, rng)
+    norm_words, unexplained = ties(norm_ranking.best, main)
+    left = with_ties(norm_ranking.left, norm_words)
+    explained = not any(missed(left[0], call) for call in main)
+    known, told, search = _norm_calls(calls, main, left, rng) if explained else (main, [], SEARCH)
+    head_calls = _head_calls(calls, left[0], rng)
+    biased = _bias_calls(calls, left[0], rng) if box.takes("bias") else None
+    box.settle()
+    norms, evidence, norm_ties = [left], "", unexplained
+    if explained:
+        norms, evidence, norm_ties = _input_norm(calls, left, known, told, search)
     norm = norms[0][0]
-    head_calls = _head_calls(calls, norm, rng)
     head_rules = norm_rules(outs=outs(head_calls[0].dtype), xs=STORAGE, roots=("rsqrt",))
     head_ranking = rank(head_rules, head_calls)
     words, head_ties = ties(head_ranking.best, head_calls)
@@ -75,8 +83,8 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     if not groups:
         differ = difference(_shared_words(norm), _shared_words(heads[0]))
         return none_of_these(nearest, share, runner_up, f"its two norms differ: {differ}")
-    if box.takes("bias"):
-        word = _bias(calls, *pairs[0][0], rng)
+    if biased:
+        word = _bias(calls, *pairs[0][0], *biased)
         if not word:
             why = "but no order of bias and rounding explains v, q and k with a bias"
             return none_of_these(nearest, share, runner_up, why)
@@ -100,7 +108,10 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[ChainCalls, list[Call], l
         except Refused as error:
             refused.append({"about": "x", "what": str(geometry), "result": f"refused: {error}"})
             first = first or error
+            if box.in_rounds:  # there are too few to try them all
+                break
             continue
+        box.settle()
         return calls, main, refused
     assert first is not None
     raise first
@@ -125,21 +136,30 @@ def _unexplained(name: str, best: Rule, calls: Sequence[Call]) -> str:
     return f"of {name} {missing_word(best, calls, HEAD_WORDS if name in 'qk' else {}) or by_eps(misses, calls)}"
 
 
+def _norm_calls(
+    calls: ChainCalls, main: list[Call], left: Sequence[Rule], rng: torch.Generator
+) -> tuple[list[Call], list[Call], Search]:
+    """What tells the matmul's operands and is known of the input norm before its fp32 arithmetic is searched: the calls
+    in which ties are sought, those that told, and the search. Where answers come in rounds it is for the best rule of
+    each scale: operands do not show through the identity."""
+    geometry = calls.geometry
+    told = [calls.v(probes.cancelling_rows(left[0], geometry.width, geometry.head_dim, rng))]
+    if not calls.box.in_rounds:
+        return main, told, SEARCH
+    best = {(rule.scale, rule.normed): rule for rule in reversed(left)}
+    variants = [v for rule in reversed(best.values()) for v in arithmetic(rule)]
+    known, search = all_at_once(variants, geometry.width, main, calls.v, _identity(calls))
+    return known, told, search
+
+
 def _input_norm(
-    calls: ChainCalls, main: list[Call], ranking: Ranking, rng: torch.Generator
+    calls: ChainCalls, left: Sequence[Rule], known: list[Call], told: list[Call], search: Search
 ) -> tuple[list[list[Rule]], str, str]:
     """The norm before the matmul and the matmul's operands, seen through v: groups of rules left, what was said of the
     first two, and what of ties no word explains."""
-    words, unexplained = ties(ranking.best, main)
-    left = with_ties(ranking.left, words)
-    if any(missed(left[0], call) for call in main):
-        return [left], "", unexplained
-    geometry = calls.geometry
-    told = [calls.v(probes.cancelling_rows(left[0], geometry.width, geometry.head_dim, rng))]
     left = [b for b in left if not any(rejects(a, b, told) for a in left)]
     variants = [v for rule in left for v in arithmetic(rule)]
-    groups, said, unexplained = refined(variants, geometry.width, main, told, calls.v, _identity(calls))
-    return groups, said, unexplained
+    return refined(variants, calls.geometry.width, known, told, calls.v, _identity(calls), search)
 
 
 def _head_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> list[Call]:
@@ -171,13 +191,17 @@ def _plan_words(norm: Rule, head: Rule, fused_add: bool) -> dict[str, str]:
     return words | {name: getattr(norm, name) for name in ("scale", "matmul", "weight_offset", "eps", "root", "order")}
 
 
-def _bias(calls: ChainCalls, norm: Rule, head: Rule, rng: torch.Generator) -> str:
-    """`before` or `after` the rounding of proj, `before or after` if that is one, empty if neither explains all."""
+def _bias_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> tuple[Call, HeadRows, Call]:
+    """V, and the heads' known input and q and k, all with a bias."""
     geometry = calls.geometry
     rows = probes.norm_rows(geometry.width, rng, residual=calls.box.takes("residual"))
     readout = probes.general_readout(rng, geometry.width, geometry.head_dim, bias=True)
     v = calls.v(dataclasses.replace(rows, readout=readout))
-    given, qk = calls.qk(norm, rng, probes.EPS_SMALL, biased=True)
+    return v, *calls.qk(norm, rng, probes.EPS_SMALL, biased=True)
+
+
+def _bias(calls: ChainCalls, norm: Rule, head: Rule, v: Call, given: HeadRows, qk: Call) -> str:
+    """`before` or `after` the rounding of proj, `before or after` if that is one, empty if neither explains all."""
     words = []
     for word in ("before", "after"):
         proj = given.proj if word == "before" else round_to(given.proj, head.x)

@@ -88,17 +88,19 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
     """What is left unexplained of dense rows there, or else of exact ones."""
     geometry, dense = calls.geometry, Dense(calls, found)
     miss = dense.ask(dense.x(tokens))
-    if miss or geometry.columns * geometry.width > EXACT:
-        return miss
+    if (miss and not calls.box.in_rounds) or geometry.columns * geometry.width > EXACT:
+        return miss  # in rounds its answer, and so miss, may not be there yet
     rng = torch.Generator().manual_seed(1)
     draw = Draw(found.norm, probes.norm_weight(geometry.width, rng), calls.box.takes("residual"))
     readout = probes.general_readout(rng, geometry.width, geometry.head_dim)
     rows = probes.norm_rows(geometry.width, rng, residual=draw.residual)
     firm = settled(found.norm, rows).nonzero()[:, 0]
     rows = dataclasses.replace(rows.of(firm[torch.arange(tokens) % len(firm)]), readout=readout)
-    if miss := missed(found.norm, calls.v(rows)):
+    v, (_, qk) = calls.v(rows), calls.qk(found.norm, rng, probes.EPS_SMALL, tokens=tokens)
+    if miss:
+        return miss
+    if miss := missed(found.norm, v):
         return dataclasses.replace(miss, why=f"{miss.why} in v" if miss.why else "in v")
-    _, qk = calls.qk(found.norm, rng, probes.EPS_SMALL, tokens=tokens)
     places = torch.arange(len(qk.stored)) % len(qk.rows.x)
     firm = settled(found.head, qk.rows)[places]
     known = Call(qk.rows.of(places[firm]), qk.stored[firm], qk.dtype)

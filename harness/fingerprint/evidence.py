@@ -27,15 +27,14 @@ from castpoint.harness.fingerprint.rules import (
     size_of_terms,
     storages,
 )
+from castpoint.harness.fingerprint.searches import CONTROLS, SEARCH, Search
 from castpoint.kernels.plan import KEEP
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
 CONCENTRATED = 0.1
 TELLING = 6
-SEARCHES = 24
 ENOUGH = 30  # votes on every pair, after which more would not decide either
 MISSES = 8  # searches in a row without a telling one, after which rules count as the same
-CONTROLS = 16  # roots next to a boundary of a rounded rstd; if more than an eighth of them are an ulp off, eps is open
 # Elements that a rule leaves unexplained, above which the answer is `none`. Sums in another order and approximate roots
 # change 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
 UNEXPLAINED = 0.005
@@ -243,15 +242,16 @@ def classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:
 
 
 def refine(
-    rules: Sequence[Rule], width: int, calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None
-) -> tuple[list[list[Rule]], str]:
+    rules: Sequence[Rule], width: int, calls: list[Call], call: Callable[[Rows], Call], readout: Readout | None = None,
+    search: Search = SEARCH,
+) -> tuple[list[list[Rule]], str]:  # fmt: skip
     """What is left of the rules after calls on searched rows, in groups between which no search found a difference; and
     what makes their eps doubtful, or what was said of the first two groups: an empty text where there is neither."""
     left, misses = list(rules), 0
-    for seed in range(SEARCHES):
+    for seed in range(search.searches):
         if len(left) == 1 or misses == MISSES:
             break
-        rows = probes.telling_rows(tuple(left), width, seed, readout)
+        rows = search.telling_rows(left, width, seed, readout)
         if rows is None:
             misses += 1
             continue
@@ -262,7 +262,7 @@ def refine(
             break
     doubt = ""
     if len({rule.eps for rule in left}) < len({rule.eps for rule in rules}) and all(r.rstd != KEEP for r in left):
-        doubt = _doubtful_roots(left, width, call, readout)
+        doubt = _doubtful_roots(left, width, call, readout, search)
     if doubt:
         left += [rule for rule in rules if rule not in left and any(rule.replace(eps=r.eps) == r for r in left)]
     groups = classes(left, calls)
@@ -281,10 +281,12 @@ def _deciding_probe(groups: list[list[Rule]], calls: Sequence[Call]) -> str:
     )
 
 
-def _doubtful_roots(rules: Sequence[Rule], width: int, call: Callable[[Rows], Call], readout: Readout | None) -> str:
+def _doubtful_roots(
+    rules: Sequence[Rule], width: int, call: Callable[[Rows], Call], readout: Readout | None, search: Search
+) -> str:
     """Whether an implementation's roots are not those of the rules, in words; empty if they are. An ulp of a rounded
     rstd shows at a boundary only, where a root that is off by an ulp looks like another eps."""
-    found = [probes.control_rows(rules, width, seed, readout) for seed in range(CONTROLS)]
+    found = [search.control_rows(rules, width, seed, readout) for seed in range(CONTROLS)]
     controls = [call(rows) for rows in found if rows is not None]
     wrong = sum(all(control.share(rule) < 0.5 for rule in rules) for control in controls)
     if wrong <= len(controls) / 8:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.blackbox import Refused
+from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Miss, missed, outs
 from castpoint.harness.fingerprint.rules import Rows, Rule, storages
@@ -43,7 +43,7 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
     for count in () if tokens else COUNTS:
         calls = [(torch.arange(count) + start) % len(x) for start in range(0, WINDOW, count)]
         try:
-            same = all(_same(stored(x[rows], True), alone[rows]) for rows in calls)
+            same = all([_same(stored(x[rows], True), alone[rows]) for rows in calls])  # all are asked, in rounds too
         except Refused:
             continue
         tried.append(f"{count}")
@@ -78,6 +78,8 @@ def gaps(missing: Missing, width: int) -> str:
     """Whether x whose last stride is two is read as it lies."""
     try:
         miss = missing(_gaussian(probes.ROWS, width), "channels apart", probes.EPS_SMALL)
+    except Unasked as why:
+        return f"not asked: {why}"
     except Fault as fault:
         return f"refused: {fault}"
     return f"not read as they lie, and not refused: {miss}" if miss else "read as they lie"

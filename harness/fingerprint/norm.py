@@ -10,6 +10,7 @@ evidence says which rules are left after the calls. A single norm is asked here,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -23,7 +24,7 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
-from castpoint.harness.fingerprint.blackbox import BlackBox, Refused, paths
+from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way, paths
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.chain import chain
 from castpoint.harness.fingerprint.evidence import (
@@ -40,8 +41,9 @@ from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, storages
+from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
-from castpoint.harness.fingerprint.ties import refined, ties, with_ties
+from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 
 # A rule's words, as a plan calls them.
 NORM_WORDS = {
@@ -52,11 +54,14 @@ NORM_WORDS = {
 FEW = 0.97  # share explained, from which on ties may be what is left
 
 
-def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY, call: str = "") -> Answer:
+def identify(
+    fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY, call: str = "", way: Way = DIRECT
+) -> Answer:
     """The fingerprint of fn, a callable of blackbox.KINDS or a norm in one of forms, called on that device with those
     sizes. call: how a norm is called. Never guesses.
 
-    Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`.
+    Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`. Raises Pending where
+    answers come in rounds, once all is asked that does not depend on one.
     """
     start = time.perf_counter()
     BlackBox(fn, kind, device)  # checks both
@@ -65,15 +70,23 @@ def identify(fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Size
             fn = adapted(fn, call)
         except Fault as fault:
             return Answer("error", reason=str(fault))
-    asked = [(given, BlackBox(fn, kind, device, given, sizes.dtype)) for given in paths(fn, kind)]
-    answer = by_paths({given: _guarded(box, sizes) for given, box in asked})
+    asked = [BlackBox(fn, kind, device, given, sizes.dtype, way) for given in paths(fn, kind)]
+    answers: dict[tuple[str, ...], Answer] = {}
+    for box in asked:
+        with contextlib.suppress(Pending):
+            answers[box.given] = _guarded(box, sizes)
+    if len(answers) < len(asked):
+        raise Pending
+    answer = by_paths(answers)
     seconds = round(time.perf_counter() - start, 2)
     return dataclasses.replace(answer, plans=plans_of(answer, kind), seconds=seconds)
 
 
 def _guarded(box: BlackBox, sizes: Sizes) -> Answer:
     try:
-        return chain(box, sizes) if box.kind == "qkv" else _norm(box, sizes)
+        answer = chain(box, sizes) if box.kind == "qkv" else _norm(box, sizes)
+        box.settle()
+        return answer
     except Fault as fault:
         return Answer("refused" if isinstance(fault, Refused) else "error", reason=str(fault))
 
@@ -122,7 +135,10 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
         except Refused as error:
             refused.append({"about": "x", "what": str(asked.shape(len(rows.x))), "result": f"refused: {error}"})
             first = first or error
+            if box.in_rounds:  # there are too few to try them all
+                break
             continue
+        box.settle()
         return asked, main, refused
     assert first is not None
     raise first
@@ -169,7 +185,9 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
         return none(missing_word(best, main, NORM_WORDS[asked.box.kind]) or ways or by_eps(misses, main)), None
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     variants = [v for rule in (best, *left) for v in arithmetic(rule)]
-    groups, said, unexplained = refined(variants, asked.width, main, calls, asked.call)
+    known, search = (main, SEARCH) if not asked.box.in_rounds else all_at_once(variants, asked.width, main, asked.call)
+    asked.box.settle()
+    groups, said, unexplained = refined(variants, asked.width, known, calls, asked.call, search=search)
     if unexplained:
         return none(unexplained), None
     share = max(mean_shares([group[0] for group in groups], main).values())

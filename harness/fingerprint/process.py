@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault, load
-from castpoint.harness.fingerprint.blackbox import guessed_kind
+from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
+from castpoint.harness.fingerprint.command import from_command
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -46,6 +47,11 @@ def identify_target(
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
+
+
+def identify_command(command: str, kind: str, time_limit_s: float, sizes: Sizes = ANY) -> Answer:
+    """The fingerprint of a program, which has that time for each call. Raises UserError as from_command does."""
+    return identify(from_command(command, kind, time_limit_s), kind, sizes=sizes, way=Way(files=True))
 
 
 def _answer(target: str, kind: str, device: str, sizes: str, call: str) -> Answer:

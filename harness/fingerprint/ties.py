@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects
 from castpoint.harness.fingerprint.rules import Readout, Rows, Rule
+from castpoint.harness.fingerprint.searches import AT_ONCE, SEARCH, Search
 from castpoint.kernels.plan import KEEP
 
 SEARCHES = 4
@@ -21,11 +22,8 @@ def ties(
     a root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
     """
     words: dict[str, str] = {}
-    nearest, away_, zero_ = (f"{rule.narrow}-{way}" for way in ("rne", "rna", "rnz"))
-    for name in ("x", "statistics", "variance", "rstd", "normed", "weight_offset", "hidden", "out"):
-        if getattr(rule, name) != nearest:
-            continue
-        even, away, zero = (rule.replace(**{name: word}) for word in (nearest, away_, zero_))
+    for name, (even, away, zero) in ways_of_ties(rule).items():
+        away_, zero_ = getattr(away, name), getattr(zero, name)
         found = [*calls, *(_searched((even, away, zero), calls, ask, readout) if ask else [])]
         for other, word in ((away, away_), (zero, zero_)):
             if rejects(other, even, found):
@@ -40,13 +38,14 @@ def ties(
 
 def refined(
     rules: Sequence[Rule], width: int, main: Sequence[Call], calls: list[Call], ask: Callable[[Rows], Call],
-    readout: Readout | None = None,
+    readout: Readout | None = None, search: Search = SEARCH,
 ) -> tuple[list[list[Rule]], str, str]:  # fmt: skip
     """evidence.refine of the rules, and again where it shows that ties go otherwise: groups of rules left, what was
     said of the first two, and what of ties no word explains. calls grow."""
     while True:
-        groups, said = refine(rules, width, calls, ask, readout)
-        words, unexplained = ties(groups[0][0], [*main, *calls], ask, readout)
+        groups, said = refine(rules, width, calls, ask, readout, search)
+        more = ask if search is SEARCH else None  # else main has them
+        words, unexplained = ties(groups[0][0], [*main, *calls], more, readout)
         if not words:
             return groups, said, unexplained
         rules = with_ties(rules, words)
@@ -56,6 +55,26 @@ def with_ties(rules: Sequence[Rule], words: dict[str, str]) -> list[Rule]:
     """The rules with those words where they round to nearest."""
     own = [{name: word for name, word in words.items() if getattr(rule, name)[-4:] == "-rne"} for rule in rules]
     return [rule.replace(**changes) for rule, changes in zip(rules, own, strict=True)]
+
+
+def ways_of_ties(rule: Rule) -> dict[str, tuple[Rule, Rule, Rule]]:
+    """Of each rounding to nearest the rule as it is, and with ties away from zero and toward it."""
+    names = ("x", "statistics", "variance", "rstd", "normed", "weight_offset", "hidden", "out")
+    nearest = [name for name in names if getattr(rule, name) == f"{rule.narrow}-rne"]
+    words = [f"{rule.narrow}-{way}" for way in ("rne", "rna", "rnz")]
+    return {name: tuple(rule.replace(**{name: word}) for word in words) for name in nearest}
+
+
+def all_at_once(
+    rules: Sequence[Rule], width: int, main: Sequence[Call], ask: Callable[[Rows], Call], readout: Readout | None = None
+) -> tuple[list[Call], Search]:
+    """main and calls on the rows of all searches that refined may need, asked before any of them is answered, and the
+    search that finds these rows again."""
+    search = Search(tuple(rules), AT_ONCE)
+    for rows in search.all_rows(width, readout):
+        ask(rows)
+    tied = [call for ways in ways_of_ties(rules[0]).values() for call in _searched(ways, main, ask, readout)]
+    return [*main, *tied], search
 
 
 def _sure(rule: Rule, name: str) -> bool:
