@@ -49,7 +49,7 @@ def identify(
     call: options.Call = "",
     capture: options.CaptureFile = None,
 ) -> None:
-    """Which plan is a function's, a program's, a capture's? Exits with 1 if it cannot be called or read as it should."""
+    """Which plan is a function's, a program's, a capture's? Exits with 1 if it cannot be called, or read."""
     sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
     given = {"MODULE:FUNCTION": target, "--command": command, "--ask": ask, "--answer": answer, "--capture": capture}
     options.check_subject(kind, device, expect, sizes, call, **given)

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL
 
 # What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
 ALIASES = {
@@ -28,6 +29,7 @@ ALIASES = {
     "residual": ("residual", "res", "residual_in", "skip", "R"),
     "out": ("out", "output", "result", "dst", "y", "Y", "o"),
 }
+CHAIN = tuple(KINDS["qkv"].partition("(")[2].partition(")")[0].split(", "))
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
@@ -84,6 +86,22 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
         return out if out is not None and not isinstance(result, Tensor | tuple | list) else result
 
     return _signed(function, "residual" in form.names, bool(_default(fn, form)))
+
+
+def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A chain as a function of blackbox.KINDS, where it has all these arguments in another order."""
+    parameters = _parameters(fn)
+    if not set(CHAIN) <= set(parameters) or tuple(parameters)[: len(CHAIN)] == CHAIN:
+        return fn
+
+    def function(*values: Any, **extra: Tensor) -> Any:
+        return fn(**dict(zip(CHAIN, values, strict=True)), **extra)
+
+    kept = [p for name, p in parameters.items() if name in OPTIONAL["qkv"]]
+    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in CHAIN]
+    more = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept]
+    function.__signature__ = inspect.Signature([*first, *more])  # type: ignore[attr-defined]
+    return function
 
 
 def form_of(call: str) -> Form:

@@ -37,7 +37,7 @@ from castpoint.harness.fingerprint.evidence import (
     outs,
     rank,
 )
-from castpoint.harness.fingerprint.forms import adapted
+from castpoint.harness.fingerprint.forms import adapted, by_keyword
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, storages
@@ -65,11 +65,10 @@ def identify(
     """
     start = time.perf_counter()
     BlackBox(fn, kind, device)  # checks both
-    if kind != "qkv":
-        try:
-            fn = adapted(fn, call)
-        except Fault as fault:
-            return Answer("error", reason=str(fault))
+    try:
+        fn = by_keyword(fn) if kind == "qkv" else adapted(fn, call)
+    except Fault as fault:
+        return Answer("error", reason=str(fault))
     asked = [BlackBox(fn, kind, device, given, sizes.dtype, way) for given in paths(fn, kind)]
     answers: dict[tuple[str, ...], Answer] = {}
     for box in asked:

@@ -17,7 +17,6 @@ from castpoint.harness.fingerprint import survey
 from castpoint.harness.fingerprint.answer import Answer, unmet
 from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox
 from castpoint.harness.fingerprint.norm import identify
-from castpoint.kernels.norm_qkv import norm_qkv
 from castpoint.kernels.plan import RNE
 from castpoint.variants.catalogue import HF
 from castpoint.variants.eager import eager_norm
@@ -39,7 +38,7 @@ def nan(x, weight, eps): return norm(x, weight, eps) / 0.0
 def exits(x, weight, eps): raise SystemExit(0)
 def dies(x, weight, eps): os.kill(os.getpid(), 9)
 def hangs(x, weight, eps): time.sleep(600)
-def fused(x: torch.Tensor, residual: torch.Tensor, weight, eps): return norm(x, weight, eps)
+def other(x: torch.Tensor, bias: torch.Tensor, weight, eps): return norm(x, weight, eps)
 number = 5
 """
 VERDICTS = {
@@ -47,15 +46,15 @@ VERDICTS = {
     "shape": "the callable returned shape [63, 256], expected [64, 256]",
     "dtype": "the callable returned torch.float16, expected torch.bfloat16 or torch.float32 throughout",
     "nothing": "the callable returned (NoneType), expected fn(x, weight, eps) -> y; x, y [T, D]",
-    "writes": "the callable writes into its inputs: give it copies",
+    "writes": "the callable writes into its inputs, and returns another tensor: give it copies",
     "random": "the callable is not deterministic: two calls on equal inputs differ in",
     "nan": "the callable returned NaN or infinity for",
     "exits": "the callable raised SystemExit: 0",
     "dies": "the callable ended its process (SIGKILL)",
     "hangs": "no answer within 8 s: the callable hangs, or needs a longer --time-limit",
     "missing": "cannot be imported: AttributeError",
-    "fused": "the callable takes (x, residual, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D], "
-    "residual by name: wrap it in one",
+    "other": "the callable takes (x, bias, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D]: "
+    "wrap it in one",
     "number": "is of type int, which cannot be called",
 }
 
@@ -182,9 +181,13 @@ def test_flat_heads_are_viewed_by_head() -> None:
 
 
 def test_a_chain_with_other_arguments_is_told_what_to_take() -> None:
-    reason = identify(norm_qkv, "qkv").reason
-    assert reason.startswith("the callable takes (x, norm_weight, qkv_weight, num_q_heads, num_kv_heads, q_norm_weight")
-    assert f", ...), it must take {KINDS['qkv']}: wrap it in one" in reason
+    def fn(x: Tensor, weight: Tensor, q_norm: Tensor, k_norm: Tensor, heads: int) -> None:
+        """Neither those arguments nor their names."""
+
+    reason = identify(fn, "qkv").reason
+    assert reason == (
+        f"the callable takes (x, weight, q_norm, k_norm, heads), it must take {KINDS['qkv']}: wrap it in one"
+    )
 
     def inside(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise TypeError("unsupported operand")
@@ -205,10 +208,11 @@ def test_a_callable_may_use_one_buffer_again_and_again() -> None:
 def test_two_identifications_agree_and_leave_the_random_state_alone(two_threads: None) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
+    start = time.process_time()
     answers = [identify(survey.spec_norm(HF), "rmsnorm") for _ in range(2)]
     first, second = (dataclasses.replace(answer, seconds=0.0) for answer in answers)
     assert first == second and torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
-    assert min(answer.seconds for answer in answers) < 10
+    assert time.process_time() - start < 40  # of two cores: ten seconds each by the clock
 
 
 def test_kinds_and_callables_are_checked() -> None:

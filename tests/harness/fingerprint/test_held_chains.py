@@ -84,7 +84,6 @@ FAULTS: dict[str, tuple[Chain, str]] = {
     ),
     "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),
     "x clamped": (lambda x, *rest: EAGER(x.clamp(-1e5, 1e5), *rest), "of q "),
-    "x of bf16's size clamped": (lambda x, *rest: EAGER(x.clamp(max=16384), *rest), "with one channel of 2^10 to 2^18"),
     "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "with eps=1e-05"),
     "a head norm that ignores eps": (
         head_eps_ignored,

@@ -14,7 +14,7 @@ from castpoint.harness.fingerprint.evidence import UNEXPLAINED
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.probes import EPS_LARGE, norm_rows
 from castpoint.harness.fingerprint.rules import Rule, arithmetic, norm_rules, predict
-from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
+from castpoint.kernels.plan import KEEP, OPTIONAL, RNE, RTZ, CastPlan
 from castpoint.variants.catalogue import HF, ONE_ROUNDING, PLANS
 from castpoint.variants.eager import eager_norm
 from castpoint.variants.spec import round_to
@@ -131,12 +131,12 @@ def test_a_plan_has_the_words_of_its_parts() -> None:
     assert words_of(plan, "rmsnorm") == {**both, "rstd": RTZ, "normed": RNE, "hidden": RTZ}
     assert words_of(plan, "head_norm") == {**both, "head_rstd": RNE, "head_normed": RNE, "out": KEEP}
     assert words_of(plan, "qkv").items() >= {**both, "proj": RNE, "scale": "prologue", "matmul": "bf16"}.items()
-    assert not words_of(plan, "qkv").keys() & {"x", "unrotated", "cos_sin", "products"}
+    assert not words_of(plan, "qkv").keys() & set(OPTIONAL)
     assert survey.expected(plan, "head_norm") == {**both, "head_rstd": RTZ, "head_normed": RNE, "out": RTZ}
     for name, named in PLANS.items():
         norm = ("rstd", "normed", "hidden", *both) if name not in ("deferred", "folded") else ()
         assert words_of(named.plan, "rmsnorm") == {word: getattr(named.plan, word) for word in norm}, name
-        left_out = {"x", "unrotated", "cos_sin", "products"}  # what no chain without residual and positions shows
+        left_out = OPTIONAL  # what no chain without residual and positions shows
         chain = {word: said for word, said in vars(named.plan).items() if word not in left_out}
         assert words_of(named.plan, "qkv") == survey.expected(named.plan, "qkv") == chain, name
 
