@@ -53,7 +53,7 @@ def common_of_five(said, reference):
 
 
 def of_layer(made, reference, layer):
-    """Of the state behind a layer, its K, and its attention logits q.k / sqrt(Dh) without positions."""
+    """Of the state behind a layer, its K, and its attention logits, q.k times the model's scale, without positions."""
     (a, q, k), (r, true_q, true_k) = (
         [each[name][layer].double().numpy() for name in ("hidden", "q", "k")] for each in (made, reference)
     )
@@ -69,5 +69,5 @@ def of_layer(made, reference, layer):
         "k_max_abs": np.abs(k - true_k).max(),
         "k_rel_rms": relative_rms(k, true_k),
         "k_p99_ulp": ulps[math.ceil(0.99 * len(ulps)) - 1],
-        "attention_logit_rms": math.sqrt(np.mean(error**2)),
+        "attention_logit_rms": math.sqrt(np.mean(error**2)) * made["scale"] * math.sqrt(q.shape[-1]),  # theirs are by sqrt(Dh)
     }

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 
 def forward(config, weights, ids, dtype, words=None):
-    """logits [S, V]; of each layer hidden, the state behind it [S, D], and q and k as they leave their norm [S, H, Dh].
+    """logits [S, V]; of each layer hidden, the state behind it [S, D], and q and k as they leave their norm [S, H, Dh];
+    scale, what attention multiplies q.k by.
 
     config: of transformers, for its numbers alone; weights: name -> bf16 tensor, as a checkpoint names them.
     words: of plain_chain.PLANS; what they say of positions and of Gemma's offset is left to the model.
@@ -45,7 +46,8 @@ def forward(config, weights, ids, dtype, words=None):
         for name, value in (("hidden", x), ("q", q), ("k", k)):
             made[name].append(value)
     x = norm(x, w["model.norm.weight"], config, gemma)
-    return made | {"logits": F.linear(x, w.get("lm_head.weight", w["model.embed_tokens.weight"]))}
+    logits = F.linear(x, w.get("lm_head.weight", w["model.embed_tokens.weight"]))
+    return made | {"logits": logits, "scale": scale_of(config)}
 
 
 def norm(x, weight, config, gemma):
@@ -101,10 +103,15 @@ def cut(value, bits, to_whole):
     return torch.ldexp(to_whole(mantissa * 2**bits), exponent - bits)
 
 
+def scale_of(config):
+    """What attention multiplies q.k by."""
+    return getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5
+
+
 def attention(config, w, qkv, number, gemma):
     q, k, v = qkv
     size, dtype = config.head_dim, v.dtype
-    scale = (config.query_pre_attn_scalar if gemma else size) ** -0.5
+    scale = scale_of(config)
     cos, sin = angles(config, number, len(v), dtype)
     turned = [t * cos + torch.cat([-t[..., size // 2 :], t[..., : size // 2]], -1) * sin for t in (q, k)]
     heads = [t.transpose(0, 1) for t in (*turned, v)]  # [H, S, Dh]

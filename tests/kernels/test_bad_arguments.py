@@ -18,6 +18,7 @@ from castpoint.kernels.main_loop import matmul
 from castpoint.kernels.norm_qkv import fold_norm_weight, norm_qkv
 from castpoint.kernels.plan import CastPlan
 from castpoint.kernels.quantised import quantised_norm_qkv
+from castpoint.variants.spec import with_table
 
 FOLDED = CastPlan(hidden="fp32", scale="folded")
 
@@ -28,7 +29,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def given(launcher: str) -> dict[str, object]:
     """Arguments that this launcher takes."""
-    problem = random_problem(tokens=5, rope=True).inputs()
+    problem = with_table(CastPlan(), random_problem(tokens=5, rope=True)).inputs()
     rope = {name: problem[name] for name in ("positions", "cos_sin_cache")}
     if launcher == "norm_qkv":
         return problem | {"bias": ones(128), "residual": ones(5, 200)}
