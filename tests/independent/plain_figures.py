@@ -61,6 +61,7 @@ def of_layer(made, reference, layer):
     error = logits - attention_logits(true_q, true_k)[:, np.tri(len(q), dtype=bool)]
     cosine = (a * r).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(r, axis=-1)
     ulps = np.sort((np.abs(k - true_k) / spacing(true_k))[(true_k != 0) | (k == true_k)])
+    scale = made["scale"] * math.sqrt(q.shape[-1])  # attention_logits divides by sqrt(Dh)
     return {
         "max_abs": np.abs(a - r).max(),
         "rms": math.sqrt(np.mean((a - r) ** 2)),
@@ -69,5 +70,5 @@ def of_layer(made, reference, layer):
         "k_max_abs": np.abs(k - true_k).max(),
         "k_rel_rms": relative_rms(k, true_k),
         "k_p99_ulp": ulps[math.ceil(0.99 * len(ulps)) - 1],
-        "attention_logit_rms": math.sqrt(np.mean(error**2)) * made["scale"] * math.sqrt(q.shape[-1]),  # theirs are by sqrt(Dh)
+        "attention_logit_rms": scale * math.sqrt(np.mean(error**2)),
     }
