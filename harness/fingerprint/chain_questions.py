@@ -44,7 +44,6 @@ GEOMETRIES = (
     (600, Geometry(256, 2, 1, 128)),
     (1025, Geometry(256, 1, 1, 64)),
     (2, Geometry(512, 32, 4, 128)),
-    (1, Geometry(4096, 2, 1, 128)),
     (100, Geometry(1536, 2, 2, 128)),
 )
 EXACT = 1 << 20  # weights up to which a geometry is asked exactly too
@@ -163,8 +162,8 @@ def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
 
 
 def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
-    """facts.all_facts of q, k and v at once, with 2048 channels if it takes them."""
-    for geometry in (dataclasses.replace(calls.geometry, width=2048), calls.geometry):
+    """facts.all_facts of q, k and v at once, with 1024 channels if it takes them."""
+    for geometry in (dataclasses.replace(calls.geometry, width=1024), calls.geometry):
         dense = Dense(calls.at(geometry), found)
 
         def stored(x: Tensor, finite: bool, dense: Dense = dense) -> Tensor:

@@ -102,7 +102,9 @@ def gaussian(shape: Sequence[int], rng: torch.Generator, dtype: str = "bf16", sc
 
 
 @functools.lru_cache(maxsize=64)
-def telling_rows(rules: tuple[Rule, ...], width: int, seed: int, readout: Readout | None = None) -> Rows | None:
+def telling_rows(
+    rules: tuple[Rule, ...], width: int, seed: int, readout: Readout | None = None, looked_at: int = LOOKED_AT
+) -> Rows | None:
     """ROWS rows on which the rules store different bits, or None if the search finds no such row.
 
     Rows of the pool share the values of all channels but VARYING, and each has the first so many of those: a rounded
@@ -127,7 +129,7 @@ def telling_rows(rules: tuple[Rule, ...], width: int, seed: int, readout: Readou
     scale = 2.0 ** torch.randint(-3, 4, [POOL, 1], generator=rng)
     count = torch.randint(len(shared) // 4, len(shared) + 1, [POOL, 1], generator=rng)
     agree, differ = _factors(rules, shared, count.flatten(), varying, scale.flatten(), width, eps)
-    order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:LOOKED_AT]
+    order = (agree.long() * (1 + differ.long())).argsort(descending=True, stable=True)[:looked_at]
     order = order[agree[order]]
     held = torch.where(torch.arange(len(shared)) < count[order], shared, 0)
     turned = (torch.arange(len(shared)) + torch.arange(len(order))[:, None]) % len(shared)

@@ -45,6 +45,8 @@ def test_a_norm_is_named_by_its_spec_its_kernel_and_with_noise(plan: CastPlan) -
         "spec with noise": ("rmsnorm", survey.with_noise(survey.spec_norm(plan))),
         "triton": ("head_norm", survey.triton_head_norm(plan)),
     }
+    if SPREAD.index(plan) % 4:  # interpreted, the kernel takes ten seconds
+        del subjects["triton"]
     for source, (kind, fn) in subjects.items():
         answer = identify(fn, kind)
         assert right(answer, plan, kind, source), (source, answer)
