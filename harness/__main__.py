@@ -35,10 +35,10 @@ def identify(
     command: options.Command = "",
     ask: options.Ask = None,
     answer: options.Answered = None,
-    kind: Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv. Default: guessed by its arguments.")] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")] = "cpu",
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)] = 300,
+    kind: options.Kind = "",
+    device: options.AskedDevice = "cpu",
+    json_: options.Json = False,
+    time_limit: options.TimeLimit = 300,
     expect: Annotated[str, typer.Option(help="A named plan: exits with 1 unless this is it, or its norm.")] = "",
     width: options.Width = None,
     head_dim: options.HeadDim = None,
@@ -51,24 +51,27 @@ def identify(
 ) -> None:
     """Which plan is a function's, a program's, a capture's? Exits with 1 if it cannot be called, or read."""
     sizes = options.sizes(width, head_dim, heads, tokens, eps, dtype)
-    given = {"MODULE:FUNCTION": target, "--command": command, "--ask": ask, "--answer": answer, "--capture": capture}
-    options.check_subject(kind, device, expect, sizes, call, **given)
     subject = Subject(target, command, ask, answer, capture, call)
     raise typer.Exit(steps.identify(subject, kind, device, time_limit, sizes, expect, json_))
 
 
-@app.command(name="plans", rich_help_panel=WHICH)
-def show_plans() -> None:
-    """The named plans: where each rounds, and who uses it."""
-    from castpoint.variants.catalogue import PLANS
+@app.command(rich_help_panel=WHICH)
+def compare(
+    targets: options.Targets,
+    kind: options.Kind = "",
+    device: options.AskedDevice = "cpu",
+    json_: options.Json = False,
+    time_limit: options.TimeLimit = 600,
+    width: options.Width = None,
+    head_dim: options.HeadDim = None,
+    heads: options.Heads = "",
+) -> None:
+    """Are two functions, programs or captures one? If not, where do they part? Exits with 1 unless they are."""
+    sizes = options.sizes(width, head_dim, heads, None, None, "bf16")
+    raise typer.Exit(steps.compare(targets, kind, device, time_limit, sizes, json_))
 
-    for name, named in PLANS.items():
-        p = named.plan
-        print(
-            f"{name:20} {' '.join(p.roundings()):62} scale={p.scale} matmul={p.matmul} weight_offset={p.weight_offset} "
-            f"RoPE: {' '.join(p.rope_roundings()) or 'none'}"
-        )
-        print(f"{'':20} {named.about}")
+
+app.command(name="plans", rich_help_panel=WHICH)(steps.print_plans)
 
 
 @app.command(rich_help_panel=COST)

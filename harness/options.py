@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.subject import Subject
 from castpoint.harness.problems.geometry import geometry_named, name_of
 from castpoint.harness.runs.environment import ROOT, describe, machine_name
 from castpoint.harness.runs.errors import UserError, mistakes
@@ -39,6 +40,14 @@ Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.nor
 Command = Annotated[str, typer.Option(help="A program instead: 'PROGRAM {input} {output}', both files of safetensors.")]
 Ask = Annotated[Path | None, typer.Option(help="No connection: writes the questions into this new folder.")]
 Answered = Annotated[Path | None, typer.Option("--answer", help="A folder of --ask: answers, or asks once more.")]
+Kind = Annotated[str, typer.Option(help="rmsnorm, head_norm or qkv. Default: guessed by its arguments.")]
+AskedDevice = Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)]
+
+Targets = Annotated[
+    tuple[str, str], typer.Argument(help="MODULE:FUNCTION, 'PROGRAM {input} {output}' or capture.safetensors, twice.")
+]
 
 # Of a kernel that identify asks, where it does not take any.
 Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", min=16, max=65536)]
@@ -68,8 +77,10 @@ def sizes(
     return Sizes(width, head_dim, numbers, tokens, eps, dtype)
 
 
-def check_subject(kind: str, device: str, expect: str, sizes: Sizes, call: str, **given: object) -> None:
+def check_subject(subject: Subject, kind: str, device: str, expect: str, sizes: Sizes) -> None:
     """Raises UserError unless one of what identify asks, by the names of its options, is given, with what it needs."""
+    given = {"MODULE:FUNCTION": subject.target, "--command": subject.command, "--ask": subject.ask}
+    given |= {"--answer": subject.answer, "--capture": subject.capture}
     there = [name for name, value in given.items() if value]
     if len(there) != 1:
         raise UserError(f"identify takes one of {', '.join(given)}, and was given {' and '.join(there) or 'none'}")
@@ -77,7 +88,7 @@ def check_subject(kind: str, device: str, expect: str, sizes: Sizes, call: str, 
         raise UserError(f"{there[0]} needs --kind, rmsnorm, head_norm or qkv: a program's arguments do not tell it")
     if there[0] != "MODULE:FUNCTION" and device != "cpu":
         raise UserError(f"--device is for MODULE:FUNCTION: what {there[0]} asks chooses its own, leave it out")
-    if call and there[0] != "MODULE:FUNCTION":
+    if subject.call and there[0] != "MODULE:FUNCTION":
         raise UserError(f"--call is for MODULE:FUNCTION: leave it out with {there[0]}")
     if there[0] == "--capture" and (kind or sizes != Sizes(heads=sizes.heads, eps=sizes.eps)):
         raise UserError("--capture says all but --heads and --eps by itself: leave out other options")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from castpoint.harness import options
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.subject import Subject
+from castpoint.harness.fingerprint.subject import Subject, compared
 from castpoint.harness.runs.errors import UserError, mistakes, writing
 from castpoint.harness.runs.records import Records, Settings
 from castpoint.harness.runs.schema import AuditRow, CaseRow
@@ -40,6 +40,7 @@ def identify(
     subject: Subject, kind: str, device: str, time_limit_s: float, sizes: Sizes, expect: str, as_json: bool
 ) -> int:
     """Prints the fingerprint, or what is asked next; exit status. Raises UserError unless it is the expected plan."""
+    options.check_subject(subject, kind, device, expect, sizes)
     if subject.target:
         device = options.device_named(device)
     if subject.capture:
@@ -63,6 +64,26 @@ def identify(
     if failed:
         raise UserError(f"{subject} is not {expect}: {failed}")
     return int(answer.status == "error")
+
+
+def compare(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes, as_json: bool) -> int:
+    """Prints whether two functions, programs or captures are one; the exit status."""
+    found = compared(targets, kind, options.device_named(device), time_limit_s, sizes)
+    print(json.dumps(found.as_dict()) if as_json else found.told(targets))
+    return int(not found.same)
+
+
+def print_plans() -> None:
+    """The named plans: where each rounds, and who uses it."""
+    from castpoint.variants.catalogue import PLANS
+
+    for name, named in PLANS.items():
+        p = named.plan
+        print(
+            f"{name:20} {' '.join(p.roundings()):62} scale={p.scale} matmul={p.matmul} weight_offset={p.weight_offset} "
+            f"RoPE: {' '.join(p.rope_roundings()) or 'none'}"
+        )
+        print(f"{'':20} {named.about}")
 
 
 def identify_capture(path: Path, sizes: Sizes, expect: str, as_json: bool) -> int:

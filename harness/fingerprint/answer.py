@@ -179,7 +179,7 @@ def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
         return dataclasses.replace(there[bad], asked=asked, reason=reason)
     answer = there[fullest]
     for given, other in there.items():
-        kept = [words for words in answer.candidates if any(_agree(words, theirs) for theirs in other.candidates)]
+        kept = [words for words in answer.candidates if any(agree(words, theirs) for theirs in other.candidates)]
         if not kept:
             reason = f"two functions: with {names[fullest]} and {names[given]} {difference_of(answer, other)}"
             return dataclasses.replace(
@@ -190,7 +190,7 @@ def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
     return dataclasses.replace(answer, asked=asked)
 
 
-def _agree(words: dict[str, str], other: dict[str, str]) -> bool:
+def agree(words: dict[str, str], other: dict[str, str]) -> bool:
     """Whether one function can have both."""
     return all(set(words[name].split(" or ")) & set(other[name].split(" or ")) for name in words.keys() & other.keys())
 

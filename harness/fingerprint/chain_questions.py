@@ -119,12 +119,7 @@ class Dense:
         return probes.gaussian([tokens, self.calls.geometry.width], rng)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Of the input norm, of the projection, of q's and k's norms; bf16."""
-        g, rng = self.calls.geometry, torch.Generator().manual_seed(5)
-        norm, q, k = (
-            (torch.randn(size, generator=rng).abs() + 0.5).bfloat16() for size in (g.width, g.head_dim, g.head_dim)
-        )
-        return norm, (torch.randn(g.columns, g.width, generator=rng) / g.width**0.5).bfloat16(), q, k
+        return drawn_weights(self.calls.geometry)
 
     def ask(self, x: Tensor, layout: str = "contiguous", eps: float = probes.EPS_SMALL) -> Miss:
         """What the plan's envelope leaves unexplained of x [T, D], given in as many calls as it takes."""
@@ -147,6 +142,14 @@ class Dense:
             return box.qkv(x[part], norm, weight, q_norm, k_norm, eps, *heads, layout=layout, finite=finite)
 
         return dict(zip("qkv", in_parts(len(x), self.calls.tokens, ask), strict=True))
+
+
+def drawn_weights(geometry: Geometry) -> tuple[Tensor, ...]:
+    """Gaussian weights of the input norm, of the projection, of q's and k's norms; bf16."""
+    g, rng = geometry, torch.Generator().manual_seed(5)
+    sizes = (g.width, g.head_dim, g.head_dim)
+    norm, q, k = ((torch.randn(size, generator=rng).abs() + 0.5).bfloat16() for size in sizes)
+    return norm, (torch.randn(g.columns, g.width, generator=rng) / g.width**0.5).bfloat16(), q, k
 
 
 def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:

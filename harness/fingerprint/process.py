@@ -1,6 +1,6 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
-harm. That process is `python -m castpoint.harness.fingerprint.process TARGET KIND DEVICE SIZES CALL`; it writes one
-line of JSON to standard output. KIND may be empty: it is guessed then."""
+harm. That process is `python -m castpoint.harness.fingerprint.process KIND DEVICE SIZES CALL TARGET [TARGET]`; it
+writes one line of JSON to standard output. KIND may be empty: it is guessed then."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from typing import Any
 
 from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
-from castpoint.harness.fingerprint.command import from_command
+from castpoint.harness.fingerprint.command import INPUT, from_command
+from castpoint.harness.fingerprint.comparison import Comparison, compare
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.ptx.driver import executed
+from castpoint.harness.runs.errors import UserError
 
 
 def identify_target(
@@ -30,23 +32,39 @@ def identify_target(
     """The fingerprint of MODULE:FUNCTION within that time; a process that fails or hangs is a status `error`. An empty
     kind is guessed, and the answer says which."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", target, kind, device]
-    command += [json.dumps(dataclasses.asdict(sizes)), call]
+    told, reason = _in_a_process(time_limit_s, kind, device, json.dumps(dataclasses.asdict(sizes)), call, target)
+    seconds = round(time.perf_counter() - start, 2)
+    return Answer(**told) if told else Answer("error", reason=reason, seconds=seconds)
+
+
+def compare_targets(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes) -> Comparison:
+    """The comparison of two of MODULE:FUNCTION and programs, in a process of its own. Raises UserError where one cannot
+    be called, or the time is up."""
+    told, reason = _in_a_process(time_limit_s, kind, device, json.dumps(dataclasses.asdict(sizes)), "", *targets)
+    if not told or "fault" in told:
+        raise UserError(told["fault"] if told else reason)
+    answers = {name: Answer(**told.pop(name)) for name in ("first", "second")}
+    return Comparison(**told, **answers)
+
+
+def _in_a_process(limit_s: float, *arguments: str) -> tuple[dict[str, Any] | None, str]:
+    """What that process writes, or why it writes nothing."""
+    command = [sys.executable, "-m", "castpoint.harness.fingerprint.process", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
-        output, _ = child.communicate(timeout=time_limit_s)
-        return Answer(**json.loads(output.splitlines()[-1]))
+        output, _ = child.communicate(timeout=limit_s)
+        return json.loads(output.splitlines()[-1]), ""
     except subprocess.TimeoutExpired:
-        reason = f"no answer within {time_limit_s:g} s: the callable hangs, or needs a longer --time-limit"
-    except (json.JSONDecodeError, IndexError, TypeError):
+        return None, f"no answer within {limit_s:g} s: the callable hangs, or needs a longer --time-limit"
+    except (json.JSONDecodeError, IndexError):
         code = child.returncode
-        reason = f"the callable ended its process ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return None, f"the callable ended its process ({how})"
     finally:  # it, and whatever it started
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    return Answer("error", reason=reason, seconds=round(time.perf_counter() - start, 2))
 
 
 def identify_command(command: str, kind: str, time_limit_s: float, sizes: Sizes = ANY) -> Answer:
@@ -54,17 +72,23 @@ def identify_command(command: str, kind: str, time_limit_s: float, sizes: Sizes 
     return identify(from_command(command, kind, time_limit_s), kind, sizes=sizes, way=Way(files=True))
 
 
-def _answer(target: str, kind: str, device: str, sizes: str, call: str) -> Answer:
-    """On a CPU Triton kernels are compiled for sm_90, and their PTX is run."""
+def _told(kind: str, device: str, sizes: str, call: str, *targets: str) -> dict[str, Any]:
+    """The answer for one target, the comparison of two. On a CPU Triton kernels are compiled for sm_90, and their PTX
+    is run."""
+    taken = Sizes(**json.loads(sizes))
+    here = executed("sm_90") if device == "cpu" else contextlib.nullcontext()
     try:
-        fn = _loaded(target, device)
+        if len(targets) == 2:
+            kind = kind or next(guessed_kind(adapted(_loaded(t, device))) for t in targets if INPUT not in t)
+            first, second = (from_command(t, kind) if INPUT in t else _loaded(t, device) for t in targets)
+            with here:
+                return compare(first, second, kind, device, taken).as_dict()
+        fn = _loaded(targets[0], device)
         guessed = "" if kind else guessed_kind(adapted(fn, call))
-        with executed("sm_90") if device == "cpu" else contextlib.nullcontext():
-            return dataclasses.replace(
-                identify(fn, kind or guessed, device, Sizes(**json.loads(sizes)), call), kind=guessed
-            )
+        with here:
+            return dataclasses.replace(identify(fn, kind or guessed, device, taken, call), kind=guessed).as_dict()
     except Fault as fault:
-        return Answer("error", reason=str(fault))
+        return Answer("error", reason=str(fault)).as_dict() if len(targets) == 1 else {"fault": str(fault)}
 
 
 def _loaded(target: str, device: str) -> Callable[..., Any]:
@@ -83,7 +107,7 @@ def _loaded(target: str, device: str) -> Callable[..., Any]:
 if __name__ == "__main__":
     result = os.dup(1)
     os.dup2(2, 1)  # what the callable prints goes to standard error
-    line = json.dumps(_answer(*sys.argv[1:]).as_dict())
+    line = json.dumps(_told(*sys.argv[1:]))
     os.write(result, f"{line}\n".encode())
     sys.stdout.flush()
     os._exit(0)  # threads that the callable left behind are not waited for

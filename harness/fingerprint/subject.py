@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.runs.errors import UserError
 
 if TYPE_CHECKING:
     from castpoint.harness.fingerprint.answer import Answer
+    from castpoint.harness.fingerprint.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,21 @@ class Subject:
             return rounds.ask(self.ask, kind, sizes)
         assert self.answer is not None
         return rounds.go_on(self.answer, kind, sizes)
+
+
+def compared(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes) -> Comparison:
+    """Of two functions, programs or captures. Raises UserError for others, and where they cannot be called or read."""
+    from castpoint.harness.fingerprint.blackbox import KINDS
+    from castpoint.harness.fingerprint.comparison import compare_captures
+    from castpoint.harness.fingerprint.process import compare_targets
+
+    if kind and kind not in KINDS:
+        raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    captured = [Path(target).suffix == ".safetensors" for target in targets]
+    if all(captured):
+        return compare_captures(Path(targets[0]), Path(targets[1]), sizes)
+    if any(captured):
+        raise UserError("a capture is compared with a capture: it holds one call, and nothing else can be asked of it")
+    if not kind and all("{input}" in target for target in targets):
+        raise UserError("two programs need --kind, rmsnorm, head_norm or qkv: their arguments do not tell it")
+    return compare_targets(targets, kind, device, time_limit_s, sizes)

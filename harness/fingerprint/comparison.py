@@ -1,0 +1,226 @@
+"""Are two kernels one function? If not, the first boundary at which they part, and a smallest input on which they
+do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castpoint.harness.fingerprint import capture, captured, probes
+from castpoint.harness.fingerprint.answer import Answer, agree
+from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
+from castpoint.harness.fingerprint.calls import NormCalls
+from castpoint.harness.fingerprint.chain_questions import drawn_weights
+from castpoint.harness.fingerprint.forms import adapted, by_keyword
+from castpoint.harness.fingerprint.heads import Geometry
+from castpoint.harness.fingerprint.norm import identify
+from castpoint.harness.fingerprint.questions import WIDTHS
+from castpoint.harness.fingerprint.rules import Rows
+from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.runs.errors import UserError
+from castpoint.kernels.plan import BOUNDARIES
+
+Stored = Callable[[Tensor], Tensor]  # all that is stored of x [T, D], [T, C] fp32; NaN and infinity as numbers
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """first, second: the answers of identify. same: whether one plan says both, None where neither is known.
+
+    parts: the first boundary at which they part, and both words. bits: how many elements differ of how many that both
+    were asked, on inputs of one kind and size. smallest: an input on which they differ, in words.
+    """
+
+    same: bool | None
+    parts: str
+    bits: str
+    smallest: str
+    first: Answer
+    second: Answer
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line."""
+        if self.same is None:
+            return f"not known whether it is one function: {self.bits}"
+        if self.same:
+            return f"one plan: {self.bits}"
+        return f"two functions{f', which part at {self.parts}' if self.parts else ''}: {self.bits}"
+
+    def told(self, names: tuple[str, str]) -> str:
+        """The comparison in lines for a reader."""
+        lines = [self.line]
+        for name, answer in zip(names, (self.first, self.second), strict=True):
+            plans = f", {', '.join(answer.plans)}" if answer.plans else ""
+            lines.append(f"{name}: {answer.status}{plans}{': ' if answer.reason else ''}{answer.reason}")
+        return "\n".join([*lines, *([f"a smallest input: {self.smallest}"] if self.smallest else [])])
+
+
+def compare(first: Callable[..., Any], second: Callable[..., Any], kind: str, device: str, sizes: Sizes) -> Comparison:
+    """Of two callables of one kind. Raises Fault where one of them cannot be called."""
+    answers = [identify(fn, kind, device, sizes) for fn in (first, second)]
+    given, asked = [by_keyword(fn) if kind == "qkv" else adapted(fn) for fn in (first, second)], []
+    make = functools.partial(_of_chain if kind == "qkv" else _of_norm, sizes=sizes)
+    boxes = [BlackBox(fn, kind, device, dtype=sizes.dtype) for fn in given]
+    x, said, asked = make(boxes)
+    stored = [ask(x) for ask in asked]
+    differ = stored[0] != stored[1]
+    bits = f"{int(differ.sum())} of {differ.numel()} elements differ" if differ.any() else "the same bits"
+    parts, same = parted(*answers, equal=not differ.any())
+    smallest = said(*smallest_row(x, asked), asked) if differ.any() else ""
+    return Comparison(same, parts, f"{bits} ({len(x)} rows of {x.shape[1]})", smallest, *answers)
+
+
+def compare_captures(first: Path, second: Path, sizes: Sizes) -> Comparison:
+    """Of two recorded calls with equal inputs. Raises UserError for others."""
+    captures = [capture.read(path, sizes) for path in (first, second)]
+    given = [_inputs(each) for each in captures]
+    other = [name for name in given[0].keys() | given[1].keys() if not _equal(*(g.get(name) for g in given))]
+    if other:
+        raise UserError(f"{second} has another {sorted(other)[0]} than {first}: captures are compared on equal inputs")
+    answers = [captured.explain(each) for each in captures]
+    said, wrong, number = [], 0, 0
+    for name, a in captures[0].outputs.items():
+        a, b = a.float().flatten(1), captures[1].outputs[name].float().flatten(1)
+        places = (a != b).nonzero().tolist()
+        wrong, number = wrong + len(places), number + a.numel()
+        if places:
+            row, column = places[0]
+            said.append(f"token {row}, {name} element {column} is {a[row, column]:.9g} against {b[row, column]:.9g}")
+    bits = f"{wrong} of {number} elements differ" if wrong else f"the same bits in {number} elements"
+    parts, same = parted(*answers, equal=not wrong)
+    return Comparison(same, parts, bits, said[0] if said else "", *(Answer(**_as_answer(a)) for a in answers))
+
+
+def _inputs(recorded: capture.Capture) -> dict[str, Any]:
+    if isinstance(recorded, capture.Norm):
+        return {"x": recorded.x, "weight": recorded.weight, "eps": recorded.eps}
+    return recorded.problem.inputs()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and (a is None or bool(a == b))
+
+
+def _as_answer(answer: Answer) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(Answer)]
+    return {name: value for name, value in answer.as_dict().items() if name in names}
+
+
+def parted(first: Answer, second: Answer, equal: bool) -> tuple[str, bool | None]:
+    """The first boundary at which two answers part, and whether one plan says both."""
+    if not first.candidates or not second.candidates:
+        known = {answer.status for answer in (first, second)} == {"none"}
+        return "", None if equal or known else False
+    if any(agree(a, b) for a in first.candidates for b in second.candidates):
+        return "", True
+    a, b = first.candidates[0], second.candidates[0]
+    names = [*(name for name in BOUNDARIES if name in a), *(name for name in a if name not in BOUNDARIES)]
+    name = next(name for name in names if name in b and not agree({name: a[name]}, {name: b[name]}))
+    return f"{name}, {a[name]} against {b[name]}", False
+
+
+def smallest_row(x: Tensor, asked: list[Stored]) -> tuple[Tensor, int]:
+    """A row alone [1, D] on which two functions store other bits, with as few channels that are not zero as were found
+    by leaving out half of them, a quarter and so on; and the place in what is stored. Of rows that differ in company
+    alone all of them, [T, D]."""
+
+    def place(row: Tensor) -> int | None:
+        differ = (asked[0](row) != asked[1](row)).flatten().nonzero()
+        return int(differ[0]) if len(differ) else None
+
+    rows = (asked[0](x) != asked[1](x)).any(1).nonzero()[:, 0]
+    row = next((x[i : i + 1] for i in rows.tolist() if place(x[i : i + 1]) is not None), None)
+    if row is None:
+        return x, int(place(x) or 0)
+    size = row.shape[1]
+    while size >= 1:
+        for left in row[0].nonzero()[:, 0].split(size):
+            tried = row.clone()
+            tried[0, left] = 0
+            if place(tried) is not None:
+                row = tried
+        size //= 2
+    return row, int(place(row) or 0)
+
+
+Said = Callable[[Tensor, int, list[Stored]], str]
+
+
+def _of_norm(boxes: list[BlackBox], sizes: Sizes) -> tuple[Tensor, Said, list[Stored]]:
+    """Rows for two norms, at the first width that both take; how a row is told; and both, asked."""
+    heads = (sizes.heads or (4,))[0] if boxes[0].kind == "head_norm" else None
+    own = sizes.head_dim if heads else sizes.width
+    rows, width = None, 0
+    for width in [own] if own else [probes.HEAD_DIM] if heads else [probes.WIDTH, *WIDTHS]:
+        calls = [NormCalls(box, width, heads, sizes.tokens) for box in boxes]
+        rows, _ = probes.first_rows(width, residual=False)
+        try:
+            for each in calls:
+                each.call(rows)
+            break
+        except Refused as refused:
+            error = refused
+    else:
+        raise error
+    gaussian = probes.gaussian(list(rows.x.shape), torch.Generator().manual_seed(0))
+    x = torch.cat([rows.x, gaussian])
+
+    def stored(calls: NormCalls, x: Tensor) -> Tensor:
+        return calls.call(Rows(x, rows.weight, rows.eps, width)).stored.nan_to_num(nan=7e37)
+
+    asked = [functools.partial(stored, each) for each in calls]
+
+    def said(x: Tensor, place: int, asked: list[Stored]) -> str:
+        row, column = divmod(place, x.shape[1])
+        weight = f"weight {rows.weight[column]:.9g}, eps={rows.eps:g}"
+        return f"{_input(x, width)}, {weight}: channel {column} is {_both(x, place, asked)}"
+
+    return x, said, asked
+
+
+def _of_chain(boxes: list[BlackBox], sizes: Sizes) -> tuple[Tensor, Said, list[Stored]]:
+    """The same for two chains, with Gaussian weights of one geometry."""
+    heads = (sizes.heads or Geometry().heads) * (1 if sizes.heads is None or len(sizes.heads) == 2 else 2)
+    geometry = Geometry(sizes.width or 256, heads[0], heads[1], sizes.head_dim or 128)
+    weights = [weight.float() for weight in drawn_weights(geometry)]
+    x = probes.gaussian([sizes.tokens or probes.ROWS, geometry.width], torch.Generator().manual_seed(0))
+
+    def stored(box: BlackBox, x: Tensor) -> Tensor:
+        outputs = box.qkv(x, *weights, probes.EPS_SMALL, *geometry.heads)
+        return torch.cat([output.float().flatten(1) for output in outputs], dim=1).nan_to_num(nan=7e37)
+
+    asked = [functools.partial(stored, box) for box in boxes]
+
+    def said(x: Tensor, place: int, asked: list[Stored]) -> str:
+        head, channel = divmod(place % geometry.columns, geometry.head_dim)
+        names = [*(f"q{i}" for i in range(heads[0])), *(f"{n}{i}" for n in "kv" for i in range(heads[1]))]
+        where = f"{names[head]}, channel {channel}"
+        return f"{_input(x, geometry.width)}, weights drawn for {geometry}: {where} is {_both(x, place, asked)}"
+
+    return x, said, asked
+
+
+def _input(x: Tensor, width: int) -> str:
+    shown = [f"x[{i}] = {x[0, i]:.9g}" for i in x[0].nonzero()[:, 0].tolist()]
+    if len(x) > 1:
+        return f"x [{len(x)}, {width}], Gaussian and exact rows: alone none of them differs"
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"x [1, {width}], zero but {', '.join(shown[:4])}{more}"
+
+
+def _both(x: Tensor, place: int, asked: list[Stored]) -> str:
+    a, b = (ask(x).flatten()[place].item() for ask in asked)
+    return f"{a:.9g} against {b:.9g}"
