@@ -6,6 +6,7 @@ never run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
@@ -45,6 +46,7 @@ GGUF_MODEL_TYPES = {
     "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
 }  # fmt: skip
 GEMMA3_27B_LAYERS = 62
+NORMS = ("norm.weight", "layernorm.weight")  # how names of norm weights end
 GGUF_CONFIG = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -246,7 +248,20 @@ def _bf16(name: str, tensor: Tensor) -> Tensor:
     # fp8 and integer weights mean nothing without their scales, which are tensors of their own.
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UserError(f"{name} is stored as {tensor.dtype}: of safetensors only bf16, fp16 and fp32 are read")
-    return tensor.to(torch.bfloat16).contiguous()
+    rounded = tensor.to(torch.bfloat16).contiguous()
+    if name.endswith(NORMS) and not torch.equal(rounded.to(tensor.dtype), tensor):
+        _say_rounded(str(tensor.dtype).removeprefix("torch."))
+    return rounded
+
+
+@cache
+def _say_rounded(dtype: str) -> None:
+    """On standard error, once: another number for an implementation that uses such weights whole."""
+    print(
+        f"note: norm weights are {dtype} in this checkpoint, and are rounded to bf16 here: a kernel that uses them whole "
+        "is another function (castpoint identify: the word `weight`)",
+        file=sys.stderr,
+    )
 
 
 def _hf_names(present: dict[str, object], layer: int) -> dict[str, str]:

@@ -170,7 +170,7 @@ def norm(
 
 
 def launched(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounds: str) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out, total, (rows, width) = torch.empty_like(x), torch.empty_like(x), x.shape
     block = triton.next_power_of_2(width)
     norm[(rows,)](x, residual, weight, out, total, eps, width, residual is not None, rounds, block, num_warps=4)

@@ -66,13 +66,19 @@ def test_null_in_config_means_the_default(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_wider_tensors_are_rounded_to_nearest_even(tmp_path, dtype):
+def test_wider_tensors_are_rounded_to_nearest_even_and_that_is_said(tmp_path, dtype, capfd):
+    checkpoint._say_rounded.cache_clear()
+    exact = {name: tensor.to(dtype) for name, tensor in model_tensors("qwen3").items()}
+    loaded(str(write_folder(tmp_path / "exact", "qwen3", exact)), 0, "")
+    assert not capfd.readouterr().err
     tensors = {name: tensor.to(dtype) for name, tensor in model_tensors("qwen3").items()}
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-10], dtype=dtype)  # down, up, up
     tensors["model.layers.0.input_layernorm.weight"][:3] = ties
     _, inputs = loaded(str(write_folder(tmp_path / "m", "qwen3", tensors)), 0, "")
     assert inputs["norm_weight"].dtype == torch.bfloat16
     assert inputs["norm_weight"][:3].tolist() == [1.0, 1 + 2**-6, 1 + 2**-7]
+    (note,) = capfd.readouterr().err.splitlines()
+    assert note.startswith(f"note: norm weights are {str(dtype)[6:]} in this checkpoint, and are rounded to bf16 here")
 
 
 def test_shards_of_the_layer_are_joined_and_others_left_closed(tmp_path):
