@@ -258,8 +258,8 @@ def _bf16(name: str, tensor: Tensor) -> Tensor:
 def _say_rounded(dtype: str) -> None:
     """On standard error, once: another number for an implementation that uses such weights whole."""
     print(
-        f"note: norm weights are {dtype} in this checkpoint, and are rounded to bf16 here: a kernel that uses them whole "
-        "is another function (castpoint identify: the word `weight`)",
+        f"note: norm weights are {dtype} in this checkpoint, and are rounded to bf16 here: a kernel that uses them "
+        "whole is another function (castpoint identify: the word `weight`)",
         file=sys.stderr,
     )
 
