@@ -130,7 +130,7 @@ class Question:
 
 def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
     """The answer, or `none` where it is another function at one of the questions."""
-    asked, other = [*answer.asked], []
+    asked, other, abouts = [*answer.asked], [], set()
     for question in questions:
         called = CALLED[question.about].format(question.what)
         try:
@@ -143,13 +143,17 @@ def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
             raise Fault(f"{called}: {fault}") from fault
         else:
             result = str(miss) if miss else "same"
-            other += [f"{called} {miss}"] if miss else []
+            if miss:
+                other.append(f"{called} {miss}")
+                abouts.add(question.about)
         asked.append({"about": question.about, "what": question.what, "result": result})
     answer = dataclasses.replace(answer, asked=asked)
     if not other:
         return answer
     more = f"; and so at {len(other) - SHOWN} more of {len(asked)} calls" if len(other) > SHOWN else ""
     reason = f"another function than the plan that explains the first calls: {'; '.join(other[:SHOWN])}{more}"
+    if abouts == {"memory"}:
+        reason += ": it reads x as if it were contiguous, so let it call x.contiguous(), or refuse what is not"
     return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 
 

@@ -196,7 +196,7 @@ class BlackBox:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
-            if self.way.files and isinstance(error, Fault):  # of the program: it says all
+            if isinstance(error, Fault):  # of a program, or of a form: it says all
                 raise
             raise self._verdict(error, arguments, extra) from error
         states = zip(tensors, before, owners, strict=True)

@@ -215,6 +215,7 @@ def kernel(x_ptr, w_ptr, y_ptr, D, eps, TWICE: tl.constexpr, BLOCK: tl.constexpr
     tl.store(y_ptr + row * D + offs, y.to(tl.bfloat16), mask=offs < D)
 
 def norm(x, weight, eps, twice):
+    x = x.contiguous()
     y = torch.empty_like(x)
     kernel[(x.shape[0],)](x, weight, y, x.shape[1], eps, TWICE=twice, BLOCK=triton.next_power_of_2(x.shape[1]))
     return y
