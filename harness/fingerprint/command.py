@@ -101,7 +101,7 @@ def _number(value: float) -> Tensor:
 
 def write(path: Path, kind: str, tensors: Tensors, **metadata: str) -> None:
     """The file of a call's arguments."""
-    numbers = {name: repr(value.item()) for name, value in tensors.items() if value.dtype != torch.bfloat16}
+    numbers = {name: repr(value.item()) for name, value in tensors.items() if value.numel() == 1}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     path.write_bytes(save(tensors, {"kind": kind, **numbers, **metadata}))
 

@@ -43,7 +43,7 @@ def missing_word(best: Rule, calls: Sequence[Call], names: dict[str, str]) -> st
             each = [rule.replace(**{name: word}) for rule in others]
             explained = [min(call.share(other) for call in calls) for other in each]
             shares[f"{names.get(name, name)} is {said}"] = max(explained, default=0.0)
-    if calls[0].rows.readout is None:
+    if calls[0].rows.readout is None and calls[0].rows.weight.ndim == 1:
         for said, formula in FORMULAS.items():
             shares[said] = min(_by_formula(formula, best, call) for call in calls)
     said = max(shares, key=lambda said: shares[said])

@@ -33,9 +33,10 @@ README = """Questions for a kernel of kind {kind}.
 
 Run the kernel once on every file round-N/NNN.safetensors and write what it returns, as safetensors, to
 round-N/NNN.out.safetensors. A question holds {inputs},
-all contiguous and bf16, and eps{heads} as tensors of one element and in the metadata. An answer holds {outputs},
-in bf16 or fp32. Where the kernel refuses a question, say why in round-N/NNN.out.txt instead. An answer with the
-question's metadata `question` is noticed under another number. Then: castpoint identify --answer FOLDER
+all contiguous and bf16 (norm weights once in fp32), and eps{heads} as tensors of one element and in the metadata. An
+answer holds {outputs}, in bf16 or fp32. Where the kernel refuses a question, say why in round-N/NNN.out.txt instead.
+An answer with the question's metadata `question` is noticed under another number. Then:
+castpoint identify --answer FOLDER
 
 In Python, for example:
 
@@ -108,7 +109,7 @@ def answered(folder: Path, state: State) -> Answer | str:
     replay = _Replay(state.kind)
     replies = [_take(folder, number, state, replay) for number in range(len(state.rounds))]
     try:
-        answer = identify(by_files(replay, state.kind), state.kind, "cpu", state.sizes, Way(True, replay.settle))
+        answer = identify(by_files(replay, state.kind), state.kind, "cpu", state.sizes, way=Way(True, replay.settle))
     except Pending:
         if len(state.rounds) == MOST:
             text = f"{folder} was begun by another version of castpoint: ask again, with --ask and a new folder"

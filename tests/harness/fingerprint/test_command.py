@@ -124,7 +124,7 @@ def test_a_program_has_the_environment_of_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "takes one of MODULE:FUNCTION, --command, --ask, --answer, and was given none"),
+        ([], "takes one of MODULE:FUNCTION, --command, --ask, --answer, --capture, and was given none"),
         (["x:y", "--command", f"p {FILES}"], "and was given MODULE:FUNCTION and --command"),
         (["--command", "p {input}", "--kind", "rmsnorm"], "must be PROGRAM {input} {output}, with the files' places"),
         (["--command", "p '{input} {output}", "--kind", "rmsnorm"], "cannot be split into words: No closing quotation"),
