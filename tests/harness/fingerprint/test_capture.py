@@ -319,9 +319,7 @@ def test_no_file_a_text_and_neither_end_in_one_line(capsys, monkeypatch, tmp_pat
     text.write_text("x")
     assert "is no file" in failure(capsys, monkeypatch, "identify", "--capture", str(tmp_path / "nothing"))
     assert "no safetensors file" in failure(capsys, monkeypatch, "identify", "--capture", str(text))
-    assert "takes one of MODULE:FUNCTION, --command" in failure(
-        capsys, monkeypatch, "identify"
-    )
+    assert "takes one of MODULE:FUNCTION, --command" in failure(capsys, monkeypatch, "identify")
     twice = saved(tmp_path / "twice", tensors_of(eager_chain()), eps=1e-6)
     assert "and --eps says 1e-05" in failure(capsys, monkeypatch, "identify", "--capture", str(twice), "--eps", "1e-5")
 
