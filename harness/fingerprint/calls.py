@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.blackbox import BlackBox
-from castpoint.harness.fingerprint.evidence import Call
+from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
+from castpoint.harness.fingerprint.evidence import Call, check_repeats
 from castpoint.harness.fingerprint.heads import Geometry, HeadRows, head_rows
 from castpoint.harness.fingerprint.rules import Rows, Rule
+
+Calls = TypeVar("Calls", "NormCalls", "ChainCalls")
 
 
 def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -24,6 +27,29 @@ def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tens
     places = torch.arange(math.ceil(count / at_once) * at_once) % count
     parts = [ask(part) for part in places.split(at_once)]
     return tuple(torch.cat(outputs)[:count] for outputs in zip(*parts, strict=True))
+
+
+def first_taken(
+    ways: Iterable[Calls], ask: Callable[[Calls], tuple[Call, Call, Call]]
+) -> tuple[Calls, list[Call], list[dict[str, str]]]:
+    """The first way, of some sizes, that the callable takes, two calls, of which ask makes the first twice, and what it
+    refused before. Raises Refused where it takes none; in rounds only the first is tried."""
+    refused: list[dict[str, str]] = []
+    first: Refused | None = None
+    for calls in ways:
+        try:
+            *main, again = ask(calls)
+            check_repeats(main[0], again)
+        except Refused as error:
+            refused.append({"about": "x", "what": str(calls), "result": f"refused: {error}"})
+            first = first or error
+            if calls.box.in_rounds:
+                break
+            continue
+        calls.box.settle()
+        return calls, main, refused
+    assert first is not None
+    raise first
 
 
 def widened(rows: Rows) -> Rows:
@@ -43,6 +69,9 @@ class NormCalls:
     width: int
     heads: int | None = None
     tokens: int | None = None  # of every call, where the kernel takes no other number
+
+    def __str__(self) -> str:
+        return str(self.shape(probes.ROWS))
 
     def shape(self, rows: int) -> list[int]:
         """Of x with at least so many rows, or as many as it takes."""
@@ -82,6 +111,9 @@ class ChainCalls:
     box: BlackBox
     geometry: Geometry
     tokens: int | None = None  # of every call, where the kernel takes no other number
+
+    def __str__(self) -> str:
+        return str(self.geometry)
 
     def v(self, rows: Rows) -> Call:
         """The input norm, seen through the first head of v; the rows have a readout of the head's channels."""

@@ -12,8 +12,8 @@ import torch
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, difference, held_to, none_of_these
-from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
-from castpoint.harness.fingerprint.calls import ChainCalls
+from castpoint.harness.fingerprint.blackbox import BlackBox
+from castpoint.harness.fingerprint.calls import ChainCalls, first_taken
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
 from castpoint.harness.fingerprint.evidence import (
     Call,
@@ -97,24 +97,14 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
 
 def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[ChainCalls, list[Call], list[dict[str, str]]]:
     """The calls that show the input norm, at the first geometry that the callable takes; what it refused before."""
-    refused: list[dict[str, str]] = []
-    first: Refused | None = None
-    for geometry in dict.fromkeys(_own(geometry, sizes) for geometry in (Geometry(), *(g for _, g in GEOMETRIES))):
-        calls = ChainCalls(box, geometry, sizes.tokens)
+
+    def ask(calls: ChainCalls) -> tuple[Call, Call, Call]:
+        geometry = calls.geometry
         rows, _ = probes.first_rows(geometry.width, residual=box.takes("residual"), columns=geometry.head_dim)
-        try:
-            main = [calls.v(rows), calls.v(rows.at(probes.EPS_LARGE))]
-            check_repeats(main[0], calls.v(rows))
-        except Refused as error:
-            refused.append({"about": "x", "what": str(geometry), "result": f"refused: {error}"})
-            first = first or error
-            if box.in_rounds:  # there are too few to try them all
-                break
-            continue
-        box.settle()
-        return calls, main, refused
-    assert first is not None
-    raise first
+        return calls.v(rows), calls.v(rows.at(probes.EPS_LARGE)), calls.v(rows)
+
+    geometries = dict.fromkeys(_own(geometry, sizes) for geometry in (Geometry(), *(g for _, g in GEOMETRIES)))
+    return first_taken((ChainCalls(box, geometry, sizes.tokens) for geometry in geometries), ask)
 
 
 def _own(geometry: Geometry, sizes: Sizes) -> Geometry:

@@ -25,13 +25,12 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way, paths
-from castpoint.harness.fingerprint.calls import NormCalls
+from castpoint.harness.fingerprint.calls import NormCalls, first_taken
 from castpoint.harness.fingerprint.chain import chain
 from castpoint.harness.fingerprint.evidence import (
     Call,
     Miss,
     by_eps,
-    check_repeats,
     mean_shares,
     missed,
     outs,
@@ -121,26 +120,15 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
     heads = (sizes.heads or (4,))[0] if box.kind == "head_norm" else None
     own = sizes.head_dim if heads else sizes.width
     fused_add, whole = box.takes("residual"), sizes.dtype == "fp32"
-    refused: list[dict[str, str]] = []
-    first: Refused | None = None
-    for width in [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]:
-        asked = NormCalls(box, width, heads, sizes.tokens)
-        rows, _ = probes.first_rows(width, residual=fused_add or whole, narrow=narrow_of(sizes))
+
+    def ask(asked: NormCalls) -> tuple[Call, Call, Call]:
+        rows, _ = probes.first_rows(asked.width, residual=fused_add or whole, narrow=narrow_of(sizes))
         if whole and not fused_add:  # x of 9 bits
             rows = dataclasses.replace(rows, x=rows.x + rows.residual, residual=None)
-        try:
-            main = [asked.call(rows), asked.call(rows.at(probes.EPS_LARGE))]
-            check_repeats(main[0], asked.call(rows))
-        except Refused as error:
-            refused.append({"about": "x", "what": str(asked.shape(len(rows.x))), "result": f"refused: {error}"})
-            first = first or error
-            if box.in_rounds:  # there are too few to try them all
-                break
-            continue
-        box.settle()
-        return asked, main, refused
-    assert first is not None
-    raise first
+        return asked.call(rows), asked.call(rows.at(probes.EPS_LARGE)), asked.call(rows)
+
+    widths = [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]
+    return first_taken((NormCalls(box, width, heads, sizes.tokens) for width in widths), ask)
 
 
 def _norm(box: BlackBox, sizes: Sizes) -> Answer:
