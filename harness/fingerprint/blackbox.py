@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.rules import round_to
+from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP
 
 KINDS = {

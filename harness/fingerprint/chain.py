@@ -27,16 +27,10 @@ from castpoint.harness.fingerprint.evidence import (
 )
 from castpoint.harness.fingerprint.heads import Geometry, HeadRows
 from castpoint.harness.fingerprint.missing import missing_word
-from castpoint.harness.fingerprint.rules import (
-    Readout,
-    Rule,
-    arithmetic,
-    norm_rules,
-    projected_rules,
-    round_to,
-)
+from castpoint.harness.fingerprint.rules import Readout, Rule, arithmetic, norm_rules, projected_rules
 from castpoint.harness.fingerprint.searches import SEARCH, Search
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.stores import round_to
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.kernels.plan import KEEP, RNE, STORAGE
 

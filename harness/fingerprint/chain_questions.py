@@ -21,8 +21,9 @@ from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.questions import EPS, Draw
-from castpoint.harness.fingerprint.rules import RNA, RNZ, Rule
+from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.stores import RNA, RNZ
 from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.envelope import envelope
 from castpoint.variants.problem import Problem

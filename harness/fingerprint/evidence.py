@@ -22,12 +22,11 @@ from castpoint.harness.fingerprint.rules import (
     factor_of,
     mean_of_squares,
     predict,
-    round_to,
     scalar,
     size_of_terms,
-    storages,
 )
 from castpoint.harness.fingerprint.searches import CONTROLS, SEARCH, Search
+from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.kernels.plan import KEEP
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.

@@ -14,7 +14,8 @@ from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Miss, missed, outs
-from castpoint.harness.fingerprint.rules import Rows, Rule, storages
+from castpoint.harness.fingerprint.rules import Rows, Rule
+from castpoint.harness.fingerprint.stores import storages
 
 COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
 WINDOW = 8  # rows that are asked at least with each count

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.evidence import UNEXPLAINED, Call
-from castpoint.harness.fingerprint.rules import (
-    Rule,
-    applied_weight,
-    mean_of_squares,
-    predict,
-    round_to,
-    source,
-    storages,
-)
+from castpoint.harness.fingerprint.rules import Rule, applied_weight, mean_of_squares, predict, source
+from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.kernels.plan import KEEP
 
 CONSTANTS = (1e-6, 1e-5, 1e-8, 1e-12, 2.0**-23, 1e-3)

@@ -39,9 +39,10 @@ from castpoint.harness.fingerprint.evidence import (
 from castpoint.harness.fingerprint.forms import adapted, by_keyword
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
-from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, storages
+from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
 from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
+from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 
 # A rule's words, as a plan calls them.

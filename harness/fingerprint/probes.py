@@ -21,11 +21,11 @@ from castpoint.harness.fingerprint.rules import (
     mean_of_squares,
     means_agree,
     predict,
-    round_to,
     scalar,
     scaled,
     two_step,
 )
+from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP
 
 ROWS = 64  # of every call, so that a callable that compiles for a shape compiles once

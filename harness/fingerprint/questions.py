@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.evidence import Miss, settled
-from castpoint.harness.fingerprint.rules import Rows, Rule, round_to
+from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.stores import round_to
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
 # Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.

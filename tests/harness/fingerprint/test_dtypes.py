@@ -12,8 +12,8 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint.answer import unmet
 from castpoint.harness.fingerprint.norm import identify, summary
-from castpoint.harness.fingerprint.rules import round_to
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP, RNE
 from castpoint.variants.eager import eager_norm
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castpoint.harness.fingerprint.norm import identify, summary
-from castpoint.harness.fingerprint.rules import RNA, RNZ, round_to
 from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.stores import RNA, RNZ, round_to
 from castpoint.kernels.plan import RNE, RTZ
 from castpoint.variants.eager import eager_norm
 
