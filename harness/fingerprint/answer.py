@@ -51,7 +51,7 @@ class Answer:
         return dataclasses.asdict(self)
 
 
-def _merged(dicts: Sequence[dict[str, str]]) -> dict[str, str]:
+def merged(dicts: Sequence[dict[str, str]]) -> dict[str, str]:
     """One dict of rules that store the same bits: a word where they agree, `a or b` where they do not."""
     return {name: " or ".join(dict.fromkeys(d[name] for d in dicts)) for name in dicts[0]}
 
@@ -63,7 +63,7 @@ def difference(a: dict[str, str], b: dict[str, str]) -> str:
 
 def answer_of(groups: list[list[dict[str, str]]], share: float, runner_up: float | None, evidence: str = "") -> Answer:
     """Identified if one group of words is left, undecided if several; the words of a group store the same bits."""
-    candidates = [_merged(group) for group in groups]
+    candidates = [merged(group) for group in groups]
     if len(candidates) == 1:
         equal = [f"{name} ({word})" for name, word in candidates[0].items() if " or " in word]
         reason = f"the same bits on every row searched, whichever: {', '.join(equal)}" if equal else ""
@@ -87,6 +87,7 @@ def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
 def against(plan: CastPlan, kind: str, words: dict[str, str]) -> str:
     """Where words, a candidate, are not the plan's, fp16 taken for bf16; empty if nowhere."""
     wanted = words_of(plan, kind) | ({"x": plan.x} if "x" in words else {})
+    wanted = {name: word for name, word in wanted.items() if name in words or name != "weight_offset"}  # of a weight
     other = [name for name, word in wanted.items() if word not in words[name].replace("fp16", "bf16").split(" or ")]
     return ", ".join(f"{name}={words[name]} against {wanted[name]}" for name in other)
 

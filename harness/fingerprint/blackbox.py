@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.fingerprint.stores import EIGHT_BITS, round_to, spread
 from castpoint.kernels.plan import KEEP
 
 KINDS = {
@@ -29,6 +29,7 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     """
     names = [getattr(fn, "__name__", ""), *_parameters(fn)]
     norm, chain = (_takes(fn, KINDS[kind].partition(")")[0].count(",") + 1) for kind in ("rmsnorm", "qkv"))
+    norm = norm or weightless(fn)
     if norm and chain and any("qkv" in name for name in names):
         norm = False
     if norm == chain:
@@ -36,7 +37,7 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
         raise Fault(f"its arguments ({taken}) do not tell its kind: give --kind, {' or '.join(KINDS)}")
     if chain:
         return "qkv"
-    words = ("head", "q_norm", "k_norm", "qk_norm")
+    words = ("head", "q_norm", "k_norm", "v_norm", "qk_norm")
     return "head_norm" if any(word in name for name in names for word in words) else "rmsnorm"
 
 
@@ -63,7 +64,12 @@ def _takes(fn: Callable[..., Any], count: int) -> bool:
     return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)
 
 
-OPTIONAL = {"rmsnorm": ("residual",), "head_norm": ("residual",), "qkv": ("residual", "bias")}
+def weightless(fn: Callable[..., Any]) -> bool:
+    """Whether fn is a norm (x, eps)."""
+    return list(_signature(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
+
+
+OPTIONAL = {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate"), "qkv": ("residual", "bias")}
 
 
 def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
@@ -114,6 +120,14 @@ class Way:
 DIRECT = Way()
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a norm stored: y, and where that has 8 bits, what each element was divided by."""
+
+    y: Tensor
+    scales: Tensor | None = None
+
+
 class BlackBox:
     """fn of one of KINDS on a device, with those of its OPTIONAL arguments that are given, zero unless the caller says
     otherwise.
@@ -134,6 +148,8 @@ class BlackBox:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         self.weight_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
         self.given, self.way = paths(fn, kind)[0] if given is None else given, way
+        self.weightless = kind != "qkv" and weightless(fn)
+        self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
 
     def takes(self, name: str) -> bool:
@@ -152,16 +168,20 @@ class BlackBox:
 
     def norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, layout: str = "contiguous",
-        finite: bool = True, weight_dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
-        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. layout: how x, and with
-        an offset the weight, lie in memory. finite: y must be."""
+        finite: bool = True, weight_dtype: torch.dtype | None = None, **more: Any,
+    ) -> Stored:  # fmt: skip
+        """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. weight [D], or with a
+        weight a head [H, D]. layout: how x, and with an offset the weight, lie in memory. finite: y must be. more: what
+        fn is given by name besides."""
         extra = self._extra(layout, residual=torch.zeros_like(x) if residual is None else residual)
-        weight_layout = layout if "offset" in layout else "contiguous"
-        weight = self._given(weight, weight_layout, weight_dtype or self.weight_dtype)
-        arguments = [self._given(x, layout, self.dtype), weight, eps]
-        (y,) = self._call(arguments, extra, [list(x.shape)], finite)
-        return y
+        weights = []
+        if not self.weightless:
+            weight = weight.expand(x.shape[-2], -1) if self.a_weight_a_head else weight
+            weight_layout = layout if "offset" in layout else "contiguous"
+            weights = [self._given(weight, weight_layout, weight_dtype or self.weight_dtype)]
+        arguments = [self._given(x, layout, self.dtype), *weights, eps]
+        y, *scales = self._call(arguments, extra | more, [list(x.shape)], finite)
+        return Stored(y, *scales)
 
     def qkv(
         self, x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor,
@@ -187,13 +207,14 @@ class BlackBox:
         return {name: self._given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
 
     def _call(
-        self, arguments: list[Any], extra: dict[str, Tensor], shapes: list[list[int]], finite: bool
+        self, arguments: list[Any], extra: dict[str, Any], shapes: list[list[int]], finite: bool
     ) -> tuple[Tensor, ...]:
-        tensors = [*(a for a in arguments if isinstance(a, Tensor)), *extra.values()]
+        tensors = [value for value in (*arguments, *extra.values()) if isinstance(value, Tensor)]
         owners = [_bits(t if t._base is None else t._base) for t in tensors]  # what lies beside views too
         before = [owner.clone() for owner in owners]
         residual = extra.get("residual")
-        sums = None if residual is None else arguments[0].float() + residual.float()
+        scaled = residual is None or "alpha" in extra  # then its sum is another
+        sums = None if scaled else arguments[0].float() + residual.float()
         try:
             with torch.no_grad():
                 result = self.fn(*arguments, **extra)
@@ -211,29 +232,32 @@ class BlackBox:
             raise Fault("the callable writes into its inputs: give it copies")
         elif len(outputs) == len(shapes):
             outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
-        self._check(outputs, shapes, finite)
+        self._check(outputs[: len(shapes)], shapes, finite)
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _of_norm(
         self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
     ) -> tuple[Any, ...]:
-        """(y,) of what a norm returned, or wrote into x; what it does with x + residual besides is noted."""
+        """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x; what it does with x + residual
+        besides is noted."""
         if outputs[0] is None and any(tensor is x for tensor in written):
             outputs = (x,)
         in_place = isinstance(outputs[0], Tensor) and outputs[0].data_ptr() == x.data_ptr()
         for tensor in written:
             if tensor is x and in_place:
                 self.manners["y"] = "is written into x"
-            elif tensor is residual and sums is not None and _is_sum(residual, sums):
+            elif tensor is residual and (sums is None or _is_sum(tensor, sums)):
                 self.manners["x + residual"] = "is written into residual"
             else:
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
-        second = outputs[1] if len(outputs) > 1 else None
-        if sums is not None and isinstance(second, Tensor) and second.shape == sums.shape:
+        y, *rest = outputs
+        second = next((t for t in rest if isinstance(t, Tensor) and sums is not None and t.shape == sums.shape), None)
+        if sums is not None and second is not None:
             self.manners.setdefault("x + residual", "is returned")
             if not _is_sum(second, sums):
                 self.manners["x + residual"] = "is not what is returned beside y"
-        return outputs[:1]
+        eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
+        return (y, spread(next((t for t in rest if t is not second), None), list(x.shape))) if eight else (y,)
 
     def _check_beside(
         self, written: list[Tensor], before: list[Tensor], owners: list[Tensor], tensors: list[Tensor]
@@ -246,7 +270,7 @@ class BlackBox:
                 if not torch.equal(old[~inside], new[~inside]):
                     raise Fault("the callable writes beside the view that it is given")
 
-    def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Tensor]) -> Fault:
+    def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Any]) -> Fault:
         """What to say of an exception of fn called with these."""
         text = " ".join(str(error).split())[:300]
         if isinstance(error, TypeError) and (parameters := _misfit(self.fn, arguments, extra)):
@@ -267,16 +291,17 @@ class BlackBox:
                 raise Fault(f"the callable returned a {layout} tensor, expected a dense one")
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
-            if output.dtype not in (self.weight_dtype, torch.float32) or output.dtype != outputs[0].dtype:
+            eight = EIGHT_BITS if self.kind != "qkv" else ()
+            if output.dtype not in (self.weight_dtype, torch.float32, *eight) or output.dtype != outputs[0].dtype:
                 expected = f"{self.weight_dtype} or torch.float32 throughout"
                 raise Fault(f"the callable returned {output.dtype}, expected {expected}")
-            wrong = 1 - output.isfinite().double().mean().item()
+            wrong = 1 - output.float().isfinite().double().mean().item()
             if wrong and finite:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.view(torch.int16 if value.itemsize == 2 else torch.int32)
+    return value.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[value.itemsize])
 
 
 def _is_sum(value: Tensor, sums: Tensor) -> bool:
@@ -293,7 +318,7 @@ def _by_head(output: Any, shape: list[int]) -> Any:
     return output.reshape(shape) if flat else output
 
 
-def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Tensor]) -> str:
+def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Any]) -> str:
     """fn's parameters where it cannot take these arguments; empty if it can, or says nothing."""
     try:
         _signature(fn).bind(*arguments, **extra)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,16 @@ def widened(rows: Rows) -> Rows:
     )
 
 
+def scaled_by(rows: Rows, scales: Tensor | None = None) -> Rows:
+    """The rows, where results are divided by scales [R, D]; by one number for all, what rules predict is remembered."""
+    if scales is None:
+        return rows
+    if (scales != scales[0, 0]).any():
+        return dataclasses.replace(rows, scales=scales)
+    number = scales[0, 0].item()
+    return rows.remembered(("scales", number), lambda: dataclasses.replace(rows, scales=scales))
+
+
 @dataclass(frozen=True)
 class NormCalls:
     """A norm as it is called: x of that width, [T, D] or with heads [T, H, Dh]."""
@@ -88,20 +98,28 @@ class NormCalls:
         def ask(part: Tensor) -> tuple[Tensor, ...]:
             call = self.at(rows.of(part), shape, layout, weight_dtype=weight_dtype)
             dtypes.append(call.dtype)
-            return (call.stored,)
+            return (call.stored,) if call.rows.scales is None else (call.stored, call.rows.scales)
 
-        (stored,) = in_parts(len(rows.x), math.prod(shape[:-1]), ask)
-        return Call(rows, stored, dtypes[0])
+        stored, *scales = in_parts(len(rows.x), math.prod(shape[:-1]), ask)
+        return Call(scaled_by(rows, *scales), stored, dtypes[0])
 
     def at(
         self, rows: Rows, shape: list[int], layout: str = "contiguous", finite: bool = True,
-        weight_dtype: torch.dtype | None = None,
+        weight_dtype: torch.dtype | None = None, **more: Any,
     ) -> Call:  # fmt: skip
-        """One call with x of that shape."""
+        """One call with x of that shape; with a weight a row of x, the first rows' are those of the heads. more: as of
+        BlackBox.norm."""
         given = widened(rows)
         residual = None if given.residual is None else given.residual.reshape(shape)
-        stored = self.box.norm(given.x.reshape(shape), given.weight, rows.eps, residual, layout, finite, weight_dtype)
-        return Call(rows, stored.reshape(given.x.shape)[:, : rows.x.shape[1]].float(), stored.dtype)
+        weight = given.weight if given.weight.ndim == 1 else given.weight[: shape[1]]
+        x = given.x.reshape(shape)
+        stored = self.box.norm(x, weight, rows.eps, residual, layout, finite, weight_dtype, **more)
+        y, *scales = (
+            value.reshape(given.x.shape)[:, : rows.x.shape[1]].float()
+            for value in (stored.y, stored.scales)
+            if value is not None
+        )
+        return Call(scaled_by(rows, *scales), y, stored.y.dtype)
 
 
 @dataclass(frozen=True)

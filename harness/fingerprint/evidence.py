@@ -26,7 +26,7 @@ from castpoint.harness.fingerprint.rules import (
     size_of_terms,
 )
 from castpoint.harness.fingerprint.searches import CONTROLS, SEARCH, Search
-from castpoint.harness.fingerprint.stores import round_to, storages
+from castpoint.harness.fingerprint.stores import EIGHT_BITS, round_to, storages, ulp
 from castpoint.kernels.plan import KEEP
 
 # Share of one row or channel that no rule explains, above which the answer is `none`: noise does not gather.
@@ -75,9 +75,8 @@ class Call:
         predicted = predict(rule, self.rows)
         size = torch.maximum(predicted.abs(), self.stored.abs())
         size = torch.maximum(size, size_of_terms(rule, self.rows)).double()
-        bits, least = (11, 2.0**-24) if rule.narrow == "fp16" else (8, 2.0**-133)
-        ulp = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits).clamp(min=least)
-        unit = ulp if rounds(rule) else (size * close(self.rows)).clamp(min=2.0**-149)
+        narrow = rule.out if self.rows.scales is not None else rule.narrow
+        unit = ulp(size, narrow) if rounds(rule) else (size * close(self.rows)).clamp(min=2.0**-149)
         far = (predicted.double() - self.stored.double()).abs() / unit
         return far.nan_to_num(nan=float("inf"))
 
@@ -91,7 +90,7 @@ def close(rows: Rows) -> float:
 def rounds(rule: Rule) -> int:
     """How often the rule rounds to bf16 on the way from the mean to the result."""
     words = (rule.variance, rule.rstd, rule.normed, rule.hidden if rule.matmul == "bf16" else KEEP, rule.out)
-    return sum(word != KEEP for word in words)
+    return sum(word != KEEP for word in words) if rule.out[:4] not in ("e4m3", "e5m2", "int8") else 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ def missed(rule: Rule, call: Call) -> Miss:
     """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away
     than two ulps for each of its roundings."""
     wrong, ulps = call.wrong(rule)[0], call.ulps(rule)
-    why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows))
+    share = UNEXPLAINED if call.rows.scales is None else UNEXPLAINED / 16  # of a tie of 4 bits so much less comes near
+    why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows), share)
     return Miss(int(wrong.sum()) if why else 0, int(call.rows.nonzero.sum()), why.strip())
 
 
@@ -125,21 +125,24 @@ def by_eps(misses: Sequence[Miss], calls: Sequence[Call]) -> str:
     return "; ".join(f"{miss} at eps={c.rows.eps:g}" for miss, c in zip(misses, calls, strict=True) if miss)
 
 
-def beyond(wrong: Tensor, ulps: Tensor, limit: float, stored: Tensor, predicted: Tensor) -> str:
-    """Why wrong elements [R, C] cannot be noise, an approximate root or a sum in another order; empty if they can."""
+def beyond(
+    wrong: Tensor, ulps: Tensor, limit: float, stored: Tensor, predicted: Tensor, share: float = UNEXPLAINED
+) -> str:
+    """Why wrong elements [R, C] cannot be noise, an approximate root or a sum in another order; empty if they can.
+    limit: in ulps. share: of elements that may be wrong."""
     far = torch.where(wrong, ulps, 0)
     if far.max() > limit:
         row, column = divmod(int(far.argmax()), far.shape[1])
         is_, has = stored[row, column].item(), predicted[row, column].item()
         return f"row {row} of {len(far)} has {is_:.6g} in column {column} where the plan has {has:.6g}"
-    if wrong.sum() > max(TELLING, UNEXPLAINED * wrong.numel()):
+    if wrong.sum() > max(TELLING, share * wrong.numel()):
         return " "
     return concentrated(wrong) if len(wrong) >= probes.ROWS else ""
 
 
 def outs(dtype: torch.dtype, narrow: str = "bf16") -> tuple[str, ...]:
     """The words of the last rounding that what was returned in that dtype leaves open."""
-    return storages(narrow)[dtype != torch.float32 :]
+    return EIGHT_BITS.get(dtype) or storages(narrow)[dtype != torch.float32 :]
 
 
 def check_repeats(first: Call, second: Call) -> None:

@@ -95,15 +95,14 @@ def fp32_weights(rule: Rule, rows: Rows, asked: NormCalls, names: dict[str, str]
         call = asked.call(dataclasses.replace(rows, weight=fine), weight_dtype=torch.float32)
     except Refused as refused:
         return f"refused: {refused}"
-    words = storages(rule.narrow)
-    others = [
-        rule.replace(weight=w, normed=n, out=o) for w in words for n in words for o in outs(call.dtype, rule.narrow)
-    ]
+    words, last = storages(rule.narrow), "out" if rows.scales is None else "hidden"
+    lasts = outs(call.dtype, rule.narrow) if rows.scales is None else words
+    others = [rule.replace(weight=w, normed=n, **{last: o}) for w in words for n in words for o in lasts]
     best = max(others, key=call.share)
     if miss := missed(best, call):
         return f"another function, the nearest with weight={best.weight}: {miss}"
     said = [f"weight={best.weight}"]
-    for name in ("normed", "out"):
+    for name in ("normed", last):
         if getattr(best, name) != getattr(rule, name):
             said.append(f"{names.get(name, name)}={getattr(best, name)}")
     return ", ".join(said)

@@ -1,7 +1,8 @@
 """How a norm takes its arguments: the forms that engines have, each made fn(x, weight, eps) of blackbox.KINDS.
 
-Functions with other names or another order of arguments, with arguments by name alone, that write to `out` or in place;
-torch.ops; modules and their classes, which hold weight and eps themselves. What a call leaves out keeps its default.
+Functions with other names or another order of arguments, with arguments by name alone, without a weight, that write to
+`out` or in place, or store 8 bits with a scale; torch.ops; modules and their classes, which hold weight and eps
+themselves; functions of JAX. What a call leaves out keeps its default.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.func import functional_call
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL
+from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL, Unasked
+from castpoint.harness.peers.implementations import from_jax, to_jax
 
 # What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
 ALIASES = {
@@ -28,7 +30,15 @@ ALIASES = {
     "eps": ("eps", "epsilon", "variance_epsilon", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"),
     "residual": ("residual", "res", "residual_in", "skip", "R"),
     "out": ("out", "output", "result", "dst", "y", "Y", "o"),
+    "bias": ("bias", "b", "B", "beta", "norm_bias"),
+    "gate": ("gate", "z", "Z", "gates"),
+    "alpha": ("alpha", "residual_scale", "residual_multiplier", "residual_alpha"),
+    "quant_scale": ("quant_scale", "input_scale", "static_scale", "scale_inv"),  # and scale, where there is a weight
+    "scales": ("scales", "out_scale", "output_scale", "scales_out"),
 }
+MADE = ("out", "bias", "quant_scale", "scales")  # which a callable that need not be given them is not
+NAMED = ("residual", "gate", "alpha")  # which the caller says
+QUANT_SCALE = 4.0  # of static quantisation: what is stored is a value divided by it
 CHAIN = tuple(KINDS["qkv"].partition("(")[2].partition(")")[0].split(", "))
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
@@ -67,6 +77,7 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
             "a Triton kernel returns nothing: name its launcher, a Python function that makes the output, launches the "
             "kernel and returns it"
         )
+    fn = _through_jax(fn)
     if inspect.isclass(fn) and issubclass(fn, nn.Module):
         return _of_class(fn)
     if isinstance(fn, nn.Module) and "eps" not in map(MEANING.get, _parameters(fn.forward)):
@@ -74,22 +85,66 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
     form = form_of(call) if call else _by_names(fn)
     if form is None:
         return fn
-    missing = [name for name in ("x", "weight", "eps") if name not in form.names]
+    missing = [name for name in ("x", "eps") if name not in form.names]
     if missing:
         raise Fault(
             f"{call or 'its call'} lacks {' and '.join(missing)}: give --call 'fn(out, x, w, eps)' as it is called"
         )
+    names = tuple(name for name in ("x", "weight", "eps") if name in form.names)
 
-    def function(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-        out = _like(x) if "out" in form.names else None
-        result = form.call(fn, {"x": x, "weight": weight, "eps": eps, "residual": residual, "out": out})
-        return out if out is not None and not isinstance(result, Tensor | tuple | list) else result
+    def function(
+        *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0
+    ) -> Any:
+        values = dict(zip(names, arguments, strict=True)) | {"residual": residual, "gate": gate, "alpha": alpha}
+        values |= _made(fn, form, values["x"])
+        result = form.call(fn, values)
+        made = values["out"] if result is None or not isinstance(result, Tensor | tuple | list) else result
+        scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
+        return made if scales is None or isinstance(made, tuple | list) else (made, scales)
 
-    return _signed(function, "residual" in form.names, bool(_default(fn, form)))
+    return _signed(function, names, _optional(fn, form))
+
+
+def _made(fn: Callable[..., Any], form: Form, x: Tensor) -> dict[str, Any]:
+    """What a call is given besides: a bias of zeros, a scale, and what it may write to."""
+    eight = {"quant_scale", "scales"} & set(form.names)
+    dtype = torch.int8 if "int8" in str(getattr(fn, "__name__", "")) else torch.float8_e4m3fn
+    rows = [*x.shape[:-1], 1]
+    return {
+        "out": (torch.zeros(x.shape, dtype=dtype, device=x.device) if eight else like(x))
+        if "out" in form.names
+        else None,
+        "bias": torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device),
+        "quant_scale": torch.tensor([QUANT_SCALE], device=x.device),
+        "scales": torch.full(rows, float("nan"), device=x.device),
+    }
+
+
+def _through_jax(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn, of JAX where its module imports that and not torch, as a function of tensors; any other as it is."""
+    modules = {
+        value.__name__ for value in getattr(inspect.unwrap(fn), "__globals__", {}).values() if inspect.ismodule(value)
+    }
+    if "torch" in modules or not any(name.partition(".")[0] == "jax" for name in modules):
+        return fn
+
+    def given(value: Any) -> Any:
+        if isinstance(value, Tensor) and (not value.is_contiguous() or value.storage_offset()):
+            raise Unasked("an array of JAX does not say how it lies in memory")
+        return to_jax(value) if isinstance(value, Tensor) else value
+
+    def function(*arguments: Any, **named: Any) -> Any:
+        result = fn(*map(given, arguments), **{name: given(value) for name, value in named.items()})
+        return tuple(map(from_jax, result)) if isinstance(result, tuple | list) else from_jax(result)
+
+    function.__name__ = getattr(fn, "__name__", "")
+    function.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+    return function
 
 
 def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A chain as a function of blackbox.KINDS, where it has all these arguments in another order."""
+    fn = _through_jax(fn)
     parameters = _parameters(fn)
     if not set(CHAIN) <= set(parameters) or tuple(parameters)[: len(CHAIN)] == CHAIN:
         return fn
@@ -114,11 +169,13 @@ def form_of(call: str) -> Form:
     if not isinstance(tree, ast.Call) or any(k.arg is None for k in tree.keywords):
         raise Fault(f"{call!r} is no call: {example}")
 
+    weighted = _weighted(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+
     def part(node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
             if node.id not in MEANING:
                 raise Fault(f"{call!r} has {node.id}, which is nothing that a norm takes: {example}")
-            return Name(MEANING[node.id])
+            return Name(str(_meaning(node.id, weighted)))
         with contextlib.suppress(ValueError):
             return ast.literal_eval(node)
         raise Fault(f"{call!r} has {ast.unparse(node)}, which is no constant: {example}")
@@ -126,7 +183,7 @@ def form_of(call: str) -> Form:
     return Form(tuple(map(part, tree.args)), {str(k.arg): part(k.value) for k in tree.keywords})
 
 
-def _like(x: Tensor) -> Tensor:
+def like(x: Tensor) -> Tensor:
     """NaN to be written to, that lie in memory as x does."""
     buffer = torch.full_like(x if x._base is None else x._base, float("nan"))
     return buffer.as_strided(x.size(), x.stride(), x.storage_offset())
@@ -141,10 +198,11 @@ def _by_names(fn: Callable[..., Any]) -> Form | None:
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
             return None
         parts = [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
-    told = [(name, MEANING.get(name), default, named) for name, default, named in parts]
-    told = [part for part in told if part[1] != "out" or not part[2]]  # what may be left out makes its own
+    weighted = _weighted(name for name, _, _ in parts)
+    told = [(n, _meaning(n, weighted), default, named) for n, default, named in parts]
+    told = [(n, None if default and m in MADE else m, default, named) for n, m, default, named in told]
     meanings = [meaning for _, meaning, _, _ in told]
-    if not {"x", "weight", "eps"} <= set(meanings):
+    if not {"x", "eps"} <= set(meanings):
         return None
     plain = meanings[:3] == ["x", "weight", "eps"] and not any(named for _, _, _, named in told[:3])
     if plain and all(name == "residual" or (default and meaning is None) for name, meaning, default, _ in told[3:]):
@@ -157,18 +215,29 @@ def _by_names(fn: Callable[..., Any]) -> Form | None:
     return Form(places, {name: part for name, part, named in used if named or skipped})
 
 
-def _default(fn: Callable[..., Any], form: Form) -> bool:
-    """Whether fn may be called without a residual."""
-    return any(MEANING.get(name) == "residual" and p.default is not p.empty for name, p in _parameters(fn).items())
+def _weighted(names: Iterable[str]) -> bool:
+    """Whether one of the names is the weight, whatever `scale` is."""
+    return any(MEANING.get(name) == "weight" and name != "scale" for name in names)
 
 
-def _signed(function: Callable[..., Any], residual: bool, optional: bool) -> Callable[..., Any]:
-    """function with the signature (x, weight, eps), and residual if it takes one, with a default if that may be left
+def _meaning(name: str, weighted: bool) -> str | None:
+    """What an argument of that name is; `scale` is flax's weight, and beside a weight what is stored is divided by."""
+    return "quant_scale" if weighted and name == "scale" else MEANING.get(name)
+
+
+def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
+    """Which of NAMED the form has, and whether they may be left out."""
+    defaults = {MEANING.get(name): p.default is not p.empty for name, p in _parameters(fn).items()}
+    return {name: defaults.get(name, False) for name in NAMED if name in form.names}
+
+
+def _signed(function: Callable[..., Any], names: Iterable[str], optional: dict[str, bool]) -> Callable[..., Any]:
+    """function with the signature of those names, and by name alone the others, with a default where they may be left
     out."""
-    default = None if optional else inspect.Parameter.empty
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("x", "weight", "eps")]
-    if residual:
-        parameters.append(inspect.Parameter("residual", inspect.Parameter.KEYWORD_ONLY, default=default))
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    for name, may in optional.items():
+        default = None if may else inspect.Parameter.empty
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return function
 
@@ -178,13 +247,16 @@ def _signed(function: Callable[..., Any], residual: bool, optional: bool) -> Cal
 
 def _of_module(module: nn.Module) -> Callable[..., Any]:
     name = _weight_of(module)
+    names = ("x", "weight", "eps") if name else ("x", "eps")
 
-    def function(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    def function(*arguments: Any, residual: Tensor | None = None) -> Any:
+        x, *weights, eps = arguments
+        held = {name: weights[0]} if name else {}
         with _with_eps(module, eps):
-            arguments = (x,) if residual is None else (x, residual)
-            return functional_call(module, {name: weight}, arguments)
+            return functional_call(module, held, (x,) if residual is None else (x, residual))
 
-    return _signed(function, "residual" in map(MEANING.get, _parameters(module.forward)), True)
+    takes = "residual" in map(MEANING.get, _parameters(module.forward))
+    return _signed(function, names, {"residual": True} if takes else {})
 
 
 def _of_class(kind: type[nn.Module]) -> Callable[..., Any]:
@@ -198,15 +270,20 @@ def _of_class(kind: type[nn.Module]) -> Callable[..., Any]:
             "and name it"
         )
 
-    def function(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-        module = kind(x.shape[-1], **{eps_name: eps})
-        return _of_module(module.to(x.device))(x, weight, eps, **({} if residual is None else {"residual": residual}))
+    def function(x: Tensor, *rest: Any, **extra: Any) -> Any:
+        module = kind(x.shape[-1], **{eps_name: rest[-1]})
+        return _of_module(module.to(x.device))(x, *rest, **extra)
 
-    return _signed(function, "residual" in map(MEANING.get, _parameters(kind.forward)), True)
+    one = _of_module(kind(256, **{eps_name: 1e-6}))
+    function.__signature__ = inspect.signature(one)  # type: ignore[attr-defined]
+    return function
 
 
 def _weight_of(module: nn.Module) -> str:
+    """The name of its weight; empty where it holds no numbers, but an eps."""
     vectors = [name for name, value in module.named_parameters() if value.ndim == 1]
+    if not vectors and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
+        return ""
     if len(vectors) != 1:
         held = ", ".join(vectors) or "none"
         raise Fault(f"{type(module).__name__} holds {len(vectors)} weights of one dimension ({held}), a norm holds one")

@@ -36,8 +36,8 @@ def missing_word(best: Rule, calls: Sequence[Call], names: dict[str, str]) -> st
             each = [rule.replace(**{name: word}) for rule in others]
             explained = [min(call.share(other) for call in calls) for other in each]
             shares[f"{names.get(name, name)} is {said}"] = max(explained, default=0.0)
-    if calls[0].rows.readout is None and calls[0].rows.weight.ndim == 1:
-        for said, formula in FORMULAS.items():
+    if calls[0].rows.readout is None and calls[0].rows.weight.ndim == 1 and calls[0].rows.scales is None:
+        for said, formula in list(FORMULAS.items())[: 1 if best.weight == "none" else None]:
             shares[said] = min(_by_formula(formula, best, call) for call in calls)
     said = max(shares, key=lambda said: shares[said])
     return f"all is explained if {said}" if shares[said] >= 1 - UNEXPLAINED else ""
@@ -49,7 +49,7 @@ def _plain(best: Rule) -> Iterator[Rule]:
     outs = [kept] if best.out == kept else rounded
     for normed, offset, out in itertools.product([kept, *rounded], ("none", kept, rounded[0]), outs):
         if best.scale == "prologue" or normed == kept:
-            rule = Rule(x=best.x, normed=normed, weight_offset=offset, out=out)
+            rule = Rule(x=best.x, normed=normed, weight=best.weight, weight_offset=offset, out=out)
             yield rule.replace(hidden=best.hidden, scale=best.scale, matmul=best.matmul)
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
+import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
-from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
+from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way, paths
 from castpoint.harness.fingerprint.calls import NormCalls, first_taken
 from castpoint.harness.fingerprint.chain import chain
@@ -35,15 +37,18 @@ from castpoint.harness.fingerprint.evidence import (
     missed,
     outs,
     rank,
+    rejects,
 )
 from castpoint.harness.fingerprint.forms import adapted, by_keyword
+from castpoint.harness.fingerprint.gated import Found, gated
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
 from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
-from castpoint.harness.fingerprint.stores import storages
+from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
+from castpoint.kernels.plan import KEEP
 
 # A rule's words, as a plan calls them.
 NORM_WORDS = {
@@ -51,6 +56,7 @@ NORM_WORDS = {
     "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
 }
 
+ALPHA = 0.22  # of a scaled sum, as Granite's residual multiplier
 FEW = 0.97  # share explained, from which on ties may be what is left
 
 
@@ -133,46 +139,61 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
 
 
 def _norm(box: BlackBox, sizes: Sizes) -> Answer:
+    if box.takes("gate"):
+        width = (sizes.head_dim or probes.HEAD_DIM) if box.kind == "head_norm" else sizes.width or probes.WIDTH
+        return gated(box, width, lambda plain: _as_called(plain, sizes))
+    try:
+        return _as_called(box, sizes)[0]
+    except Fault:
+        if box.kind != "head_norm":
+            raise
+        box.a_weight_a_head = True
+        with contextlib.suppress(Fault):
+            return _as_called(box, sizes)[0]
+        box.a_weight_a_head = False
+        raise
+
+
+def _as_called(box: BlackBox, sizes: Sizes) -> Found:
+    """The answer, and the rule that it was held to: none where no call explained one."""
     asked, main, refused = _first_calls(box, sizes)
     answer, rule = _decided(asked, main, sizes)
     if rule is None:
-        return answer
+        return answer, None
 
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
         return missed(rule, asked.call(rows, layout, shape))
 
-    weight = main[0].rows.weight
     answer = dataclasses.replace(answer, asked=refused)
-    shape = asked.shape(probes.ROWS)
-    answer = held_to(answer, questions(rule, weight, shape, sizes, box.takes("residual"), ask))
-    said = _facts(rule, asked, main[0].rows, sizes)
-    word = re.match(r"weight=(\S+?)(,|$)", said["fp32 weights"])
+    rows = main[0].rows
+    every = questions(rule, rows.weight, asked.shape(probes.ROWS), sizes, box.takes("residual"), ask)
+    answer = held_to(answer, itertools.chain(every, _arguments(rule, asked, rows)))
+    said = _facts(rule, asked, rows, sizes)
+    word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
-    return dataclasses.replace(answer, candidates=candidates, facts=said)
+    return dataclasses.replace(answer, candidates=candidates, facts=said), rule
 
 
 def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, Rule | None]:
     """The answer of the deciding calls, and the rule that it is held to: none where the answer is none."""
     several = asked.box.takes("residual") or sizes.dtype == "fp32"
     narrow = narrow_of(sizes)
-    words = storages(narrow)
-    rules = norm_rules(outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow)
-
-    def named(rule: Rule) -> dict[str, str]:
-        names = ["x"] if several else []
-        names += ["statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root", "order"]
-        return {NORM_WORDS[asked.box.kind].get(name, name): getattr(rule, name) for name in names}
-
+    words, eight = storages(narrow), main[0].rows.scales is not None
+    rules = norm_rules(
+        outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow,
+        hiddens=words if eight else words[:1], weightless=asked.box.weightless,
+    )  # fmt: skip
+    named = functools.partial(_named, asked.box, main, several)
     ranking = rank(rules, main)
     tied, unexplained = ties(ranking.best, main)
-    best, *left = with_ties(ranking.left, tied)
+    best, *left = with_ties([r for r in ranking.left if r.out == ranking.best.out or not eight], tied)
     misses = [missed(best, call) for call in main]
     none = functools.partial(none_of_these, named(best), ranking.share, ranking.runner_up)
     if any(misses):
         ways = unexplained if ranking.share > FEW else ""
         return none(missing_word(best, main, NORM_WORDS[asked.box.kind]) or ways or by_eps(misses, main)), None
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
-    variants = [v for rule in (best, *left) for v in arithmetic(rule)]
+    variants = [best, *left] if eight else [v for rule in (best, *left) for v in arithmetic(rule)]
     known, search = (main, SEARCH) if not asked.box.in_rounds else all_at_once(variants, asked.width, main, asked.call)
     asked.box.settle()
     groups, said, unexplained = refined(variants, asked.width, known, calls, asked.call, search=search)
@@ -180,6 +201,54 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
         return none(unexplained), None
     share = max(mean_shares([group[0] for group in groups], main).values())
     return answer_of([[named(r) for r in group] for group in groups], share, ranking.runner_up, said), groups[0][0]
+
+
+def _named(box: BlackBox, main: list[Call], several: bool, rule: Rule) -> dict[str, str]:
+    """The words of a rule. In 8 bits no fp32 arithmetic shows, without a weight a last rounding is that of normed."""
+    eight = main[0].rows.scales is not None
+    words = {name: getattr(rule, name) for name in (*(("x",) if several else ()), "statistics", "variance", "rstd")}
+    words |= {"normed": rule.normed, **({"hidden": rule.hidden} if eight else {}), "out": rule.out}
+    words |= {"weight": "none"} if box.weightless else {"weight_offset": rule.weight_offset}
+    words |= {name: getattr(rule, name) for name in (("eps",) if eight else ("eps", "root", "order"))}
+    if box.weightless:
+        words["normed"] = " or ".join(dict.fromkeys((KEEP, rule.hidden if eight else rule.out)))
+        words.pop("order", "")
+    if eight and rule.eps == "float32":
+        words["eps"] = "float32 or float64"
+    ways = ("int8-rne", "int8-rna")
+    if rule.out in ways and not all(rejects(rule, rule.replace(out=way), main) for way in ways if way != rule.out):
+        words["out"] = " or ".join(ways)
+    return {name if eight else NORM_WORDS[box.kind].get(name, name): word for name, word in words.items()}
+
+
+def _arguments(rule: Rule, asked: NormCalls, main: Rows) -> Iterator[Question]:
+    """What a norm is asked where it takes more than most."""
+    if asked.box.a_weight_a_head and asked.heads:
+        rng = torch.Generator().manual_seed(7)
+        weights = torch.stack([probes.norm_weight(asked.width, rng) for _ in range(asked.heads)])
+        weights = weights[:, : main.x.shape[1]].repeat(len(main.x) // asked.heads, 1)
+        rows = dataclasses.replace(main, weight=weights)
+        shape = asked.shape(len(main.x))
+        yield Question("values", "another weight for each head", lambda: missed(rule, asked.at(rows, shape)))
+    if asked.box.takes("residual") and "alpha" in inspect.signature(asked.box.fn).parameters:
+        yield Question("argument", f"alpha={ALPHA}", lambda: _scaled_sum(rule, asked, main))
+
+
+def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows) -> Miss:
+    """What is left unexplained of rows where x or the residual is multiplied by ALPHA before they are added; which one,
+    and how the product is held, is noted."""
+    rng = torch.Generator().manual_seed(8)
+    x, residual = (probes.gaussian([len(main.x), asked.width], rng, rule.narrow) for _ in range(2))
+    weight = main.weight[torch.arange(asked.width) % len(main.weight)]
+    rows = Rows(x, weight, main.eps, asked.width, residual, exact=False)
+    call = asked.at(rows, asked.shape(len(x)), alpha=ALPHA)
+    misses: dict[str, Miss] = {}
+    for name, word in itertools.product(("x", "residual"), storages(rule.narrow)):
+        given = dataclasses.replace(rows, **{name: round_to(getattr(rows, name) * ALPHA, word)})
+        misses[f"{name} * alpha is {word} before the sum"] = missed(rule, Call(given, call.stored, call.dtype))
+    if left := [said for said, miss in misses.items() if not miss]:
+        asked.box.manners["alpha"] = " or ".join(left)
+    return min(misses.values(), key=lambda miss: miss.wrong)
 
 
 def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
@@ -197,6 +266,10 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
         return missed(rule, asked.call(rows_of(x, eps), layout))
 
     said = facts.all_facts(stored, missing, asked.width, asked.tokens, narrow_of(sizes))
+    if box.a_weight_a_head:
+        said["weight"] = "[H, Dh], one for each head"
+    if box.weightless:
+        return box.manners | said
     return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
 
 

@@ -40,8 +40,9 @@ class Rule:
     root   `rsqrt`: x is multiplied by 1 / sqrt(.); `sqrt`: x is divided by sqrt(.); `1/sqrt`: sqrt(.) is rounded as
            rstd first, then 1 / sqrt(.); with rstd kept that is a way to compute rsqrt, and no rule of its own
     order  of the three factors; only the first forms x * rstd, which alone can be rounded as `normed`
-    weight the norm's weight as it is used, which makes a difference where it is given in fp32
-    hidden, scale, matmul   as in CastPlan, for rows that are read through a matmul; `out` is then what it stores
+    weight the norm's weight as it is used, which makes a difference where it is given in fp32; `none`: it has none
+    hidden, scale, matmul   as in CastPlan, for rows that are read through a matmul; `out` is then what it stores. Where
+           out has 8 bits, hidden is the result before it is divided by a scale
     bias   `before`: added before the result is rounded; `after`: to the rounded result, which is rounded again
     """
 
@@ -101,6 +102,7 @@ class Rows:
     residual: Tensor | None = None
     readout: Readout | None = None
     exact: bool = True  # whether the sum of squares is exact in fp32, in any order
+    scales: Tensor | None = None  # [R, D] fp32: what a result is divided by before it is stored in 8 bits
 
     def at(self, eps: float) -> Rows:
         """The same rows with another eps."""
@@ -114,7 +116,8 @@ class Rows:
         """The rows at those places."""
         weight = self.weight if self.weight.ndim == 1 else self.weight[places]
         residual = None if self.residual is None else self.residual[places]
-        return dataclasses.replace(self, x=self.x[places], weight=weight, residual=residual)
+        scales = None if self.scales is None else self.scales[places]
+        return dataclasses.replace(self, x=self.x[places], weight=weight, residual=residual, scales=scales)
 
     @functools.cached_property
     def nonzero(self) -> Tensor:
@@ -193,7 +196,9 @@ def factor_of(rule: Rule, rows: Rows) -> Tensor:
 
 
 def applied_weight(rule: Rule, rows: Rows) -> Tensor:
-    """fp32 of the weight's shape: w, or 1 + w."""
+    """fp32 of the weight's shape: w, or 1 + w; ones where there is none."""
+    if rule.weight == "none":
+        return torch.ones_like(rows.weight)
     weight = round_to(rows.weight, rule.weight)
     return weight if rule.weight_offset == "none" else round_to(1 + weight, rule.weight_offset)
 
@@ -214,7 +219,8 @@ def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:
         return _read(rule, round_to(product() if rule.scale == "prologue" else x * weight, rule.hidden), rows.readout)
 
     if rows.readout is None:
-        return round_to(product(), rule.out)
+        value = product()
+        return round_to(value if rows.scales is None else round_to(value, rule.hidden) / rows.scales, rule.out)
     before = (*_root_key(rule), rule.order, rule.normed) if rule.scale == "prologue" else (rule.x,)
     value = rows.remembered(
         ("read", rule.scale, *before, rule.weight, rule.weight_offset, rule.hidden, rule.matmul), read
@@ -266,18 +272,22 @@ def _folded(readout: Readout, weight: Tensor) -> Readout:
 
 
 def norm_rules(
-    *, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tuple[str, ...] = ROOTS, narrow: str = "bf16"
-) -> list[Rule]:
+    *, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), roots: tuple[str, ...] = ROOTS, narrow: str = "bf16",
+    hiddens: tuple[str, ...] = (KEEP,), weightless: bool = False,
+) -> list[Rule]:  # fmt: skip
     """Every rule of a norm up to its fp32 arithmetic (eps in fp32 or float64, root, order: see arithmetic).
 
     outs: storages that the dtype of the result allows. xs: of the sum under the norm, where there is one. roots: those
-    in question where rstd is rounded. narrow: bf16 or fp16, to which values are rounded.
+    in question where rstd is rounded. narrow: bf16 or fp16, to which values are rounded. hiddens: storages of what is
+    stored in 8 bits. weightless: without a weight, where a last rounding is that of normed too.
     """
-    words = storages(narrow)
+    words, weight = storages(narrow), "none" if weightless else KEEP
     return [
-        Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, weight_offset=offset, out=out)
-        for x, statistics, variance, rstd, normed in itertools.product(xs, *[words] * 4)
-        for offset, out in itertools.product(("none", *words[:2]), outs)
+        Rule(x, statistics, variance, eps, root, rstd, ORDERS[0], normed, weight, offset, hidden, out=out)
+        for x, statistics, variance, rstd, normed in itertools.product(
+            xs, *[words] * 3, words[:1] if weightless else words
+        )
+        for offset, hidden, out in itertools.product(("none",) if weightless else ("none", *words[:2]), hiddens, outs)
         for eps in (("float32",) if variance == KEEP else ("float32", f"{narrow} sum", narrow))
         for root in (ROOTS[:1] if rstd == KEEP else roots)
     ]
@@ -301,6 +311,7 @@ def arithmetic(rule: Rule) -> Iterator[Rule]:
     eps = ("float32", "float64") if rule.eps == "float32" else (rule.eps,)
     roots = ("rsqrt", "sqrt") if rule.rstd == KEEP else (rule.root,)
     exact = rule.rstd != KEEP and rule.weight_offset != KEEP  # three factors of 8 bits: no order rounds
+    exact |= rule.weight == "none"
     orders = ORDERS if rule.normed == KEEP and rule.scale == "prologue" and not exact else ORDERS[:1]
     for e, root, order in itertools.product(eps, roots, orders):
         if root == "rsqrt" or order != "x*(rstd*w)":

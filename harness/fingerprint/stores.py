@@ -1,4 +1,5 @@
-"""How a value is held: the words of a plan, and those that an answer can have besides."""
+"""How a value is held: the words of a plan, and those that an answer can have besides. In 8 bits: to nearest with ties
+to even, int8 also with ties away from zero or truncated; what is too large is the largest."""
 
 from __future__ import annotations
 
@@ -7,12 +8,18 @@ import math
 import torch
 from torch import Tensor
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.kernels.plan import KEEP, RTZ, STORAGE
 from castpoint.variants import spec
 
 # To nearest as RNE, but for ties, which go away from zero (IEEE 754 roundTiesToAway, PTX's .rna) or toward it. No plan
 # of the lab has them: an answer can.
 RNA, RNZ = "bf16-rna", "bf16-rnz"
+EIGHT_BITS = {
+    torch.float8_e4m3fn: ("e4m3-rne",),
+    torch.float8_e5m2: ("e5m2-rne",),
+    torch.int8: ("int8-rne", "int8-rna", "int8-rtz"),
+}
 
 
 def storages(narrow: str) -> tuple[str, str, str]:
@@ -26,6 +33,13 @@ def round_to(value: Tensor, storage: str) -> Tensor:
         return spec.round_to(value, storage)
     if storage.startswith("fp16"):
         return _half(value, storage)
+    if storage.startswith("int8"):
+        steps = {"rne": value.round(), "rna": (value.abs() + 0.5).floor().copysign(value), "rtz": value.trunc()}
+        return steps[storage[-3:]].clamp(-128, 127)
+    if storage[0] == "e":
+        dtype = torch.float8_e4m3fn if storage == "e4m3-rne" else torch.float8_e5m2
+        most = torch.finfo(dtype).max
+        return value.clamp(-most, most).to(dtype).float()
     half = 0x8000 if storage == RNA else 0x7FFF
     return spec.round_to((value.view(torch.int32) + half).view(torch.float32), RTZ)
 
@@ -40,3 +54,29 @@ def _half(value: Tensor, storage: str) -> Tensor:
     rounded = (steps * unit).copysign(value.double())
     most = 65504.0 if storage.endswith("rtz") else math.inf  # the largest of fp16
     return torch.where(rounded.abs() > 65504, rounded.sign() * most, rounded).float().where(value.isfinite(), value)
+
+
+def ulp(size: Tensor, storage: str) -> Tensor:
+    """Of numbers of that size, float64, in the storage; of fp32 as of bf16."""
+    if storage.startswith("int8"):
+        return torch.ones_like(size)
+    bits, least = {"fp16": (11, 2.0**-24), "e4m3": (4, 2.0**-9), "e5m2": (3, 2.0**-16)}.get(storage[:4], (8, 2.0**-133))
+    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits).clamp(min=least)
+
+
+def spread(scales: object, shape: list[int]) -> Tensor:
+    """What each element of that shape was divided by, fp32: one number, one a row, or one for each equal part of a
+    row; ones where nothing was returned. Raises Fault for anything else."""
+    if scales is None:
+        return torch.ones(shape)
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    count = scales.numel() if isinstance(scales, Tensor) and scales.dtype == torch.float32 else 0
+    if count == 1:
+        return scales.reshape(1).expand(shape)
+    if not count or count % rows or width % (count // rows):
+        what = f"a tensor {list(scales.shape)} of {scales.dtype}" if isinstance(scales, Tensor) else str(scales)
+        raise Fault(
+            f"beside {shape} in 8 bits the callable returned {what}: expected scales in fp32, one for all or [T, 1]"
+        )
+    scales = torch.where(scales == 0, 1, scales)  # of rows of zeros
+    return scales.reshape(rows, -1).repeat_interleave(width // (count // rows), -1).reshape(shape)

@@ -140,7 +140,7 @@ def test_a_chain_in_another_order_is_called_by_its_names() -> None:
 
 CALLS = {
     "fn(x, w)": "lacks eps",
-    "fn(x, w, eps, z)": "has z, which is nothing that a norm takes",
+    "fn(x, w, eps, q)": "has q, which is nothing that a norm takes",
     "fn(x, w, eps, open('f'))": "has open('f'), which is no constant",
     "x, w, eps": "is no call",
     "fn(x, w": "is no call",
