@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import Refused, Unasked
+from castpoint.harness.fingerprint.blackbox import CHAINS, Refused, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
 CALLED = {"x": "with x {}", "memory": "with {}", "values": "with {}", "eps": "with eps={}", "argument": "{}"}
+HEAD = ("proj", "head_rstd", "head_normed")  # what a chain without a head norm has not
 SHOWN = 3  # questions that a reason names
 
 
@@ -76,8 +77,9 @@ def answer_of(groups: list[list[dict[str, str]]], share: float, runner_up: float
 def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
     """The words of a plan that an answer of that kind must have; none where the plan has no such norm: one that applies
     rstd behind the matmul forms no hidden by itself."""
-    if kind == "qkv":
-        return {name: word for name, word in plan.choices().items() if name not in OPTIONAL}
+    if kind in CHAINS:
+        left_out = OPTIONAL if kind == "qkv" else (*OPTIONAL, *HEAD)
+        return {name: word for name, word in plan.choices().items() if name not in left_out}
     if kind == "rmsnorm" and plan.scale != "prologue":
         return {}
     names = ("rstd", "normed", "hidden") if kind == "rmsnorm" else ("head_rstd", "head_normed", "out")
@@ -184,7 +186,7 @@ def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
         return dataclasses.replace(there[bad], asked=asked, reason=reason)
     answer = there[fullest]
     for given, other in there.items():
-        kept = [words for words in answer.candidates if any(agree(words, theirs) for theirs in other.candidates)]
+        kept = [t | words for words in answer.candidates if (t := _agreeing(words, other.candidates)) is not None]
         if not kept:
             reason = f"two functions: with {names[fullest]} and {names[given]} {difference_of(answer, other)}"
             return dataclasses.replace(
@@ -193,6 +195,11 @@ def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
         status = "identified" if len(kept) == 1 else answer.status
         answer = dataclasses.replace(answer, candidates=kept, status=status)
     return dataclasses.replace(answer, asked=asked)
+
+
+def _agreeing(words: dict[str, str], others: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """The first of the others that one function can have with the words."""
+    return next((other for other in others if agree(words, other)), None)
 
 
 def agree(words: dict[str, str], other: dict[str, str]) -> bool:

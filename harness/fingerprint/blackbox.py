@@ -19,7 +19,9 @@ KINDS = {
     "rmsnorm": "fn(x, weight, eps) -> y; x, y [T, D]",
     "head_norm": "fn(x, weight, eps) -> y; x, y [T, H, Dh]",
     "qkv": "fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads) -> (q, k, v)",
+    "norm_linear": "fn(x, norm_weight, weight, eps) -> y; x [T, D], weight [N, D], y [T, N]",
 }
+CHAINS = ("qkv", "norm_linear")
 
 
 def guessed_kind(fn: Callable[..., Any]) -> str:
@@ -30,6 +32,9 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     names = [getattr(fn, "__name__", ""), *_parameters(fn)]
     norm, chain = (_takes(fn, KINDS[kind].partition(")")[0].count(",") + 1) for kind in ("rmsnorm", "qkv"))
     norm = norm or weightless(fn)
+    linear = _takes(fn, 6 if "num_q_heads" in names else 4)
+    if not chain and linear and all("w" in name.lower() for name in names[2:4]) and names[4][:3] == "eps":
+        return "norm_linear"
     if norm and chain and any("qkv" in name for name in names):
         norm = False
     if norm == chain:
@@ -69,7 +74,9 @@ def weightless(fn: Callable[..., Any]) -> bool:
     return list(_signature(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
 
 
-OPTIONAL = {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate"), "qkv": ("residual", "bias")}
+OPTIONAL = {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate")} | dict.fromkeys(
+    CHAINS, ("residual", "bias")
+)
 
 
 def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
@@ -133,7 +140,8 @@ class BlackBox:
     otherwise.
 
     Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. A norm
-    may work in place, y in x and x + residual in residual. Of kind qkv q, k and v may be flat, [T, heads * Dh].
+    may work in place, y in x and x + residual in residual. Of kind qkv q, k and v may be flat, [T, heads * Dh]. A
+    norm_linear is called as a chain, by forms.linear.
     """
 
     def __init__(
@@ -148,7 +156,7 @@ class BlackBox:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         self.weight_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
         self.given, self.way = paths(fn, kind)[0] if given is None else given, way
-        self.weightless = kind != "qkv" and weightless(fn)
+        self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
 
@@ -225,7 +233,7 @@ class BlackBox:
         states = zip(tensors, before, owners, strict=True)
         written = [tensor for tensor, old, new in states if not torch.equal(old, new)]
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
-        if self.kind != "qkv":
+        if self.kind not in CHAINS:
             outputs = self._of_norm(outputs, arguments[0], extra.get("residual"), written, sums)
             self._check_beside(written, before, owners, tensors)
         elif written:
@@ -291,7 +299,7 @@ class BlackBox:
                 raise Fault(f"the callable returned a {layout} tensor, expected a dense one")
             if list(output.shape) != shape:
                 raise Fault(f"the callable returned shape {list(output.shape)}, expected {shape}")
-            eight = EIGHT_BITS if self.kind != "qkv" else ()
+            eight = EIGHT_BITS if self.kind not in CHAINS else ()
             if output.dtype not in (self.weight_dtype, torch.float32, *eight) or output.dtype != outputs[0].dtype:
                 expected = f"{self.weight_dtype} or torch.float32 throughout"
                 raise Fault(f"the callable returned {output.dtype}, expected {expected}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,7 @@ from castpoint.harness.fingerprint.calls import ChainCalls, first_taken
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
 from castpoint.harness.fingerprint.evidence import (
     Call,
+    Ranking,
     by_eps,
     check_repeats,
     classes,
@@ -48,34 +50,30 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     left = with_ties(norm_ranking.left, norm_words)
     explained = not any(missed(left[0], call) for call in main)
     known, told, search = _norm_calls(calls, main, left, rng) if explained else (main, [], SEARCH)
-    head_calls = _head_calls(calls, left[0], rng)
+    head_calls = _head_calls(calls, left[0], rng) if box.kind == "qkv" else None
     biased = _bias_calls(calls, left[0], rng) if box.takes("bias") else None
     box.settle()
     norms, evidence, norm_ties = [left], "", unexplained
     if explained:
         norms, evidence, norm_ties = _input_norm(calls, left, known, told, search)
-    norm = norms[0][0]
-    head_rules = norm_rules(outs=outs(head_calls[0].dtype), xs=STORAGE, roots=("rsqrt",))
-    head_ranking = rank(head_rules, head_calls)
-    words, head_ties = ties(head_ranking.best, head_calls)
-    heads = with_ties(head_ranking.left, words)
-    share = (norm_ranking.share + head_ranking.share) / 2
-    halves = ((norm_ranking, head_ranking), (head_ranking, norm_ranking))
-    runner_up = max((a.runner_up + b.share) / 2 for a, b in halves if a.runner_up is not None)
-    nearest = _plan_words(norm, heads[0], fused_add)
-    seen = {"v, which shows the input norm,": (norm, main)}
-    for name, q in (("q", True), ("k", False)):
-        seen[name] = (heads[0], [calls.of_heads(call, q=q) for call in head_calls])
-    if why := "; ".join(text for name, of in seen.items() if (text := _unexplained(name, *of))):
+    norm, heads = norms[0][0], None if head_calls is None else _heads(head_calls)
+    rankings = [norm_ranking, *([heads.ranking] if heads else [])]
+    share = sum(ranking.share for ranking in rankings) / len(rankings)
+    runners = [r.runner_up - r.share for r in rankings if r.runner_up is not None]
+    runner_up = share + max(runners) / len(rankings)
+    nearest = _plan_words(norm, heads and heads.left[0], fused_add)
+    seen = {"v, which shows the input norm," if heads else "y": (norm, main)}
+    for name, q in (("q", True), ("k", False)) if heads and head_calls else ():
+        seen[name] = (heads.left[0], [calls.of_heads(call, q=q) for call in head_calls])
+    why = "; ".join(text for name, of in seen.items() if (text := _unexplained(name, *of)))
+    if why := why or norm_ties or (heads.unexplained if heads else ""):
         return none_of_these(nearest, share, runner_up, why)
-    if norm_ties or head_ties:
-        return none_of_these(nearest, share, runner_up, norm_ties or head_ties)
-    both = itertools.product(norms, classes(heads, head_calls))
+    both = itertools.product(norms, classes(heads.left, head_calls) if heads and head_calls else [[None]])
     pairs = [[pair for pair in itertools.product(*groups) if _fit(*pair)] for groups in both]
     pairs = [fitting for fitting in pairs if fitting]
     groups = [[_plan_words(*pair, fused_add) for pair in fitting] for fitting in pairs]
-    if not groups:
-        differ = difference(_shared_words(norm), _shared_words(heads[0]))
+    if heads and not groups:
+        differ = difference(_shared_words(norm), _shared_words(heads.left[0]))
         return none_of_these(nearest, share, runner_up, f"its two norms differ: {differ}")
     if biased:
         word = _bias(calls, *pairs[0][0], *biased)
@@ -87,6 +85,21 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     found = Found(*pairs[0][0], groups[0][0])
     answer = held_to(answer, chain_questions(calls, found, sizes))
     return dataclasses.replace(answer, facts=chain_facts(calls, found))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What calls say of the head norm: the rules left, and what of ties no word explains."""
+
+    ranking: Ranking
+    left: list[Rule]
+    unexplained: str
+
+
+def _heads(calls: list[Call]) -> Heads:
+    ranking = rank(norm_rules(outs=outs(calls[0].dtype), xs=STORAGE, roots=("rsqrt",)), calls)
+    words, unexplained = ties(ranking.best, calls)
+    return Heads(ranking, with_ties(ranking.left, words), unexplained)
 
 
 def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[ChainCalls, list[Call], list[dict[str, str]]]:
@@ -163,37 +176,40 @@ def _shared_words(rule: Rule) -> dict[str, str]:
     return words | {"variance + eps": KEEP if rule.eps in ("float32", "float64") else rule.eps}
 
 
-def _fit(norm: Rule, head: Rule) -> bool:
+def _fit(norm: Rule, head: Rule | None) -> bool:
     """Whether one plan can say both: v was stored as proj, then as out."""
+    if head is None:
+        return True
     return _shared_words(norm) == _shared_words(head) and norm.out == (head.x if head.x != KEEP else head.out)
 
 
-def _plan_words(norm: Rule, head: Rule, fused_add: bool) -> dict[str, str]:
+def _plan_words(norm: Rule, head: Rule | None, fused_add: bool) -> dict[str, str]:
     words = {"x": norm.x} if fused_add else {}
     words |= {name: getattr(norm, name) for name in ("statistics", "variance", "rstd", "normed", "hidden")}
-    words |= {"proj": head.x, "head_rstd": head.rstd, "head_normed": head.normed, "out": head.out}
+    if head:
+        words |= {"proj": head.x, "head_rstd": head.rstd, "head_normed": head.normed}
+    words["out"] = head.out if head else norm.out
     return words | {name: getattr(norm, name) for name in ("scale", "matmul", "weight_offset", "eps", "root", "order")}
 
 
-def _bias_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> tuple[Call, HeadRows, Call]:
-    """V, and the heads' known input and q and k, all with a bias."""
+def _bias_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> tuple[Call, HeadRows | None, Call | None]:
+    """V, and where there is a head norm its known input and q and k, all with a bias."""
     geometry = calls.geometry
     rows = probes.norm_rows(geometry.width, rng, residual=calls.box.takes("residual"))
     readout = probes.general_readout(rng, geometry.width, geometry.head_dim, bias=True)
     v = calls.v(dataclasses.replace(rows, readout=readout))
-    return v, *calls.qk(norm, rng, probes.EPS_SMALL, biased=True)
+    return (v, *calls.qk(norm, rng, probes.EPS_SMALL, biased=True)) if calls.box.kind == "qkv" else (v, None, None)
 
 
-def _bias(calls: ChainCalls, norm: Rule, head: Rule, v: Call, given: HeadRows, qk: Call) -> str:
+def _bias(calls: ChainCalls, norm: Rule, head: Rule | None, v: Call, given: HeadRows | None, qk: Call | None) -> str:
     """`before` or `after` the rounding of proj, `before or after` if that is one, empty if neither explains all."""
     words = []
     for word in ("before", "after"):
-        proj = given.proj if word == "before" else round_to(given.proj, head.x)
-        biased = Call(given.with_bias(qk.rows, proj), qk.stored, qk.dtype)
-        parts = [
-            missed(norm.replace(bias=word), v),
-            *(missed(head, calls.of_heads(biased, q=q)) for q in (True, False)),
-        ]
+        parts = [missed(norm.replace(bias=word), v)]
+        if head and given and qk:
+            proj = given.proj if word == "before" else round_to(given.proj, head.x)
+            biased = Call(given.with_bias(qk.rows, proj), qk.stored, qk.dtype)
+            parts += [missed(head, calls.of_heads(biased, q=q)) for q in (True, False)]
         if not any(parts):
             words.append(word)
     return " or ".join(words)

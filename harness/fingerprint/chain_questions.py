@@ -56,7 +56,7 @@ class Found:
     """A chain's input norm, its head norm, and the words of its plan."""
 
     norm: Rule
-    head: Rule
+    head: Rule | None  # None: it has no head norm
     words: dict[str, str]
 
     @property
@@ -69,7 +69,8 @@ class Found:
 def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Question]:
     base = (probes.ROWS, calls.geometry)
     for tokens, geometry in dict.fromkeys((base, *GEOMETRIES)):
-        what = f"[{tokens}, {geometry.width}], {str(geometry).partition(', ')[2]}"
+        outputs = str(geometry).partition(", ")[2] if found.head else f"{geometry.columns} columns"
+        what = f"[{tokens}, {geometry.width}], {outputs}"
         yield Question("x", what, functools.partial(_at, calls.at(geometry), found, tokens))
     tokens, geometry = base
     dense = Dense(calls, found)
@@ -96,11 +97,14 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
     rows = probes.norm_rows(geometry.width, rng, residual=draw.residual)
     firm = settled(found.norm, rows).nonzero()[:, 0]
     rows = dataclasses.replace(rows.of(firm[torch.arange(tokens) % len(firm)]), readout=readout)
-    v, (_, qk) = calls.v(rows), calls.qk(found.norm, rng, probes.EPS_SMALL, tokens=tokens)
+    v = calls.v(rows)
+    qk = calls.qk(found.norm, rng, probes.EPS_SMALL, tokens=tokens)[1] if found.head else None
     if miss:
         return miss
     if miss := missed(found.norm, v):
         return dataclasses.replace(miss, why=f"{miss.why} in v" if miss.why else "in v")
+    if found.head is None or qk is None:
+        return miss
     places = torch.arange(len(qk.stored)) % len(qk.rows.x)
     firm = settled(found.head, qk.rows)[places]
     known = Call(qk.rows.of(places[firm]), qk.stored[firm], qk.dtype)
@@ -127,7 +131,8 @@ class Dense:
         g, plan = self.calls.geometry, self.found.plan
         norm, weight, q_norm, k_norm = self.weights()
         offset = self.found.words["weight_offset"] != "none"
-        problem = Problem(x.bfloat16(), norm, weight, *g.heads, q_norm, k_norm, eps=eps, weight_offset=offset)
+        heads = (q_norm, k_norm) if self.found.head else (None, None)
+        problem = Problem(x.bfloat16(), norm, weight, *g.heads, *heads, eps=eps, weight_offset=offset)
         stored = self.stored(x, eps, layout)
         for name, ends in envelope(plan, problem).items():
             low, high = (end.flatten(1) for end in ends)

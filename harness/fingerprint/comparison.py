@@ -15,10 +15,10 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint import capture, captured, probes
 from castpoint.harness.fingerprint.answer import Answer, agree
-from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
+from castpoint.harness.fingerprint.blackbox import CHAINS, BlackBox, Refused
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.chain_questions import drawn_weights
-from castpoint.harness.fingerprint.forms import adapted, by_keyword
+from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.questions import WIDTHS
@@ -69,8 +69,8 @@ class Comparison:
 def compare(first: Callable[..., Any], second: Callable[..., Any], kind: str, device: str, sizes: Sizes) -> Comparison:
     """Of two callables of one kind. Raises Fault where one of them cannot be called."""
     answers = [identify(fn, kind, device, sizes) for fn in (first, second)]
-    given, asked = [by_keyword(fn) if kind == "qkv" else adapted(fn) for fn in (first, second)], []
-    make = functools.partial(_of_chain if kind == "qkv" else _of_norm, sizes=sizes)
+    given, asked = [as_kind(fn, kind) for fn in (first, second)], []
+    make = functools.partial(_of_chain if kind in CHAINS else _of_norm, sizes=sizes)
     boxes = [BlackBox(fn, kind, device, dtype=sizes.dtype) for fn in given]
     x, said, asked = make(boxes)
     stored = [ask(x) for ask in asked]

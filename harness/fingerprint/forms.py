@@ -20,7 +20,7 @@ from torch.func import functional_call
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL, Unasked
+from castpoint.harness.fingerprint.blackbox import CHAINS, KINDS, OPTIONAL, Unasked
 from castpoint.harness.peers.implementations import from_jax, to_jax
 
 # What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
@@ -142,6 +142,11 @@ def _through_jax(fn: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def as_kind(fn: Callable[..., Any], kind: str, call: str = "") -> Callable[..., Any]:
+    """fn as a callable of that kind is called."""
+    return {"qkv": by_keyword, "norm_linear": linear}[kind](fn) if kind in CHAINS else adapted(fn, call)
+
+
 def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A chain as a function of blackbox.KINDS, where it has all these arguments in another order."""
     fn = _through_jax(fn)
@@ -152,11 +157,35 @@ def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
     def function(*values: Any, **extra: Tensor) -> Any:
         return fn(**dict(zip(CHAIN, values, strict=True)), **extra)
 
+    return _as_chain(function, parameters)
+
+
+def _as_chain(function: Callable[..., Any], parameters: dict[str, inspect.Parameter]) -> Callable[..., Any]:
+    """function with the signature of a chain, and those of the parameters that are optional."""
     kept = [p for name, p in parameters.items() if name in OPTIONAL["qkv"]]
     first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in CHAIN]
     more = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept]
     function.__signature__ = inspect.Signature([*first, *more])  # type: ignore[attr-defined]
     return function
+
+
+def linear(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm and a projection, with the numbers of heads behind eps or not, as a chain: q, k and v are parts of what it
+    returns, and it is given no weights of head norms."""
+    fn = _through_jax(fn)
+    parameters = _parameters(fn)
+    heads = {"num_q_heads", "num_kv_heads"} <= set(parameters)
+
+    def function(*values: Any, **extra: Tensor) -> Any:
+        given = dict(zip(CHAIN, values, strict=True))
+        hq, hkv, size = given["num_q_heads"], given["num_kv_heads"], len(given["q_norm_weight"])
+        result = fn(*(values[i] for i in (0, 1, 2, 5)), *((hq, hkv) if heads else ()), **extra)
+        if isinstance(result, tuple | list) and len(result) == 3:
+            return result
+        y = result[0] if isinstance(result, tuple | list) else result
+        return y.split([hq * size, hkv * size, hkv * size], -1) if y.shape[-1:] == given["qkv_weight"].shape[:1] else y
+
+    return _as_chain(function, parameters)
 
 
 def form_of(call: str) -> Form:
@@ -202,7 +231,7 @@ def _by_names(fn: Callable[..., Any]) -> Form | None:
     told = [(n, _meaning(n, weighted), default, named) for n, default, named in parts]
     told = [(n, None if default and m in MADE else m, default, named) for n, m, default, named in told]
     meanings = [meaning for _, meaning, _, _ in told]
-    if not {"x", "eps"} <= set(meanings):
+    if not {"x", "eps"} <= set(meanings) or meanings.count("weight") > 1:
         return None
     plain = meanings[:3] == ["x", "weight", "eps"] and not any(named for _, _, _, named in told[:3])
     if plain and all(name == "residual" or (default and meaning is None) for name, meaning, default, _ in told[3:]):

@@ -26,7 +26,7 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, by_paths, held_to, none_of_these, plans_of
-from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way, paths
+from castpoint.harness.fingerprint.blackbox import CHAINS, DIRECT, BlackBox, Pending, Refused, Way, paths
 from castpoint.harness.fingerprint.calls import NormCalls, first_taken
 from castpoint.harness.fingerprint.chain import chain
 from castpoint.harness.fingerprint.evidence import (
@@ -39,7 +39,7 @@ from castpoint.harness.fingerprint.evidence import (
     rank,
     rejects,
 )
-from castpoint.harness.fingerprint.forms import adapted, by_keyword
+from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.gated import Found, gated
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
@@ -72,7 +72,7 @@ def identify(
     start = time.perf_counter()
     BlackBox(fn, kind, device)  # checks both
     try:
-        fn = by_keyword(fn) if kind == "qkv" else adapted(fn, call)
+        fn = as_kind(fn, kind, call)
     except Fault as fault:
         return Answer("error", reason=str(fault))
     asked = [BlackBox(fn, kind, device, given, sizes.dtype, way) for given in paths(fn, kind)]
@@ -89,7 +89,7 @@ def identify(
 
 def _guarded(box: BlackBox, sizes: Sizes) -> Answer:
     try:
-        answer = chain(box, sizes) if box.kind == "qkv" else _norm(box, sizes)
+        answer = chain(box, sizes) if box.kind in CHAINS else _norm(box, sizes)
         box.settle()
         return answer
     except Fault as fault:
@@ -106,7 +106,7 @@ def summary(answer: Answer) -> str:
         lines.append(nearest + ", ".join(f"{name}={word}" for name, word in words.items()))
     if answer.plans:
         words = answer.candidates[0]
-        part = "" if "proj" in words else "the head norm of " if "head_rstd" in words else "the norm of "
+        part = "" if "matmul" in words else "the head norm of " if "head_rstd" in words else "the norm of "
         half = ", with fp16 in place of bf16" if any("fp16" in word for word in words.values()) else ""
         lines.append(f"= {part}{', '.join(answer.plans)}{half}")
     if answer.share_equal is not None:
@@ -115,10 +115,10 @@ def summary(answer: Answer) -> str:
         lines.append(f"explains {answer.share_equal:.3%} of the elements{other}; {answer.seconds:g} s")
     for about in dict.fromkeys(call["about"] for call in answer.asked):
         whats = [call["what"] for call in answer.asked if call["about"] == about and call["result"] == "same"]
-        lines += [f"the same with {about}: {'; '.join(whats)}"] if whats else []
+        lines += [f"the same with {about}: {'; '.join(dict.fromkeys(whats))}"] if whats else []
     for result in dict.fromkeys(call["result"] for call in answer.asked if call["result"].startswith("refused")):
         whats = [f"{call['about']} {call['what']}" for call in answer.asked if call["result"] == result]
-        lines.append(f"refused with {'; '.join(whats)}: {result.removeprefix('refused: ')}")
+        lines.append(f"refused with {'; '.join(dict.fromkeys(whats))}: {result.removeprefix('refused: ')}")
     return "\n".join([*lines, *(f"{name}: {said}" for name, said in answer.facts.items())])
 
 
