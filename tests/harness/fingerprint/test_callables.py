@@ -53,7 +53,7 @@ VERDICTS = {
     "dies": "the callable ended its process (SIGKILL)",
     "hangs": "no answer within 8 s: the callable hangs, or needs a longer --time-limit",
     "missing": "cannot be imported: AttributeError",
-    "other": "the callable takes (x, bias, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D]: "
+    "other": "the callable takes (x, mask, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D]: "
     "wrap it in one",
     "number": "is of type int, which cannot be called",
 }
