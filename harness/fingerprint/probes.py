@@ -79,7 +79,7 @@ def norm_rows(
     return Rows(torch.stack(chosen) * signs * scale, norm_weight(held, rng), EPS_SMALL, width)
 
 
-@functools.lru_cache(maxsize=6)  # some hundred MB each, with what rules predict of them
+@functools.lru_cache(maxsize=3)  # some hundred MB each, with what rules predict of them
 def _first_rows(width: int, residual: bool, columns: int, narrow: str) -> tuple[Rows, Tensor]:
     rng = torch.Generator().manual_seed(0)
     rows = norm_rows(width, rng, residual=residual, narrow=narrow)

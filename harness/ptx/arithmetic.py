@@ -35,6 +35,7 @@ UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
     "ex2": lambda a: np.exp2(a.astype(np.float64)),
     "lg2": lambda a: np.log2(a.astype(np.float64)),
 }
+SINGLE: dict[str, np.ufunc] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}  # of float32, correctly rounded
 INTEGER: dict[str, np.ufunc] = {
     **LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
@@ -64,6 +65,8 @@ def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Ar
         result = UNARY[name](*values)
     elif name == "fma":
         result = fma(*values)
+    elif kind == "f32" and name in SINGLE:
+        result = SINGLE[name](*values)
     elif name in ("add", "sub"):
         result = fma(values[0], np.float32(1), values[1] if name == "add" else -values[1])
     elif name == "mul":

@@ -106,7 +106,7 @@ class _Run(Warps):
             return place + 1 if self.active.any() else self._next()
         if kind in BARRIERS:
             self._check_together(mask)
-        elif mask.any() and kind not in NOTHING:
+        elif (mask is self.everyone or mask.any()) and kind not in NOTHING:
             self._execute(instruction, mask)
         return place + 1
 
@@ -135,6 +135,8 @@ class _Run(Warps):
             return None
         place = min(self.waiting)
         self.active = self.waiting.pop(place)
+        if self.active.all():
+            self.active = self.everyone
         return place
 
     def _check_together(self, mask: Array) -> None:

@@ -6,6 +6,7 @@ a result back. Results are rounded once, to nearest even.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -23,6 +24,7 @@ class Unsupported(ValueError):
     """PTX whose meaning is not known here: refused, so that no bit is guessed."""
 
 
+@functools.cache
 def width(kind: str) -> int:
     """Bits of a PTX type: 16 of `bf16`, 64 of `s64`. Raises Unsupported for one that is not known here."""
     found = TYPE.fullmatch(kind)

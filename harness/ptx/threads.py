@@ -32,7 +32,8 @@ class Threads:
             self.registers[f"%ntid.{axis}"] = np.uint32(threads if axis == "x" else 1)
             self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
             self.registers[f"%nctaid.{axis}"] = np.uint32(size)
-        self.active = np.ones(self.threads, bool)  # threads that are at this place
+        self.everyone = np.ones(self.threads, bool)
+        self.active = self.everyone  # threads that are at this place
         self.waiting: dict[int, Array] = {}  # threads that are at others
         self.executing = self.active  # threads that execute the instruction
         self.unwritten: dict[str, Array] = {}  # threads for which a register that others wrote is not
@@ -73,7 +74,7 @@ class Threads:
     def put(self, name: str, bits: Array, mask: Array) -> None:
         if name == "_":
             return
-        if mask.all():
+        if mask is self.everyone or mask.all():
             self.unwritten.pop(name, None)
             self.registers[name] = bits
             return
@@ -86,7 +87,7 @@ class Threads:
 
     def each(self, values: Array) -> Array:
         """An element a thread."""
-        return np.broadcast_to(values, self.threads)
+        return values if values.shape == (self.threads,) else np.broadcast_to(values, self.threads)
 
     def addresses(self, address: Address) -> Array:
         return self.each(self.bits(address.base).astype(np.int64) + address.offset)
