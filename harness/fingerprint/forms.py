@@ -228,8 +228,11 @@ def _by_names(fn: Callable[..., Any]) -> Form | None:
             return None
         parts = [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
     weighted = _weighted(name for name, _, _ in parts)
-    told = [(n, _meaning(n, weighted), default, named) for n, default, named in parts]
-    told = [(n, None if default and m in MADE else m, default, named) for n, m, default, named in told]
+    told: list[tuple[str, str | None, bool, bool]] = []
+    for name, default, named in parts:
+        meaning = _meaning(name, weighted)
+        again = meaning in MADE or meaning in [other for _, other, _, _ in told]  # `weights=None` beside `weight`
+        told.append((name, None if default and again else meaning, default, named))
     meanings = [meaning for _, meaning, _, _ in told]
     if not {"x", "eps"} <= set(meanings) or meanings.count("weight") > 1:
         return None

@@ -50,6 +50,11 @@ def with_mode(x: Tensor, mode: str = "llama", weight: Tensor | None = None, eps:
     return hf(x, weight, eps) if mode == "llama" else x
 
 
+def scaled(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0, *, weights: Tensor | None = None) -> Tensor:
+    assert weights is None
+    return hf(x, weight, eps) * scale
+
+
 def residual_second(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return hf(x + residual, weight, eps), x + residual
 
@@ -95,6 +100,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "by name": by_name,
     "eps first": eps_first,
     "a mode between": with_mode,
+    "other names of the weight, with defaults": scaled,
     "residual second": residual_second,
     "in place": in_place,
     "fused in place": fused_in_place,
