@@ -38,7 +38,9 @@ def missing_word(best: Rule, calls: Sequence[Call], names: dict[str, str]) -> st
             shares[f"{names.get(name, name)} is {said}"] = max(explained, default=0.0)
     if calls[0].rows.readout is None and calls[0].rows.weight.ndim == 1 and calls[0].rows.scales is None:
         for said, formula in list(FORMULAS.items())[: 1 if best.weight == "none" else None]:
-            shares[said] = min(_by_formula(formula, best, call) for call in calls)
+            for more, offset in (("", "none"), (", with 1 + w", KEEP)):  # best's is chance where all else is wrong
+                rule = best.replace(weight_offset=offset)
+                shares[said + more] = min(_by_formula(formula, rule, call) for call in calls)
     said = max(shares, key=lambda said: shares[said])
     return f"all is explained if {said}" if shares[said] >= 1 - UNEXPLAINED else ""
 
