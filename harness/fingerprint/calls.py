@@ -30,16 +30,18 @@ def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tens
 
 
 def first_taken(
-    ways: Iterable[Calls], ask: Callable[[Calls], tuple[Call, Call, Call]]
+    ways: Iterable[Calls], ask: Callable[[Calls, float], Call]
 ) -> tuple[Calls, list[Call], list[dict[str, str]]]:
-    """The first way, of some sizes, that the callable takes, two calls, of which ask makes the first twice, and what it
-    refused before. Raises Refused where it takes none; in rounds only the first is tried."""
+    """The first way, of some sizes, that the callable takes, the calls that ask makes at EPS_SMALL and EPS_LARGE, and
+    what it refused before. Raises Refused where it takes none; in rounds only the first is tried."""
     refused: list[dict[str, str]] = []
     first: Refused | None = None
     for calls in ways:
         try:
-            *main, again = ask(calls)
-            check_repeats(main[0], again)
+            first_call, at_once = ask(calls, probes.EPS_SMALL), ask(calls, probes.EPS_SMALL)
+            main = [first_call, ask(calls, probes.EPS_LARGE)]
+            for repeated in (at_once, ask(calls, probes.EPS_SMALL)):  # changed by every call, or by one between
+                check_repeats(first_call, repeated)
         except Refused as error:
             refused.append({"about": "x", "what": str(calls), "result": f"refused: {error}"})
             first = first or error

@@ -105,10 +105,10 @@ def _heads(calls: list[Call]) -> Heads:
 def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[ChainCalls, list[Call], list[dict[str, str]]]:
     """The calls that show the input norm, at the first geometry that the callable takes; what it refused before."""
 
-    def ask(calls: ChainCalls) -> tuple[Call, Call, Call]:
+    def ask(calls: ChainCalls, eps: float) -> Call:
         geometry = calls.geometry
         rows, _ = probes.first_rows(geometry.width, residual=box.takes("residual"), columns=geometry.head_dim)
-        return calls.v(rows), calls.v(rows.at(probes.EPS_LARGE)), calls.v(rows)
+        return calls.v(rows.at(eps))
 
     geometries = dict.fromkeys(_own(geometry, sizes) for geometry in (Geometry(), *(g for _, g in GEOMETRIES)))
     return first_taken((ChainCalls(box, geometry, sizes.tokens) for geometry in geometries), ask)

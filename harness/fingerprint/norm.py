@@ -128,11 +128,11 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
     own = sizes.head_dim if heads else sizes.width
     fused_add, whole = box.takes("residual"), sizes.dtype == "fp32"
 
-    def ask(asked: NormCalls) -> tuple[Call, Call, Call]:
+    def ask(asked: NormCalls, eps: float) -> Call:
         rows, _ = probes.first_rows(asked.width, residual=fused_add or whole, narrow=narrow_of(sizes))
         if whole and not fused_add:  # x of 9 bits
             rows = dataclasses.replace(rows, x=rows.x + rows.residual, residual=None)
-        return asked.call(rows), asked.call(rows.at(probes.EPS_LARGE)), asked.call(rows)
+        return asked.call(rows.at(eps))
 
     widths = [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]
     return first_taken((NormCalls(box, width, heads, sizes.tokens) for width in widths), ask)

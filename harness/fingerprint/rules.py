@@ -106,7 +106,7 @@ class Rows:
 
     def at(self, eps: float) -> Rows:
         """The same rows with another eps."""
-        return self.remembered(("at", eps), lambda: dataclasses.replace(self, eps=eps))
+        return self if eps == self.eps else self.remembered(("at", eps), lambda: dataclasses.replace(self, eps=eps))
 
     def first(self, count: int) -> Rows:
         """The first rows."""

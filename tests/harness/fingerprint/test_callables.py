@@ -34,6 +34,9 @@ def dtype(x, weight, eps): return norm(x, weight, eps).half()
 def nothing(x, weight, eps): return None
 def writes(x, weight, eps): return norm(x.mul_(1.5), weight, eps)
 def random(x, weight, eps): return norm(x, weight, eps) * (1 + (torch.rand(x.shape) < 0.01))
+def alternates(x, weight, eps, calls=[]):
+    calls.append(0)
+    return norm(x, weight, eps) * (1 + len(calls) % 2)
 def nan(x, weight, eps): return norm(x, weight, eps) / 0.0
 def exits(x, weight, eps): raise SystemExit(0)
 def dies(x, weight, eps): os.kill(os.getpid(), 9)
@@ -47,6 +50,7 @@ VERDICTS = {
     "dtype": "the callable returned torch.float16, expected torch.bfloat16 or torch.float32 throughout",
     "nothing": "the callable returned (NoneType), expected fn(x, weight, eps) -> y; x, y [T, D]",
     "writes": "the callable writes into its inputs, and returns another tensor: give it copies",
+    "alternates": "the callable is not deterministic: two calls on equal inputs differ in 100.000%",
     "random": "the callable is not deterministic: two calls on equal inputs differ in",
     "nan": "the callable returned NaN or infinity for",
     "exits": "the callable raised SystemExit: 0",
