@@ -21,7 +21,7 @@ from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import CHAINS, KINDS, OPTIONAL, Unasked
-from castpoint.harness.peers.implementations import from_jax, to_jax
+from castpoint.harness.peers.running import from_jax, to_jax
 
 # What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
 ALIASES = {

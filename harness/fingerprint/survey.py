@@ -17,7 +17,9 @@ from castpoint.harness.fingerprint.capture import Norm as RecordedNorm
 from castpoint.harness.fingerprint.captured import explain, holds
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.rules import OFFSETS
-from castpoint.harness.peers.implementations import TRITON, Implementation, describe_versions, implementations
+from castpoint.harness.fingerprint.verdict import Verdict, verdict
+from castpoint.harness.peers.implementations import implementations
+from castpoint.harness.peers.running import TRITON, Implementation, describe_versions
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.progress import track
@@ -36,17 +38,18 @@ NOISY = 1e-3  # share of elements that noise moves by one ulp
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
-# ---------------------------------------------------------------- public implementations
+# ---------------------------------------------------------------- implementations whose answer was written down
 
 
 def survey_implementations(records: Records, device: str) -> None:
-    """One row an implementation: its fingerprint, or why there is none here."""
-    for row in track(implementations(), "public implementations"):
+    """One row an implementation: its fingerprint beside the right one, or why there is none here."""
+    for row in track(implementations(), "implementations"):
         how = EXECUTED if (row.how, device) == (TRITON, "cpu") else row.how
         key = {"implementation": row.name, "kind": row.kind, "how": how}
         if not records.has(ImplementationRow, **key):
             status, columns = _fingerprint(row, device)
             columns |= {"package": row.package, "versions": describe_versions(row), "device": device}
+            columns |= {"expected": row.right, "source": row.source}
             records.add(ImplementationRow(**key, **columns, status=status))
 
 
@@ -56,8 +59,9 @@ def _fingerprint(row: Implementation, device: str) -> tuple[str, dict[str, Any]]
     except ImportError as error:
         return Status.NOT_INSTALLED, {"reason": str(error)}
     except Exception as error:  # a package that fails on this machine is a row, and the survey goes on
-        return Status.ERROR, {"reason": reason_of(error)}
-    return answer.status, {**_columns(answer), "plan": _found(answer)}
+        return Status.ERROR, {"reason": reason_of(error), "verdict": Verdict.WRONG}
+    said = verdict(row.right, row.kind, answer)
+    return answer.status, {**_columns(answer), "plan": _found(answer), "verdict": said}
 
 
 def _columns(answer: Answer) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castpoint.harness.peers.implementations import TRITON, Norm, compiled, implementations
+from castpoint.harness.peers.implementations import implementations
+from castpoint.harness.peers.running import TRITON, Norm, compiled
 from castpoint.kernels.head_norm import qk_norm
 from castpoint.kernels.plan import RNE, CastPlan
 from castpoint.variants.eager import eager_norm

@@ -30,19 +30,35 @@ def answer_words(plan: str) -> str:
 
 
 def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row an implementation."""
+    """One row an implementation, the wrong ones first."""
     words = frame["plan"].map(answer_words)
-    names = {"implementation": "implementation", "kind": "kind", "how": "how", "status": "answer"}
-    names |= {"plan": "rounds to bf16", "share_equal": "share explained"}
-    names |= {"runner_up_share_equal": "best rejected plan's share", "versions": "versions"}
+    names = {"implementation": "implementation", "kind": "kind", "how": "how", "expected": "expected"}
+    names |= {"status": "answer", "verdict": "verdict", "plan": "rounds to bf16", "share_equal": "share explained"}
+    names |= {"runner_up_share_equal": "best rejected plan's share", "source": "expected by", "versions": "versions"}
     rows = frame.assign(plan=words.where(frame["status"] != "none", "nearest: " + words))
+    rows = rows.sort_values("verdict", key=lambda verdict: verdict != "wrong", kind="stable")
     return rows[list(names)].rename(columns=names)
 
 
+def verdicts_summary(frame: pd.DataFrame) -> str:
+    """How many answers are those written down beforehand."""
+    asked = frame[frame["verdict"] != ""]
+    counts = asked["verdict"].value_counts()
+    right, open_, wrong = (counts.get(word, 0) for word in ("right", "left open", "wrong"))
+    functions = asked[["implementation", "kind"]].drop_duplicates()
+    installed = f"; {len(frame) - len(asked)} more were not asked" if len(frame) > len(asked) else ""
+    return (
+        f"{len(functions)} callables in {len(asked)} ways to run them, whose right answer was written down from their "
+        f"source before they were asked: {right} answered right, {open_} right with fp32 steps left open, {wrong} wrong"
+        f"{installed}."
+    )
+
+
 def implementation_groups(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row an answer: which implementations gave it."""
+    """One row an answer: which public implementations gave it."""
+    frame = frame[frame["package"] != "castpoint"]
     ways = {"torch.compile, emulate_precision_casts": "compiled, casts emulated", "torch.compile": "compiled"}
-    rows = implementation_rows(frame).replace({"rounds to bf16": {"": "–"}, "how": ways})
+    rows = implementation_rows(frame).sort_index().replace({"rounds to bf16": {"": "–"}, "how": ways})
     rows["implementation"] += rows["kind"].map({"head_norm": " (head norm)"}).fillna("")
     answer = ["rounds to bf16", "answer"]
     hows = rows.groupby([*answer, "implementation"], sort=False)["how"].agg("; ".join).reset_index()
@@ -96,11 +112,14 @@ def confusion_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def implementations_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of implementations.csv."""
+    said = (
+        "Named are the boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and "
+        "the order is (x·rstd)·w."
+    )
     return (
-        "## What public implementations do\n\nBy fingerprint (`castpoint study survey`), not by reading. Named are the "
-        "boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and the order is "
-        f"(x·rstd)·w.\n\n{markdown(implementation_groups(frame))}\n\nOne row an implementation:\n\n"
-        f"{markdown(implementation_rows(frame))}"
+        f"## What public implementations do\n\nBy fingerprint (`castpoint study survey`). {verdicts_summary(frame)} "
+        f"{said}\n\n{markdown(implementation_groups(frame))}\n\nOne row a callable and a way to run it, those written "
+        f"here from reports at the end:\n\n{markdown(implementation_rows(frame))}"
     )
 
 

@@ -114,6 +114,7 @@ class StreamRow(Row, table="streams", key=("model", "weights", "layer", "seed", 
 class ImplementationRow(Row, table="implementations", key=("implementation", "kind", "how")):
     implementation: str; package: str; versions: str; kind: str; how: str; device: str; plan: str = ""
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None
+    expected: str = ""; source: str = ""; verdict: str = ""  # written down beforehand, and where that was read
 
 class BudgetRow(Row, table="budget", key=("weights", "layer", "tokens", "plan", "backend", "measure", "player")):
     model: str; weights: str; rotated_from: Count = None  # position of the first token, where q and k are rotated

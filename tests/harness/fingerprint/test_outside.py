@@ -63,8 +63,12 @@ OUTSIDERS: dict[str, Norm] = {
     "no weight": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), None, eps),
     "the L2 norm": lambda x, w, eps: F.normalize(x.float(), dim=-1).bfloat16() * w,
     "1 + w, and no norm": lambda x, w, eps: x * (1 + w),
-    "weight before the mean": lambda x, w, eps: F.rms_norm((x.float() * w.float()), (x.shape[-1],), None, eps).bfloat16(),
-    "LayerNorm with 1 + w": lambda x, w, eps: F.layer_norm(x.float(), (x.shape[-1],), 1 + w.float(), None, eps).bfloat16(),
+    "weight before the mean": lambda x, w, eps: F.rms_norm(
+        (x.float() * w.float()), (x.shape[-1],), None, eps
+    ).bfloat16(),
+    "LayerNorm with 1 + w": lambda x, w, eps: F.layer_norm(
+        x.float(), (x.shape[-1],), 1 + w.float(), None, eps
+    ).bfloat16(),
 }
 MISSING = {  # what the answer says would explain it
     "variance over D - 1": "the mean is over one channel less",

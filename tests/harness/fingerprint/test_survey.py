@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from support import assert_bit_equal
 from torch import Tensor
 
-from castpoint.harness.peers import implementations as subject
-from castpoint.harness.peers.implementations import (
-    COMPILE,
-    EAGER,
-    JIT,
-    OP_BY_OP,
-    TRITON,
-    Implementation,
-    Norm,
-    implementations,
-)
+from castpoint.harness.peers import packages
+from castpoint.harness.peers import running as subject
+from castpoint.harness.peers.packages import package_rows
+from castpoint.harness.peers.running import COMPILE, EAGER, JIT, OP_BY_OP, TRITON, Implementation, Norm
 from castpoint.harness.problems.exact import exact_problem
 from castpoint.harness.runs.environment import version
 from castpoint.kernels.plan import KEEP, RNE
@@ -32,25 +25,7 @@ from castpoint.variants.catalogue import plan_named
 from castpoint.variants.problem import Problem
 from castpoint.variants.spec import spec, store
 
-OPTIONAL = {"liger-kernel": "liger_kernel", "fla-core": "fla", "flag-gems": "flag_gems", "flax": "flax", "jax": "jax"}
-# The norm each implementation is, run as it is written: a plan's name, or a function of a problem below.
-WRITTEN = {
-    "F.rms_norm": "one-rounding",
-    "nn.RMSNorm": "one-rounding",
-    "LlamaRMSNorm": "hf",
-    "Qwen2RMSNorm": "hf",
-    "Qwen3RMSNorm": "hf",
-    "Olmo2RMSNorm": "one-rounding",
-    "Gemma3RMSNorm": "gemma",
-    "Gemma4RMSNorm": "one-rounding",
-    "Qwen3_5RMSNorm": "gemma",
-    "nano-vLLM's formula": "hf",
-    "flash-linear-attention rms_norm_ref": "all in bf16",
-    "flax.linen.RMSNorm, bf16": "weight first",
-    "flax.linen.RMSNorm, defaults": "weight first, fp32",
-    "flax.nnx.RMSNorm, bf16": "weight first",
-    "Hugging Face's formula in JAX": "hf",
-}
+OPTIONAL = {"liger-kernel": "liger_kernel", "fla-core": "fla", "flax": "flax", "jax": "jax"}
 # A second to compile each graph, so of those that differ by the class alone one is enough.
 COMPILED = ("F.rms_norm", "Qwen3RMSNorm", "Gemma3RMSNorm", "Gemma4RMSNorm", "nano-vLLM's formula")
 
@@ -59,21 +34,18 @@ def row_id(row: Implementation) -> str:
     return f"{row.name}, {row.kind}, {row.how}"
 
 
-ROWS = implementations()
+ROWS = package_rows()
+FORMULAS = {"bf16-statistics, eps=bf16, root=1/sqrt": "all in bf16", "one-rounding, order=x*(rstd*w)": "weight first"}
+FORMULAS["one-rounding, order=x*(rstd*w), hidden=fp32"] = "weight first, fp32"
 HERE = [
     row
     for row in ROWS
     if row.how != TRITON and version(row.package) and (row.how not in COMPILE or row.name in COMPILED)
+    if not row.right.startswith("none")
 ]
 
 
 # ---------------------------------------------------------------- formulas
-
-
-def formula_of(row: Implementation) -> str:
-    """Inductor cancels a cast to bf16 and back, so that two roundings become one, unless it emulates casts."""
-    written = WRITTEN[row.name]
-    return "one-rounding" if row.how == "torch.compile" and written == "hf" else written
 
 
 def expected(problem: Problem, formula: str) -> Tensor:
@@ -132,7 +104,7 @@ def assert_is(norm: Norm, formula: str, kind: str = "rmsnorm") -> None:
 
 @pytest.mark.parametrize("row", HERE, ids=row_id)
 def test_adapter_is_its_formula(row: Implementation) -> None:
-    assert_is(row.make("cpu"), formula_of(row), row.kind)
+    assert_is(row.make("cpu"), FORMULAS.get(row.right, row.right), row.kind)
 
 
 # ---------------------------------------------------------------- the check notices faults
@@ -192,19 +164,20 @@ def test_rows_are_distinct_and_say_how_they_run() -> None:
     assert len(set(keys)) == len(keys)
     assert {row.how for row in ROWS} <= {EAGER, OP_BY_OP, TRITON, *COMPILE, *JIT}
     assert {row.kind for row in ROWS} == {"rmsnorm", "head_norm"}
-    assert {row.name for row in ROWS if row.how != TRITON} == set(WRITTEN)
     assert {row.package for row in ROWS} == {"torch", "transformers", *OPTIONAL}
 
 
-def test_each_module_runs_eager_and_compiled_both_ways() -> None:
-    for name in [name for name, package in {(r.name, r.package) for r in ROWS} if package in ("torch", "transformers")]:
+def test_modules_run_compiled_run_eager_and_both_ways() -> None:
+    names = {row.name for row in ROWS if row.how in COMPILE}
+    assert set(COMPILED) <= names
+    for name in names:
         assert {row.how for row in ROWS if row.name == name and row.kind == "rmsnorm"} == {EAGER, *COMPILE}
 
 
 def test_triton_kernels_are_never_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpreted kernel rounds otherwise than it does on a GPU, so its fingerprint would be wrong."""
     rows = [row for row in ROWS if row.how == TRITON]
-    assert len(rows) == 5
+    assert len(rows) == 10
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for row, device in itertools.product(rows, ("cpu", "cuda")):
         with pytest.raises(ValueError, match="unset it") as error:
@@ -218,7 +191,7 @@ def test_missing_package_is_an_import_error(row: Implementation, monkeypatch: py
     for name in [module, *(name for name in sys.modules if name.startswith(module + "."))]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert row_id(row) in map(row_id, implementations())
+    assert row_id(row) in map(row_id, package_rows())
     with pytest.raises(ImportError):
         row.make("cpu")
 
@@ -242,7 +215,7 @@ def test_more_values_of_eps_than_dynamo_allows_by_itself(monkeypatch: pytest.Mon
     x, weight = torch.full((2, 8), 1e-3).bfloat16(), torch.ones(8).bfloat16()
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            bind = subject.load_module("torch.nn", "RMSNorm")
+            bind = packages.load_module("torch.nn", "RMSNorm")
             for eps in (1e-6, 2e-6, 3e-6):
                 torch.compile(bind(8, eps), fullgraph=True, dynamic=False)(x, weight)
         for eps in (1e-6, 2e-6, 3e-6):

@@ -17,7 +17,7 @@ import castpoint.harness.conformance.execute as execute
 import castpoint.harness.fingerprint.survey as survey
 import castpoint.harness.model.study as study
 from castpoint.harness import steps
-from castpoint.harness.peers.implementations import Implementation
+from castpoint.harness.peers.running import Implementation
 from castpoint.harness.report import failures
 from castpoint.harness.report.publish import write
 from castpoint.harness.runs.environment import describe
@@ -51,7 +51,8 @@ def plant(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweep, "run", failing(sweep.run, lambda plan, problem, backend: backend == "inductor", "no compiler"))
     patch.setattr(budget, "budget", failing(budget.budget, lambda plan, *rest: plan == fp32, "no budget"))
     patch.setattr(budget, "order_of_sums", failing(len, lambda *rest: True, "no sums"))
-    broken = Implementation("broken", "torch", "rmsnorm", "eager", failing(len, lambda device: True, "no package"))
+    make = failing(len, lambda device: True, "no package")
+    broken = Implementation("broken", "torch", "rmsnorm", "eager", make, "hf", "broken.py")
     patch.setattr(survey, "implementations", lambda: [broken])
     case = next(case for case in cases.CASES if case.claim.case == 9)
     fails = dataclasses.replace(case, claim=dataclasses.replace(case.claim, source="planted"))

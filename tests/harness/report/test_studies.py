@@ -13,7 +13,7 @@ import typer
 
 import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.survey as survey
-from castpoint.harness.peers.implementations import Implementation
+from castpoint.harness.peers.running import Implementation
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.fingerprints import (
     ANOTHER,
@@ -24,6 +24,9 @@ from castpoint.harness.report.fingerprints import (
     confusion_summary,
     confusion_table,
     implementation_groups,
+    implementation_rows,
+    implementations_section,
+    verdicts_summary,
 )
 from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import SECTIONS, counted, study_sections
@@ -52,12 +55,12 @@ def a_few() -> list[Implementation]:
         return lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)
 
     return [
-        Implementation("norm", "torch", "rmsnorm", "eager", hf),
-        Implementation("norm", "torch", "rmsnorm", "torch.compile", one),
-        Implementation("norm", "torch", "head_norm", "eager", hf),
-        Implementation("absent", "engine", "rmsnorm", "eager", missing),
-        Implementation("broken", "engine", "rmsnorm", "eager", broken),
-        Implementation("kernel", "engine", "rmsnorm", "triton", hf),
+        Implementation("norm", "torch", "rmsnorm", "eager", hf, "hf", "norm.py"),
+        Implementation("norm", "torch", "rmsnorm", "torch.compile", one, "hf", "norm.py"),
+        Implementation("norm", "torch", "head_norm", "eager", hf, "hf", "norm.py"),
+        Implementation("absent", "engine", "rmsnorm", "eager", missing, "hf", "norm.py"),
+        Implementation("broken", "engine", "rmsnorm", "eager", broken, "hf", "norm.py"),
+        Implementation("kernel", "engine", "rmsnorm", "triton", hf, "hf", "norm.py"),
     ]
 
 
@@ -79,6 +82,22 @@ def test_survey_writes_a_row_an_implementation(surveyed: Path) -> None:
     assert answer_words(frame["plan"][0]) == "normed, hidden" and answer_words(frame["plan"][1]) == "hidden"
     assert answer_words(frame["plan"][2]) == "head_normed, out" and frame["plan"][3] == ""
     assert (frame["share_equal"][:3] == 1).all() and (frame["runner_up_share_equal"][:3] < 0.95).all()
+    assert set(frame["expected"]) == {"hf"} and set(frame["source"]) == {"norm.py"}
+    assert list(frame["verdict"]) == ["right", "wrong", "right", "", "wrong", "right"]
+
+
+def test_the_report_says_what_is_wrong_first(surveyed: Path) -> None:
+    _, frame = latest(surveyed, "implementations")
+    rows = implementation_rows(frame)
+    assert list(rows["verdict"]) == ["wrong", "wrong", "right", "right", "", "right"]
+    assert list(rows["how"][:1]) == ["torch.compile"] and list(rows["expected"]) == ["hf"] * 6
+    assert verdicts_summary(frame) == (
+        "4 callables in 5 ways to run them, whose right answer was written down from their source before they were "
+        "asked: 3 answered right, 0 right with fp32 steps left open, 2 wrong; 1 more were not asked."
+    )
+    frame["verdict"] = ["left open", "right", "right", "", "right", "right"]
+    assert "4 answered right, 1 right with fp32 steps left open, 0 wrong;" in verdicts_summary(frame)
+    assert verdicts_summary(frame) in implementations_section(frame)
 
 
 def test_what_a_compiler_moves_is_a_finding(surveyed: Path) -> None:
