@@ -1,15 +1,17 @@
-"""Public implementations in single files of LMDeploy, LightLLM, FlagGems and Unsloth, read and launched as those of
-engines are."""
+"""Public implementations in single files of LMDeploy, LightLLM, FlagGems, xFormers and Unsloth, read and launched as
+those of engines are."""
 
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from castpoint.harness.peers.files_of_wheels import load_file, module_of, of_rows, row_of_file
 from castpoint.harness.peers.packages import load_function
@@ -23,7 +25,7 @@ def library_rows() -> list[Implementation]:
     default, kernel = "lmdeploy/pytorch/backends/default/norm.py", "lmdeploy/pytorch/kernels/cuda/rms_norm.py"
     gems, unsloth = "flag_gems/ops/rms_norm.py", "unsloth/kernels/rms_layernorm.py"
     gems_add, gemma = "flag_gems/fused/fused_add_rms_norm.py", partial(unsloth_norm, "_gemma_rms_layernorm_forward")
-    light = "lightllm/models/llama/triton_kernel/rmsnorm.py"
+    former, light = "xformers/ops/_triton/rmsnorm_kernels.py", "lightllm/models/llama/triton_kernel/rmsnorm.py"
     return [
         row_of_file("LMDeploy DefaultRMSNormImpl", EAGER, lmdeploy_default, f"{ONE}, x=bf16-rne", default),
         row_of_file("LMDeploy rms_norm", TRITON, lmdeploy_kernel, f"{ONE}, x=bf16-rne", kernel),
@@ -34,6 +36,9 @@ def library_rows() -> list[Implementation]:
         row_of_file("FlagGems fused_add_rms_norm", TRITON, flag_gems_add, f"{ONE}, x=fp32", gems_add),
         row_of_file("FlagGems rmsnorm, experimental", TRITON, flag_gems_experimental, ONE,
              "flag_gems/experimental_ops/rmsnorm.py"),
+        row_of_file("xFormers rms_norm", TRITON, xformers, ONE, former),
+        # takes the mean of the sum in fp32, and normalises the sum that it stored in bf16
+        row_of_file("xFormers rms_norm_add", TRITON, xformers_add, "none", former),
         row_of_file("Unsloth rms_layernorm", TRITON, partial(unsloth_norm, "_rms_layernorm_forward"), "hf", unsloth),
         row_of_file("Unsloth rms_layernorm, Gemma", TRITON, gemma, OFFSET, unsloth),
     ]  # fmt: skip
@@ -105,6 +110,34 @@ def flag_gems_experimental() -> Norm:
         kernel[(rows,)](x, weight, y, rows, width, eps, BLOCK_SIZE=block, num_warps=4 if block <= 1024 else 8)
 
     return of_rows(launch)
+
+
+def _xformers_file() -> ModuleType:
+    importing = module_of("xformers.triton.importing", libdevice_find=lambda name: getattr(libdevice, name))
+    return load_file("xformers", "xformers/ops/_triton/rmsnorm_kernels.py", importing)
+
+
+def xformers() -> Norm:
+    kernel = _xformers_file()._rms_norm_kernel
+
+    def launch(x: Tensor, weight: Tensor, y: Tensor, eps: float, rows: int, width: int, block: int) -> None:
+        block = min(max(block, 128), 8192)
+        kernel[(rows,)](x, y, weight, eps, width, width, block, True, num_warps=min(max(block // 256, 1), 8))
+
+    return of_rows(launch)
+
+
+def xformers_add() -> Norm:
+    kernel = _xformers_file()._rms_norm_add_kernel
+
+    def norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total, residual, y = x.clone(), residual.contiguous(), torch.empty_like(x)
+        width, block = x.shape[-1], min(max(triton.next_power_of_2(x.shape[-1]), 128), 8192)
+        warps = min(max(block // 256, 1), 8)
+        kernel[(len(x),)](total, residual, y, weight, eps, width, width, block, True, num_warps=warps)
+        return y, total
+
+    return norm
 
 
 def unsloth_norm(name: str) -> Norm:

@@ -81,6 +81,13 @@ def keeps_the_sum(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tu
     return hf(total, weight, eps), total.bfloat16()
 
 
+def keeps_the_sum_for_the_mean(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the sum in fp32, the values of the one in bf16."""
+    total = x.float() + residual.float()
+    values = bf16(total) * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    return (bf16(values) * weight.float()).bfloat16(), total.bfloat16()
+
+
 def adds_in_place(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
     """y in x, x + residual in residual, as fused_add_rms_norm is called."""
     residual += x
@@ -256,6 +263,7 @@ def chain(
 NORMS: tuple[tuple[str, Norm, str, str], ...] = (  # name, callable, right, source
     ("residual sum rounded before the variance", rounds_the_sum, "hf, x=bf16-rne", "vllm #52104"),
     ("residual sum kept for the variance", keeps_the_sum, "hf, x=fp32", "vllm #52243"),
+    ("residual sum kept for the variance alone", keeps_the_sum_for_the_mean, "none", "xformers rms_norm_add"),
     ("fused_add_rms_norm in place", adds_in_place, "hf, x=bf16-rne", "vllm fused_add_rms_norm"),
     ("residual forgotten", forgets_the_residual, "none", CONSTRUCTED),
     ("weight product after the cast", hf, "hf", "transformers #33133"),

@@ -41,8 +41,10 @@ def implementation_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts_summary(frame: pd.DataFrame) -> str:
-    """How many answers are those written down beforehand."""
+    """How many answers are those written down beforehand; empty for records in which none was."""
     asked = frame[frame["verdict"] != ""]
+    if asked.empty:
+        return ""
     counts = asked["verdict"].value_counts()
     right, open_, wrong = (counts.get(word, 0) for word in ("right", "left open", "wrong"))
     functions = asked[["implementation", "kind"]].drop_duplicates()
@@ -116,8 +118,9 @@ def implementations_section(frame: pd.DataFrame) -> str:
         "Named are the boundaries that round to bf16; what is not mentioned is kept in fp32, eps is added in fp32, and "
         "the order is (x·rstd)·w."
     )
+    summary = f"{verdicts_summary(frame)} ".lstrip()
     return (
-        f"## What public implementations do\n\nBy fingerprint (`castpoint study survey`). {verdicts_summary(frame)} "
+        f"## What public implementations do\n\nBy fingerprint (`castpoint study survey`). {summary}"
         f"{said}\n\n{markdown(implementation_groups(frame))}\n\nOne row a callable and a way to run it, those written "
         f"here from reports at the end:\n\n{markdown(implementation_rows(frame))}"
     )

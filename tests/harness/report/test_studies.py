@@ -98,6 +98,7 @@ def test_the_report_says_what_is_wrong_first(surveyed: Path) -> None:
     frame["verdict"] = ["left open", "right", "right", "", "right", "right"]
     assert "4 answered right, 1 right with fp32 steps left open, 0 wrong;" in verdicts_summary(frame)
     assert verdicts_summary(frame) in implementations_section(frame)
+    assert verdicts_summary(frame.assign(verdict="")) == ""
 
 
 def test_what_a_compiler_moves_is_a_finding(surveyed: Path) -> None:
