@@ -146,19 +146,22 @@ def compiled(function: Callable[..., Tensor], options: dict[str, Any] | None) ->
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def to_jax(tensor: Tensor, device: Any) -> Any:
-    """A bf16 tensor as a JAX array on that JAX device, bit for bit (a conversion by value could quieten a NaN)."""
+def to_jax(tensor: Tensor, device: Any = None) -> Any:
+    """A bf16, fp16 or fp32 tensor as a JAX array on that JAX device, bit for bit (a conversion by value could quieten a
+    NaN)."""
     import jax
     import jax.numpy as jnp
 
-    return jax.device_put(tensor.cpu().view(torch.int16).numpy().view(jnp.bfloat16.dtype), device)
+    held = tensor.cpu().contiguous()
+    values = held.view(torch.int16).numpy().view(jnp.bfloat16.dtype) if held.dtype == torch.bfloat16 else held.numpy()
+    return jax.device_put(values, device)
 
 
 def from_jax(array: Any) -> Tensor:
-    """A bf16 or fp32 JAX array as a CPU tensor, bit for bit."""
+    """A bf16, fp16 or fp32 JAX array as a CPU tensor, bit for bit."""
     import numpy as np
 
     values = np.array(array)  # a copy: JAX's own memory is read-only
-    if values.dtype == np.float32:
+    if values.dtype in (np.float32, np.float16):
         return torch.from_numpy(values)
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
