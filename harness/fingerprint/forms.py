@@ -281,14 +281,17 @@ def _of_module(module: nn.Module) -> Callable[..., Any]:
     name = _weight_of(module)
     names = ("x", "weight", "eps") if name else ("x", "eps")
 
-    def function(*arguments: Any, residual: Tensor | None = None) -> Any:
+    parameters = _parameters(module.forward)
+    named = {str(MEANING.get(own)): own for own in parameters if MEANING.get(own) in NAMED}
+
+    def function(*arguments: Any, **extra: Tensor) -> Any:
         x, *weights, eps = arguments
         held = {name: weights[0]} if name else {}
         with _with_eps(module, eps):
-            return functional_call(module, held, (x,) if residual is None else (x, residual))
+            return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 
-    takes = "residual" in map(MEANING.get, _parameters(module.forward))
-    return _signed(function, names, {"residual": True} if takes else {})
+    optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
+    return _signed(function, names, optional)
 
 
 def _of_class(kind: type[nn.Module]) -> Callable[..., Any]:

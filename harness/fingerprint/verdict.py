@@ -10,10 +10,14 @@ from __future__ import annotations
 from enum import StrEnum
 
 from castpoint.harness.fingerprint.answer import Answer, words_of
+from castpoint.harness.fingerprint.blackbox import CHAINS
 from castpoint.harness.fingerprint.norm import NORM_WORDS
 from castpoint.variants.catalogue import plan_named
 
 ARITHMETIC = {"eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w"}  # of a norm that says nothing of it
+
+UNSAID = ("weight_offset", *ARITHMETIC)  # without a weight, or in 8 bits
+MORE = ("x", "weight", "ungated", "gate", "gated", "out")  # what a named plan does not say of a norm
 
 
 class Verdict(StrEnum):
@@ -29,7 +33,10 @@ def verdict(right: str, kind: str, answer: Answer) -> Verdict:
     status, _, reason = right.partition(": ")
     if status in ("none", "error"):
         return Verdict.RIGHT if answer.status == status and reason in answer.reason else Verdict.WRONG
+    if not answer.candidates:
+        return Verdict.WRONG
     words = right_words(right, kind)
+    words = {name: word for name, word in words.items() if name in answer.candidates[0] or name not in UNSAID}
     there = [all(word in found[name].split(" or ") for name, word in words.items()) for found in answer.candidates]
     if not any(there):
         return Verdict.WRONG
@@ -43,10 +50,10 @@ def verdict(right: str, kind: str, answer: Answer) -> Verdict:
 def right_words(right: str, kind: str) -> dict[str, str]:
     """The words of an answer that names a plan. Raises KeyError for a plan or a word that there is not."""
     name, *changes = right.split(", ")
-    words = words_of(plan_named(name), "qkv" if kind == "qkv" else "rmsnorm") | ARITHMETIC
+    words = words_of(plan_named(name), kind if kind in CHAINS else "rmsnorm") | ARITHMETIC
     for change in changes:
         key, _, word = change.partition("=")
-        if key not in words and key not in ("x", "weight"):
+        if key not in words and key not in MORE:
             raise KeyError(f"{key} is no word of {right!r}")
         words[key] = word
     return {
