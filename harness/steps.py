@@ -204,7 +204,7 @@ STUDIES = {  # name -> its tables
     "cases": ("cases",),
     "gates": ("gates", "tolerances"),
     "streams": ("streams",),
-    "confusion": ("fingerprints",),
+    "confusion": ("fingerprints", "captures"),
 }
 SYSTEMS = ("parallel", "jax", "engine", "four-bit")  # studies of a whole system, each a page of the report
 
@@ -234,12 +234,14 @@ def study(name: str, records: Records, device: str) -> None:
     from castpoint.harness.accuracy.streams import sweep_streams
     from castpoint.harness.cases.run import run_cases
     from castpoint.harness.conformance.gates import sweep_gates
-    from castpoint.harness.fingerprint.survey import survey_implementations, survey_known
+    from castpoint.harness.fingerprint.known import survey_captures, survey_known
+    from castpoint.harness.fingerprint.survey import survey_implementations
 
     if name == "survey":
         survey_implementations(records, device)
     elif name == "confusion":
         survey_known(records)
+        survey_captures(records)
     elif name == "gates":
         sweep_gates(records)
     elif name == "streams":

@@ -161,7 +161,15 @@ def other_rows() -> list[Implementation]:
         for kind, name, fn, right, source in TABLE
     ]
     modules = [
-        Implementation(name, "transformers", kind, EAGER, partial(_module, model, name, made), right, "its forward")
+        Implementation(
+            f"{name}, the module",
+            "transformers",
+            kind,
+            EAGER,
+            partial(_module, model, name, made),
+            right,
+            "its forward",
+        )
         for kind, model, name, made, right in MODULES
     ]
     return [*written, *modules]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from castpoint.harness.report import budget, gates, gpu, model, rope_positions, streams, systems
-from castpoint.harness.report.fingerprints import confusion_section, implementations_section
+from castpoint.harness.report.fingerprints import captures_section, confusion_section, implementations_section
 from castpoint.harness.report.markdown import markdown
 from castpoint.harness.runs.frames import latest
 from castpoint.harness.runs.records import load_runs
@@ -118,6 +118,7 @@ def configs_section(frame: pd.DataFrame) -> str:
 SECTIONS: dict[str, Callable[[pd.DataFrame], str]] = {
     "implementations": implementations_section,
     "fingerprints": confusion_section,
+    "captures": captures_section,
     "budget": budget.section,
     "rope_positions": rope_positions.section,
     "streams": streams.section,

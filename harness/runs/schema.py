@@ -261,6 +261,10 @@ class TuningRow(Row, table="tuning", key=("model", "tokens", "scale", "config"))
     num_warps: int; num_stages: int; splits: int; cold: bool; p10_us: Number = None; p50_us: Number = None
     p90_us: Number = None; speedup_separate: Number = None; noise_p10: Number = None; noise_p90: Number = None
 
+class CaptureRow(Row, table="captures", key=("kind", "tokens")):
+    kind: str; tokens: int; plans: int  # planted in captures of so many tokens
+    told_apart: Number = None; lost: Number = None  # shares: answered alone; not among the answers
+
 class FingerprintRow(Row, table="fingerprints", key=("source", "kind", "planted")):
     source: str; kind: str; planted: str; answered: str
     share_equal: Number = None; runner_up_share_equal: Number = None; seconds: Number = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import castpoint.harness.__main__ as cli
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.answer import Answer, unmet
 from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox
 from castpoint.harness.fingerprint.norm import identify
@@ -143,7 +143,7 @@ def test_the_json_of_an_answer(module: Path) -> None:
     fields = "status candidates share_equal runner_up_share_equal nearest reason plans asked facts seconds kind".split()
     assert code == 0 and list(answer) == fields and time.monotonic() - start < 30
     assert answer["status"] == "identified" and answer["candidates"][0]["normed"] == RNE and answer["seconds"] < 10
-    assert survey.expected(HF, "rmsnorm").items() <= answer["candidates"][0].items()
+    assert known.expected(HF, "rmsnorm").items() <= answer["candidates"][0].items()
     assert (
         answer["plans"] == ["hf"] and len(answer["asked"]) > 25 and {c["result"] for c in answer["asked"]} == {"same"}
     )
@@ -177,7 +177,7 @@ def test_an_instruction_that_is_not_known_here_is_not_the_callables_fault(tmp_pa
 
 def test_flat_heads_are_viewed_by_head() -> None:
     def fn(*arguments: object) -> list[Tensor]:
-        return [output.flatten(1) for output in survey.chain(HF, "eager")(*arguments)]
+        return [output.flatten(1) for output in known.chain(HF, "eager")(*arguments)]
 
     assert identify(fn, "qkv").plans == ["hf"]
     answer = identify(lambda *arguments: [output[:, :-1] for output in fn(*arguments)], "qkv")
@@ -213,7 +213,7 @@ def test_two_identifications_agree_and_leave_the_random_state_alone(two_threads:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     start = time.process_time()
-    answers = [identify(survey.spec_norm(HF), "rmsnorm") for _ in range(2)]
+    answers = [identify(known.spec_norm(HF), "rmsnorm") for _ in range(2)]
     first, second = (dataclasses.replace(answer, seconds=0.0) for answer in answers)
     assert first == second and torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
     assert time.process_time() - start < 40  # of two cores: ten seconds each by the clock

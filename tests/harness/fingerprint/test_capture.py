@@ -18,6 +18,7 @@ from castpoint.harness.fingerprint import captured
 from castpoint.harness.fingerprint.bounds import before_proj, bounds_of, flat, input_plans
 from castpoint.harness.fingerprint.capture import Capture, Chain, Norm, read
 from castpoint.harness.fingerprint.captured import explain, holds, misses, words
+from castpoint.harness.fingerprint.known import drawn_chains, norm_plans, recorded_chain, recorded_norm, told_apart
 from castpoint.harness.fingerprint.norm import NORM_WORDS
 from castpoint.harness.fingerprint.rules import (
     ORDERS,
@@ -31,7 +32,6 @@ from castpoint.harness.fingerprint.rules import (
     two_step,
 )
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.survey import drawn_chains, norm_plans, recorded_chain, recorded_norm, told_apart
 from castpoint.harness.problems.drawn import synthetic_problem
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import PLANS, plan_named

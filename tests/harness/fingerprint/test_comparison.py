@@ -13,7 +13,7 @@ from commands import command
 from safetensors.torch import save_file
 from torch import Tensor
 
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.comparison import compare
 from castpoint.harness.fingerprint.sizes import ANY
 from castpoint.kernels.plan import KEEP
@@ -86,7 +86,7 @@ def test_what_differs_in_company_alone_is_said() -> None:
     ("plan", "parts"), [(HF.replace(head_normed=KEEP), "head_normed, bf16-rne against fp32"), (HF, "")]
 )
 def test_chains(plan: object, parts: str) -> None:
-    found = compare(survey.chain(HF, "eager"), survey.chain(plan, "eager"), "qkv", "cpu", ANY)
+    found = compare(known.chain(HF, "eager"), known.chain(plan, "eager"), "qkv", "cpu", ANY)
     assert found.same == (not parts) and found.parts == parts, found
     assert (
         not parts

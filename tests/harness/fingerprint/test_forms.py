@@ -14,7 +14,7 @@ from commands import command
 from torch import Tensor, nn
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.kernels.plan import RNE
@@ -138,7 +138,7 @@ def test_every_argument_may_be_told_by_a_call() -> None:
 def test_a_chain_in_another_order_is_called_by_its_names() -> None:
     def fn(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, num_q_heads: int, num_kv_heads: int,
            q_norm_weight: Tensor, k_norm_weight: Tensor, *, eps: float = 1e-6, plan: str = "hf") -> object:  # fmt: skip
-        chain = survey.chain(PLANS[plan].plan, "eager")
+        chain = known.chain(PLANS[plan].plan, "eager")
         return chain(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads)
 
     assert identify(fn, "qkv").plans == ["hf"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.kernels.plan import KEEP
@@ -17,7 +17,7 @@ from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
 
 Chain = Callable[..., tuple[Tensor, ...]]
-EAGER = survey.chain(HF, "eager")
+EAGER = known.chain(HF, "eager")
 
 
 def where(wrong: Callable[..., bool], then: Chain | None = None) -> Chain:
@@ -61,7 +61,7 @@ def head_eps_ignored(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Ten
 
 def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
     q, _, v = EAGER(*arguments)
-    return q, survey.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
+    return q, known.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
 
 
 FAULTS: dict[str, tuple[Chain, str]] = {
@@ -75,11 +75,11 @@ FAULTS: dict[str, tuple[Chain, str]] = {
     "the width of Qwen3 14B": (where(lambda x, **_: x.shape[1] == 5120), "with x [17, 5120]"),
     "a width of 896": (where(lambda x, **_: x.shape[1] == 896), "with x [33, 896]"),
     "another plan for many tokens": (
-        where(lambda x, **_: len(x) > 512, survey.chain(ONE_ROUNDING, "eager")),
+        where(lambda x, **_: len(x) > 512, known.chain(ONE_ROUNDING, "eager")),
         "with x [600, 256]",
     ),
     "another plan for one token": (
-        where(lambda x, **_: len(x) == 1, survey.chain(ONE_ROUNDING, "eager")),
+        where(lambda x, **_: len(x) == 1, known.chain(ONE_ROUNDING, "eager")),
         "with x [1, 1024]",
     ),
     "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import castpoint.harness.fingerprint.rules as family
-from castpoint.harness.fingerprint import probes, survey
+from castpoint.harness.fingerprint import known, probes
 from castpoint.harness.fingerprint.answer import Answer, words_of
 from castpoint.harness.fingerprint.evidence import UNEXPLAINED
 from castpoint.harness.fingerprint.norm import identify, summary
@@ -19,31 +19,31 @@ from castpoint.variants.catalogue import HF, ONE_ROUNDING, PLANS
 from castpoint.variants.eager import eager_norm
 from castpoint.variants.spec import round_to
 
-SPREAD = survey.norm_plans()[5::61]  # twelve; 61 shares no factor with 3, so that every word of every boundary occurs
+SPREAD = known.norm_plans()[5::61]  # twelve; 61 shares no factor with 3, so that every word of every boundary occurs
 
 
 def right(answer: Answer, plan: CastPlan, kind: str, source: str) -> bool:
     """Whether the answer is that plan and no other, and its fp32 arithmetic that of the source: spec or kernel."""
     if answer.status != "identified":
         return False
-    words, planted = answer.candidates[0], survey.expected(plan, kind)
+    words, planted = answer.candidates[0], known.expected(plan, kind)
     fp32 = {"eps": "float32" if source == "triton" else "float64", "root": "rsqrt", "order": "(x*rstd)*w"}
     return planted.items() <= words.items() and all(v in words[k].split(" or ") for k, v in fp32.items())
 
 
 def test_the_spread_has_every_word_of_every_boundary() -> None:
-    for name, words in survey.expected(SPREAD[0], "rmsnorm").items():
-        assert {survey.expected(plan, "rmsnorm")[name] for plan in SPREAD} == {
-            survey.expected(plan, "rmsnorm")[name] for plan in survey.norm_plans()
+    for name, words in known.expected(SPREAD[0], "rmsnorm").items():
+        assert {known.expected(plan, "rmsnorm")[name] for plan in SPREAD} == {
+            known.expected(plan, "rmsnorm")[name] for plan in known.norm_plans()
         }, (name, words)
 
 
 @pytest.mark.parametrize("plan", SPREAD, ids=lambda plan: "-".join(plan.roundings()) or "none")
 def test_a_norm_is_named_by_its_spec_its_kernel_and_with_noise(plan: CastPlan) -> None:
     subjects = {
-        "spec": ("rmsnorm", survey.spec_norm(plan)),
-        "spec with noise": ("rmsnorm", survey.with_noise(survey.spec_norm(plan))),
-        "triton": ("head_norm", survey.triton_head_norm(plan)),
+        "spec": ("rmsnorm", known.spec_norm(plan)),
+        "spec with noise": ("rmsnorm", known.with_noise(known.spec_norm(plan))),
+        "triton": ("head_norm", known.triton_head_norm(plan)),
     }
     if SPREAD.index(plan) % 4:  # interpreted, the kernel takes ten seconds
         del subjects["triton"]
@@ -56,14 +56,14 @@ def test_a_norm_is_named_by_its_spec_its_kernel_and_with_noise(plan: CastPlan) -
 @pytest.mark.parametrize("name", ["hf", "fp32", "cast-after-matmul", "deferred", "folded", "bf16-statistics", "gemma"])
 def test_a_chain_is_named_by_its_spec(name: str) -> None:
     plan = PLANS[name].plan
-    answer = identify(survey.chain(plan, "spec"), "qkv")
+    answer = identify(known.chain(plan, "spec"), "qkv")
     assert right(answer, plan, "qkv", "spec"), answer
 
 
 @pytest.mark.parametrize("name", ["hf", "fp32-tf32x3"])
 def test_a_chain_is_named_by_its_kernel(name: str) -> None:
     plan = PLANS[name].plan
-    answer = identify(survey.chain(plan, "triton"), "qkv")
+    answer = identify(known.chain(plan, "triton"), "qkv")
     assert right(answer, plan, "qkv", "triton"), answer
 
 
@@ -80,7 +80,7 @@ def test_rules_differ_by_more_than_noise_and_the_threshold_hide() -> None:
         differ = (bits != bits[i]).float().mean(1)
         differ[i] = 1
         least = min(least, differ.min().item())
-    assert least > UNEXPLAINED + survey.NOISY, least
+    assert least > UNEXPLAINED + known.NOISY, least
 
 
 @pytest.mark.parametrize("rule", list(arithmetic(Rule())), ids=lambda rule: f"{rule.eps} {rule.root} {rule.order}")
@@ -134,22 +134,22 @@ def test_a_plan_has_the_words_of_its_parts() -> None:
     assert words_of(plan, "head_norm") == {**both, "head_rstd": RNE, "head_normed": RNE, "out": KEEP}
     assert words_of(plan, "qkv").items() >= {**both, "proj": RNE, "scale": "prologue", "matmul": "bf16"}.items()
     assert not words_of(plan, "qkv").keys() & set(OPTIONAL)
-    assert survey.expected(plan, "head_norm") == {**both, "head_rstd": RTZ, "head_normed": RNE, "out": RTZ}
+    assert known.expected(plan, "head_norm") == {**both, "head_rstd": RTZ, "head_normed": RNE, "out": RTZ}
     for name, named in PLANS.items():
         norm = ("rstd", "normed", "hidden", *both) if name not in ("deferred", "folded") else ()
         assert words_of(named.plan, "rmsnorm") == {word: getattr(named.plan, word) for word in norm}, name
         left_out = OPTIONAL  # what no chain without residual and positions shows
         chain = {word: said for word, said in vars(named.plan).items() if word not in left_out}
-        assert words_of(named.plan, "qkv") == survey.expected(named.plan, "qkv") == chain, name
+        assert words_of(named.plan, "qkv") == known.expected(named.plan, "qkv") == chain, name
 
 
 def test_an_answer_names_the_plans_that_have_its_words() -> None:
     norm, head = (identify(lambda x, w, eps: eager_norm(x, w, eps, False), kind) for kind in ("rmsnorm", "head_norm"))
-    chain = identify(survey.chain(ONE_ROUNDING, "spec"), "qkv")
+    chain = identify(known.chain(ONE_ROUNDING, "spec"), "qkv")
     assert "= the norm of hf" in summary(norm).splitlines()
     assert "= the head norm of hf, separate-head-norm" in summary(head).splitlines()
     assert chain.plans == ["one-rounding"] and "= one-rounding" in summary(chain).splitlines()
-    unnamed = identify(survey.spec_norm(HF.replace(statistics=RTZ)), "rmsnorm")
+    unnamed = identify(known.spec_norm(HF.replace(statistics=RTZ)), "rmsnorm")
     assert unnamed.status == "identified" and unnamed.plans == [] and "\n= " not in summary(unnamed)
 
 
@@ -179,25 +179,25 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_wrong_prediction_would_be_noticed(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """If the family rounded to nearest where it says truncated, a truncating kernel would be named otherwise."""
     plan = HF.replace(normed=RTZ)
-    assert right(identify(survey.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
+    assert right(identify(known.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
     forget()
     monkeypatch.setattr(family, "round_to", lambda v, s: round_to(v, RNE if s == RTZ else s))
-    assert not right(identify(survey.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
+    assert not right(identify(known.spec_norm(plan), "rmsnorm"), plan, "rmsnorm", "spec")
 
 
 def test_inexact_rows_would_be_noticed(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """With weights of one, no product with the weight is rounded: normed and hidden cannot be told apart."""
     monkeypatch.setattr(probes, "norm_weight", lambda width, rng: torch.ones(width))
-    assert not right(identify(survey.spec_norm(HF), "rmsnorm"), HF, "rmsnorm", "spec")
+    assert not right(identify(known.spec_norm(HF), "rmsnorm"), HF, "rmsnorm", "spec")
 
 
 def test_what_is_remembered_is_what_was_searched() -> None:
     """An identification that finds its rows searched answers as the first, and leaves them as they were."""
     forget()
-    first = identify(survey.spec_norm(HF), "rmsnorm")
+    first = identify(known.spec_norm(HF), "rmsnorm")
     rows, _ = probes.first_rows(probes.WIDTH, residual=False)
     before, hits = rows.x.clone(), probes.telling_rows.cache_info().hits
-    again = identify(survey.spec_norm(HF), "rmsnorm")
+    again = identify(known.spec_norm(HF), "rmsnorm")
     assert dataclasses.replace(again, seconds=first.seconds) == first
     assert probes.telling_rows.cache_info().hits > hits
     assert probes.first_rows(probes.WIDTH, residual=False)[0] is rows and torch.equal(rows.x, before)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castpoint.harness.fingerprint import survey
+from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.kernels.plan import RNE, RTZ
 from castpoint.variants.catalogue import ONE_ROUNDING
@@ -99,7 +99,7 @@ def test_a_kernel_outside_the_family_is_none_of_these(name: str) -> None:
 def test_norms_that_no_one_plan_can_say_are_none_of_these() -> None:
     def gemma_heads(*args: object) -> tuple[Tensor, ...]:
         x, w_in, weight, q, k, eps, nq, nkv = args
-        outputs = survey.chain(ONE_ROUNDING, "spec")(x, w_in, weight, q * 0 + 1, k * 0 + 1, eps, nq, nkv)
+        outputs = known.chain(ONE_ROUNDING, "spec")(x, w_in, weight, q * 0 + 1, k * 0 + 1, eps, nq, nkv)
         return (outputs[0] * (1 + q), outputs[1] * (1 + k), outputs[2])
 
     answer = identify(gemma_heads, "qkv")

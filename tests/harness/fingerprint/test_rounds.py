@@ -16,7 +16,7 @@ from commands import failure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from castpoint.harness.fingerprint import rounds, survey
+from castpoint.harness.fingerprint import known, rounds
 from castpoint.harness.fingerprint.answer import Answer
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -118,7 +118,7 @@ def same(answer: Answer, direct: Answer) -> bool:
         (plain, "head_norm", (), "identified"),
         (norm, "rmsnorm", ("residual",), "identified"),
         (fused, "rmsnorm", ("residual",), "identified"),
-        (survey.chain(HF, "eager"), "qkv", (), "identified"),
+        (known.chain(HF, "eager"), "qkv", (), "identified"),
     ],
     ids=["norm", "in float64", "wrong", "rounded rstd", "head norm", "optional residual", "residual", "chain"],
 )

@@ -13,6 +13,7 @@ import typer
 
 import castpoint.harness.__main__ as cli
 import castpoint.harness.fingerprint.survey as survey
+from castpoint.harness.fingerprint import known as plans_known
 from castpoint.harness.peers.running import Implementation
 from castpoint.harness.report.findings import findings
 from castpoint.harness.report.fingerprints import (
@@ -32,6 +33,7 @@ from castpoint.harness.report.markdown import markdown, paragraphs, under
 from castpoint.harness.report.studies import SECTIONS, counted, study_sections
 from castpoint.harness.runs.frames import latest, load
 from castpoint.harness.runs.records import TABLES, Records, load_runs
+from castpoint.kernels.plan import KEEP, RNE, RTZ, STORAGE
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
 from castpoint.variants.eager import eager_norm
 
@@ -39,19 +41,19 @@ HF_WORDS = {"variance": "fp32", "normed": "bf16-rne", "hidden": "bf16-rne", "wei
 ONE_WORDS = HF_WORDS | {"normed": "fp32"}
 
 
-def missing(device: str) -> survey.Norm:
+def missing(device: str) -> plans_known.Norm:
     raise ImportError("the package engine is missing")
 
 
-def broken(device: str) -> survey.Norm:
+def broken(device: str) -> plans_known.Norm:
     raise RuntimeError("driver\ntoo old")
 
 
 def a_few() -> list[Implementation]:
-    def hf(device: str) -> survey.Norm:
+    def hf(device: str) -> plans_known.Norm:
         return lambda x, w, eps: eager_norm(x, w, eps, False)
 
-    def one(device: str) -> survey.Norm:
+    def one(device: str) -> plans_known.Norm:
         return lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)
 
     return [
@@ -164,20 +166,37 @@ def test_confusion_counts_what_was_answered() -> None:
 
 
 def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
-    subjects = list(survey.known_subjects())
+    subjects = list(plans_known.known_subjects())
     for source in ("spec", "triton"):
-        norms = {plan for s, kind, plan, _ in subjects if s == source and kind != "qkv"}
-        assert norms == set(survey.norm_plans()) and len(norms) == 3**6
-    chains = [plan for s, kind, plan, _ in subjects if kind == "qkv" and s == "spec"]
-    assert len(chains) == len(set(chains)) == 55 and {HF, ONE_ROUNDING} < set(chains)
+        norms = {json.dumps(s.planted) for s in subjects if s.source == source and s.kind != "qkv"}
+        assert len(norms) == len(plans_known.norm_plans()) == 3**6
+    chains = [json.dumps(s.planted) for s in subjects if s.kind == "qkv" and s.source == "spec"]
+    assert len(chains) == len(set(chains)) == 55
+    assert {json.dumps(plans_known.expected(plan, "qkv")) for plan in (HF, ONE_ROUNDING)} < set(chains)
+    for name in ("statistics", "variance", "rstd", "normed", "hidden", "weight_offset"):
+        words = {s.planted[name] for s in subjects if s.source == "torch in fp16"}
+        assert words == {KEEP, "fp16-rne", *(["none"] if name == "weight_offset" else ["fp16-rtz"])}
+    assert {s.planted.get("weight") for s in subjects} == {None, *STORAGE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_by_torch_is_that_of_the_spec(dtype: torch.dtype) -> None:
+    """In bf16 bit for bit; in fp16 what cut and rounded differ in is an ulp, toward zero."""
+    x, w = torch.randn(64, 256).to(dtype), (torch.rand(256) * 3).to(dtype)
+    for plan in plans_known.norm_plans()[::61]:
+        y = plans_known.norm_in(plan, dtype)(x, w, 1e-6)
+        if dtype == torch.bfloat16:
+            assert torch.equal(y, plans_known.spec_norm(plan)(x, w, 1e-6)), plan
+    cut, near = (plans_known.norm_in(HF.replace(hidden=way), dtype)(x, w, 1e-6).float() for way in (RTZ, RNE))
+    assert (cut.abs() <= near.abs()).all() and 0.3 < (cut != near).double().mean() < 0.7
 
 
 def test_noise_moves_one_element_in_a_thousand_by_an_ulp() -> None:
     x, w = torch.randn(64, 256).bfloat16(), torch.ones(256).bfloat16()
-    clean, noisy = survey.spec_norm(HF)(x, w, 1e-6), survey.with_noise(survey.spec_norm(HF))(x, w, 1e-6)
+    clean, noisy = plans_known.spec_norm(HF)(x, w, 1e-6), plans_known.with_noise(plans_known.spec_norm(HF))(x, w, 1e-6)
     steps = (clean.view(torch.int16).int() - noisy.view(torch.int16).int()).abs()
     assert steps.max() == 1 and 5 < steps.sum() < 40
-    assert torch.equal(noisy, survey.with_noise(survey.spec_norm(HF))(x, w, 1e-6))
+    assert torch.equal(noisy, plans_known.with_noise(plans_known.spec_norm(HF))(x, w, 1e-6))
 
 
 def test_cases_and_budget_commands_fill_the_report(
