@@ -18,9 +18,9 @@ def answer_words(plan: str) -> str:
     if not candidates:
         return ""
     common = {name: word for name, word in candidates[0].items() if all(c[name] == word for c in candidates)}
-    places = [name for name in common if name not in USUAL]
+    places = [name for name in common if name not in (*USUAL, "matmul", "bias") and common[name] != "fp32"]
     cut = {"bf16-rne": "", "bf16-rtz": " (truncated)"}
-    rounded = [name + cut[common[name]] for name in places if common[name] in cut]
+    rounded = [name + cut.get(common[name], f" ({common[name]})") for name in places]
     other = [f"{name} {common[name]}" for name in USUAL if name in common and common[name] != USUAL[name]]
     offsets = {"weight_offset fp32": "1 + w in fp32", "weight_offset bf16-rne": "1 + w in bf16"}
     other = [offsets.get(word, word) for word in other]
@@ -140,8 +140,8 @@ def captures_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of captures.csv."""
     names = {"kind": "kind", "tokens": "tokens", "plans": "plans planted", "told_apart": "told apart", "lost": "lost"}
     return (
-        "## How much a capture tells\n\nPlans planted in one recorded call (`castpoint study confusion`): a chain of 256 "
-        "channels and 2 + 1 + 1 heads of 128, cut out of the calibrated first layer, or its input norm. Told apart: the "
-        "answer is that plan alone, or with plans that no such inputs tell from it. Lost: the answer leaves it out."
+        "## How much a capture tells\n\nPlans planted in one recorded call (`castpoint study confusion`): a chain of "
+        "256 channels and 2 + 1 + 1 heads of 128, cut out of the calibrated first layer, or its input norm. Told apart: "
+        "the answer is that plan alone, or with plans that no such inputs tell from it. Lost: the answer leaves it out."
         f"\n\n{markdown(frame[list(names)].rename(columns=names))}"
     )

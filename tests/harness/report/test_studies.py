@@ -137,6 +137,8 @@ def test_words_of_an_answer() -> None:
     gemma = ONE_WORDS | {"weight_offset": "bf16-rne", "eps": "bf16", "root": "1/sqrt", "order": "x*(rstd*w)"}
     assert answer_words(json.dumps([gemma])) == "hidden; 1 + w in bf16; eps bf16; root 1/sqrt; order x*(rstd*w)"
     assert answer_words(json.dumps([HF_WORDS | {"hidden": "bf16-rtz"}])) == "normed, hidden (truncated)"
+    eight = HF_WORDS | {"out": "e4m3-rne", "weight": "none", "normed": "fp32 or bf16-rne"}
+    assert answer_words(json.dumps([eight])) == "normed (fp32 or bf16-rne), hidden, out (e4m3-rne), weight (none)"
     either = [HF_WORDS, HF_WORDS | {"eps": "float64"}]
     assert answer_words(json.dumps(either)) == "normed, hidden; eps float32 **or** float64"
     assert answer_words(json.dumps([HF_WORDS | {"normed": "fp32", "hidden": "fp32"}])) == "nothing"
