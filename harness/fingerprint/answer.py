@@ -11,10 +11,15 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import CHAINS, Refused, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.runs.errors import UserError, mistakes
-from castpoint.kernels.plan import OPTIONAL, CastPlan
+from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
-CALLED = {"x": "with x {}", "memory": "with {}", "values": "with {}", "eps": "with eps={}", "argument": "{}"}
+CALLED = {
+    "x": "with x {}",
+    "eps": "with eps={}",
+    "argument": "{}",
+    **dict.fromkeys(("memory", "values", "call"), "with {}"),
+}
 HEAD = ("proj", "head_rstd", "head_normed")  # what a chain without a head norm has not
 SHOWN = 3  # questions that a reason names
 
@@ -80,6 +85,9 @@ def words_of(plan: CastPlan, kind: str) -> dict[str, str]:
     if kind in CHAINS:
         left_out = OPTIONAL if kind == "qkv" else (*OPTIONAL, *HEAD)
         return {name: word for name, word in plan.choices().items() if name not in left_out}
+    if kind == "qk_norm_rope":
+        words = {name: getattr(plan, name) for name in ("unrotated", *PHASE_BOUNDARIES, "cos_sin", "products")}
+        return words_of(plan, "head_norm") | words | {"norm": "before RoPE"}
     if kind == "rmsnorm" and plan.scale != "prologue":
         return {}
     names = ("rstd", "normed", "hidden") if kind == "rmsnorm" else ("head_rstd", "head_normed", "out")
@@ -90,6 +98,8 @@ def against(plan: CastPlan, kind: str, words: dict[str, str]) -> str:
     """Where words, a candidate, are not the plan's, fp16 taken for bf16; empty if nowhere."""
     wanted = words_of(plan, kind) | ({"x": plan.x} if "x" in words else {})
     wanted = {name: word for name, word in wanted.items() if name in words or name != "weight_offset"}  # of a weight
+    if kind == "qk_norm_rope":  # without angles, a norm after RoPE, or a table that is given have fewer words
+        wanted = {name: word for name, word in wanted.items() if name in words}
     other = [name for name, word in wanted.items() if word not in words[name].replace("fp16", "bf16").split(" or ")]
     return ", ".join(f"{name}={words[name]} against {wanted[name]}" for name in other)
 
@@ -131,8 +141,8 @@ class Question:
     ask: Callable[[], Miss]
 
 
-def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
-    """The answer, or `none` where it is another function at one of the questions."""
+def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") -> Answer:
+    """The answer, or `none` where it is another function at one of the questions. inputs: what lies in memory."""
     asked, other, abouts = [*answer.asked], [], set()
     for question in questions:
         called = CALLED[question.about].format(question.what)
@@ -156,7 +166,9 @@ def held_to(answer: Answer, questions: Iterable[Question]) -> Answer:
     more = f"; and so at {len(other) - SHOWN} more of {len(asked)} calls" if len(other) > SHOWN else ""
     reason = f"another function than the plan that explains the first calls: {'; '.join(other[:SHOWN])}{more}"
     if abouts == {"memory"}:
-        reason += ": it reads x as if it were contiguous, so let it call x.contiguous(), or refuse what is not"
+        reason += (
+            f": it reads {inputs} as if it were contiguous, so let it call {inputs}.contiguous(), or refuse what is not"
+        )
     return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 
 

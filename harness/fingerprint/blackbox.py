@@ -20,6 +20,7 @@ KINDS = {
     "head_norm": "fn(x, weight, eps) -> y; x, y [T, H, Dh]",
     "qkv": "fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads) -> (q, k, v)",
     "norm_linear": "fn(x, norm_weight, weight, eps) -> y; x [T, D], weight [N, D], y [T, N]",
+    "qk_norm_rope": "fn(q, k, q_weight, k_weight, cos, sin, eps) -> (q, k); q [T, Hq, Dh], k [T, Hkv, Dh]",
 }
 CHAINS = ("qkv", "norm_linear")
 
@@ -74,8 +75,10 @@ def weightless(fn: Callable[..., Any]) -> bool:
     return list(_signature(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
 
 
-OPTIONAL = {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate")} | dict.fromkeys(
-    CHAINS, ("residual", "bias")
+OPTIONAL = (
+    {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate")}
+    | dict.fromkeys(CHAINS, ("residual", "bias"))
+    | {"qk_norm_rope": ()}
 )
 
 

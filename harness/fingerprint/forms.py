@@ -188,9 +188,11 @@ def linear(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _as_chain(function, parameters)
 
 
-def form_of(call: str) -> Form:
-    """The form of `fn(out, x, w, eps)`, `fn(x, weight=w, epsilon=eps, inplace=False)`; fn is any name."""
-    example = "give --call 'fn(out, x, w, eps)', with x, w, eps, residual, out and constants"
+EXAMPLE = "give --call 'fn(out, x, w, eps)', with x, w, eps, residual, out and constants"
+
+
+def form_of(call: str, meaning: dict[str, str] = MEANING, example: str = EXAMPLE) -> Form:
+    """The form of `fn(out, x, w, eps)`, `fn(x, weight=w, epsilon=eps, inplace=False)`; fn and names of any meaning."""
     try:
         tree = ast.parse(call.strip(), mode="eval").body
     except SyntaxError:
@@ -202,9 +204,9 @@ def form_of(call: str) -> Form:
 
     def part(node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
-            if node.id not in MEANING:
+            if node.id not in meaning:
                 raise Fault(f"{call!r} has {node.id}, which is nothing that a norm takes: {example}")
-            return Name(str(_meaning(node.id, weighted)))
+            return Name(str(_meaning(node.id, weighted, meaning)))
         with contextlib.suppress(ValueError):
             return ast.literal_eval(node)
         raise Fault(f"{call!r} has {ast.unparse(node)}, which is no constant: {example}")
@@ -218,15 +220,19 @@ def like(x: Tensor) -> Tensor:
     return buffer.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
+def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
+    """The names of fn's arguments, whether each has a default, and goes by its name alone; none where fn takes any."""
+    if schema := getattr(getattr(fn, "default", fn), "_schema", None):
+        return [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
+    parameters = _parameters(fn).values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return []
+    return [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
+
+
 def _by_names(fn: Callable[..., Any]) -> Form | None:
     """The form that the names of fn's arguments tell; None where it may be called (x, weight, eps)."""
-    if schema := getattr(getattr(fn, "default", fn), "_schema", None):
-        parts = [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
-    else:
-        parameters = _parameters(fn).values()
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-            return None
-        parts = [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
+    parts = arguments(fn)
     weighted = _weighted(name for name, _, _ in parts)
     told: list[tuple[str, str | None, bool, bool]] = []
     for name, default, named in parts:
@@ -252,9 +258,9 @@ def _weighted(names: Iterable[str]) -> bool:
     return any(MEANING.get(name) == "weight" and name != "scale" for name in names)
 
 
-def _meaning(name: str, weighted: bool) -> str | None:
+def _meaning(name: str, weighted: bool, meaning: dict[str, str] = MEANING) -> str | None:
     """What an argument of that name is; `scale` is flax's weight, and beside a weight what is stored is divided by."""
-    return "quant_scale" if weighted and name == "scale" else MEANING.get(name)
+    return "quant_scale" if weighted and name == "scale" else meaning.get(name)
 
 
 def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:

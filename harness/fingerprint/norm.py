@@ -71,6 +71,10 @@ def identify(
     """
     start = time.perf_counter()
     BlackBox(fn, kind, device)  # checks both
+    if kind == "qk_norm_rope":
+        from castpoint.harness.fingerprint import rope  # which asks q's and k's norms here
+
+        return rope.identify(fn, device, sizes, call)
     try:
         fn = as_kind(fn, kind, call)
     except Fault as fault:
@@ -107,6 +111,7 @@ def summary(answer: Answer) -> str:
     if answer.plans:
         words = answer.candidates[0]
         part = "" if "matmul" in words else "the head norm of " if "head_rstd" in words else "the norm of "
+        part = "the head norm and RoPE of " if "cos_sin" in words else part
         half = ", with fp16 in place of bf16" if any("fp16" in word for word in words.values()) else ""
         lines.append(f"= {part}{', '.join(answer.plans)}{half}")
     if answer.share_equal is not None:

@@ -21,6 +21,7 @@ from castpoint.harness.fingerprint.command import INPUT, from_command
 from castpoint.harness.fingerprint.comparison import Comparison, compare
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import Answer, identify
+from castpoint.harness.fingerprint.pairs import is_pair
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.errors import UserError
@@ -84,7 +85,7 @@ def _told(kind: str, device: str, sizes: str, call: str, *targets: str) -> dict[
             with here:
                 return compare(first, second, kind, device, taken).as_dict()
         fn = _loaded(targets[0], device)
-        guessed = "" if kind else guessed_kind(adapted(fn, call))
+        guessed = "" if kind else "qk_norm_rope" if is_pair(fn, call) else guessed_kind(adapted(fn, call))
         with here:
             return dataclasses.replace(identify(fn, kind or guessed, device, taken, call), kind=guessed).as_dict()
     except Fault as fault:

@@ -51,6 +51,8 @@ def compared(targets: tuple[str, str], kind: str, device: str, time_limit_s: flo
 
     if kind and kind not in KINDS:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind == "qk_norm_rope":
+        raise UserError("compare takes rmsnorm, head_norm and qkv: qk_norm_rope is for identify")
     captured = [Path(target).suffix == ".safetensors" for target in targets]
     if all(captured):
         return compare_captures(Path(targets[0]), Path(targets[1]), sizes)
