@@ -10,37 +10,22 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.arguments import MADE, MEANING, NAMED, parameters_of, signed
 from castpoint.harness.fingerprint.blackbox import CHAINS, KINDS, OPTIONAL, Unasked
+from castpoint.harness.fingerprint.modules import of_class, of_module
 from castpoint.harness.peers.running import from_jax, to_jax
 
-# What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
-ALIASES = {
-    "x": ("x", "X", "input", "inp", "hidden_states", "hidden", "inputs", "x_in"),
-    "weight": ("weight", "w", "W", "gamma", "g", "weights", "norm_weight", "scale"),
-    "eps": ("eps", "epsilon", "variance_epsilon", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"),
-    "residual": ("residual", "res", "residual_in", "skip", "R"),
-    "out": ("out", "output", "result", "dst", "y", "Y", "o"),
-    "bias": ("bias", "b", "B", "beta", "norm_bias"),
-    "gate": ("gate", "z", "Z", "gates"),
-    "alpha": ("alpha", "residual_scale", "residual_multiplier", "residual_alpha"),
-    "quant_scale": ("quant_scale", "input_scale", "static_scale", "scale_inv"),  # and scale, where there is a weight
-    "scales": ("scales", "out_scale", "output_scale", "scales_out"),
-}
-MADE = ("out", "bias", "quant_scale", "scales")  # which a callable that need not be given them is not
-NAMED = ("residual", "gate", "alpha")  # which the caller says
 QUANT_SCALE = 4.0  # of static quantisation: what is stored is a value divided by it
 CHAIN = tuple(KINDS["qkv"].partition("(")[2].partition(")")[0].split(", "))
-MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
 @dataclass(frozen=True)
@@ -79,9 +64,9 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
         )
     fn = _through_jax(fn)
     if inspect.isclass(fn) and issubclass(fn, nn.Module):
-        return _of_class(fn)
-    if isinstance(fn, nn.Module) and "eps" not in map(MEANING.get, _parameters(fn.forward)):
-        return _of_module(fn)
+        return of_class(fn)
+    if isinstance(fn, nn.Module) and "eps" not in map(MEANING.get, parameters_of(fn.forward)):
+        return of_module(fn)
     form = form_of(call) if call else _by_names(fn)
     if form is None:
         return fn
@@ -102,7 +87,7 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
         scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
         return made if scales is None or isinstance(made, tuple | list) else (made, scales)
 
-    return _signed(function, names, _optional(fn, form))
+    return signed(function, names, _optional(fn, form))
 
 
 def _made(fn: Callable[..., Any], form: Form, x: Tensor) -> dict[str, Any]:
@@ -150,7 +135,7 @@ def as_kind(fn: Callable[..., Any], kind: str, call: str = "") -> Callable[..., 
 def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A chain as a function of blackbox.KINDS, where it has all these arguments in another order."""
     fn = _through_jax(fn)
-    parameters = _parameters(fn)
+    parameters = parameters_of(fn)
     if not set(CHAIN) <= set(parameters) or tuple(parameters)[: len(CHAIN)] == CHAIN:
         return fn
 
@@ -173,7 +158,7 @@ def linear(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A norm and a projection, with the numbers of heads behind eps or not, as a chain: q, k and v are parts of what it
     returns, and it is given no weights of head norms."""
     fn = _through_jax(fn)
-    parameters = _parameters(fn)
+    parameters = parameters_of(fn)
     heads = {"num_q_heads", "num_kv_heads"} <= set(parameters)
 
     def function(*values: Any, **extra: Tensor) -> Any:
@@ -224,7 +209,7 @@ def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
     """The names of fn's arguments, whether each has a default, and goes by its name alone; none where fn takes any."""
     if schema := getattr(getattr(fn, "default", fn), "_schema", None):
         return [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
-    parameters = _parameters(fn).values()
+    parameters = parameters_of(fn).values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return []
     return [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
@@ -265,89 +250,5 @@ def _meaning(name: str, weighted: bool, meaning: dict[str, str] = MEANING) -> st
 
 def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
     """Which of NAMED the form has, and whether they may be left out."""
-    defaults = {MEANING.get(name): p.default is not p.empty for name, p in _parameters(fn).items()}
+    defaults = {MEANING.get(name): p.default is not p.empty for name, p in parameters_of(fn).items()}
     return {name: defaults.get(name, False) for name in NAMED if name in form.names}
-
-
-def _signed(function: Callable[..., Any], names: Iterable[str], optional: dict[str, bool]) -> Callable[..., Any]:
-    """function with the signature of those names, and by name alone the others, with a default where they may be left
-    out."""
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    for name, may in optional.items():
-        default = None if may else inspect.Parameter.empty
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return function
-
-
-# ---------------------------------------------------------------- modules
-
-
-def _of_module(module: nn.Module) -> Callable[..., Any]:
-    name = _weight_of(module)
-    names = ("x", "weight", "eps") if name else ("x", "eps")
-
-    parameters = _parameters(module.forward)
-    named = {str(MEANING.get(own)): own for own in parameters if MEANING.get(own) in NAMED}
-
-    def function(*arguments: Any, **extra: Tensor) -> Any:
-        x, *weights, eps = arguments
-        held = {name: weights[0]} if name else {}
-        with _with_eps(module, eps):
-            return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
-
-    optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
-    return _signed(function, names, optional)
-
-
-def _of_class(kind: type[nn.Module]) -> Callable[..., Any]:
-    """A module of the width and eps of each call: cls(width, eps=eps), as norms of transformers are made."""
-    parameters = _parameters(kind)
-    eps_name = next((name for name in parameters if MEANING.get(name) == "eps"), None)
-    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if eps_name is None or len(required) > 1:
-        raise Fault(
-            f"{kind.__name__} is a class that is made by ({', '.join(parameters)}), not by (width, eps=...): make one, "
-            "and name it"
-        )
-
-    def function(x: Tensor, *rest: Any, **extra: Any) -> Any:
-        module = kind(x.shape[-1], **{eps_name: rest[-1]})
-        return _of_module(module.to(x.device))(x, *rest, **extra)
-
-    one = _of_module(kind(256, **{eps_name: 1e-6}))
-    function.__signature__ = inspect.signature(one)  # type: ignore[attr-defined]
-    return function
-
-
-def _weight_of(module: nn.Module) -> str:
-    """The name of its weight; empty where it holds no numbers, but an eps."""
-    vectors = [name for name, value in module.named_parameters() if value.ndim == 1]
-    if not vectors and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
-        return ""
-    if len(vectors) != 1:
-        held = ", ".join(vectors) or "none"
-        raise Fault(f"{type(module).__name__} holds {len(vectors)} weights of one dimension ({held}), a norm holds one")
-    return vectors[0]
-
-
-@contextlib.contextmanager
-def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
-    """The module with that eps, wherever it keeps its own."""
-    name = next((name for name in ALIASES["eps"] if isinstance(getattr(module, name, None), float)), None)
-    if name is None:
-        raise Fault(f"{type(module).__name__} keeps no eps that can be set: {', '.join(ALIASES['eps'])}")
-    own = getattr(module, name)
-    setattr(module, name, eps)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)
-
-
-def _parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """fn's parameters by their names, none where it does not tell."""
-    try:
-        return dict(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return {}

@@ -141,7 +141,7 @@ def captures_section(frame: pd.DataFrame) -> str:
     names = {"kind": "kind", "tokens": "tokens", "plans": "plans planted", "told_apart": "told apart", "lost": "lost"}
     return (
         "## How much a capture tells\n\nPlans planted in one recorded call (`castpoint study confusion`): a chain of "
-        "256 channels and 2 + 1 + 1 heads of 128, cut out of the calibrated first layer, or its input norm. Told apart: "
+        "256 channels and 2 + 1 + 1 heads of 128, cut out of the calibrated layer, or its input norm. Told apart: "
         "the answer is that plan alone, or with plans that no such inputs tell from it. Lost: the answer leaves it out."
         f"\n\n{markdown(frame[list(names)].rename(columns=names))}"
     )

@@ -1,0 +1,43 @@
+"""What the arguments of norms are called, and signatures for callables made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# What others call the arguments; `o` and `y` are outputs where they come before x, as in op(y, x, w, eps).
+ALIASES = {
+    "x": ("x", "X", "input", "inp", "hidden_states", "hidden", "inputs", "x_in"),
+    "weight": ("weight", "w", "W", "gamma", "g", "weights", "norm_weight", "scale"),
+    "eps": ("eps", "epsilon", "variance_epsilon", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"),
+    "residual": ("residual", "res", "residual_in", "skip", "R"),
+    "out": ("out", "output", "result", "dst", "y", "Y", "o"),
+    "bias": ("bias", "b", "B", "beta", "norm_bias"),
+    "gate": ("gate", "z", "Z", "gates"),
+    "alpha": ("alpha", "residual_scale", "residual_multiplier", "residual_alpha"),
+    "quant_scale": ("quant_scale", "input_scale", "static_scale", "scale_inv"),  # and scale, where there is a weight
+    "scales": ("scales", "out_scale", "output_scale", "scales_out"),
+}
+MADE = ("out", "bias", "quant_scale", "scales")  # which a callable that need not be given them is not
+NAMED = ("residual", "gate", "alpha")  # which the caller says
+MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+
+
+def parameters_of(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """fn's parameters by their names, none where it does not tell."""
+    try:
+        return dict(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def signed(function: Callable[..., Any], names: Iterable[str], optional: dict[str, bool]) -> Callable[..., Any]:
+    """function with the signature of those names, and by name alone the others, with a default where they may be left
+    out."""
+    made = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    for name, may in optional.items():
+        default = None if may else inspect.Parameter.empty
+        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    function.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,78 @@
+"""Modules as callables fn(x, weight, eps): an instance gives way to the weight and eps of a call, a class makes one for
+the width and eps of each."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.arguments import ALIASES, MEANING, NAMED, parameters_of, signed
+
+
+def of_module(module: nn.Module) -> Callable[..., Any]:
+    """Raises Fault for a module that holds several weights, or no eps."""
+    name = _weight_of(module)
+    names = ("x", "weight", "eps") if name else ("x", "eps")
+
+    parameters = parameters_of(module.forward)
+    named = {str(MEANING.get(own)): own for own in parameters if MEANING.get(own) in NAMED}
+
+    def function(*arguments: Any, **extra: Tensor) -> Any:
+        x, *weights, eps = arguments
+        held = {name: weights[0]} if name else {}
+        with _with_eps(module, eps):
+            return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
+
+    optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
+    return signed(function, names, optional)
+
+
+def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
+    """A module of the width and eps of each call: cls(width, eps=eps), as norms of transformers are made."""
+    parameters = parameters_of(kind)
+    eps_name = next((name for name in parameters if MEANING.get(name) == "eps"), None)
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if eps_name is None or len(required) > 1:
+        raise Fault(
+            f"{kind.__name__} is a class that is made by ({', '.join(parameters)}), not by (width, eps=...): make one, "
+            "and name it"
+        )
+
+    def function(x: Tensor, *rest: Any, **extra: Any) -> Any:
+        module = kind(x.shape[-1], **{eps_name: rest[-1]})
+        return of_module(module.to(x.device))(x, *rest, **extra)
+
+    one = of_module(kind(256, **{eps_name: 1e-6}))
+    function.__signature__ = inspect.signature(one)  # type: ignore[attr-defined]
+    return function
+
+
+def _weight_of(module: nn.Module) -> str:
+    """The name of its weight; empty where it holds no numbers, but an eps."""
+    vectors = [name for name, value in module.namedparameters_of() if value.ndim == 1]
+    if not vectors and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
+        return ""
+    if len(vectors) != 1:
+        held = ", ".join(vectors) or "none"
+        raise Fault(f"{type(module).__name__} holds {len(vectors)} weights of one dimension ({held}), a norm holds one")
+    return vectors[0]
+
+
+@contextlib.contextmanager
+def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
+    """The module with that eps, wherever it keeps its own."""
+    name = next((name for name in ALIASES["eps"] if isinstance(getattr(module, name, None), float)), None)
+    if name is None:
+        raise Fault(f"{type(module).__name__} keeps no eps that can be set: {', '.join(ALIASES['eps'])}")
+    own = getattr(module, name)
+    setattr(module, name, eps)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
