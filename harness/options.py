@@ -40,7 +40,7 @@ Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION, such as engine.nor
 Command = Annotated[str, typer.Option(help="A program instead: 'PROGRAM {input} {output}', both files of safetensors.")]
 Ask = Annotated[Path | None, typer.Option(help="No connection: writes the questions into this new folder.")]
 Answered = Annotated[Path | None, typer.Option("--answer", help="A folder of --ask: answers, or asks once more.")]
-Kind = Annotated[str, typer.Option(help="rmsnorm, head_norm, qkv or qk_norm_rope. Default: guessed by its arguments.")]
+Kind = Annotated[str, typer.Option(help="rmsnorm, head_norm, qkv, norm_linear or qk_norm_rope. Default: guessed.")]
 AskedDevice = Annotated[str, typer.Option(help="cpu or cuda: where it is called; on cpu PTX for sm_90 is run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TimeLimit = Annotated[float, typer.Option(help="Seconds after which the callable counts as hanging.", min=1)]
@@ -85,9 +85,9 @@ def check_subject(subject: Subject, kind: str, device: str, expect: str, sizes: 
     if len(there) != 1:
         raise UserError(f"identify takes one of {', '.join(given)}, and was given {' and '.join(there) or 'none'}")
     if there[0] in ("--command", "--ask") and kind == "qk_norm_rope":
-        raise UserError(f"qk_norm_rope is asked of MODULE:FUNCTION alone: {there[0]} takes rmsnorm, head_norm and qkv")
+        raise UserError(f"qk_norm_rope is asked of MODULE:FUNCTION alone: {there[0]} takes others")
     if there[0] in ("--command", "--ask") and not kind:
-        raise UserError(f"{there[0]} needs --kind, rmsnorm, head_norm or qkv: a program's arguments do not tell it")
+        raise UserError(f"{there[0]} needs --kind, rmsnorm, head_norm, qkv or norm_linear: a program does not tell")
     if there[0] != "MODULE:FUNCTION" and device != "cpu":
         raise UserError(f"--device is for MODULE:FUNCTION: what {there[0]} asks chooses its own, leave it out")
     if subject.call and there[0] != "MODULE:FUNCTION":

@@ -66,6 +66,7 @@ def by_files(run: Run, kind: str) -> Callable[..., Any]:
     """A callable of that kind whose arguments run gets by name. An optional argument that leaves the result as it is
     is not read: that is Refused."""
     noticed: dict[str, bool] = {}
+    optional_names = [name for name in OPTIONAL[kind] if name != "gate"]  # which takes more rounds than there are
 
     def asked(tensors: Tensors, given: Tensors) -> Tensors:
         for name, value in given.items():
@@ -84,12 +85,12 @@ def by_files(run: Run, kind: str) -> Callable[..., Any]:
     def fn(*arguments: Any, **optional: Any) -> Any:
         bound = signature.bind(*arguments, **optional).arguments
         tensors = {name: value if isinstance(value, Tensor) else _number(value) for name, value in bound.items()}
-        given = {name: tensors.pop(name) for name in OPTIONAL[kind] if name in tensors}
+        given = {name: tensors.pop(name) for name in optional_names if name in tensors}
         made = tuple(asked(tensors, given).values())
         return made if len(made) > 1 else made[0]
 
     places = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ARGUMENTS[kind]]
-    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OPTIONAL[kind]]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in optional_names]
     signature = inspect.Signature([*places, *more])
     fn.__signature__ = signature  # type: ignore[attr-defined]
     return fn

@@ -186,7 +186,8 @@ def _read(path: Path, names: tuple[str, ...] | None = None) -> tuple[Tensors, di
 def shapes_of(inputs: Tensors, kind: str) -> dict[str, list[list[int]]]:
     """The shapes that each output may have, the first as it should be."""
     if kind != "qkv":
-        return {name: [list(inputs["x"].shape)] for name in OUTPUTS[kind]}
+        shape = [len(inputs["x"]), len(inputs["weight"])] if kind == "norm_linear" else list(inputs["x"].shape)
+        return {name: [shape] for name in OUTPUTS[kind]}
     q, kv = (int(inputs[name]) for name in ("num_q_heads", "num_kv_heads"))
     tokens, size = len(inputs["x"]), len(inputs["q_norm_weight"])
     return {name: [[tokens, n, size], [tokens, n * size]] for name, n in zip("qkv", (q, kv, kv), strict=True)}

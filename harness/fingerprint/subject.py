@@ -52,12 +52,12 @@ def compared(targets: tuple[str, str], kind: str, device: str, time_limit_s: flo
     if kind and kind not in KINDS:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if kind == "qk_norm_rope":
-        raise UserError("compare takes rmsnorm, head_norm and qkv: qk_norm_rope is for identify")
+        raise UserError("compare takes the other kinds: qk_norm_rope is for identify")
     captured = [Path(target).suffix == ".safetensors" for target in targets]
     if all(captured):
         return compare_captures(Path(targets[0]), Path(targets[1]), sizes)
     if any(captured):
         raise UserError("a capture is compared with a capture: it holds one call, and nothing else can be asked of it")
     if not kind and all("{input}" in target for target in targets):
-        raise UserError("two programs need --kind, rmsnorm, head_norm or qkv: their arguments do not tell it")
+        raise UserError("two programs need --kind, rmsnorm, head_norm, qkv, norm_linear: arguments do not tell it")
     return compare_targets(targets, kind, device, time_limit_s, sizes)

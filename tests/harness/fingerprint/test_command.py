@@ -128,7 +128,7 @@ def test_a_program_has_the_environment_of_the_command(tmp_path: Path) -> None:
         (["x:y", "--command", f"p {FILES}"], "and was given MODULE:FUNCTION and --command"),
         (["--command", "p {input}", "--kind", "rmsnorm"], "must be PROGRAM {input} {output}, with the files' places"),
         (["--command", "p '{input} {output}", "--kind", "rmsnorm"], "cannot be split into words: No closing quotation"),
-        (["--command", f"p {FILES}"], "--command needs --kind, rmsnorm, head_norm or qkv"),
+        (["--command", f"p {FILES}"], "--command needs --kind, rmsnorm, head_norm, qkv or norm_linear"),
         (["--command", f"p {FILES}", "--kind", "norm"], "--kind must be one of"),
         (["--command", f"p {FILES}", "--kind", "rmsnorm", "--device", "cuda"], "--device is for MODULE:FUNCTION"),
     ],

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.blackbox import guessed_kind
+from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
+from castpoint.harness.fingerprint.command import by_files
+from castpoint.harness.fingerprint.comparison import compare
 from castpoint.harness.fingerprint.norm import identify
+from castpoint.harness.fingerprint.sizes import ANY
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.backends import run
 from castpoint.variants.catalogue import PLANS
@@ -81,6 +84,19 @@ def wrong_for_many_columns(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: 
 
 def ignores_eps(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _product(_norm(x, norm_weight, 1e-6), weight)
+
+
+def test_it_is_compared_and_asked_through_files() -> None:
+    hf, one = planned(PLANS["hf"].plan), planned(PLANS["one-rounding"].plan)
+    found = compare(hf, one, "norm_linear", "cpu", ANY)
+    assert found.same is False and found.parts.startswith("normed"), found
+
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = (tensors["norm_weight"], tensors["weight"])
+        return {"y": hf(tensors["x"], *weights, tensors["eps"].item(), tensors.get("bias"))}
+
+    answer = identify(by_files(run, "norm_linear"), "norm_linear", way=Way(files=True))
+    assert answer.plans == ["hf"] and "bias" in answer.candidates[0], answer
 
 
 @pytest.mark.parametrize("fn", [split_k, wrong_last_column, wrong_for_many_columns, ignores_eps])

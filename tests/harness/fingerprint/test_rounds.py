@@ -61,6 +61,10 @@ def rounded_rstd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps).bfloat16() * weight.float()).to(x.dtype)
 
 
+def linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (plain(x, norm_weight, eps).double() @ weight.double().T).to(x.dtype)
+
+
 def only_1024(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.shape[-1] != 1024:
         raise ValueError("no kernel for this width")
@@ -119,8 +123,9 @@ def same(answer: Answer, direct: Answer) -> bool:
         (norm, "rmsnorm", ("residual",), "identified"),
         (fused, "rmsnorm", ("residual",), "identified"),
         (known.chain(HF, "eager"), "qkv", (), "identified"),
+        (linear, "norm_linear", (), "identified"),
     ],
-    ids=["norm", "in float64", "wrong", "rounded rstd", "head norm", "optional residual", "residual", "chain"],
+    ids=["norm", "in float64", "wrong", "rstd", "head norm", "optional residual", "residual", "chain", "projection"],
 )
 def test_rounds_answer_as_direct_calls_do(
     fn: Callable, kind: str, optional: tuple[str, ...], status: str, tmp_path: Path
