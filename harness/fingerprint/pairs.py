@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import Refused, laid_out
+from castpoint.harness.fingerprint import forms
 from castpoint.harness.fingerprint.arguments import ALIASES
+from castpoint.harness.fingerprint.blackbox import Refused, laid_out
 from castpoint.harness.fingerprint.forms import Form, Name
 from castpoint.harness.fingerprint.turns import Turn
 
