@@ -229,7 +229,7 @@ def study_system(name: str, results: Path | None, source: str, short: bool, one:
 
 def study(name: str, records: Records, device: str) -> None:
     """Measures what that study is of."""
-    if name == "survey":
+    if name in ("survey", "confusion"):
         options.compiling()
     from castpoint.harness.accuracy.streams import sweep_streams
     from castpoint.harness.cases.run import run_cases

@@ -25,7 +25,6 @@ PLANS = {
     "gemma": "offset hidden proj unrotated cos_sin products out",
     "gemma-bf16-offset": "offset offset_bf16 hidden proj unrotated cos_sin products out",
 }
-EXACT_PHASE = "exact-phase"  # a word of records older than RoPE's phase: it was not even rounded to fp32
 TRUTH = None  # in place of a plan's words: nothing is rounded, not even to fp32
 
 
@@ -129,7 +128,6 @@ def head(value, weight, inputs, r):
 
 def phases(positions, theta, size, r):
     """Radians [T, size / 2]: each position times the frequencies theta^(-2i / size)."""
-    r = Rounding(TRUTH) if r.has(EXACT_PHASE) else r
     steps = r(theta ** (-np.arange(0, size, 2) / size), "inv_freq")
     return r(np.outer(r(positions.astype(float), "position"), steps), "phase")
 

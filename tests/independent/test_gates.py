@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plain_chain import EXACT_PHASE, PLANS, chain, cut, fp32, summed
+from plain_chain import PLANS, chain, cut, fp32, summed
 
 from castpoint.harness.conformance.faults import drawn
 from castpoint.harness.conformance.gates import many_products, one_product
@@ -34,13 +34,7 @@ def words_of(plan):
     words = set(PLANS[plan].split())
     if "rtz" in words:
         words = {word if word == "cos_sin" else f"{word}-rtz" for word in words - {"rtz"}}
-    return words | {"x"} | older()
-
-
-@cache
-def older():
-    """A run that moved no phase had none."""
-    return set() if any(row["kind"] == "phase" for row in rows("gates")) else {EXACT_PHASE}
+    return words | {"x"}
 
 
 def moved(words, name, word):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plain_chain import EXACT_PHASE, PLANS, TRUTH, attention_logits, chain, cut, relative_rms, softmax, spacing
+from plain_chain import PLANS, TRUTH, attention_logits, chain, cut, relative_rms, softmax, spacing
 
 from castpoint.harness.accuracy.streams import both_streams
 from castpoint.harness.problems.drawn import synthetic_problem
@@ -269,8 +269,6 @@ def test_budget(plan, first):
     true, none = chain(given, TRUTH), {"offset"} if first else {"offset", "unrotated", "cos_sin", "products"}
     players = [word for word in PLANS[plan].split() if word not in none]
     always = {"offset"} & set(PLANS[plan].split())
-    if not (RESULTS / "rope_positions.csv").exists():  # which the same command writes since the phase is a boundary
-        always |= {EXACT_PHASE}
 
     @cache
     def squared(rounded):

@@ -169,9 +169,11 @@ def test_confusion_counts_what_was_answered() -> None:
 
 def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
     subjects = list(plans_known.known_subjects())
-    for source in ("spec", "triton"):
-        norms = {json.dumps(s.planted) for s in subjects if s.source == source and s.kind != "qkv"}
-        assert len(norms) == len(plans_known.norm_plans()) == 3**6
+    norms = [json.dumps(s.planted) for s in subjects if s.source == "spec" and s.kind != "qkv"]
+    assert len(norms) == len(set(norms)) == len(plans_known.norm_plans()) == 3**6
+    heads = [s.planted for s in subjects if s.kind == "head_norm"]
+    assert len(heads) == 73
+    assert all(len({planted[name] for planted in heads}) == 3 for name in heads[0])
     chains = [json.dumps(s.planted) for s in subjects if s.kind == "qkv" and s.source == "spec"]
     assert len(chains) == len(set(chains)) == 55
     assert {json.dumps(plans_known.expected(plan, "qkv")) for plan in (HF, ONE_ROUNDING)} < set(chains)
