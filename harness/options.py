@@ -54,7 +54,7 @@ Width = Annotated[int | None, typer.Option(help="Channels of x that it takes.", 
 HeadDim = Annotated[int | None, typer.Option(help="Channels of a head that it takes.", min=16, max=4096)]
 Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q and of k and v.")]
 AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
-Dtype = Annotated[str, typer.Option(help="Of x: bf16, fp16, or fp32 (a residual stream). A chain takes bf16.")]
+Dtype = Annotated[str, typer.Option(help="Of x: bf16, fp16 (throughout), or, of norms, fp32 (a residual stream).")]
 Call = Annotated[str, typer.Option(help="How a norm is called, such as 'fn(out, x, w, eps)'. Default: by its names.")]
 CaptureFile = Annotated[
     Path | None, typer.Option("--capture", help="One recorded call, in safetensors, in place of a function.")

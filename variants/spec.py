@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from castpoint.kernels.plan import KEEP, PHASE_BOUNDARIES, RNE, CastPlan
+from castpoint.kernels.plan import KEEP, PHASE_BOUNDARIES, RNE, RTZ, CastPlan
 from castpoint.variants import rope
 from castpoint.variants.problem import Problem, both_halves, rotate_half
 from castpoint.variants.rope import Store
@@ -55,7 +55,15 @@ def round_to(value: Tensor, storage: str) -> Tensor:
         return value
     if storage == RNE:
         return value.to(torch.bfloat16).to(torch.float32)
-    return _masked(value, BF16_MASK)
+    return _masked(value, BF16_MASK) if storage == RTZ else _half(value, storage)
+
+
+def _half(value: Tensor, storage: str) -> Tensor:
+    """`fp16-rne` and `fp16-rtz`, which no plan has: envelopes of other people's kernels do."""
+    half = value.half()
+    if storage == "fp16-rtz":
+        half = torch.where(half.float().abs() > value.abs(), half.nextafter(torch.zeros_like(half)), half)
+    return half.float()
 
 
 def truncate_tf32(value: Tensor) -> Tensor:

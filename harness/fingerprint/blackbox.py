@@ -158,6 +158,7 @@ class BlackBox:
         self.fn, self.kind, self.device = fn, kind, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         self.weight_dtype = torch.float16 if dtype == "fp16" else torch.bfloat16
+        self.narrow = "fp16" if dtype == "fp16" else "bf16"
         self.given, self.way = paths(fn, kind)[0] if given is None else given, way
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]

@@ -159,7 +159,7 @@ class ChainCalls:
         """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows.
         More tokens than ROWS begin again, in what is stored alone."""
         g = self.geometry
-        given = head_rows(g, rng)
+        given = head_rows(g, rng, eps, self.box.narrow)
         q_weight, k_weight = (probes.norm_weight(g.head_dim, rng) for _ in range(2))
         identity = torch.full([g.width], 1.0 - (norm.weight_offset != "none"))
         weight = torch.cat([given.qk_weight, torch.zeros(g.num_kv_heads * g.head_dim, g.width)])

@@ -32,10 +32,11 @@ from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.rules import Readout, Rule, arithmetic, norm_rules, projected_rules
 from castpoint.harness.fingerprint.searches import SEARCH, Search
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
-from castpoint.kernels.plan import KEEP, RNE, STORAGE
+from castpoint.kernels.plan import KEEP
 
+EPS_HALF = 0.75  # for EPS_LARGE in fp16, where x cannot be so large that eps is nothing: x makes up for it
 HEAD_WORDS = {"rstd": "head_rstd", "normed": "head_normed"}  # of a head's rule, as a plan calls them
 
 
@@ -43,8 +44,9 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     """The fingerprint of a black box of kind qkv. Raises Fault for what the callable does wrong."""
     calls, main, refused = _first_calls(box, sizes)
     fused_add, rng = box.takes("residual"), torch.Generator().manual_seed(1)
-    xs = STORAGE if fused_add else (RNE,)
-    projected = projected_rules(outs=outs(main[0].dtype), xs=xs)
+    words = storages(box.narrow)
+    xs = words if fused_add else words[1:2]
+    projected = projected_rules(outs=outs(main[0].dtype, box.narrow), xs=xs, narrow=box.narrow)
     norm_ranking = rank(projected, main)
     norm_words, unexplained = ties(norm_ranking.best, main)
     left = with_ties(norm_ranking.left, norm_words)
@@ -56,7 +58,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     norms, evidence, norm_ties = [left], "", unexplained
     if explained:
         norms, evidence, norm_ties = _input_norm(calls, left, known, told, search)
-    norm, heads = norms[0][0], None if head_calls is None else _heads(head_calls)
+    norm, heads = norms[0][0], None if head_calls is None else _heads(head_calls, box.narrow)
     rankings = [norm_ranking, *([heads.ranking] if heads else [])]
     share = sum(ranking.share for ranking in rankings) / len(rankings)
     runners = [r.runner_up - r.share for r in rankings if r.runner_up is not None]
@@ -96,8 +98,9 @@ class Heads:
     unexplained: str
 
 
-def _heads(calls: list[Call]) -> Heads:
-    ranking = rank(norm_rules(outs=outs(calls[0].dtype), xs=STORAGE, roots=("rsqrt",)), calls)
+def _heads(calls: list[Call], narrow: str) -> Heads:
+    rules = norm_rules(outs=outs(calls[0].dtype, narrow), xs=storages(narrow), roots=("rsqrt",), narrow=narrow)
+    ranking = rank(rules, calls)
     words, unexplained = ties(ranking.best, calls)
     return Heads(ranking, with_ties(ranking.left, words), unexplained)
 
@@ -107,7 +110,9 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[ChainCalls, list[Call], l
 
     def ask(calls: ChainCalls, eps: float) -> Call:
         geometry = calls.geometry
-        rows, _ = probes.first_rows(geometry.width, residual=box.takes("residual"), columns=geometry.head_dim)
+        rows, _ = probes.first_rows(
+            geometry.width, residual=box.takes("residual"), columns=geometry.head_dim, narrow=box.narrow
+        )
         return calls.v(rows.at(eps))
 
     geometries = dict.fromkeys(_own(geometry, sizes) for geometry in (Geometry(), *(g for _, g in GEOMETRIES)))
@@ -163,7 +168,8 @@ def _head_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> list[Cal
     """Q and K on known inputs of 10 bits, at both eps."""
     state = rng.get_state()
     told = []
-    for eps in (probes.EPS_SMALL, probes.EPS_LARGE, probes.EPS_SMALL):
+    large = probes.EPS_LARGE if calls.box.narrow == "bf16" else EPS_HALF
+    for eps in (probes.EPS_SMALL, large, probes.EPS_SMALL):
         rng.set_state(state)
         told.append(calls.qk(norm, rng, eps)[1])
     check_repeats(told[0], told.pop())
@@ -189,13 +195,15 @@ def _plan_words(norm: Rule, head: Rule | None, fused_add: bool) -> dict[str, str
     if head:
         words |= {"proj": head.x, "head_rstd": head.rstd, "head_normed": head.normed}
     words["out"] = head.out if head else norm.out
+    if norm.narrow == "fp16" and norm.matmul == "bf16":
+        norm = norm.replace(matmul="fp16")
     return words | {name: getattr(norm, name) for name in ("scale", "matmul", "weight_offset", "eps", "root", "order")}
 
 
 def _bias_calls(calls: ChainCalls, norm: Rule, rng: torch.Generator) -> tuple[Call, HeadRows | None, Call | None]:
     """V, and where there is a head norm its known input and q and k, all with a bias."""
     geometry = calls.geometry
-    rows = probes.norm_rows(geometry.width, rng, residual=calls.box.takes("residual"))
+    rows = probes.norm_rows(geometry.width, rng, residual=calls.box.takes("residual"), narrow=calls.box.narrow)
     readout = probes.general_readout(rng, geometry.width, geometry.head_dim, bias=True)
     v = calls.v(dataclasses.replace(rows, readout=readout))
     return (v, *calls.qk(norm, rng, probes.EPS_SMALL, biased=True)) if calls.box.kind == "qkv" else (v, None, None)

@@ -23,8 +23,8 @@ from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.questions import EPS, Draw
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import RNA, RNZ
-from castpoint.kernels.plan import KEEP, RNE, CastPlan
+from castpoint.harness.fingerprint.stores import ulp
+from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.envelope import envelope
 from castpoint.variants.problem import Problem
 
@@ -61,9 +61,19 @@ class Found:
 
     @property
     def plan(self) -> CastPlan:
-        """As an envelope knows it: without the ways of ties."""
+        """As an envelope knows it: without the ways of ties, a matmul of fp16 as one of bf16."""
         first = {name: word.split(" or ")[0] for name, word in self.words.items() if name in vars(CastPlan())}
-        return CastPlan(**{name: RNE if word in (RNA, RNZ) else word for name, word in first.items()})
+        first["matmul"] = first["matmul"].replace("fp16", "bf16")
+        words = {name: word.replace("-rna", "-rne").replace("-rnz", "-rne") for name, word in first.items()}
+        return Envelope(**words) if self.norm.narrow == "fp16" else CastPlan(**words)
+
+
+@dataclass(frozen=True)
+class Envelope(CastPlan):
+    """Words that an envelope knows and no plan of the lab has: those of fp16."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Question]:
@@ -77,7 +87,7 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     x = dense.x(tokens)
     for layout in LAYOUTS:
         yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
-    draw = Draw(found.norm, dense.weights()[0].float(), False)
+    draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
     for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
@@ -92,9 +102,8 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
     if (miss and not calls.box.in_rounds) or geometry.columns * geometry.width > EXACT:
         return miss  # in rounds its answer, and so miss, may not be there yet
     rng = torch.Generator().manual_seed(1)
-    draw = Draw(found.norm, probes.norm_weight(geometry.width, rng), calls.box.takes("residual"))
     readout = probes.general_readout(rng, geometry.width, geometry.head_dim)
-    rows = probes.norm_rows(geometry.width, rng, residual=draw.residual)
+    rows = probes.norm_rows(geometry.width, rng, residual=calls.box.takes("residual"), narrow=calls.box.narrow)
     firm = settled(found.norm, rows).nonzero()[:, 0]
     rows = dataclasses.replace(rows.of(firm[torch.arange(tokens) % len(firm)]), readout=readout)
     v = calls.v(rows)
@@ -124,7 +133,12 @@ class Dense:
         return probes.gaussian([tokens, self.calls.geometry.width], rng)
 
     def weights(self) -> tuple[Tensor, ...]:
-        return drawn_weights(self.calls.geometry)
+        return tuple(map(self.held, drawn_weights(self.calls.geometry)))
+
+    def held(self, value: Tensor) -> Tensor:
+        """bf16 values; of a kernel in fp16 those that both types have, since problems are of bf16."""
+        value = value.bfloat16()
+        return value.half().bfloat16() if self.calls.box.narrow == "fp16" else value
 
     def ask(self, x: Tensor, layout: str = "contiguous", eps: float = probes.EPS_SMALL) -> Miss:
         """What the plan's envelope leaves unexplained of x [T, D], given in as many calls as it takes."""
@@ -132,6 +146,7 @@ class Dense:
         norm, weight, q_norm, k_norm = self.weights()
         offset = self.found.words["weight_offset"] != "none"
         heads = (q_norm, k_norm) if self.found.head else (None, None)
+        x = self.held(x).float()
         problem = Problem(x.bfloat16(), norm, weight, *g.heads, *heads, eps=eps, weight_offset=offset)
         stored = self.stored(x, eps, layout)
         for name, ends in envelope(plan, problem).items():
@@ -161,11 +176,11 @@ def drawn_weights(geometry: Geometry) -> tuple[Tensor, ...]:
 def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
     """Elements [T, C] outside of what sums in fp32 explain, if more or farther away than noise may be."""
     nearest = stored.clamp(low, high)
-    wrong = nearest != stored
+    wrong = (nearest != stored) & ~(low.isnan() | high.isnan())  # NaN: it does not say
     size = torch.maximum(stored.abs(), nearest.abs())
-    ulp = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - (8 if plan.out != KEEP else 24))
+    unit = ulp(size, plan.out)
     roundings = sum(getattr(plan, name) != KEEP for name in ("proj", "head_rstd", "head_normed", "out"))
-    far = ((stored - nearest).abs() / ulp.clamp(min=2.0**-133)).nan_to_num(nan=math.inf)
+    far = ((stored - nearest).abs() / unit.clamp(min=2.0**-133)).nan_to_num(nan=math.inf)
     why = beyond(wrong, far, 2 * max(roundings, 1), stored, nearest)
     return Miss(int(wrong.sum()) if why else 0, wrong.numel(), why.strip())
 
@@ -180,5 +195,5 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
             return torch.cat([output.flatten(1) for output in outputs.values()], dim=1)
 
         with contextlib.suppress(Refused):
-            return facts.all_facts(stored, dense.ask, geometry.width, calls.tokens)
+            return facts.all_facts(stored, dense.ask, geometry.width, calls.tokens, calls.box.narrow)
     return {}

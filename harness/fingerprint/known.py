@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,12 +103,16 @@ def expected(plan: CastPlan, kind: str) -> dict[str, str]:
     return words_of(as_head(plan) if kind == "head_norm" else plan, kind)
 
 
-def eager_half(value: Tensor, word: str) -> Tensor:
-    """fp32 value in fp16 and back, by torch's own conversion: a step back toward zero where that truncates."""
-    half = value.half()
+def numpy_half(value: Tensor, word: str) -> Tensor:
+    """fp32 value in fp16 and back, by NumPy's conversion: a step back toward zero where that truncates."""
+    if word == KEEP:
+        return value
+    given = value.numpy()
+    with np.errstate(over="ignore"):
+        half = given.astype(np.float16)
     if word == "fp16-rtz":
-        half = torch.where(half.float().abs() > value.abs(), half.nextafter(torch.zeros_like(half)), half)
-    return value if word == KEEP else half.float()
+        half = np.where(np.abs(half.astype(np.float32)) > np.abs(given), np.nextafter(half, np.float16(0)), half)
+    return torch.from_numpy(half.astype(np.float32))
 
 
 def norm_in(plan: CastPlan, dtype: torch.dtype, weight_word: str = KEEP) -> Norm:
@@ -115,7 +120,7 @@ def norm_in(plan: CastPlan, dtype: torch.dtype, weight_word: str = KEEP) -> Norm
     half = dtype == torch.float16
 
     def hold(value: Tensor, word: str) -> Tensor:
-        return eager_half(value, word.replace("bf16", "fp16")) if half else round_to(value, word)
+        return numpy_half(value, word.replace("bf16", "fp16")) if half else round_to(value, word)
 
     def fn(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide, w = x.float(), hold(weight.float(), weight_word)
@@ -153,7 +158,7 @@ def known_subjects() -> Iterator[Known]:
             yield Known("spec with noise", "rmsnorm", expected(plan, "rmsnorm"), with_noise(spec_norm(plan)))
         if turn == 1:
             half = {name: word.replace("bf16", "fp16") for name, word in expected(plan, "rmsnorm").items()}
-            yield Known("torch in fp16", "rmsnorm", half, norm_in(plan, torch.float16), "fp16")
+            yield Known("NumPy in fp16", "rmsnorm", half, norm_in(plan, torch.float16), "fp16")
         if place % 28 == 0:
             for word in STORAGE:
                 planted = expected(plan, "rmsnorm") | {"weight": word}

@@ -134,7 +134,7 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
     fused_add, whole = box.takes("residual"), sizes.dtype == "fp32"
 
     def ask(asked: NormCalls, eps: float) -> Call:
-        rows, _ = probes.first_rows(asked.width, residual=fused_add or whole, narrow=narrow_of(sizes))
+        rows, _ = probes.first_rows(asked.width, residual=fused_add or whole, narrow=sizes.narrow)
         if whole and not fused_add:  # x of 9 bits
             rows = dataclasses.replace(rows, x=rows.x + rows.residual, residual=None)
         return asked.call(rows.at(eps))
@@ -182,7 +182,7 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
 def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, Rule | None]:
     """The answer of the deciding calls, and the rule that it is held to: none where the answer is none."""
     several = asked.box.takes("residual") or sizes.dtype == "fp32"
-    narrow = narrow_of(sizes)
+    narrow = sizes.narrow
     words, eight = storages(narrow), main[0].rows.scales is not None
     rules = norm_rules(
         outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow,
@@ -270,14 +270,9 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
     def missing(x: Tensor, layout: str, eps: float) -> Miss:
         return missed(rule, asked.call(rows_of(x, eps), layout))
 
-    said = facts.all_facts(stored, missing, asked.width, asked.tokens, narrow_of(sizes))
+    said = facts.all_facts(stored, missing, asked.width, asked.tokens, sizes.narrow)
     if box.a_weight_a_head:
         said["weight"] = "[H, Dh], one for each head"
     if box.weightless:
         return box.manners | said
     return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
-
-
-def narrow_of(sizes: Sizes) -> str:
-    """What is rounded to: fp16 where x is, else bf16."""
-    return "fp16" if sizes.dtype == "fp16" else "bf16"

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint import forms
-from castpoint.harness.fingerprint.arguments import ALIASES
+from castpoint.harness.fingerprint import arguments, forms
 from castpoint.harness.fingerprint.blackbox import Refused, laid_out
 from castpoint.harness.fingerprint.forms import Form, Name
 from castpoint.harness.fingerprint.turns import Turn
@@ -26,7 +25,7 @@ ALIASES = {
     "qkv": ("qkv", "mixed_qkv", "packed_qkv", "qkv_states"),
     "q_weight": ("q_weight", "q_norm_weight", "q_norm", "q_gamma", "q_w", "w_q", "weight_q", "norm_weight_q"),
     "k_weight": ("k_weight", "k_norm_weight", "k_norm", "k_gamma", "k_w", "w_k", "weight_k", "norm_weight_k"),
-    "eps": ALIASES["eps"],
+    "eps": arguments.ALIASES["eps"],
     "cos": ("cos", "freqs_cos", "rope_cos", "cos_cache"),
     "sin": ("sin", "freqs_sin", "rope_sin", "sin_cache"),
     "cos_sin_cache": ("cos_sin_cache", "cos_sin", "rope_cache", "rotary_cache"),

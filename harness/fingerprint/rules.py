@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.stores import round_to, storages
-from castpoint.kernels.plan import KEEP, RNE, RTZ, CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.spec import matmul_operand
 
 ROOTS = ("rsqrt", "sqrt", "1/sqrt")
@@ -293,15 +293,17 @@ def norm_rules(
     ]
 
 
-def projected_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,)) -> list[Rule]:
-    """Every rule of a norm read through a matmul, up to its fp32 arithmetic."""
-    operands = [(RNE, "bf16"), (RTZ, "bf16"), (KEEP, "tf32"), (KEEP, "tf32x3"), (KEEP, "fp32")]
+def projected_rules(*, outs: tuple[str, ...], xs: tuple[str, ...] = (RNE,), narrow: str = "bf16") -> list[Rule]:
+    """Every rule of a norm read through a matmul, up to its fp32 arithmetic. matmul `bf16` is one of operands that are
+    rounded to narrow; folded weights are of bf16."""
+    kept, *rounded = storages(narrow)
+    operands = [*((word, "bf16") for word in rounded), *((kept, matmul) for matmul in ("tf32", "tf32x3", "fp32"))]
     rules = []
-    for rule in norm_rules(outs=outs, xs=xs, roots=ROOTS[:1]):
+    for rule in norm_rules(outs=outs, xs=xs, roots=ROOTS[:1], narrow=narrow):
         rules += [rule.replace(hidden=hidden, matmul=matmul) for hidden, matmul in operands]
         if rule.normed == KEEP:
             rules += [rule.replace(hidden=h, matmul=m, scale="epilogue") for h, m in operands]
-            if rule.x != KEEP:
+            if rule.x != KEEP and narrow == "bf16":
                 rules.append(rule.replace(scale="folded", matmul="bf16"))
     return rules
 

@@ -18,5 +18,10 @@ class Sizes:
     eps: float | None = None
     dtype: str = "bf16"
 
+    @property
+    def narrow(self) -> str:
+        """What is rounded to: fp16 where x is, else bf16."""
+        return "fp16" if self.dtype == "fp16" else "bf16"
+
 
 ANY = Sizes()

@@ -29,10 +29,10 @@ def storages(narrow: str) -> tuple[str, str, str]:
 
 def round_to(value: Tensor, storage: str) -> Tensor:
     """fp32 value as that storage holds it, in fp32; ties away or toward zero, and fp16, besides those of a plan."""
-    if storage in STORAGE:
+    if storage in (*STORAGE, "fp16-rne", "fp16-rtz"):
         return spec.round_to(value, storage)
     if storage.startswith("fp16"):
-        return _half(value, storage)
+        return _half(value, storage == "fp16-rna")
     if storage.startswith("int8"):
         steps = {"rne": value.round(), "rna": (value.abs() + 0.5).floor().copysign(value), "rtz": value.trunc()}
         return steps[storage[-3:]].clamp(-128, 127)
@@ -44,23 +44,23 @@ def round_to(value: Tensor, storage: str) -> Tensor:
     return spec.round_to((value.view(torch.int32) + half).view(torch.float32), RTZ)
 
 
-def _half(value: Tensor, storage: str) -> Tensor:
-    if storage == "fp16-rne":
-        return value.half().float()
+def _half(value: Tensor, away: bool) -> Tensor:
+    """To the nearest of fp16, with ties away from zero or toward it."""
     exponent = torch.frexp(value).exponent.clamp(min=-13)  # subnormals are multiples of 2^-24
     unit = torch.ldexp(torch.ones_like(value), exponent - 11).double()
     steps = value.double().abs() / unit
-    steps = {"rtz": steps.floor(), "rna": (steps + 0.5).floor(), "rnz": (steps - 0.5).ceil()}[storage[-3:]]
-    rounded = (steps * unit).copysign(value.double())
-    most = 65504.0 if storage.endswith("rtz") else math.inf  # the largest of fp16
-    return torch.where(rounded.abs() > 65504, rounded.sign() * most, rounded).float().where(value.isfinite(), value)
+    rounded = ((steps + 0.5).floor() if away else (steps - 0.5).ceil()) * unit
+    rounded = torch.where(rounded > 65504, math.inf, rounded).copysign(value.double())
+    return rounded.float().where(value.isfinite(), value)
 
 
 def ulp(size: Tensor, storage: str) -> Tensor:
-    """Of numbers of that size, float64, in the storage; of fp32 as of bf16."""
+    """Of numbers of that size, float64, in the storage; of bf16 where that is only `bf16`."""
     if storage.startswith("int8"):
         return torch.ones_like(size)
-    bits, least = {"fp16": (11, 2.0**-24), "e4m3": (4, 2.0**-9), "e5m2": (3, 2.0**-16)}.get(storage[:4], (8, 2.0**-133))
+    bits, least = {"fp32": (24, 2.0**-149), "fp16": (11, 2.0**-24), "e4m3": (4, 2.0**-9), "e5m2": (3, 2.0**-16)}.get(
+        storage[:4], (8, 2.0**-133)
+    )
     return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits).clamp(min=least)
 
 

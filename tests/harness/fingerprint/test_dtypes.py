@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,66 @@ def test_norm_weights_in_fp32_are_a_boundary(fn: Callable[..., Tensor], said: st
     assert answer.status == "identified" and answer.facts["fp32 weights"].startswith(said), answer.facts
     word = said.partition("=")[2].partition(",")[0] if said.startswith("weight=") else None
     assert answer.candidates[0].get("weight") == word
+
+
+# ---------------------------------------------------------------- chains in fp16
+
+
+def chain(splits: int = 1, **words: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A chain in fp16 with these roundings; in so many partial sums, each stored in fp16 if they are several."""
+    both = {name: words.get(name, KEEP) for name in ("statistics", "variance")}
+    first = norm(**both, **{name: words.get(name, KEEP) for name in ("rstd", "normed")}, hidden=words["hidden"])
+    heads = {"rstd": words.get("head_rstd", KEEP), "normed": words.get("head_normed", KEEP), "hidden": words["out"]}
+    head = norm(**both, **heads)
+
+    def fn(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor,
+           eps: float, num_q_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:  # fmt: skip
+        parts = [
+            (h.double() @ w.double().T).float()
+            for h, w in zip(first(x, norm_weight, eps).chunk(splits, 1), qkv_weight.chunk(splits, 1), strict=True)
+        ]
+        total = sum((round_to(part, HALF) for part in parts), torch.zeros(1)) if splits > 1 else parts[0]
+        proj = round_to(total, words.get("proj", KEEP)).unflatten(1, (-1, len(q_norm_weight)))
+        q, k, v = proj.split([num_q_heads, num_kv_heads, num_kv_heads], 1)
+        q, k = head(q, q_norm_weight, eps), head(k, k_norm_weight, eps)
+        return q, k, round_to(v, words["out"]).to(q.dtype)
+
+    return fn
+
+
+EVERYWHERE = dict.fromkeys(("normed", "hidden", "proj", "head_normed", "out"), HALF)
+HALF_CHAINS = [
+    EVERYWHERE,
+    {"hidden": HALF, "out": HALF},
+    EVERYWHERE | {"out": KEEP},
+    EVERYWHERE | {"proj": KEEP, "rstd": HALF, "head_rstd": "fp16-rtz"},
+    EVERYWHERE | {"proj": "fp16-rtz", "statistics": HALF, "variance": "fp16-rtz"},
+    {"hidden": HALF, "proj": "fp16-rtz", "out": "fp16-rtz"},
+]
+
+
+@pytest.mark.parametrize("planted", HALF_CHAINS, ids=str)
+def test_a_chain_in_fp16(planted: dict[str, str]) -> None:
+    answer = identify(chain(**planted), "qkv", sizes=Sizes(dtype="fp16"))
+    assert answer.status == "identified", answer
+    words = answer.candidates[0]
+    rounded = {name: word for name, word in words.items() if word.startswith("fp16-")}
+    assert rounded == {name: word for name, word in planted.items() if word != KEEP} and words["matmul"] == "fp16"
+    assert ("hf" in answer.plans) == (planted == EVERYWHERE)
+
+
+def _swapped(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k, v = chain(**EVERYWHERE)(*arguments)
+    return q, k.roll(1, 0), v
+
+
+def _in_bf16(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(part.bfloat16().half() for part in chain(**EVERYWHERE)(*arguments))
+
+
+@pytest.mark.parametrize("fn", [chain(2, **EVERYWHERE), _swapped, _in_bf16], ids=["parts in fp16", "k late", "bf16"])
+def test_a_wrong_chain_in_fp16(fn: Callable[..., tuple[Tensor, ...]]) -> None:
+    assert identify(fn, "qkv", sizes=Sizes(dtype="fp16")).status == "none"
 
 
 def test_the_command_takes_a_dtype() -> None:

@@ -178,7 +178,7 @@ def test_known_subjects_are_the_whole_family_of_a_norm() -> None:
     assert len(chains) == len(set(chains)) == 55
     assert {json.dumps(plans_known.expected(plan, "qkv")) for plan in (HF, ONE_ROUNDING)} < set(chains)
     for name in ("statistics", "variance", "rstd", "normed", "hidden", "weight_offset"):
-        words = {s.planted[name] for s in subjects if s.source == "torch in fp16"}
+        words = {s.planted[name] for s in subjects if s.source == "NumPy in fp16"}
         assert words == {KEEP, "fp16-rne", *(["none"] if name == "weight_offset" else ["fp16-rtz"])}
     assert {s.planted.get("weight") for s in subjects} == {None, *STORAGE}
 
