@@ -12,11 +12,12 @@ from enum import StrEnum
 from castpoint.harness.fingerprint.answer import Answer, words_of
 from castpoint.harness.fingerprint.blackbox import CHAINS
 from castpoint.harness.fingerprint.norm import NORM_WORDS
+from castpoint.kernels.plan import PHASE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 
 ARITHMETIC = {"eps": "float32", "root": "rsqrt", "order": "(x*rstd)*w"}  # of a norm that says nothing of it
 
-UNSAID = ("weight_offset", *ARITHMETIC)  # without a weight, or in 8 bits
+UNSAID = ("weight_offset", *PHASE_BOUNDARIES, *ARITHMETIC)  # without a weight, by a table, in 8 bits
 MORE = ("x", "weight", "ungated", "gate", "gated", "out")  # what a named plan does not say of a norm
 
 
@@ -50,7 +51,7 @@ def verdict(right: str, kind: str, answer: Answer) -> Verdict:
 def right_words(right: str, kind: str) -> dict[str, str]:
     """The words of an answer that names a plan. Raises KeyError for a plan or a word that there is not."""
     name, *changes = right.split(", ")
-    words = words_of(plan_named(name), kind if kind in CHAINS else "rmsnorm") | ARITHMETIC
+    words = words_of(plan_named(name), kind if kind in (*CHAINS, "qk_norm_rope") else "rmsnorm") | ARITHMETIC
     for change in changes:
         key, _, word = change.partition("=")
         if key not in words and key not in MORE:

@@ -120,6 +120,48 @@ def two_parts(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Ten
     return parts[0].to(x.dtype) + parts[1].to(x.dtype)
 
 
+# ---------------------------------------------------------------- head norms with RoPE
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, Dh] by cos and sin [T, Dh] that hold each angle twice, in the dtype that these promote to."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def in_types_of_torch(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return rotate(hf(q, q_weight, eps), cos, sin), rotate(hf(k, k_weight, eps), cos, sin)
+
+
+def of_positions(
+    qkv: Tensor, num_heads_q: int, num_heads_k: int, num_heads_v: int, head_dim: int, eps: float, q_weight: Tensor,
+    k_weight: Tensor, base: float, position_ids: Tensor, inv_freq: Store = kept, late: int = 0,
+) -> None:  # fmt: skip
+    """In place, one rounding, angles made here."""
+    steps = inv_freq(base ** (-torch.arange(0, head_dim, 2).double() / head_dim).float())
+    heads = qkv.unflatten(1, (-1, head_dim))
+    parts = heads.split([num_heads_q, num_heads_k, num_heads_v], 1)
+    for part, weight, shift in ((parts[0], q_weight, 0), (parts[1], k_weight, late)):
+        angles = torch.outer(position_ids.roll(shift).double(), steps.double()).repeat(1, 2)
+        turned = rotate(unit(part, eps) * weight.float(), angles.cos().float(), angles.sin().float())
+        part.copy_(turned)
+
+
+def packed(**words: Any) -> Callable[..., None]:
+    """of_positions with its words, and no more arguments than an engine's."""
+
+    def fn(
+        qkv: Tensor, num_heads_q: int, num_heads_k: int, num_heads_v: int, head_dim: int, eps: float, q_weight: Tensor,
+        k_weight: Tensor, base: float, position_ids: Tensor,
+    ) -> None:  # fmt: skip
+        heads = (num_heads_q, num_heads_k, num_heads_v, head_dim)
+        of_positions(qkv, *heads, eps, q_weight, k_weight, base, position_ids, **words)
+
+    return fn
+
+
 TABLE: tuple[tuple[str, str, Callable[..., Any], str, str], ...] = (  # kind, name, callable, right, source
     ("rmsnorm", "norm, cast first, then a gate", cast_first, "hf, ungated=bf16-rne, gate=fp32", CONSTRUCTED),
     ("rmsnorm", "norm, then a gate, one rounding", gate_last, "one-rounding, ungated=fp32, gate=fp32",
@@ -146,6 +188,10 @@ TABLE: tuple[tuple[str, str, Callable[..., Any], str, str], ...] = (  # kind, na
     ("norm_linear", "norm and projection, one rounding", partial(linear, normed=kept), "one-rounding", CONSTRUCTED),
     ("norm_linear", "norm behind the projection", rstd_behind, "deferred", CONSTRUCTED),
     ("norm_linear", "sums of two parts in bf16", two_parts, "none", "aiter #2586"),
+    ("qk_norm_rope", "head norms, then RoPE, by torch in bf16", in_types_of_torch, "hf", "transformers Qwen3Attention"),
+    ("qk_norm_rope", "head norms and RoPE in place, one rounding", packed(), "bf16-operand", CONSTRUCTED),
+    ("qk_norm_rope", "inv_freq in bf16", packed(inv_freq=bf16), "bf16-operand, inv_freq=bf16-rne", CONSTRUCTED),
+    ("qk_norm_rope", "k by the position of another token", packed(late=1), "none", CONSTRUCTED),
 )  # fmt: skip
 MODULES = (  # kind, model, class, how it is made: None as the class, right
     ("rmsnorm", "qwen3_next", "Qwen3NextRMSNormGated", None, "hf, ungated=bf16-rne, gate=fp32"),

@@ -277,7 +277,7 @@ NORMS: tuple[tuple[str, Norm, str, str], ...] = (  # name, callable, right, sour
     ("squares in bf16", partial(one, square=bf16), "one-rounding, statistics=bf16-rne", "tt-metal #31048"),
     ("squares cut", partial(one, square=cut), "one-rounding, statistics=bf16-rtz", "tt-metal #57408"),
     ("rstd in bf16", partial(one, rstd=bf16), "one-rounding, rstd=bf16-rne", "amd/IRON #139"),
-    ("x / sqrt", divides, "one-rounding, root=sqrt", "report 003"),
+    ("x / sqrt", divides, "one-rounding, root=sqrt", CONSTRUCTED),
     ("rstd times the weight first", weight_first, "one-rounding, order=x*(rstd*w)", "flax"),
     ("rstd last", rstd_last, "one-rounding, order=(x*w)*rstd", "FlashNorm"),
     ("eps as fp64", partial(of_root, factor=eps_in_float64), "one-rounding, eps=float64", "vllm #57123"),
@@ -322,9 +322,9 @@ HEADS = (
     ("every head by the first one's root", first_head_alone, "none", CONSTRUCTED),
 )
 CHAINS = (
-    ("chain, cast first", partial(chain, normed=bf16, head_normed=bf16), "hf", "report 004"),
+    ("chain, cast first", partial(chain, normed=bf16, head_normed=bf16), "hf", "transformers Qwen3Attention"),
     ("chain, one rounding a norm", chain, "one-rounding", "SGLang's norms"),
-    ("chain, cast after the matmul", partial(chain, hidden=kept), "cast-after-matmul, matmul=fp32", "report 004"),
+    ("chain, cast after the matmul", partial(chain, hidden=kept), "cast-after-matmul, matmul=fp32", CONSTRUCTED),
     ("chain, sums of four parts in bf16", partial(chain, splits=4), "none", "aiter #2586"),
 )
 
