@@ -8,6 +8,7 @@ with the same kernels on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from castpoint.harness.accuracy.errors import error_stats
 from castpoint.harness.peers import chains as peers
+from castpoint.harness.peers.parts import cublaslt
 from castpoint.harness.problems.drawn import digest, synthetic_problem, with_positions
 from castpoint.harness.problems.exact import PRODUCTS, exact_problem
 from castpoint.harness.runs.flight import in_flight
@@ -234,11 +236,17 @@ def check_eager(records: Records, gpu: Cuda) -> None:
             continue
         with in_flight(records, {"eager": row}, DeviceLost):
             try:
-                with bf16_reduction(peers.REDUCTIONS[setting]):
+                with blas(setting), bf16_reduction(peers.REDUCTIONS[setting]):
                     found = compared(eager(problem), tuple(spec(plan, problem).outputs().values()))
             except Exception as error:  # a setting that this PyTorch does not know
                 found = {"status": Status.FAILED, "reason": reason_of(gpu, "eager", error)}
         records.add(dataclasses.replace(row, **found))
+
+
+def blas(setting: str) -> contextlib.AbstractContextManager[None]:
+    """The library that knows the setting: only cuBLASLt does not split D, as torch 2.11 says on a GPU."""
+    told = isinstance(peers.REDUCTIONS[setting], tuple) and torch.version.cuda is not None
+    return cublaslt() if told else contextlib.nullcontext()
 
 
 def store_outputs(records: Records, gpu: Cuda) -> None:

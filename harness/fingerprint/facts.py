@@ -18,7 +18,7 @@ from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.stores import storages
 
 COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
-WINDOW = 4  # rows that are asked at least with each count
+WINDOW = 8  # rows that are asked at least with each count
 Stored = Callable[[Tensor, bool], Tensor]  # what is stored of x [T, D], [T, ...], and whether that must be finite
 Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplained of x [T, D], a layout and eps
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one

@@ -55,7 +55,7 @@ def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
 
 def _weight_of(module: nn.Module) -> str:
     """The name of its weight; empty where it holds no numbers, but an eps."""
-    vectors = [name for name, value in module.namedparameters_of() if value.ndim == 1]
+    vectors = [name for name, value in module.named_parameters() if value.ndim == 1]
     if not vectors and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
         return ""
     if len(vectors) != 1:

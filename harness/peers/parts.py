@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,19 +69,25 @@ NORMS = {
 }
 
 
-def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear by cuBLASLt's first heuristic, where by default PyTorch asks cuBLAS.
+@contextlib.contextmanager
+def cublaslt() -> Iterator[None]:
+    """cuBLASLt's first heuristic, where by default PyTorch asks cuBLAS.
 
     torch.backends.cuda.preferred_blas_library is documented as experimental, and holds for the process: it is set
-    for this call alone, which in a graph is the capture. No search over heuristics is to be had: of TunableOp
+    within this alone, which in a graph is the capture. No search over heuristics is to be had: of TunableOp
     (torch.cuda.tunable) torch 2.13 says that CUDA builds know no other solution than the default.
     """
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
-        return F.linear(x, weight, bias)
+        yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
+
+
+def linear_cublaslt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with cublaslt():
+        return F.linear(x, weight, bias)
 
 
 MATMULS: dict[str, Linear] = {"cuBLAS": F.linear, "cuBLASLt": linear_cublaslt}

@@ -61,7 +61,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("identify x:y --kind norm", "--kind must be one of rmsnorm, head_norm, qkv, not 'norm'"),
+        (
+            "identify x:y --kind norm",
+            "--kind must be one of rmsnorm, head_norm, qkv, norm_linear, qk_norm_rope, not 'norm'",
+        ),
         ("identify x:y --expect hff", "did you mean 'hf'?"),
         ("identify x:y --kind rmsnorm --expect deferred", "use --kind qkv"),
         ("identify x:y --device cuda", "no CUDA device here"),

@@ -41,7 +41,7 @@ def nan(x, weight, eps): return norm(x, weight, eps) / 0.0
 def exits(x, weight, eps): raise SystemExit(0)
 def dies(x, weight, eps): os.kill(os.getpid(), 9)
 def hangs(x, weight, eps): time.sleep(600)
-def other(x: torch.Tensor, bias: torch.Tensor, weight, eps): return norm(x, weight, eps)
+def other(x: torch.Tensor, mask: torch.Tensor, weight, eps): return norm(x, weight, eps)
 number = 5
 """
 VERDICTS = {
