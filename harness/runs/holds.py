@@ -64,9 +64,7 @@ PARTS = (
         "whole models in float32 and bf16, by PyTorch's sums; medians and ends of drawn ones",
     ),
     Part("implementations", "all", None, "other people's code as PyTorch runs it; `seconds` are times"),
-    Part(
-        "captures", "all", None, "recorded values have intervals, and which plan lies in them is the same everywhere"
-    ),
+    Part("captures", "all", None, "recorded values have intervals, and which plan lies in them is the same everywhere"),
     Part("fingerprints", "all", None, "answers come with a margin; `seconds` are times"),
     Part("model_layers", "all", False, "all is against eager, in a whole model; by how much was not measured"),
     Part("model_tokens", "all", False, "the same"),
