@@ -53,7 +53,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What publish writes, the current folder; a clean checkout of the invented runs' sources."""
-    shutil.copytree(ROOT / "results", tmp_path / "checkout" / "results", ignore=shutil.ignore_patterns("plots"))
+    shutil.copytree(ROOT / "results", tmp_path / "checkout" / "results", ignore=shutil.ignore_patterns("plots", "h200"))
     shutil.copy(ROOT / "README.md", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path / "checkout")
     monkeypatch.setattr(module, "commit", lambda: "abcdef123456")
