@@ -34,15 +34,14 @@ from castpoint.harness.runs.environment import ROOT, one_thread, sources
 from castpoint.harness.runs.errors import reason_of
 from castpoint.harness.runs.records import Records
 from castpoint.harness.runs.schema import GpuCheckRow, GpuStepRow
-from castpoint.harness.runs.words import Check, Status, Step
+from castpoint.harness.runs.words import COMPARED, Check, Status, Step
 from castpoint.variants.catalogue import PLANS
 
-CHECKS = (Check.INTERPRETER, Check.PTX)
 OUTPUTS_STEP = {"step": Step.OUTPUTS, "model": "", "tokens": 0, "regime": ""}
 
 
 def compare_outputs(folder: Path, run_id: str) -> int | str:
-    """Adds to gpu_checks of that run, finished or not, a row for each plan whose outputs it kept and each of CHECKS:
+    """Adds to gpu_checks of that run, finished or not, a row for each plan whose outputs it kept and each of COMPARED:
     share of equal bits and the largest difference in ulps of q, k and v [8, heads, 128] together. Returns how many, or
     why nothing can be compared.
 
@@ -63,7 +62,7 @@ def compare_outputs(folder: Path, run_id: str) -> int | str:
         return "its inputs are drawn otherwise here, by another CPU or another torch: run this where they are the same"
     todo = {
         check: {n: row for n, row in outputs_rows(check, names).items() if not records.has(GpuCheckRow, **vars(row))}
-        for check in CHECKS
+        for check in COMPARED
     }
     target = "sm_" + environment["gpu"]["capability"].replace(".", "")
     found = side_by_side(folder, target, {check: tuple(rows) for check, rows in todo.items() if rows})

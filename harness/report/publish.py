@@ -25,7 +25,8 @@ from castpoint.harness.runs.environment import commit, short_name, sources
 from castpoint.harness.runs.errors import UserError, writing
 from castpoint.harness.runs.frames import newest_gpu_run
 from castpoint.harness.runs.records import Settings, load_runs, whole_lines
-from castpoint.harness.runs.schema import TABLES
+from castpoint.harness.runs.schema import KEYS, TABLES
+from castpoint.harness.runs.words import COMPARED
 from castpoint.variants.catalogue import PLANS
 
 # model, checkpoint, layers and plans of a bench that leaves nothing out
@@ -158,17 +159,25 @@ def add(source: Path, runs: dict[str, dict[str, Any]], folder: Path) -> dict[str
 
 
 def merged(source: Path, published: Path, run_ids: set[str]) -> str:
-    """The published table with the rows of those runs behind it, in place of what it has of them. Raises UserError
-    where it has other columns, or more rows of them."""
+    """The published table with the rows of those runs behind it, in place of what it has of them; outputs that were
+    compared at an earlier publishing stay. Raises UserError where it has other columns, or more rows of them."""
+
+    def columns(line: str) -> dict[str, str]:
+        return dict(zip(next(csv.reader([head])), next(csv.reader([line])), strict=True))
 
     def of_these(line: str) -> bool:
-        return next(csv.reader([line]))[0] in run_ids
+        return columns(line)["run_id"] in run_ids
+
+    def key(line: str) -> tuple[str, ...]:
+        return tuple(columns(line)[name] for name in ("run_id", *KEYS[source.stem]))
 
     header, *lines = whole_lines(source).splitlines(keepends=True) or [""]
     head, *before = (whole_lines(published) or header).splitlines(keepends=True) or [""]
     if header and head != header:
         raise UserError(f"{published} has other columns than {source}: bring it to this version's first")
     rows = list(filter(of_these, lines))
-    if len(rows) < sum(map(of_these, before)):
+    there = {key(line) for line in rows}
+    lacking = [line for line in filter(of_these, before) if key(line) not in there]
+    if any(columns(line).get("check") not in COMPARED for line in lacking):
         raise UserError(f"{published} holds more rows of a run than {source}, an older copy: publish the newest")
-    return "".join([head, *itertools.filterfalse(of_these, before), *rows])
+    return "".join([head, *itertools.filterfalse(of_these, before), *rows, *lacking])

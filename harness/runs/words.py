@@ -43,6 +43,9 @@ class Check(StrEnum):
     TENSOR_CORE = "tensor core"
 
 
+COMPARED = (Check.INTERPRETER, Check.PTX)  # on a CPU, once the run is home
+
+
 class Gate(StrEnum):
     """What a planted fault is put before: the spec's bits on inputs with exact sums, and the envelope of a drawn layer,
     each with outputs as the plan stores them and in fp32."""

@@ -5,6 +5,7 @@ The runs are invented, and so is what makes a table of their rows: it has the on
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import types
@@ -23,6 +24,8 @@ from castpoint.harness.runs.archive import write
 from castpoint.harness.runs.errors import UserError
 from castpoint.harness.runs.frames import load_table
 from castpoint.harness.runs.records import Records, load_runs
+from castpoint.harness.runs.schema import GpuCheckRow
+from castpoint.harness.runs.words import Check
 from castpoint.kernels import dispatch
 from castpoint.kernels.config import Config
 
@@ -151,6 +154,26 @@ def test_a_run_that_went_on_takes_the_place_of_what_was_published(checkout: Path
     assert not any(line.startswith("results/h200: run ") for line in steps.publish(tmp_path / "far"))
     assert before == {path: path.read_bytes() for path in published.glob("*.csv")}
     assert (published / "gpu_speed.csv").read_text() == (tmp_path / "far" / "gpu_speed.csv").read_text()
+
+
+def test_outputs_that_were_compared_stay_when_the_run_went_on(checkout: Path, tmp_path: Path) -> None:
+    """Newer sources cannot compare them again, and the run's own machine never had these rows."""
+    records = invent_cut_off(tmp_path / "far", [AT["1"]])
+    steps.publish(tmp_path / "far")
+    home = Records.of_run(checkout / "results/h200", records.run_id)
+    compared = GpuCheckRow(plan="hf", config="fused", tokens=8, check=Check.PTX, share_equal=1.0)
+    home.add(compared)
+    add(records, AT["16"], CHAIN, 6.0, 6.0)
+    steps.publish(tmp_path / "far")
+    table = load_table(checkout / "results/h200", records.run_id, "gpu_checks")
+    assert list(table[table["check"] == Check.PTX]["share_equal"]) == [1.0]
+    records.add(dataclasses.replace(compared, share_equal=0.5))
+    steps.publish(tmp_path / "far")
+    table = load_table(checkout / "results/h200", records.run_id, "gpu_checks")
+    assert list(table[table["check"] == Check.PTX]["share_equal"]) == [0.5], "those of the newer copy take their place"
+    home.add(dataclasses.replace(compared, check=Check.EXACT))
+    with pytest.raises(UserError, match="holds more rows of a run than .*older"):
+        steps.publish(tmp_path / "far")
 
 
 @pytest.mark.parametrize(

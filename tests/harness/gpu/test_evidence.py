@@ -28,7 +28,7 @@ from castpoint.harness.runs.archive import unpack
 from castpoint.harness.runs.environment import sources
 from castpoint.harness.runs.records import Records, load_runs
 from castpoint.harness.runs.schema import KEYS
-from castpoint.harness.runs.words import Step
+from castpoint.harness.runs.words import COMPARED, Step
 from castpoint.kernels import dispatch
 
 GPU = "scripted H100"
@@ -132,7 +132,7 @@ def published(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(publishing, "commit", lambda: "abcdef123456")
     monkeypatch.setattr(publishing, "draw", lambda folder, run_id: folder.name == "cpu" or draw(folder, run_id))
     found = {"share_equal": 0.99987, "max_ulp": 1.0}
-    compared = {check: {"hf": found} for check in outputs.CHECKS}
+    compared = {check: {"hf": found} for check in COMPARED}
     monkeypatch.setattr(outputs, "side_by_side", lambda *_: compared)  # which test_outputs.py shows
     said = steps.publish(archive)
     folder = Path("results", "h100")
