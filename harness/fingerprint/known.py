@@ -207,7 +207,7 @@ def survey_captures(records: Records) -> None:
         if not records.has(CaptureRow, kind=kind, tokens=tokens):
             plans, record = subjects[kind]
             told, lost = told_apart(plans, tokens, record)
-            records.add(CaptureRow(kind, tokens, plans=len(plans), told_apart=told, lost=lost))
+            records.add(CaptureRow(kind=kind, tokens=tokens, plans=len(plans), told_apart=told, lost=lost))
 
 
 # ---------------------------------------------------------------- captures of plans that are known
