@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.capture import Capture, Chain, Norm
-from castpoint.harness.fingerprint.rules import OFFSETS, Rows, Rule, applied_weight
+from castpoint.harness.fingerprint.rules import OFFSETS, Rows, Rule, applied_weight, source
+from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.kernels.plan import KEEP, RNE, STORAGE, CastPlan
 from castpoint.variants.envelope import (
     RSQRT_ULPS,
@@ -38,8 +39,7 @@ def bounds_of(capture: Capture) -> Callable[[Plan], dict[str, Interval]]:
     """Of a plan the lowest and highest value of each element of the capture's outputs, float64. What plans share is
     made once."""
     if isinstance(capture, Norm):
-        variance = functools.cache(functools.partial(_variance, capture))
-        return lambda rule: {"y": _norm(rule, capture, variance(rule.statistics, rule.variance))}
+        return _norm_bounds(capture)
     proj = functools.cache(lambda plan: proj_interval(plan, capture.problem))
     return lambda plan: outputs_interval(plan, capture.problem, proj(before_proj(plan)))
 
@@ -78,16 +78,36 @@ def head_plans(plan: CastPlan, problem: Problem, outs: tuple[str, ...]) -> Itera
         yield plan.replace(proj=proj, out=out, head_rstd=head_rstd, head_normed=head_normed)
 
 
-def _variance(capture: Norm, statistics: str, variance: str) -> Interval:
-    x = capture.x.to(torch.float64)
-    return variance_interval((x, x), statistics, variance)
+def _norm_bounds(capture: Norm) -> Callable[[Rule], dict[str, Interval]]:
+    residual = None if capture.residual is None else capture.residual.float()
+    rows = Rows(capture.x.float(), capture.weight.float(), capture.eps, capture.x.shape[-1], residual, exact=False)
+
+    @functools.cache
+    def variance(x: str, statistics: str, variance: str) -> Interval:
+        value = source(Rule(x), rows).to(torch.float64)
+        return variance_interval((value, value), statistics, variance)
+
+    def bounds(rule: Rule) -> dict[str, Interval]:
+        y = {"y": _norm(rule, rows, variance(rule.x, rule.statistics, rule.variance))}
+        returned = capture.outputs.get("residual_out")
+        return y if returned is None else y | {"residual_out": _sum(rule, rows, returned.dtype, capture.narrow)}
+
+    return bounds
 
 
-def _norm(rule: Rule, capture: Norm, variance: Interval) -> Interval:
+def _sum(rule: Rule, rows: Rows, dtype: torch.dtype, narrow: str) -> Interval:
+    """x + residual as it may be returned: as it is normalised, or rounded for the store alone, either way; in fp32 also
+    unrounded."""
+    kept, *rounded = storages(narrow)
+    words = (rule.x, kept) if dtype == torch.float32 else rounded if rule.x == kept else (rule.x,)
+    values = torch.stack([source(rule.replace(x=word), rows) for word in words]).to(torch.float64)
+    return values.amin(0), values.amax(0)
+
+
+def _norm(rule: Rule, rows: Rows, variance: Interval) -> Interval:
     """[..., D] as the rule stores it; where x * rstd is not rounded the factors may come in any order."""
-    x = capture.x.to(torch.float64)
-    weight = applied_weight(rule, Rows(x, capture.weight.float(), capture.eps, x.shape[-1])).to(torch.float64)
-    normed = product((x, x), _factor(rule, variance, capture.eps))
+    x, weight = (value.to(torch.float64) for value in (source(rule, rows), applied_weight(rule, rows)))
+    normed = product((x, x), _factor(rule, variance, rows.eps))
     if rule.normed == KEEP:
         return stored(widened(product(normed, (weight, weight)), 2 * U), rule.out)
     return stored(product(stored(normed, rule.normed), (weight, weight)), rule.out)
@@ -95,12 +115,13 @@ def _norm(rule: Rule, capture: Norm, variance: Interval) -> Interval:
 
 def _factor(rule: Rule, variance: Interval, eps: float) -> Interval:
     """What x is multiplied by; where x is divided, its reciprocal."""
-    under = variance
     if rule.eps != "float32":
-        added = torch.tensor(eps, dtype=torch.bfloat16 if rule.eps == "bf16" else torch.float32).item()
-        under = stored((under[0] + added, under[1] + added), RNE)
+        narrow = f"{rule.eps.split()[0]}-rne"
+        added = torch.tensor(eps)
+        added = added if rule.eps.endswith("sum") else round_to(added, narrow)
+        under = stored((variance[0] + added.item(), variance[1] + added.item()), narrow)
     else:
-        under = under[0] + eps, under[1] + eps
+        under = variance[0] + eps, variance[1] + eps
     approximate = 2 * RSQRT_ULPS * U
     if rule.root == "rsqrt":
         return stored(widened((under[1].rsqrt(), under[0].rsqrt()), approximate), rule.rstd)

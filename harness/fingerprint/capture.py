@@ -10,8 +10,15 @@ A chain's holds
     residual       [T, D] bf16                added to x, where it is
     q, k, v        [T, heads, Dh] or [T, heads * Dh], bf16 or fp32: before RoPE
 
-and a norm's x and y [T, D] or [T, H, Dh] and weight [D] or [Dh]. eps, num_q_heads and num_kv_heads stand in the file's
-metadata, or the user gives them; heads also follow from three-dimensional q and k.
+and a norm's, each bf16 or fp32, or fp16 or fp32,
+
+    x, y               [T, D] or [T, H, Dh]
+    weight             [D] or [Dh]
+    residual           of x's shape               added to x, where it is
+    residual_out       of x's shape               x + residual as it was returned, where it was
+
+eps, num_q_heads and num_kv_heads stand in the file's metadata, or the user gives them; heads also follow from
+three-dimensional q and k.
 """
 
 from __future__ import annotations
@@ -20,31 +27,35 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
+from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.problems.files import open_safetensors
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.variants.problem import Problem
 
-NORM = {"x": True, "weight": True, "y": True}  # tensor -> whether it must be there
+NORM = {"x": True, "weight": True, "residual": False, "y": True, "residual_out": False}  # whether it must be there
 CHAIN = {
     "x": True, "norm_weight": True, "qkv_weight": True, "q_norm_weight": False, "k_norm_weight": False,
     "bias": False, "residual": False, "q": True, "k": True, "v": True,
 }  # fmt: skip
-OUTPUTS = ("y", "q", "k", "v")
+OF_CHAIN = ("q", "k", "v")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A recorded norm: x [T, D] or [T, H, Dh] and weight bf16, y of x's shape, bf16 or fp32."""
+    """A recorded norm: x [T, D] or [T, H, Dh], residual and outputs of its shape, weight; bf16 or fp16, and fp32."""
 
     x: Tensor
     weight: Tensor
     eps: float
-    outputs: dict[str, Tensor]  # y
+    outputs: dict[str, Tensor]  # y, and residual_out where x + residual was returned
+    residual: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -55,18 +66,37 @@ class Norm:
         return len(self.x)
 
     @property
+    def narrow(self) -> str:
+        """What is rounded to: fp16 where any of it is, else bf16."""
+        recorded = (self.x, self.weight, self.residual, *self.outputs.values())
+        return "fp16" if any(tensor is not None and tensor.dtype == FP16 for tensor in recorded) else "bf16"
+
+    @property
+    def storages_of_x(self) -> tuple[str, ...]:
+        """How the row that is normalised may be held: open where it is a sum, or fp32."""
+        words = storages(self.narrow)
+        return words[1:2] if self.residual is None and self.x.dtype != FP32 else words
+
+    @property
+    def storages_of_weight(self) -> tuple[str, ...]:
+        """How the weight may be held as it is used: open where it is fp32."""
+        return storages(self.narrow)[: 3 if self.weight.dtype == FP32 else 1]
+
+    @property
     def sums(self) -> int:
         """Sums whose order is not known."""
         return self.x.numel() // self.x.shape[-1]
 
     def cut(self, first: int, last: int) -> Norm:
         """Those tokens of it."""
-        return dataclasses.replace(self, x=self.x[first:last], outputs=_cut(self.outputs, first, last))
+        residual = None if self.residual is None else self.residual[first:last]
+        outputs = _cut(self.outputs, first, last)
+        return dataclasses.replace(self, x=self.x[first:last], residual=residual, outputs=outputs)
 
     def like(self, tokens: int) -> Norm:
         """Tokens like those recorded, without outputs."""
-        (x,) = _like([self.x], tokens)
-        return dataclasses.replace(self, x=x, outputs={})
+        x, residual = _like([self.x, self.residual], tokens)
+        return dataclasses.replace(self, x=x, residual=residual, outputs={})
 
 
 @dataclass(frozen=True)
@@ -97,8 +127,8 @@ class Chain:
     def like(self, tokens: int) -> Chain:
         """Tokens like those recorded, without outputs."""
         p = self.problem
-        x, *residual = _like([p.x] if p.residual is None else [p.x, p.residual], tokens)
-        return Chain(p.replace(x=x, residual=residual[0] if residual else None), {})
+        x, residual = _like([p.x, p.residual], tokens)
+        return Chain(p.replace(x=x, residual=residual), {})
 
 
 Capture = Norm | Chain
@@ -108,13 +138,16 @@ def _cut(outputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]
     return {name: output[first:last] for name, output in outputs.items()}
 
 
-def _like(values: list[Tensor], tokens: int) -> list[Tensor]:
-    """So many rows of each, those that are there in turn, scaled by factors from 1 to 2: the same values, elsewhere on
-    the grid to which they are rounded."""
-    rows = torch.arange(tokens) % len(values[0])
+def _like(values: list[Tensor | None], tokens: int) -> list[Any]:
+    """So many rows of each that is there, in turn, scaled by factors from 1 to 2: the same values, elsewhere on the
+    grid to which they are rounded."""
     factors = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(0))
-    factors = factors.reshape(-1, *[1] * (values[0].ndim - 1))
-    return [(value[rows].float() * factors).to(torch.bfloat16) for value in values]
+
+    def like(value: Tensor) -> Tensor:
+        rows = torch.arange(tokens) % len(value)
+        return (value[rows].float() * factors.reshape(-1, *[1] * (value.ndim - 1))).to(value.dtype)
+
+    return [None if value is None else like(value) for value in values]
 
 
 def read(path: Path, sizes: Sizes = ANY) -> Capture:
@@ -131,7 +164,7 @@ def read(path: Path, sizes: Sizes = ANY) -> Capture:
     missing = [name for name, must in wanted.items() if must and name not in stored]
     if missing:
         tensors = ", ".join(name for name, must in wanted.items() if must)
-        other = "" if is_norm else f"; a norm's: {', '.join(NORM)}"
+        other = "" if is_norm else "; a norm's: x, weight, y"
         raise UserError(f"{path} has no {', '.join(missing)}: a {'norm' if is_norm else 'chain'}'s capture holds "
                         f"{tensors}{other}")  # fmt: skip
     if unknown := [name for name in stored if name not in wanted]:
@@ -146,32 +179,41 @@ def read(path: Path, sizes: Sizes = ANY) -> Capture:
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """dtypes, tokens and NaN: what is said of every tensor alike."""
-    outputs = [name for name in OUTPUTS if name in tensors]
     for name, tensor in tensors.items():
-        allowed = (torch.bfloat16, torch.float32) if name in OUTPUTS else (torch.bfloat16,)
+        allowed = (BF16, FP16, FP32) if "y" in tensors else (BF16, FP32) if name in OF_CHAIN else (BF16,)
         if tensor.dtype not in allowed:
-            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {words}")
-        if tensor.dtype != tensors[outputs[0]].dtype and name in outputs:
-            raise UserError(f"{path}: {name} and {outputs[0]} differ in dtype, expected one for all outputs")
+            raise UserError(f"{path}: {name} is {_word(tensor.dtype)}, expected {' or '.join(map(_word, allowed))}")
+        if name in OF_CHAIN and tensor.dtype != tensors["q"].dtype:
+            raise UserError(f"{path}: {name} and q differ in dtype, expected one for all outputs")
         if not tensor.numel():
             raise UserError(f"{path}: {name} is empty, of shape {list(tensor.shape)}")
         if wrong := int((~tensor.isfinite()).sum()):
             raise UserError(f"{path}: {name} holds NaN or infinity in {wrong} elements: record a call without")
+    half, brain = ([name for name, tensor in tensors.items() if tensor.dtype == dtype] for dtype in (FP16, BF16))
+    if half and brain:
+        raise UserError(f"{path}: {half[0]} is float16 and {brain[0]} bfloat16: a call rounds to one of them")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _norm(path: Path, tensors: dict[str, Tensor], eps: float) -> Norm:
-    x, weight, y = (tensors[name] for name in NORM)
+    x, weight = tensors["x"], tensors["weight"]
     if x.ndim not in (2, 3):
         raise UserError(f"{path}: x has shape {list(x.shape)}, expected [T, D] or [T, H, Dh]")
-    for name, shape in (("weight", [x.shape[-1]]), ("y", list(x.shape))):
-        if list(tensors[name].shape) != shape:
-            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, expected {shape} as x has")
-    return Norm(x, weight, eps, {"y": y})
+    if "residual_out" in tensors and "residual" not in tensors:
+        raise UserError(f"{path} has no residual: residual_out is x + residual as it was returned")
+    for name, tensor in tensors.items():
+        shape = [x.shape[-1]] if name == "weight" else list(x.shape)
+        if list(tensor.shape) != shape:
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, expected {shape} as x has")
+    outputs = {name: tensors[name] for name in ("y", "residual_out") if name in tensors}
+    return Norm(x, weight, eps, outputs, tensors.get("residual"))
 
 
 def _chain(path: Path, tensors: dict[str, Tensor], eps: float, heads: tuple[int, int]) -> Chain:
-    outputs = {name: tensors.pop(name) for name in ("q", "k", "v")}
+    outputs = {name: tensors.pop(name) for name in OF_CHAIN}
     with mistakes(ValueError, about=str(path)):
         problem = Problem(**tensors, num_q_heads=heads[0], num_kv_heads=heads[1], eps=eps)
     for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):

@@ -30,11 +30,11 @@ from castpoint.harness.fingerprint.bounds import (
     input_plans,
     v_bounds_of,
 )
-from castpoint.harness.fingerprint.capture import Capture, Chain
+from castpoint.harness.fingerprint.capture import Capture, Chain, Norm
 from castpoint.harness.fingerprint.evidence import TELLING, outs
 from castpoint.harness.fingerprint.norm import NORM_WORDS, summary
 from castpoint.harness.fingerprint.rules import Rule, norm_rules
-from castpoint.kernels.plan import KEEP, CastPlan
+from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.envelope import Interval, false_red, outside
 
@@ -82,15 +82,17 @@ class Captured(Answer):
 def explain(capture: Capture) -> Captured:
     """Which plans of the whole family explain every element of the capture."""
     start = time.perf_counter()
-    tried = _chains(capture) if isinstance(capture, Chain) else _near(norm_rules(outs=_outs(capture)), capture)
+    tried = _chains(capture) if isinstance(capture, Chain) else _near(_norms(capture), capture)
     found = misses(tried, capture)
     left = [plan for plan, missed in found.items() if not missed.wrong]
-    names = named(capture)
     answer = _told(capture, left) if left else _none(capture, found)
-    excluded = misses([plan for plan in names if plan not in left], capture.cut(0, COUNTED))
+    best = left[0] if left else min(found, key=lambda plan: found[plan].wrong)
+    names = named(capture, best)
+    held = {_weighted(plan, best) for plan in left}  # a plan has no word for how a norm weight is held
+    excluded = misses([plan for plan in names if plan not in held], capture.cut(0, COUNTED))
     return dataclasses.replace(
         answer,
-        plans=[name for plan in names if plan in left for name in names[plan]],
+        plans=[name for plan in names if plan in held for name in names[plan]],
         excluded=[{"plan": ", ".join(names[plan]), **dataclasses.asdict(m)} for plan, m in excluded.items()],
         tokens=capture.tokens,
         elements=sum(output.numel() for output in capture.outputs.values()),
@@ -100,8 +102,9 @@ def explain(capture: Capture) -> Captured:
     )
 
 
-def named(capture: Capture) -> dict[Plan, list[str]]:
-    """The named plans as this capture shows them, each with its names; of a norm, those that have such a norm."""
+def named(capture: Capture, like: Plan) -> dict[Plan, list[str]]:
+    """The named plans as this capture shows them, each with its names; of a norm, those that have such a norm, with
+    fp16 for bf16 where that is recorded, and the weight held as by a rule."""
     found: dict[Plan, list[str]] = {}
     for name, plan in ((name, entry.plan) for name, entry in PLANS.items()):
         if isinstance(capture, Chain):
@@ -110,11 +113,26 @@ def named(capture: Capture) -> dict[Plan, list[str]]:
                 shown = shown.replace(**dict.fromkeys(HEAD_WORDS, KEEP))
         elif words := words_of(plan, capture.kind):
             theirs = {word: own for own, word in NORM_WORDS[capture.kind].items()}
-            shown = Rule(**{theirs.get(name, name): word for name, word in words.items()})
+            own = {theirs.get(name, name): word for name, word in (words | {"x": _x_of(plan, capture)}).items()}
+            shown = _weighted(Rule(**{n: word.replace("bf16", capture.narrow) for n, word in own.items()}), like)
         else:
             continue
         found.setdefault(shown, []).append(name)
     return found
+
+
+def _x_of(plan: CastPlan, capture: Norm) -> str:
+    return plan.x if len(capture.storages_of_x) > 1 else RNE
+
+
+def _weighted(plan: P, like: Plan) -> P:
+    return plan.replace(weight=like.weight) if isinstance(plan, Rule) and isinstance(like, Rule) else plan
+
+
+def _norms(capture: Norm) -> list[Rule]:
+    """Every rule of a norm with what was recorded of it."""
+    rules = norm_rules(outs=_outs(capture), xs=capture.storages_of_x, narrow=capture.narrow)
+    return [rule.replace(weight=word) for rule in rules for word in capture.storages_of_weight]
 
 
 # ---------------------------------------------------------------- which are left
@@ -150,7 +168,9 @@ def _place(name: str, output: Tensor, ends: Interval, missed: Tensor, start: int
 
 
 def _outs(capture: Capture) -> tuple[str, ...]:
-    return outs(next(iter(capture.outputs.values())).dtype)
+    """The last roundings that y, or q, k and v, may have had."""
+    narrow = capture.narrow if isinstance(capture, Norm) else "bf16"
+    return outs(next(iter(capture.outputs.values())).dtype, narrow)
 
 
 def _near(plans: Sequence[P], capture: Capture) -> list[P]:
@@ -233,7 +253,10 @@ def words(plan: Plan, capture: Capture) -> dict[str, str]:
             found = {name: word for name, word in found.items() if name not in HEAD_WORDS}
         residual = isinstance(capture, Chain) and capture.problem.residual is not None
         return {"x": plan.x, **found} if residual else found
-    names = ("statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root")
+    assert isinstance(capture, Norm)
+    names = ["x"] if len(capture.storages_of_x) > 1 else []
+    names += ["statistics", "variance", "rstd", "normed", "out", "weight_offset", "eps", "root"]
+    names += ["weight"] if len(capture.storages_of_weight) > 1 else []
     found = {NORM_WORDS[capture.kind].get(name, name): getattr(plan, name) for name in names}
     found["eps"] = "float32 or float64" if plan.eps == "float32" else plan.eps
     found["root"] = "rsqrt or sqrt" if plan.rstd == KEEP else plan.root

@@ -90,8 +90,8 @@ def compare_captures(first: Path, second: Path, sizes: Sizes) -> Comparison:
         raise UserError(f"{second} has another {sorted(other)[0]} than {first}: captures are compared on equal inputs")
     answers = [captured.explain(each) for each in captures]
     said, wrong, number = [], 0, 0
-    for name, a in captures[0].outputs.items():
-        a, b = a.float().flatten(1), captures[1].outputs[name].float().flatten(1)
+    for name in (name for name in captures[0].outputs if name in captures[1].outputs):
+        a, b = (each.outputs[name].float().flatten(1) for each in captures)
         places = (a != b).nonzero().tolist()
         wrong, number = wrong + len(places), number + a.numel()
         if places:
@@ -104,7 +104,7 @@ def compare_captures(first: Path, second: Path, sizes: Sizes) -> Comparison:
 
 def _inputs(recorded: capture.Capture) -> dict[str, Any]:
     if isinstance(recorded, capture.Norm):
-        return {"x": recorded.x, "weight": recorded.weight, "eps": recorded.eps}
+        return {"x": recorded.x, "weight": recorded.weight, "residual": recorded.residual, "eps": recorded.eps}
     return recorded.problem.inputs()
 
 
