@@ -20,6 +20,7 @@ from castpoint.harness.fingerprint.rules import Rows, Rule, norm_rules, predict,
 from castpoint.harness.fingerprint.sizes import ANY
 from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.problems.drawn import synthetic_problem
+from castpoint.harness.runs.errors import UserError
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -129,6 +130,9 @@ def test_a_file_is_read_and_two_are_compared(tmp_path: Path) -> None:
     held = tensors_of(captures[0])
     held.pop("residual_out")
     assert compare_captures(first, saved(tmp_path / "y.safetensors", held), ANY).same
+    other = saved(tmp_path / "other.safetensors", held | {"residual": RESIDUAL + 1})
+    with pytest.raises(UserError, match="other.safetensors has another residual than"):
+        compare_captures(first, other, ANY)
 
 
 BAD = {
