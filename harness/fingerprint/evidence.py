@@ -226,9 +226,9 @@ def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     shares = mean_shares(near, calls)
     ordered = sorted(near, key=lambda rule: -shares[rule])
     best = ordered[0]
-    left = [rule for rule in ordered[1:] if not rejects(best, rule, calls)]
-    rejected = [shares[rule] for rule in ordered[1:] if rule not in left] or [s for s in rough.values() if s < 1]
-    return Ranking(best, shares[best], max(rejected, default=None), [best, *left])
+    rejected = {rule: shares[rule] for rule in ordered[1:] if rejects(best, rule, calls)}
+    runners_up = rejected.values() or [share for share in rough.values() if share < 1]
+    return Ranking(best, shares[best], max(runners_up, default=None), [r for r in ordered if r not in rejected])
 
 
 def classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:
