@@ -1,8 +1,8 @@
 """A program of any language as a callable: its arguments go through a file of safetensors, and so does its result.
 
-The file that it reads holds bf16 tensors by the names of blackbox.KINDS (and residual or bias, where that is asked),
-eps as one float64, num_q_heads and num_kv_heads as one int64 each, and these numbers in its metadata too. The file that
-it writes must hold y, or q, k and v.
+The file that it reads holds bf16 tensors by the names of blackbox.KINDS (and residual, bias or gate, where that is
+asked), eps as one float64, num_q_heads and num_kv_heads as one int64 each, and these numbers in its metadata too. The
+file that it writes must hold y, or q, k and v.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def from_command(command: str, kind: str, limit_s: float = LIMIT_S) -> Callable[
     status that is not zero, Fault where it cannot be started, hangs, or writes something else.
     """
     words = words_of(command)
-    return by_files(lambda tensors: _run(words, kind, tensors, limit_s), kind)
+    return by_files(lambda tensors: _run(words, kind, tensors, limit_s), kind, OPTIONAL[kind])
 
 
 def words_of(command: str) -> list[str]:
@@ -62,16 +62,15 @@ def words_of(command: str) -> list[str]:
     return words
 
 
-def by_files(run: Run, kind: str) -> Callable[..., Any]:
-    """A callable of that kind whose arguments run gets by name. An optional argument that leaves the result as it is
-    is not read: that is Refused."""
+def by_files(run: Run, kind: str, optional_names: Sequence[str]) -> Callable[..., Any]:
+    """A callable of that kind whose arguments run gets by name. One of those optional arguments that leaves the result
+    as it is is not read: that is Refused."""
     noticed: dict[str, bool] = {}
-    optional_names = [name for name in OPTIONAL[kind] if name != "gate"]  # which takes more rounds than there are
 
     def asked(tensors: Tensors, given: Tensors) -> Tensors:
         for name, value in given.items():
-            if name not in noticed:  # turned, x is no multiple of itself
-                other = tensors["x"].roll(1, -1) if name == "residual" else torch.ones_like(value)
+            if name not in noticed:  # turned, x is no multiple of itself, and a gate that a norm would undo
+                other = torch.ones_like(value) if name == "bias" else tensors["x"].roll(1, -1)
                 with_it = run({**tensors, name: other})
                 try:
                     without = run(tensors)
@@ -84,7 +83,8 @@ def by_files(run: Run, kind: str) -> Callable[..., Any]:
 
     def fn(*arguments: Any, **optional: Any) -> Any:
         bound = signature.bind(*arguments, **optional).arguments
-        tensors = {name: value if isinstance(value, Tensor) else _number(value) for name, value in bound.items()}
+        there = {name: value for name, value in bound.items() if value is not None}
+        tensors = {name: value if isinstance(value, Tensor) else _number(value) for name, value in there.items()}
         given = {name: tensors.pop(name) for name in optional_names if name in tensors}
         made = tuple(asked(tensors, given).values())
         return made if len(made) > 1 else made[0]

@@ -109,7 +109,8 @@ def answered(folder: Path, state: State) -> Answer | str:
     replay = _Replay(state.kind)
     replies = [_take(folder, number, state, replay) for number in range(len(state.rounds))]
     try:
-        answer = identify(by_files(replay, state.kind), state.kind, "cpu", state.sizes, way=Way(True, replay.settle))
+        fn = by_files(replay, state.kind, [name for name in OPTIONAL[state.kind] if name != "gate"])  # of more rounds
+        answer = identify(fn, state.kind, "cpu", state.sizes, way=Way(True, replay.settle))
     except Pending:
         if len(state.rounds) == MOST:
             text = f"{folder} was begun by another version of castpoint: ask again, with --ask and a new folder"

@@ -52,6 +52,7 @@ def test_a_program_in_c_is_what_it_is_and_layouts_are_not_asked(built: Path) -> 
     assert results(answer, "argument") == {
         "no optional argument": "same",
         "residual": "refused: residual is not read: the same bits with and without it",
+        "gate": "refused: gate is not read: the same bits with and without it",
     }
 
 
@@ -65,10 +66,20 @@ def test_a_program_in_numpy_refuses_a_residual_or_adds_it() -> None:
     answer = identify_command(f"{NUMPY} {FILES}", "head_norm", 60)
     assert answer.status == "identified" and "one-rounding" in answer.plans, answer
     said = "refused: the program ended with exit status 1: no residual here"
-    assert results(answer, "argument") == {"no optional argument": "same", "residual": said}
+    gate = said.replace("residual", "gate")
+    assert results(answer, "argument") == {"no optional argument": "same", "residual": said, "gate": gate}
     answer = identify_command(f"{NUMPY} {FILES} residual", "rmsnorm", 60)
     assert answer.status == "identified" and answer.candidates[0]["x"] == "fp32", answer
-    assert results(answer, "argument") == {"no optional argument": "same", "residual": "same"}
+    assert results(answer, "argument") == {"no optional argument": "same", "residual": "same", "gate": gate}
+
+
+def test_a_program_with_a_gate() -> None:
+    answer = identify_command(f"{NUMPY} {FILES} gate", "rmsnorm", 60)
+    assert answer.status == "identified" and "one-rounding" in answer.plans, answer
+    assert answer.candidates[0]["ungated"] == answer.candidates[0]["gate"] == "fp32"
+    assert answer.facts["gate"] == "norm(x) * silu(gate)"
+    answer = identify_command(f'{NUMPY} {FILES} "neighbour\'s gate"', "rmsnorm", 60)
+    assert answer.status == "none", answer
 
 
 def test_another_python_returns_its_bits() -> None:

@@ -95,7 +95,7 @@ def test_it_is_compared_and_asked_through_files() -> None:
         weights = (tensors["norm_weight"], tensors["weight"])
         return {"y": hf(tensors["x"], *weights, tensors["eps"].item(), tensors.get("bias"))}
 
-    answer = identify(by_files(run, "norm_linear"), "norm_linear", way=Way(files=True))
+    answer = identify(by_files(run, "norm_linear", ("residual", "bias")), "norm_linear", way=Way(files=True))
     assert answer.plans == ["hf"] and "bias" in answer.candidates[0], answer
 
 

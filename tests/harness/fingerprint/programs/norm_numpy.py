@@ -1,4 +1,7 @@
-"""RMSNorm with one rounding, in NumPy, which has no bf16: its bits as uint16. norm_numpy.py INPUT OUTPUT [residual]"""
+"""RMSNorm with one rounding, in NumPy, which has no bf16: its bits as uint16.
+
+norm_numpy.py INPUT OUTPUT [residual, gate, or "neighbour's gate", which is wrong]
+"""
 
 import json
 import sys
@@ -28,11 +31,16 @@ def bf16(value: np.ndarray) -> bytes:
 
 
 given = tensors(Path(sys.argv[1]).read_bytes())
-takes = sys.argv[3:] == ["residual"]
-if "residual" in given and not takes:
-    sys.exit("no residual here")
+takes = " ".join(sys.argv[3:])
+for name in ("residual", "gate"):
+    if name in given and name not in takes:
+        sys.exit(f"no {name} here")
 x, eps = given["x"] + given.get("residual", np.float32(0)), given["eps"].astype(np.float32)
 root = np.float32(1) / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + eps)
-y = bf16(x * root * given["weight"])
+y = x * root * given["weight"]
+if "gate" in takes:
+    z = given["gate"] if takes == "gate" else np.roll(given["gate"], 1, axis=0)
+    y = y * (z / (1 + np.exp(-z)))
+y = bf16(y)
 header = json.dumps({"y": {"dtype": "BF16", "shape": x.shape, "data_offsets": [0, len(y)]}}).encode()
 Path(sys.argv[2]).write_bytes(len(header).to_bytes(8, "little") + header + y)
