@@ -41,6 +41,10 @@ def missing_word(best: Rule, calls: Sequence[Call], names: dict[str, str]) -> st
             for more, offset in (("", "none"), (", with 1 + w", KEEP)):  # best's is chance where all else is wrong
                 rule = best.replace(weight_offset=offset)
                 shares[said + more] = min(_by_formula(formula, rule, call) for call in calls)
+        for rule in near:
+            size = _size(rule, calls[0])
+            if abs(size - 1) > NEAR:
+                shares[f"the result is {size:.3g} times as large"] = min(_by_size(rule, size, c) for c in calls)
     said = max(shares, key=lambda said: shares[said])
     return f"all is explained if {said}" if shares[said] >= 1 - UNEXPLAINED else ""
 
@@ -76,6 +80,18 @@ def _by_root(rule: Rule, root: Root, call: Call) -> float:
     factor = round_to(under if rule.root == "sqrt" else 1 / under, rule.rstd)
     near = (predict(rule, rows, factor) - call.stored).abs() <= call.stored.abs() * 2.0**-20 * (rule.out == KEEP)
     return near[rows.nonzero].double().mean().item()
+
+
+def _size(rule: Rule, call: Call) -> float:
+    """How many times as large as the rule's most elements are."""
+    return (call.stored / predict(rule, call.rows))[call.rows.nonzero].nanmedian().item()
+
+
+def _by_size(rule: Rule, size: float, call: Call) -> float:
+    """Share of elements that are so many times as large as the rule's, up to NEAR."""
+    expected = size * predict(rule, call.rows)
+    near = (expected - call.stored).abs() <= NEAR * expected.abs()
+    return near[call.rows.nonzero].double().mean().item()
 
 
 def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

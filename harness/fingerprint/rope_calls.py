@@ -22,15 +22,18 @@ from castpoint.harness.fingerprint.turns import (
     AFTER,
     COLUMNS,
     Manner,
+    Pairs,
     Turn,
     Way,
     angles,
     drawn,
+    pairs_of,
     rotated,
     structures,
     unturned,
 )
-from castpoint.kernels.plan import PHASE_BOUNDARIES
+from castpoint.kernels.plan import KEEP, PHASE_BOUNDARIES
+from castpoint.variants.rope import frequencies
 
 THETA = 1e4
 THETAS = (1e6, 5e5, 1e7)  # Qwen3, Llama 3, and longer contexts
@@ -38,6 +41,7 @@ NEARLY = 2.0**-6  # of the terms of an element: two ulps of bf16, about which ro
 FITS = 0.99  # share of elements that the right rotation explains up to that
 SHARES = (1.0, 0.5, 0.25, 0.75)  # of a head's channels that a table is for; the others where the first is refused
 TOP = 4095  # positions of the deciding calls
+LADDER = tuple(4**i for i in range(7))  # positions at which frequencies are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +198,16 @@ def _tried(kernel: Kernel, head_dim: int) -> First:
 def _near(case: Case, still: Tensor, stored: Tensor, way: Way, sign: int = 1, heads: slice = slice(None)) -> Tensor:
     """Share of elements that turning what is stored at position 0 explains up to NEARLY."""
     assert case.turn is not None
-    cos, sin = angles(case.turn, way)
+    return _by(angles(case.turn, way), case, still, stored, way, sign)[:, heads].double().mean()
+
+
+def _by(turns: Pairs, case: Case, still: Tensor, stored: Tensor, way: Way, sign: int = 1) -> Tensor:
+    """Which elements turning by these cos and sin explains up to NEARLY."""
     factor = still / case.x if way.norm == AFTER else torch.ones(1)
     value = case.x if way.norm == AFTER else still
-    expected = rotated(value, cos, sin, way, sign) * factor
-    size = rotated(value, cos, sin, way, 0) * factor.abs()
-    return ((expected - stored).abs() <= NEARLY * size)[:, heads].double().mean()
+    expected = rotated(value, *turns, way, sign) * factor
+    size = rotated(value, *turns, way, 0) * factor.abs()
+    return (expected - stored).abs() <= NEARLY * size
 
 
 def _as_engines_give(first: First) -> First:
@@ -228,9 +236,61 @@ def no_rotation(first: First) -> str:
         for name, word in itertools.product(PHASE_BOUNDARIES if way.made else (), TYPES):
             if _near(case, still, stored, dataclasses.replace(way, **{name: word})) >= FITS:
                 return f"all is explained, roundings aside, if {name} is {TYPES[word]}"
+    if said := _other_frequencies(first, still, stored):
+        return f"all is explained, roundings aside, if {said}"
     parts = {"q": slice(case.heads[0]), "k": slice(case.heads[0], None)}
-    said = [f"{_near(case, still, stored, first.near, heads=part):.2%} of {name}" for name, part in parts.items()]
+    shares = [f"{_near(case, still, stored, first.near, heads=part):.2%} of {name}" for name, part in parts.items()]
     return (
         "none of these: the nearest rotation, "
-        f"{first.near.rotation} with the norm {first.near.norm}, explains {' and '.join(said)}, roundings aside"
+        f"{first.near.rotation} with the norm {first.near.norm}, explains {' and '.join(shares)}, roundings aside"
     )
+
+
+def _other_frequencies(first: First, still: Tensor, stored: Tensor) -> str:
+    """What frequencies a kernel has that makes its angles otherwise than of the theta it was asked with; empty where
+    positions times no frequencies explain the deciding call."""
+    case, turn = first.case, first.case.turn
+    assert turn is not None
+    if turn.table is not None or turn.section is not None:
+        return ""
+    calls = {position: _everywhere(first.kernel, case, position) for position in LADDER}
+
+    def explained(found: Tensor, way: Way) -> bool:
+        phase = turn.positions[:, None, None].double() * found
+        return _by((phase.cos().float(), phase.sin().float()), case, still, stored, way).double().mean().item() >= FITS
+
+    for way in structures(turn, turn.rotary):
+        if any(getattr(way, name) != KEEP for name in PHASE_BOUNDARIES):
+            continue
+        found = _frequencies(case, still, calls, way)
+        if explained(found, way):
+            middle = torch.arange(turn.rotary // 8, turn.rotary // 4)  # which are known to the most digits
+            theta = (found[middle] ** (-turn.rotary / (2 * middle))).median().item()
+            for rounded in (float(f"{theta:.{digits}g}") for digits in range(1, 7)):
+                if theta > 1 and explained(frequencies(rounded, turn.rotary), way):
+                    return f"theta is {rounded:g}"
+            by = frequencies(turn.theta, turn.rotary) / found
+            said = " to ".join(dict.fromkeys(f"{end:.2g}" for end in (by.min(), by.max())))
+            return f"theta's frequencies are divided by {said}: scaled RoPE, such as YaRN's or Llama 3's"
+    return ""
+
+
+def _everywhere(kernel: Kernel, case: Case, position: int) -> Tensor:
+    """What is stored with every token at that position."""
+    assert case.turn is not None
+    turn = dataclasses.replace(case.turn, positions=torch.full_like(case.turn.positions, position))
+    return kernel.stored(dataclasses.replace(case, turn=turn)).float()
+
+
+def _frequencies(case: Case, still: Tensor, calls: dict[int, Tensor], way: Way) -> Tensor:
+    """[rotary / 2] float64: radians that each pair of channels is turned by from one position to the next, measured at
+    positions each so near to the last that no turn is missed."""
+    found, factor = torch.zeros(way.rotary // 2).double(), still / case.x if way.norm == AFTER else torch.ones(1)
+    for position, turned in calls.items():
+        before, after = (
+            torch.complex(*(value[..., pair].double() for pair in pairs_of(way)))
+            for value in (still / factor, (turned / factor).nan_to_num(posinf=0.0, neginf=0.0))
+        )
+        missing = (after * before.conj() * torch.polar(torch.ones_like(found), -position * found)).sum((0, 1)).angle()
+        found = found + missing / position
+    return found

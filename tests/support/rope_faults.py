@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,30 @@ def moves_positions(q, k, q_weight, k_weight, cos_sin_cache, positions, eps):
     return both
 
 
+def of_frequencies(change: Callable[[Tensor], Tensor], rotation: str = "half", size: float = 1.0) -> Callable[..., Any]:
+    """Kernels that make their angles, of what change makes of theta's frequencies; cos and sin times size."""
+
+    def fn(q, k, q_weight, k_weight, base, positions, eps):
+        steps = torch.arange(0, q.shape[-1], 2).double() / q.shape[-1]
+        phase = positions[:, None].double() * change(base**-steps)
+        cos, sin = (size * phase.cos()).float(), (size * phase.sin()).float()
+        return returned({}, rotation, "once")(q, k, q_weight, k_weight, cos, sin, eps)
+
+    return fn
+
+
+def shares_of(frequencies: Tensor) -> Tensor:
+    """2i / Dh."""
+    return torch.arange(len(frequencies)).double() / len(frequencies)
+
+
+def llama_3(frequencies: Tensor) -> Tensor:
+    """Long wavelengths over 8, short ones as they are, smoothly between."""
+    turns = 8192 * frequencies / (2 * math.pi)
+    smooth = ((turns - 1) / 3).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / 8)
+
+
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {  # and what the reason must say
     "k is rotated by another position": (table_kernel(another_position), "explains 100.00% of q and"),
     "the last of an odd number of heads": (table_kernel(odd_heads), r"head [24] of [qk] has"),
@@ -158,7 +183,14 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {  # and what the reason must
     "v is changed": (changes_v, "changes v"),
     "is_neox is ignored": (half_alone, "is_neox=False"),
     "one position of three": (first_axis_alone, "the nearest rotation"),
-    "the base is ignored": (base_ignored, "the nearest rotation"),
+    "the base is ignored": (base_ignored, r"all is explained, roundings aside, if theta is 1e\+06"),
+    "a theta of its own": (of_frequencies(lambda f: 150000 ** -shares_of(f)), "if theta is 150000"),
+    "positions over 4": (of_frequencies(lambda f: f / 4), "theta's frequencies are divided by 4: scaled RoPE"),
+    "frequencies of Llama 3, interleaved": (
+        of_frequencies(llama_3, "interleaved"),
+        "theta's frequencies are divided by 1 to 8: scaled RoPE",
+    ),
+    "cos and sin times 1.1": (of_frequencies(lambda f: f, size=1.1), "q at position 0, .*is 1.1 times as large"),
     "positions are written": (moves_positions, "writes beside q and k"),
     "inv_freq in fp16": (of_base({"inv_freq": "fp16"}), "if inv_freq is rounded to fp16"),
 }

@@ -61,6 +61,9 @@ OUTSIDERS: dict[str, Norm] = {
     ),
     "LayerNorm": lambda x, w, eps: F.layer_norm(x, (x.shape[-1],), w, None, eps),
     "no weight": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), None, eps),
+    "a scale of attention": lambda x, w, eps: (
+        F.rms_norm(x.float(), (x.shape[-1],), w.float(), eps) * 128**-0.5
+    ).bfloat16(),
     "the L2 norm": lambda x, w, eps: F.normalize(x.float(), dim=-1).bfloat16() * w,
     "1 + w, and no norm": lambda x, w, eps: x * (1 + w),
     "weight before the mean": lambda x, w, eps: F.rms_norm(
@@ -77,6 +80,7 @@ MISSING = {  # what the answer says would explain it
     "normed in fp16": "normed is rounded to fp16",
     "1 + w in fp16": "weight_offset is rounded to fp16",
     "normed cut to tf32": "normed is cut to 11 bits, as tf32 and fp16 have them",
+    "a scale of attention": "the result is 0.0884 times as large",
     "the L2 norm": "it is the L2 norm",
     "one column of normed not rounded": "they gather in column 255 of 256",
     "LayerNorm": "the mean is subtracted: it is LayerNorm",
