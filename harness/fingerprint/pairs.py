@@ -6,7 +6,7 @@ base with positions; mRoPE's sections; number and size of heads, in arguments or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,18 +125,19 @@ class Pair:
             q, k, here = (part.unflatten(1, (-1, q.shape[2])) for part in packed.split(_widths(q, k, v), dim=1))
         else:
             values["q"], values["k"] = q, k = _views(q, k, layout)
-            values |= {f"{name}_out": torch.full_like(given, torch.nan) for name, given in (("q", q), ("k", k))}
+        values |= {f"{name}_out": torch.full_like(given, torch.nan) for name, given in (("q", q), ("k", k))}
         used = [values[name] for name in dict.fromkeys(self.form.names) if isinstance(values.get(name), Tensor)]
         owners = [tensor if tensor._base is None else tensor._base for tensor in used]
         before = [owner.clone() for owner in owners]
         result = self.form.call(self.fn, values)
         outputs = self._outputs(result, values, q, k, v)
-        inside = [q, k, values.get("q_out"), values.get("k_out")]
-        wrote = [_beside(owner, old, inside) for owner, old in zip(owners, before, strict=True)]
+        pairs = list(zip(owners, before, strict=True))
         if self.packed and not _equal(here, v):
             raise Fault("the callable changes v in qkv, which passes through")
-        if any(wrote):
+        if any(_beside(owner, old, [*outputs, q, k]) for owner, old in pairs):
             raise Fault("the callable writes beside q and k, into what it is given: give it copies")
+        if any(_beside(owner, old, outputs) for owner, old in pairs):
+            raise Fault("the callable writes into q and k, and returns other tensors: give it copies")
         return outputs
 
     def _sizes(self, q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -164,8 +165,8 @@ class Pair:
             raise Fault(
                 f"the callable returned {type(result).__name__}, expected (q, k), or None where it works in place"
             )
-        if len(result) == 3 and v.numel() and not _equal(result[2].reshape(v.shape), v):
-            raise Fault("the callable changes v, which passes through")
+        if len(result) == 3 and v.numel():
+            _check_v(result[2], v)
         self.manners["q and k"] = "are returned"
         for given, output, name in ((q, result[0], "q"), (k, result[1], "k")):
             if output.shape not in (given.shape, given.flatten(1).shape):
@@ -203,16 +204,25 @@ def _views(q: Tensor, k: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return packed[:, : q.shape[1]], packed[:, q.shape[1] : q.shape[1] + k.shape[1]]
 
 
+def _check_v(output: Tensor, v: Tensor) -> None:
+    """Raises Fault unless output is v, by head or flat."""
+    if output.dtype != v.dtype or output.shape not in (v.shape, v.flatten(1).shape):
+        said, expected = (f"{list(value.shape)} of {value.dtype}" for value in (output, v))
+        raise Fault(f"the callable returned v as {said}, expected {expected}")
+    if not _equal(output.reshape(v.shape), v):
+        raise Fault("the callable changes v, which passes through")
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(a.nan_to_num(nan=7e4), b.nan_to_num(nan=7e4))
 
 
-def _beside(owner: Tensor, old: Tensor, inside: list[Tensor | None]) -> bool:
+def _beside(owner: Tensor, old: Tensor, inside: Iterable[Tensor]) -> bool:
     """Whether owner was written to outside of those of its views."""
     if _equal(owner, old):
         return False
     free = torch.zeros_like(owner, dtype=torch.bool)
     for view in inside:
-        if view is not None and view.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
+        if view.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
             free.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(True)
     return not _equal(old[~free], owner[~free])

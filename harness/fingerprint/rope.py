@@ -29,7 +29,7 @@ from castpoint.harness.fingerprint.answer import (
 from castpoint.harness.fingerprint.evidence import TELLING, Miss
 from castpoint.harness.fingerprint.missing import TYPES
 from castpoint.harness.fingerprint.pairs import Pair
-from castpoint.harness.fingerprint.rope_calls import FITS, First, first_call, no_rotation
+from castpoint.harness.fingerprint.rope_calls import First, first_call, no_rotation
 from castpoint.harness.fingerprint.rope_questions import Held, missed, partial, rope_questions, unexplained
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -64,7 +64,7 @@ def _sizes_of(pair: Pair, sizes: Sizes) -> Sizes:
 
 def _answer(pair: Pair, sizes: Sizes) -> Answer:
     first = first_call(pair, sizes)
-    if first.near is not None and first.share < FITS:
+    if not first.explained:
         return Answer("none", share_equal=round(first.share, 6), reason=no_rotation(first))
     alone = _norms(first)
     if not alone.candidates:

@@ -141,6 +141,17 @@ class First:
     fits: list[Way]
     near: Way | None = None
 
+    @property
+    def explained(self) -> bool:
+        """Whether the nearest rotation explains nearly all, and rotates every channel that a table is for."""
+        return self.near is None or (self.share >= FITS and not self.left_out)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether channels that a table is for are not rotated."""
+        turn = self.case.turn
+        return turn is not None and turn.table is not None and self.near is not None and self.near.rotary < turn.rotary
+
 
 def first_call(pair: Pair, sizes: Sizes) -> First:
     """The first geometry and manner that it takes, and whose rotation is one of the family; else the nearest."""
@@ -148,14 +159,14 @@ def first_call(pair: Pair, sizes: Sizes) -> First:
     refused: Refused | None = None
     for head_dim in [sizes.head_dim] if sizes.head_dim else [probes.HEAD_DIM, 64, 256]:
         for kernel in _manners(pair, sizes):
-            if best and kernel.manner.share < 1:  # what takes angles of all channels is not asked for a part of them
+            if best and best.share < FITS and kernel.manner.share < 1:  # it takes angles of all channels, but otherwise
                 return best
             try:
                 first = _tried(kernel, head_dim)
             except Refused as error:
                 refused = refused or error
                 continue
-            if first.near is None or first.share >= FITS:
+            if first.explained:
                 return _as_engines_give(first)
             best = first if best is None or first.share > best.share else best
         if best:
@@ -230,6 +241,8 @@ def no_rotation(first: First) -> str:
     still = first.kernel.stored(dataclasses.replace(case, turn=unturned(case.turn, len(stored)))).float()
     if torch.equal(still, stored):
         return "positions, cos and sin make no difference: q and k are not rotated"
+    if first.share >= FITS:
+        return f"it is given angles of {case.turn.rotary} channels, and rotates the first {first.near.rotary}"
     for way in structures(case.turn, first.near.rotary):
         if _near(case, still, stored, way, sign=-1) >= FITS:
             return "all is explained if it rotates the other way, by minus the angle"

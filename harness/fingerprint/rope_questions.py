@@ -27,6 +27,7 @@ from castpoint.kernels.plan import KEEP
 GEOMETRIES = (
     *((1, 16, 8, 128), (7, 2, 1, 64), (33, 5, 1, 96), (33, 3, 3, 256), (600, 16, 8, 128), (7, 16, 8, 256)),
     *((1, 5, 1, 64), (600, 3, 3, 64), (33, 16, 8, 96), (7, 2, 1, 128), (1, 3, 3, 256), (600, 2, 1, 96)),
+    *((2, 4, 2, 128), (8, 4, 2, 64), (63, 4, 2, 128), (65, 4, 2, 128), (128, 2, 1, 128), (257, 2, 1, 128)),
 )
 TOPS = (40_000, 131_071)  # positions, beyond 15 bits, and the last of public models
 Drawn = Callable[[Draw, int, int], Rows]  # so many rows of that width

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rope_kernels import HF, angles, normed_and_turned, of_base, own_theta, packed, returned
+from rope_kernels import HF, angles, into_new, normed_and_turned, of_base, own_theta, packed, returned
 from torch import Tensor
 
 from castpoint.kernels.plan import RNE
@@ -81,6 +81,58 @@ def tokens_beyond_512(name, eps, x, weight, cos, sin):
 
 def overflowing(name, eps, x, weight, cos, sin):
     return x.half().clamp(-6e4, 6e4).float(), weight, cos, sin
+
+
+def wrong_for(tokens: Callable[[int], bool]) -> Callable[..., Any]:
+    """The last token of so many is not rotated."""
+
+    def change(name, eps, x, weight, cos, sin):
+        if not tokens(len(x)):
+            return x, weight, cos, sin
+        still = torch.arange(len(x))[:, None] == len(x) - 1
+        return x, weight, cos.where(~still, 1), sin.where(~still, 0)
+
+    return change
+
+
+def last_kv_head(name, eps, x, weight, cos, sin):
+    value = normed_and_turned(x, weight, eps, cos, sin, {})
+    if name == "k" and x.shape[1] >= 8:
+        value[:, -1] = value[:, 0]
+    return value
+
+
+def last_pair_still(rotation: str) -> Callable[..., Any]:
+    def fn(q, k, q_weight, k_weight, cos, sin, eps):
+        still = torch.arange(cos.shape[1]) == cos.shape[1] - 1
+        angles = cos.where(~still, 1), sin.where(~still, 0)
+        return returned({}, rotation, columns="once")(q, k, q_weight, k_weight, *angles, eps)
+
+    return fn
+
+
+def stride_of_k(name, eps, x, weight, cos, sin):
+    return as_if_contiguous(name, eps, x, weight, cos, sin) if name == "k" else (x, weight, cos, sin)
+
+
+def reads_what_it_wrote(q, k, q_weight, k_weight, cos_sin_cache, positions, eps):
+    cos, sin = (part[:, None] for part in cos_sin_cache[positions].chunk(2, 1))
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        first, second = x.chunk(2, -1)
+        x.copy_(normed_and_turned(x, weight, eps, torch.ones_like(cos[:, 0]), torch.zeros_like(sin[:, 0]), {}))
+        first.copy_(first * cos - second * sin)
+        second.copy_(second * cos + first * sin)
+
+
+def spoils_q(qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions):
+    q, k = into_new(qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions)
+    qkv[:, : q.shape[1] * q.shape[2]] = q.flatten(1)
+    return q, k
+
+
+def wide_v(qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions):
+    q, k = into_new(qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions)
+    return q, k, qkv[:, -num_heads_k * head_dim :].float()
 
 
 def with_positions(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -175,6 +227,18 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {  # and what the reason must
     ),
     "half of a large head": (table_kernel(half_of_a_large_head), r"with q \[33, 3, 256\]"),
     "tokens beyond 512": (table_kernel(tokens_beyond_512), r"with q \[600, 16, 128\]"),
+    "the last of 65 tokens": (table_kernel(wrong_for(lambda tokens: tokens == 65)), r"with q \[65, 4, 128\]"),
+    "the last of 257 tokens": (table_kernel(wrong_for(lambda tokens: tokens == 257)), r"with q \[257, 2, 128\]"),
+    "the last kv head": (table_kernel(last_kv_head), r"k at position 0, .* with x \[1, 16, 256\]"),
+    "the last pair": (last_pair_still("half"), "the nearest rotation, half .* explains 98"),
+    "the last pair, interleaved": (
+        last_pair_still("interleaved"),
+        "it is given angles of 128 channels, and rotates the first 126",
+    ),
+    "strides of k are ignored": (table_kernel(stride_of_k), "k at position 0, .* with heads before tokens"),
+    "what was written is read": (reads_what_it_wrote, "the nearest rotation"),
+    "q is spoiled": (spoils_q, "writes into q and k, and returns other tensors"),
+    "v in fp32": (wide_v, r"returned v as \[64, 256\] of torch.float32, expected \[64, 2, 128\] of torch.bfloat16"),
     "fp16 overflows": (table_kernel(overflowing), "one channel of 2"),
     "positions of 15 bits": (with_positions(lambda p: p.to(torch.int16).long()), "with positions up to 40,000"),
     "positions of 16 bits": (with_positions(lambda p: p & 0xFFFF), "with positions up to 131,071"),

@@ -90,6 +90,26 @@ def packed(words: Words) -> Callable:
     return fn
 
 
+def into_new(qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, positions):
+    """Packed, and returned in tensors of their own."""
+    cos, sin = cos_sin_cache[positions].chunk(2, 1)
+    q, k, _ = qkv.unflatten(1, (-1, head_dim)).split([num_heads_q, num_heads_k, num_heads_k], 1)
+    return tuple(normed_and_turned(x, w, eps, cos, sin, {}) for x, w in ((q, q_weight), (k, k_weight)))
+
+
+def packed_into_out(qkv, q_out, k_out, eps, q_weight, k_weight, cos_sin_cache, positions):
+    heads = q_out.shape[1], k_out.shape[1], q_out.shape[2]
+    both = into_new(qkv, *heads, eps, q_weight, k_weight, cos_sin_cache, positions)
+    q_out.copy_(both[0]), k_out.copy_(both[1])
+
+
+def first_64(q, k, q_weight, k_weight, cos, sin, eps):
+    """64 of 128 channels, whatever the table is for."""
+    if q.shape[2] != 128:
+        raise ValueError("heads of 128 only")
+    return returned({}, columns="once")(q, k, q_weight, k_weight, cos[:, :32], sin[:, :32], eps)
+
+
 def of_base(words: Words, share: float = 1.0) -> Callable:
     """As TensorRT-LLM calls it: in place, it makes the angles itself; of a share of the channels."""
 

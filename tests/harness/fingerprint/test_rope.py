@@ -21,6 +21,8 @@ from rope_kernels import (
     a_quarter,
     angles,
     approximate,
+    first_64,
+    into_new,
     mrope,
     noisy,
     normed,
@@ -28,6 +30,7 @@ from rope_kernels import (
     of_base,
     own_theta,
     packed,
+    packed_into_out,
     returned,
 )
 
@@ -96,6 +99,9 @@ RIGHT: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "packed, a rounded table": (packed({"cos_sin": RNE}), {"cos_sin": RNE}),
     "in place, partial by argument": (in_place, {}),
     "into out": (into_out, {"cos_sin": RTZ}),
+    "packed, into out": (packed_into_out, {}),
+    "packed, into new tensors": (into_new, {}),
+    "64 channels of any table": (first_64, {}),
     "packed, a base": (of_base({}), dict.fromkeys(PHASE_BOUNDARIES, KEEP)),
     "a base, inv_freq in bf16": (of_base({"inv_freq": RNE}), {"inv_freq": RNE}),
     "a base, positions in bf16": (of_base({"position": RNE}), {"position": RNE}),
