@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.stores import EIGHT_BITS, round_to, spread
+from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
+from castpoint.harness.fingerprint.sums import Sums
 from castpoint.kernels.plan import KEEP
 
 KINDS = {
@@ -106,6 +107,9 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
+INTO_RESIDUAL = "is written into residual"
+
+
 class Refused(Fault):
     """The callable raised an exception instead of an answer."""
 
@@ -143,8 +147,8 @@ class BlackBox:
     otherwise.
 
     Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. A norm
-    may work in place, y in x and x + residual in residual. Of kind qkv q, k and v may be flat, [T, heads * Dh]. A
-    norm_linear is called as a chain, by forms.linear.
+    may write y into x, and both may write x + residual into residual, or return it last. Of kind qkv q, k and v may be
+    flat, [T, heads * Dh]. A norm_linear is called as a chain, by forms.linear.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class BlackBox:
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
+        self.sums = Sums(self.narrow, KEEP if dtype == "fp32" else f"{self.narrow}-rne")
 
     def takes(self, name: str) -> bool:
         """Whether fn is given an argument of that name."""
@@ -190,8 +195,8 @@ class BlackBox:
         if not self.weightless:
             weight = weight.expand(x.shape[-2], -1) if self.a_weight_a_head else weight
             weight_layout = layout if "offset" in layout else "contiguous"
-            weights = [self._given(weight, weight_layout, weight_dtype or self.weight_dtype)]
-        arguments = [self._given(x, layout, self.dtype), *weights, eps]
+            weights = [self.as_given(weight, weight_layout, weight_dtype or self.weight_dtype)]
+        arguments = [self.as_given(x, layout, self.dtype), *weights, eps]
         y, *scales = self._call(arguments, extra | more, [list(x.shape)], finite)
         return Stored(y, *scales)
 
@@ -202,21 +207,22 @@ class BlackBox:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
         weights = (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)
-        tensors = [self._given(x, layout, self.dtype)]
-        tensors += [self._given(weight, "contiguous", self.weight_dtype) for weight in weights]
+        tensors = [self.as_given(x, layout, self.dtype)]
+        tensors += [self.as_given(weight, "contiguous", self.weight_dtype) for weight in weights]
         residual = torch.zeros_like(x) if residual is None else residual
         extra = self._extra(layout, residual=residual)
         extra |= self._extra("contiguous", bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
         shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
         return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
 
-    def _given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+    def as_given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+        """value as fn gets it. Raises Unasked for a layout that a file does not hold."""
         if self.way.files and layout != "contiguous":
             raise Unasked("a file holds numbers, not how they lie in memory")
         return laid_out(value.to(dtype, copy=True).contiguous().to(self.device), layout)
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
-        return {name: self._given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
+        return {name: self.as_given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
 
     def _call(
         self, arguments: list[Any], extra: dict[str, Any], shapes: list[list[int]], finite: bool
@@ -238,38 +244,43 @@ class BlackBox:
         written = [tensor for tensor, old, new in states if not torch.equal(old, new)]
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
         if self.kind not in CHAINS:
-            outputs = self._of_norm(outputs, arguments[0], extra.get("residual"), written, sums)
-            self._check_beside(written, before, owners, tensors)
-        elif written:
-            raise Fault("the callable writes into its inputs: give it copies")
-        elif len(outputs) == len(shapes):
-            outputs = tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=True))
+            outputs = self._of_norm(outputs, arguments[0], residual, written, sums)
+        else:
+            outputs = self._of_chain(outputs, residual, written, sums, shapes)
+        self._check_beside(written, before, owners, tensors)
+        if self.sums.done:
+            self.manners["x + residual"] = str(self.sums)
         self._check(outputs[: len(shapes)], shapes, finite)
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _of_norm(
         self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
     ) -> tuple[Any, ...]:
-        """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x; what it does with x + residual
-        besides is noted."""
+        """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x."""
         if outputs[0] is None and any(tensor is x for tensor in written):
             outputs = (x,)
         in_place = isinstance(outputs[0], Tensor) and outputs[0].data_ptr() == x.data_ptr()
         for tensor in written:
             if tensor is x and in_place:
                 self.manners["y"] = "is written into x"
-            elif tensor is residual and (sums is None or _is_sum(tensor, sums)):
-                self.manners["x + residual"] = "is written into residual"
-            else:
+            elif tensor is not residual or (sums is not None and not self.sums.note(INTO_RESIDUAL, tensor, sums)):
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
-        y, *rest = outputs
-        second = next((t for t in rest if isinstance(t, Tensor) and sums is not None and t.shape == sums.shape), None)
-        if sums is not None and second is not None:
-            self.manners.setdefault("x + residual", "is returned")
-            if not _is_sum(second, sums):
-                self.manners["x + residual"] = "is not what is returned beside y"
+        y, rest = outputs[0], self.sums.taken(outputs[1:], sums)
         eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
-        return (y, spread(next((t for t in rest if t is not second), None), list(x.shape))) if eight else (y,)
+        return (y, spread(next(iter(rest), None), list(x.shape))) if eight else (y,)
+
+    def _of_chain(
+        self, outputs: tuple[Any, ...], residual: Tensor | None, written: list[Tensor], sums: Tensor | None,
+        shapes: list[list[int]],
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """q, k and v by head, of what a chain returned."""
+        for tensor in written:
+            if tensor is not residual or sums is None or not self.sums.note(INTO_RESIDUAL, tensor, sums):
+                raise Fault("the callable writes into its inputs: give it copies")
+        if len(outputs) < len(shapes):
+            return outputs
+        self.sums.taken(outputs[len(shapes) :], sums)
+        return tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=False))
 
     def _check_beside(
         self, written: list[Tensor], before: list[Tensor], owners: list[Tensor], tensors: list[Tensor]
@@ -314,13 +325,6 @@ class BlackBox:
 
 def _bits(value: Tensor) -> Tensor:
     return value.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[value.itemsize])
-
-
-def _is_sum(value: Tensor, sums: Tensor) -> bool:
-    """Whether value is x + residual, kept or rounded as a boundary may be, bit for bit; NaN where that is."""
-    words = (KEEP, *(f"{narrow}-{way}" for narrow in ("bf16", "fp16") for way in ("rne", "rtz", "rna")))
-    held = value.float().nan_to_num(nan=7e37)
-    return any(torch.equal(held, round_to(sums, word).nan_to_num(nan=7e37)) for word in words)
 
 
 def _by_head(output: Any, shape: list[int]) -> Any:

@@ -19,6 +19,8 @@ from castpoint.harness.fingerprint.heads import Geometry, HeadRows, head_rows
 from castpoint.harness.fingerprint.rules import Rows, Rule
 
 Calls = TypeVar("Calls", "NormCalls", "ChainCalls")
+T = TypeVar("T")
+KEPT = "another weight makes no difference: it keeps that of its first call"
 
 
 def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -29,29 +31,44 @@ def in_parts(count: int, at_once: int | None, ask: Callable[[Tensor], tuple[Tens
     return tuple(torch.cat(outputs)[:count] for outputs in zip(*parts, strict=True))
 
 
-def first_taken(
-    ways: Iterable[Calls], ask: Callable[[Calls, float], Call]
-) -> tuple[Calls, list[Call], list[dict[str, str]]]:
-    """The first way, of some sizes, that the callable takes, the calls that ask makes at EPS_SMALL and EPS_LARGE, and
-    what it refused before. Raises Refused where it takes none; in rounds only the first is tried."""
+def first_of(ways: Iterable[Calls], ask: Callable[[Calls], T]) -> tuple[Calls, T, list[dict[str, str]]]:
+    """The first way, of some sizes, that the callable takes, what ask makes of it, and what it refused before. Raises
+    Refused where it takes none; in rounds only the first is tried."""
     refused: list[dict[str, str]] = []
     first: Refused | None = None
     for calls in ways:
         try:
-            first_call, at_once = ask(calls, probes.EPS_SMALL), ask(calls, probes.EPS_SMALL)
-            main = [first_call, ask(calls, probes.EPS_LARGE)]
-            for repeated in (at_once, ask(calls, probes.EPS_SMALL)):  # changed by every call, or by one between
-                check_repeats(first_call, repeated)
+            return calls, ask(calls), refused
         except Refused as error:
             refused.append({"about": "x", "what": str(calls), "result": f"refused: {error}"})
             first = first or error
             if calls.box.in_rounds:
                 break
-            continue
-        calls.box.settle()
-        return calls, main, refused
     assert first is not None
     raise first
+
+
+def first_taken(
+    ways: Iterable[Calls], ask: Callable[[Calls, float], Call]
+) -> tuple[Calls, list[Call], list[dict[str, str]]]:
+    """first_of with the calls that ask makes at EPS_SMALL and EPS_LARGE. Raises Fault where equal calls differ."""
+
+    def main(calls: Calls) -> list[Call]:
+        first_call, at_once = ask(calls, probes.EPS_SMALL), ask(calls, probes.EPS_SMALL)
+        both = [first_call, ask(calls, probes.EPS_LARGE)]
+        for repeated in (at_once, ask(calls, probes.EPS_SMALL)):  # changed by every call, or by one between
+            check_repeats(first_call, repeated)
+        return both
+
+    calls, both, refused = first_of(ways, main)
+    calls.box.settle()
+    return calls, both, refused
+
+
+def keeps_weight(call: Call, ask: Callable[[Rows], Call]) -> bool:
+    """Whether another weight of the same width changes nothing."""
+    rows = dataclasses.replace(call.rows, weight=call.rows.weight.roll(1, -1))
+    return torch.equal(ask(rows).stored, call.stored)
 
 
 def widened(rows: Rows) -> Rows:

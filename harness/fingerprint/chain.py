@@ -14,7 +14,7 @@ import torch
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, difference, held_to, none_of_these
 from castpoint.harness.fingerprint.blackbox import BlackBox
-from castpoint.harness.fingerprint.calls import ChainCalls, first_taken
+from castpoint.harness.fingerprint.calls import KEPT, ChainCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
 from castpoint.harness.fingerprint.evidence import (
     Call,
@@ -54,9 +54,10 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     known, told, search = _norm_calls(calls, main, left, rng) if explained else (main, [], SEARCH)
     head_calls = _head_calls(calls, left[0], rng) if box.kind == "qkv" else None
     biased = _bias_calls(calls, left[0], rng) if box.takes("bias") else None
+    kept = explained and keeps_weight(main[0], calls.v)
     box.settle()
     norms, evidence, norm_ties = [left], "", unexplained
-    if explained:
+    if explained and not kept:
         norms, evidence, norm_ties = _input_norm(calls, left, known, told, search)
     norm, heads = norms[0][0], None if head_calls is None else _heads(head_calls, box.narrow)
     rankings = [norm_ranking, *([heads.ranking] if heads else [])]
@@ -68,7 +69,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     for name, q in (("q", True), ("k", False)) if heads and head_calls else ():
         seen[name] = (heads.left[0], [calls.of_heads(call, q=q) for call in head_calls])
     why = "; ".join(text for name, of in seen.items() if (text := _unexplained(name, *of)))
-    if why := why or norm_ties or (heads.unexplained if heads else ""):
+    if why := KEPT if kept else why or norm_ties or (heads.unexplained if heads else ""):
         return none_of_these(nearest, share, runner_up, why)
     both = itertools.product(norms, classes(heads.left, head_calls) if heads and head_calls else [[None]])
     pairs = [[pair for pair in itertools.product(*groups) if _fit(*pair)] for groups in both]
@@ -86,7 +87,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     answer = dataclasses.replace(answer_of(groups, share, runner_up, evidence), asked=refused)
     found = Found(*pairs[0][0], groups[0][0])
     answer = held_to(answer, chain_questions(calls, found, sizes))
-    return dataclasses.replace(answer, facts=chain_facts(calls, found))
+    return dataclasses.replace(answer, facts=box.manners | chain_facts(calls, found))
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,11 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
     names = tuple(name for name in ("x", "weight", "eps") if name in form.names)
 
     def function(
-        *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0
-    ) -> Any:
+        *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0,
+        quant_scale: float = QUANT_SCALE, bias: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         values = dict(zip(names, arguments, strict=True)) | {"residual": residual, "gate": gate, "alpha": alpha}
-        values |= _made(fn, form, values["x"])
+        values |= _made(fn, form, values["x"], quant_scale) | ({} if bias is None else {"bias": bias})
         result = form.call(fn, values)
         made = values["out"] if result is None or not isinstance(result, Tensor | tuple | list) else result
         scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
@@ -90,7 +91,7 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
     return signed(function, names, _optional(fn, form))
 
 
-def _made(fn: Callable[..., Any], form: Form, x: Tensor) -> dict[str, Any]:
+def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float) -> dict[str, Any]:
     """What a call is given besides: a bias of zeros, a scale, and what it may write to."""
     eight = {"quant_scale", "scales"} & set(form.names)
     dtype = torch.int8 if "int8" in str(getattr(fn, "__name__", "")) else torch.float8_e4m3fn
@@ -100,7 +101,7 @@ def _made(fn: Callable[..., Any], form: Form, x: Tensor) -> dict[str, Any]:
         if "out" in form.names
         else None,
         "bias": torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device),
-        "quant_scale": torch.tensor([QUANT_SCALE], device=x.device),
+        "quant_scale": torch.tensor([quant_scale], device=x.device),
         "scales": torch.full(rows, float("nan"), device=x.device),
     }
 
@@ -165,10 +166,12 @@ def linear(fn: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(CHAIN, values, strict=True))
         hq, hkv, size = given["num_q_heads"], given["num_kv_heads"], len(given["q_norm_weight"])
         result = fn(*(values[i] for i in (0, 1, 2, 5)), *((hq, hkv) if heads else ()), **extra)
-        if isinstance(result, tuple | list) and len(result) == 3:
+        if isinstance(result, tuple | list) and len(result) >= 3:
             return result
-        y = result[0] if isinstance(result, tuple | list) else result
-        return y.split([hq * size, hkv * size, hkv * size], -1) if y.shape[-1:] == given["qkv_weight"].shape[:1] else y
+        y, *more = result if isinstance(result, tuple | list) else (result,)
+        if not isinstance(y, Tensor) or y.shape[-1:] != given["qkv_weight"].shape[:1]:
+            return result
+        return (*y.split([hq * size, hkv * size, hkv * size], -1), *more)
 
     return _as_chain(function, parameters)
 
@@ -249,6 +252,7 @@ def _meaning(name: str, weighted: bool, meaning: dict[str, str] = MEANING) -> st
 
 
 def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
-    """Which of NAMED the form has, and whether they may be left out."""
+    """Which of NAMED the form has, a scale and a bias, and whether they may be left out."""
     defaults = {MEANING.get(name): p.default is not p.empty for name, p in parameters_of(fn).items()}
-    return {name: defaults.get(name, False) for name in NAMED if name in form.names}
+    made = {name: True for name in ("quant_scale", "bias") if name in form.names}
+    return {name: defaults.get(name, False) for name in NAMED if name in form.names} | made

@@ -17,7 +17,8 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import identify, summary
-from castpoint.kernels.plan import RNE
+from castpoint.harness.fingerprint.stores import round_to
+from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import PLANS
 from castpoint.variants.eager import eager_norm
 
@@ -183,9 +184,19 @@ def test_what_is_wrong_in_a_form_is_found() -> None:
     assert identify(both, "rmsnorm").reason.startswith(
         "the callable writes into its inputs, and returns another tensor"
     )
-    assert identify(other_sum, "rmsnorm").facts["x + residual"] == "is not what is returned beside y"
+    assert "it is not x + residual" in identify(other_sum, "rmsnorm").reason
     wrong = identify(ignores_out_strides, "rmsnorm")
     assert wrong.status in ("none", "error") and "rows of a packed buffer" in wrong.reason, wrong
+
+
+@pytest.mark.parametrize(("held", "said"), [(KEEP, "is returned as fp32"), (RTZ, "is returned as bf16-rtz")])
+def test_how_a_returned_sum_is_held(held: str, said: str) -> None:
+    def norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = round_to(x.float() + residual.float(), held)
+        return hf(x + residual, weight, eps), total if held == KEEP else total.to(x.dtype)
+
+    answer = identify(norm, "rmsnorm")
+    assert answer.candidates[0]["x"] == RNE and answer.facts["x + residual"] == said
 
 
 def test_modules_and_classes_that_are_no_norm_are_told_so() -> None:
