@@ -14,8 +14,9 @@ from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
 
-CALLED = {
+CALLED = {  # how a call was changed: the shape of x, or of x and its gate, eps, an argument, a layout in memory, values
     "x": "with x {}",
+    "x and gate": "with x and gate {}",
     "eps": "with eps={}",
     "argument": "{}",
     **dict.fromkeys(("memory", "values", "call"), "with {}"),
@@ -33,8 +34,8 @@ class Answer:
     nearest: the best rule where the answer is none.
     plans: the named plans that have these words; of a norm, those whose norm or head norm has them.
     asked: every call that the answer was held to, {about, what, result}; result is `same`, `refused: ...` where the
-    callable raised, or how it differs. about: x (its shape), memory (its layout), values, eps, or argument.
-    facts: what is no plan, in words: batch (whether bits depend on other rows), subnormals, strides.
+    callable raised, or how it differs. about: a name of CALLED.
+    facts: what is no plan, in words, each by its name: `batch invariant`, `subnormal x`, `x + residual` and others.
 
     kind: of blackbox.KINDS, where it was guessed.
 

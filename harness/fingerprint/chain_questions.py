@@ -23,7 +23,7 @@ from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.questions import EPS, Draw
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import ulp
+from castpoint.harness.fingerprint.stores import round_to, ulp
 from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.envelope import envelope
 from castpoint.variants.problem import Problem
@@ -46,6 +46,8 @@ GEOMETRIES = (
     (1025, Geometry(256, 1, 1, 64)),
     (2, Geometry(512, 32, 4, 128)),
     (100, Geometry(1536, 2, 2, 128)),
+    (8, Geometry(512, 2, 1, 64)),
+    *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 65, 128, 257)),
 )
 EXACT = 1 << 20  # weights up to which a geometry is asked exactly too
 LAYOUTS = ("rows of a packed buffer", "an offset of one element")
@@ -147,20 +149,33 @@ class Dense:
         offset = self.found.words["weight_offset"] != "none"
         heads = (q_norm, k_norm) if self.found.head else (None, None)
         x = self.held(x).float()
-        problem = Problem(x.bfloat16(), norm, weight, *g.heads, *heads, eps=eps, weight_offset=offset)
+        bias, after = self.bias(), self.found.words.get("bias") == "after"
+        inside = None if bias is None or after else bias.bfloat16()
+        problem = Problem(x.bfloat16(), norm, weight, *g.heads, *heads, eps=eps, weight_offset=offset, bias=inside)
         stored = self.stored(x, eps, layout)
+        last = 0
         for name, ends in envelope(plan, problem).items():
             low, high = (end.flatten(1) for end in ends)
+            first, last = last, last + low.shape[1]
+            if after and bias is not None:
+                low, high = (round_to((end + bias[first:last]).float(), plan.out).double() for end in (low, high))
             if miss := _outside(stored[name].flatten(1).double(), low, high, plan):
                 return dataclasses.replace(miss, why=f"{miss.why} in {name}" if miss.why else f"in {name}")
         return Miss(0, 1)
 
+    def bias(self) -> Tensor | None:
+        """[columns], where the chain takes one; not where it is rounded before that and under a head norm."""
+        if "bias" not in self.found.words or (self.found.head and self.found.words["bias"] == "after"):
+            return None
+        rng = torch.Generator().manual_seed(6)
+        return self.held(torch.randn(self.calls.geometry.columns, generator=rng)).float()
+
     def stored(self, x: Tensor, eps: float, layout: str = "contiguous", finite: bool = True) -> dict[str, Tensor]:
         norm, weight, q_norm, k_norm = self.weights()
-        heads, box = self.calls.geometry.heads, self.calls.box
+        heads, box, bias = self.calls.geometry.heads, self.calls.box, self.bias()
 
         def ask(part: Tensor) -> tuple[Tensor, ...]:
-            return box.qkv(x[part], norm, weight, q_norm, k_norm, eps, *heads, layout=layout, finite=finite)
+            return box.qkv(x[part], norm, weight, q_norm, k_norm, eps, *heads, bias=bias, layout=layout, finite=finite)
 
         return dict(zip("qkv", in_parts(len(x), self.calls.tokens, ask), strict=True))
 

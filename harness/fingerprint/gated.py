@@ -8,6 +8,7 @@ as it is multiplied; gated, x * act(gate) as it is normalised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -21,12 +22,13 @@ from torch.nn import functional
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Answer, Question, difference, held_to, merged, none_of_these
-from castpoint.harness.fingerprint.blackbox import BlackBox, laid_out
-from castpoint.harness.fingerprint.calls import widened
+from castpoint.harness.fingerprint.blackbox import BlackBox
+from castpoint.harness.fingerprint.calls import NormCalls, first_of, in_parts
 from castpoint.harness.fingerprint.evidence import TELLING, Call, Miss, beyond, close, outs, rounds, settled
 from castpoint.harness.fingerprint.forms import like
-from castpoint.harness.fingerprint.questions import LAYOUTS
+from castpoint.harness.fingerprint.questions import FEWEST, HEAD_LAYOUTS, HEAD_SHAPES, LAYOUTS, NORM_SHAPES, Draw
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
+from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, storages, ulp
 from castpoint.kernels.plan import KEEP
 
@@ -68,19 +70,19 @@ class Words:
     out: str
 
 
-def gated(box: BlackBox, width: int, identified: Callable[[BlackBox], Found]) -> Answer:
-    """The fingerprint of a black box that takes a gate. identified: that of a norm, with the rule that it found."""
-    rows = _rows(box, width)
-    gate_values = _values(rows)
-    stored = _ask(box, rows, gate_values)
+def gated(ways: list[NormCalls], sizes: Sizes, identified: Callable[[BlackBox], Found]) -> Answer:
+    """The fingerprint of a black box that takes a gate, in the first of the ways to call it that it takes. identified:
+    that of a norm, with the rule that it found."""
+    asked, (rows, stored), _ = first_of(ways, functools.partial(_first_call, sizes))
+    box, gate_values = asked.box, _values(rows)
     gate = _formula(rows, gate_values, stored.stored)
     if gate is None:
         acts = " or ".join(ACTS)
         return Answer("none", reason=f"none of these: neither norm(x) nor x before it is multiplied with {acts}")
-    answer, rule = identified(_plain(box, gate))
+    answer, rule = identified(_plain(box, gate, sizes))
     if rule is None or not answer.candidates:
         return answer
-    firm = settled(rule, rows).nonzero()[:, 0]
+    firm = _settled(rule, gate, rows, gate_values).nonzero()[:, 0]
     known, gate_values = Call(rows.of(firm), stored.stored[firm], stored.dtype), gate_values[firm]
     left = _left(rule, gate, gate_values, known)
     nearest = answer.candidates[0]
@@ -93,7 +95,7 @@ def gated(box: BlackBox, width: int, identified: Callable[[BlackBox], Found]) ->
         answer = dataclasses.replace(answer, status="undecided", reason=f"undecided between {differ}")
     candidates = [words | more for words in answer.candidates for more in found]
     answer = dataclasses.replace(answer, candidates=candidates)
-    answer = held_to(answer, _questions(box, rule, gate, left[0][0], rows))
+    answer = held_to(answer, _questions(asked, sizes, rule, gate, left[0][0], rows))
     said = {name: text for name, text in answer.facts.items() if not (gate.first and name == "subnormal x")}
     return dataclasses.replace(answer, facts={"gate": str(gate), **said})
 
@@ -102,23 +104,38 @@ def _product(gate: Gate) -> str:
     return "gated" if gate.first else "ungated"
 
 
-def _rows(box: BlackBox, width: int) -> Rows:
+def _first_call(sizes: Sizes, asked: NormCalls) -> tuple[Rows, Call]:
     rng = torch.Generator().manual_seed(8)
-    x = probes.gaussian([probes.ROWS * 4, width], rng, "fp16" if box.weight_dtype == torch.float16 else "bf16")
-    return Rows(x, probes.norm_weight(width, rng), probes.EPS_SMALL, width, exact=False)
+    x = probes.gaussian([probes.ROWS * 4, asked.width], rng, sizes.dtype)
+    rows = Rows(x, probes.norm_weight(asked.width, rng), probes.EPS_SMALL, asked.width, exact=False)
+    return rows, _ask(asked, rows, _values(rows))
 
 
 def _values(rows: Rows) -> Tensor:
     return probes.gaussian(rows.x.shape, torch.Generator().manual_seed(9), scale=2.0)
 
 
-def _ask(box: BlackBox, rows: Rows, gate: Tensor, layout: str = "contiguous") -> Call:
-    """Rows [R, D] with a gate of that shape, which lies so in memory."""
-    given = widened(rows)
-    shape = [len(rows.x) // 4, 4, rows.width] if box.kind == "head_norm" else list(given.x.shape)
-    value = laid_out(gate.reshape(shape).to(box.dtype).to(box.device), layout)
-    y = box.norm(given.x.reshape(shape), given.weight, rows.eps, gate=value).y
-    return Call(rows, y.reshape(given.x.shape).float(), y.dtype)
+def _ask(
+    asked: NormCalls, rows: Rows, gate: Tensor, layout: str = "contiguous", shape: list[int] | None = None
+) -> Call:
+    """Rows [R, D] as x of that shape, with a gate of theirs, which lies so in memory, in as many calls as it takes."""
+    shape, box, dtypes = shape or asked.shape(len(rows.x)), asked.box, []
+
+    def ask(part: Tensor) -> tuple[Tensor, ...]:
+        value = box.as_given(gate[part].reshape(shape), layout, box.dtype)
+        call = asked.at(rows.of(part), shape, gate=value)
+        dtypes.append(call.dtype)
+        return (call.stored,)
+
+    (stored,) = in_parts(len(rows.x), math.prod(shape[:-1]), ask)
+    return Call(rows, stored, dtypes[0])
+
+
+def _settled(rule: Rule, gate: Gate, rows: Rows, values: Tensor) -> Tensor:
+    """evidence.settled of what is normalised."""
+    if not gate.first:
+        return settled(rule, rows)
+    return settled(rule.replace(x=KEEP), dataclasses.replace(rows, x=rows.x * ACTS[gate.act](values)))
 
 
 def _formula(rows: Rows, values: Tensor, stored: Tensor) -> Gate | None:
@@ -135,7 +152,7 @@ def _formula(rows: Rows, values: Tensor, stored: Tensor) -> Gate | None:
     return best if shares[best] > 0.98 else None
 
 
-def _plain(box: BlackBox, gate: Gate) -> BlackBox:
+def _plain(box: BlackBox, gate: Gate, sizes: Sizes) -> BlackBox:
     """The norm alone."""
 
     def fn(*arguments: Any, **extra: Tensor) -> Any:
@@ -147,9 +164,7 @@ def _plain(box: BlackBox, gate: Gate) -> BlackBox:
 
     parameters = [p for p in inspect.signature(box.fn).parameters.values() if p.name != "gate"]
     fn.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    plain = BlackBox(fn, box.kind, box.device, tuple(name for name in box.given if name != "gate"), way=box.way)
-    plain.dtype, plain.weight_dtype = box.dtype, box.weight_dtype
-    return plain
+    return BlackBox(fn, box.kind, box.device, tuple(n for n in box.given if n != "gate"), sizes.dtype, box.way)
 
 
 def _left(rule: Rule, gate: Gate, values: Tensor, known: Call) -> list[list[Words]]:
@@ -191,12 +206,19 @@ def _missed(rule: Rule, gate: Gate, words: Words, values: Tensor, known: Call) -
     return Miss(int(wrong.sum()) if why else 0, wrong.numel(), why.strip())
 
 
-def _questions(box: BlackBox, rule: Rule, gate: Gate, words: Words, rows: Rows) -> Iterator[Question]:
-    """The gate as it may lie in memory."""
-    for layout in LAYOUTS:
+def _questions(asked: NormCalls, sizes: Sizes, rule: Rule, gate: Gate, words: Words, rows: Rows) -> Iterator[Question]:
+    """The gate at other shapes, and as it may lie in memory."""
 
-        def ask(layout: str = layout) -> Miss:
-            values = _values(rows)
-            return _missed(rule, gate, words, values, _ask(box, rows, values, layout))
+    def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
+        firm = _settled(rule, gate, rows, _values(rows)).nonzero()[:, 0]
+        call = _ask(asked, rows, _values(rows), layout, shape)
+        known = Call(rows.of(firm), call.stored[firm], call.dtype)
+        return _missed(rule, gate, words, _values(rows)[firm], known) if len(firm) else Miss(0, 1)
 
-        yield Question("memory", f"the gate as {layout}", ask)
+    draw = Draw(rule, rows.weight, False, sizes.dtype)
+    for shape in NORM_SHAPES if asked.heads is None else HEAD_SHAPES:
+        at_once = math.prod(shape[:-1])
+        drawn = draw.gaussian(at_once * math.ceil(FEWEST / at_once), shape[-1])
+        yield Question("x and gate", str(shape), functools.partial(ask, drawn, shape, "contiguous"))
+    for layout in LAYOUTS if asked.heads is None else HEAD_LAYOUTS:
+        yield Question("memory", f"the gate as {layout}", functools.partial(ask, rows, None, layout))

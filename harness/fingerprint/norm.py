@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,26 +28,29 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.blackbox import CHAINS, DIRECT, BlackBox, Pending, Refused, Way, paths
-from castpoint.harness.fingerprint.calls import NormCalls, first_taken
+from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain import chain
 from castpoint.harness.fingerprint.evidence import (
     Call,
     Miss,
+    beyond,
     by_eps,
+    close,
     mean_shares,
     missed,
     outs,
     rank,
     rejects,
+    rounds,
 )
 from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.gated import Found, gated
 from castpoint.harness.fingerprint.missing import missing_word
-from castpoint.harness.fingerprint.questions import WIDTHS, questions
-from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
+from castpoint.harness.fingerprint.questions import HEAD_SHAPES, WIDTHS, Draw, questions
+from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, predict
 from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
-from castpoint.harness.fingerprint.stores import round_to, storages
+from castpoint.harness.fingerprint.stores import ENDS, round_to, storages, ulp
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.kernels.plan import KEEP
 
@@ -127,10 +131,16 @@ def summary(answer: Answer) -> str:
     return "\n".join([*lines, *(f"{name}: {said}" for name, said in answer.facts.items())])
 
 
-def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], list[dict[str, str]]]:
-    """The calls that tell the roundings, at the first width that it takes; what it refused before."""
+def _ways(box: BlackBox, sizes: Sizes) -> list[NormCalls]:
+    """How it may be called: the first that it takes decides."""
     heads = (sizes.heads or (4,))[0] if box.kind == "head_norm" else None
     own = sizes.head_dim if heads else sizes.width
+    widths = [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]
+    return [NormCalls(box, width, heads, sizes.tokens) for width in widths]
+
+
+def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], list[dict[str, str]]]:
+    """The calls that tell the roundings, at the first width that it takes; what it refused before."""
     fused_add, whole = box.takes("residual"), sizes.dtype == "fp32"
 
     def ask(asked: NormCalls, eps: float) -> Call:
@@ -139,14 +149,12 @@ def _first_calls(box: BlackBox, sizes: Sizes) -> tuple[NormCalls, list[Call], li
             rows = dataclasses.replace(rows, x=rows.x + rows.residual, residual=None)
         return asked.call(rows.at(eps))
 
-    widths = [own] if own else [probes.HEAD_DIM, 64, 256] if heads else [probes.WIDTH, *WIDTHS]
-    return first_taken((NormCalls(box, width, heads, sizes.tokens) for width in widths), ask)
+    return first_taken(_ways(box, sizes), ask)
 
 
 def _norm(box: BlackBox, sizes: Sizes) -> Answer:
     if box.takes("gate"):
-        width = (sizes.head_dim or probes.HEAD_DIM) if box.kind == "head_norm" else sizes.width or probes.WIDTH
-        return gated(box, width, lambda plain: _as_called(plain, sizes))
+        return gated(_ways(box, sizes), sizes, lambda plain: _as_called(plain, sizes))
     try:
         return _as_called(box, sizes)[0]
     except Fault:
@@ -172,7 +180,7 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     answer = dataclasses.replace(answer, asked=refused)
     rows = main[0].rows
     every = questions(rule, rows.weight, asked.shape(probes.ROWS), sizes, box.takes("residual"), ask)
-    answer = held_to(answer, itertools.chain(every, _arguments(rule, asked, rows)))
+    answer = held_to(answer, itertools.chain(every, _arguments(rule, asked, rows, sizes)))
     said = _facts(rule, asked, rows, sizes)
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
@@ -199,8 +207,11 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
         return none(missing_word(best, main, NORM_WORDS[asked.box.kind]) or ways or by_eps(misses, main)), None
     calls: list[Call] = []  # not the general rows: on some of them 1 / sqrt in two roundings is another number
     variants = [best, *left] if eight else [v for rule in (best, *left) for v in arithmetic(rule)]
+    kept = not asked.box.weightless and keeps_weight(main[0], asked.call)
     known, search = (main, SEARCH) if not asked.box.in_rounds else all_at_once(variants, asked.width, main, asked.call)
     asked.box.settle()
+    if kept:
+        return none(KEPT), None
     groups, said, unexplained = refined(variants, asked.width, known, calls, asked.call, search=search)
     if unexplained:
         return none(unexplained), None
@@ -226,17 +237,66 @@ def _named(box: BlackBox, main: list[Call], several: bool, rule: Rule) -> dict[s
     return {name if eight else NORM_WORDS[box.kind].get(name, name): word for name, word in words.items()}
 
 
-def _arguments(rule: Rule, asked: NormCalls, main: Rows) -> Iterator[Question]:
+def _arguments(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Iterator[Question]:
     """What a norm is asked where it takes more than most."""
-    if asked.box.a_weight_a_head and asked.heads:
-        rng = torch.Generator().manual_seed(7)
-        weights = torch.stack([probes.norm_weight(asked.width, rng) for _ in range(asked.heads)])
-        weights = weights[:, : main.x.shape[1]].repeat(len(main.x) // asked.heads, 1)
-        rows = dataclasses.replace(main, weight=weights)
-        shape = asked.shape(len(main.x))
-        yield Question("values", "another weight for each head", lambda: missed(rule, asked.at(rows, shape)))
-    if asked.box.takes("residual") and "alpha" in inspect.signature(asked.box.fn).parameters:
+    if asked.box.a_weight_a_head:
+        draw = Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
+        for shape in (asked.shape(probes.ROWS), *map(list, HEAD_SHAPES)):
+            ask = functools.partial(_by_heads, draw, asked, shape)
+            yield Question("values", f"another weight for each head, x {shape}", ask)
+    there = inspect.signature(asked.box.fn).parameters
+    if asked.box.takes("residual") and "alpha" in there:
         yield Question("argument", f"alpha={ALPHA}", lambda: _scaled_sum(rule, asked, main))
+    if "bias" in there and main.scales is None:
+        yield Question("argument", "a bias", lambda: _biased(rule, asked, main, sizes))
+    if "quant_scale" in there:
+        scale = 2.0 ** -round(math.log2(ENDS[rule.out[:4]]))
+        yield Question("argument", f"scale={scale:g}", lambda: _beyond_8_bits(rule, asked, main, scale))
+
+
+def _biased(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Miss:
+    """What is left unexplained with a bias that is not zero; whether it is added before the last rounding is noted."""
+    shape = asked.shape(probes.ROWS)
+    draw = Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
+    rows = draw.gaussian(math.prod(shape[:-1]), asked.width)
+    bias = probes.gaussian([asked.width], torch.Generator().manual_seed(10), rule.narrow)
+    call = asked.at(rows, shape, bias=asked.box.as_given(bias, "contiguous", asked.box.dtype))
+    value = predict(rule.replace(out=KEEP), rows)
+    size = torch.maximum(value.abs(), bias.abs()).double()
+    unit = ulp(size, rule.narrow) if rule.out != KEEP or rounds(rule) else size * close(rows)
+    misses = {}
+    for word, held in (("before", value), ("after", round_to(value, rule.out))):
+        expected = round_to(held + bias, rule.out)
+        far = ((expected - call.stored).abs().double() / unit).nan_to_num(nan=math.inf)
+        wrong = expected != call.stored if rule.out != KEEP else far > 1
+        why = beyond(wrong, far, 2 * (rounds(rule) + 1), call.stored, expected)
+        misses[word] = Miss(int(wrong.sum()) if why else 0, wrong.numel(), why.strip())
+    if left := [word for word, miss in misses.items() if not miss]:
+        asked.box.manners["bias"] = f"is added {' or '.join(left)} the last rounding"
+    return min(misses.values(), key=lambda miss: miss.wrong)
+
+
+def _by_heads(draw: Draw, asked: NormCalls, shape: list[int]) -> Miss:
+    """What is left unexplained of rows of that shape with weights [H, Dh] of which no two are alike."""
+    rng = torch.Generator().manual_seed(7)
+    weights = torch.stack([probes.norm_weight(shape[2], rng) for _ in range(shape[1])])
+    rows = draw.gaussian(shape[0] * shape[1], shape[2])
+    return missed(draw.rule, asked.at(dataclasses.replace(rows, weight=weights.repeat(shape[0], 1)), shape))
+
+
+def _beyond_8_bits(rule: Rule, asked: NormCalls, main: Rows, scale: float) -> Miss:
+    """What is left unexplained where many results divided by the scale are larger than 8 bits hold; which number they
+    are is noted, if it is not the largest."""
+    call = asked.at(main, asked.shape(len(main.x)), finite=False, quant_scale=scale)
+    value, expected = predict(rule.replace(out=KEEP), call.rows), predict(rule, call.rows)
+    large = value.abs() > ENDS[rule.out[:4]]
+    for said, number in (("NaN", torch.nan), ("infinite", torch.inf), ("-127 and 127", 127.0)):
+        ends = torch.full_like(value, number).copysign(value)
+        same = (ends == call.stored) | (ends.isnan() & call.stored.isnan())
+        if same[large].all() and (ends != expected)[large].any():
+            asked.box.manners["what is too large"] = f"is {said}"
+            return missed(rule, dataclasses.replace(call, stored=torch.where(large, expected, call.stored)))
+    return missed(rule, call)
 
 
 def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows) -> Miss:

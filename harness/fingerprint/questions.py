@@ -21,15 +21,17 @@ from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
-# Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two.
+# Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two, facts.COUNTS
+# among them.
 WIDTHS = (1024, 2048, 4096, 5120, 2560, 3072, 6144, 8192, 16384)
 NORM_SHAPES = (
     *([1, 8192], [2, 1024], [3, 1000], [5, 5120], [7, 2560], [8, 4096], [13, 6144], [3, 16384], [17, 3072], [33, 640]),
     *([100, 896], [129, 2048], [257, 1536], [600, 2048], [1025, 256], [1, 256], [2, 2048]),
+    *([63, 320], [65, 320], [128, 256]),
 )
 HEAD_SHAPES = (
     *([1, 16, 256], [600, 1, 64], [600, 16, 128], [1, 1, 128], [2, 8, 80], [3, 5, 96], [7, 40, 128], [17, 3, 256]),
-    *([33, 32, 64], [130, 2, 112], [9, 64, 128]),
+    *([33, 32, 64], [130, 2, 112], [9, 64, 128], [8, 4, 96], [63, 2, 64], [65, 4, 128], [128, 1, 128], [257, 1, 64]),
 )
 EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
 LAYOUTS = ("rows of a packed buffer", "an offset of one element")

@@ -20,6 +20,7 @@ EIGHT_BITS = {
     torch.float8_e5m2: ("e5m2-rne",),
     torch.int8: ("int8-rne", "int8-rna", "int8-rtz"),
 }
+ENDS = {"e4m3": 464.0, "e5m2": 61440.0, "int8": 127.5}  # beyond which nearest is none of theirs
 
 
 def storages(narrow: str) -> tuple[str, str, str]:

@@ -183,7 +183,7 @@ def truncated(place: str) -> Callable[[Path], object]:
 
 ONES = torch.ones(64, 256, dtype=torch.bfloat16)
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda folder: None, "round-2 has 0 of 15 answers: {}/round-2/000.out.safetensors is missing"),
+    "missing": (lambda folder: None, "round-2 has 0 of 16 answers: {}/round-2/000.out.safetensors is missing"),
     "changed": (saved("round-1/001" + OUT, y=ONES), "{}/round-1/001.out.safetensors has changed since round-2 was"),
     "a changed question": (
         copy("round-1/001.safetensors", "round-1/000.safetensors"),
@@ -227,4 +227,4 @@ def test_the_options_of_rounds(capsys, monkeypatch, second: Path, tmp_path: Path
     assert f"{second} asks of kind rmsnorm" in fails("--answer", second, "--width", 512)
     assert not (tmp_path / "new").exists()
     state = json.loads((second / "question.json").read_text())
-    assert state["kind"] == "rmsnorm" and [len(digests) for digests in state["rounds"]] == [6, 15]
+    assert state["kind"] == "rmsnorm" and [len(digests) for digests in state["rounds"]] == [6, 16]
