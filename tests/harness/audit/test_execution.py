@@ -15,32 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from audit_support import in_process
+from audit_triton import linear, named, narrow, norm
 from torch import Tensor
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@triton.jit
-def two(a_ptr, b_ptr, c_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    a, b, c = tl.load(a_ptr + offs), tl.load(b_ptr + offs), tl.load(c_ptr + offs)
-    if OP == "add":
-        r = a + b
-    elif OP == "sub":
-        r = a - b
-    elif OP == "mul":
-        r = a * b
-    elif OP == "max":
-        r = tl.maximum(a, b)
-    elif OP == "muladd":
-        r = a * b + c
-    elif OP == "mulsub":
-        r = a * b - c
-    elif OP == "wide":
-        r = a.to(tl.float32) * b.to(tl.float32)
-    else:
-        r = (a.to(tl.float32) * b.to(tl.float32)).to(tl.bfloat16).to(tl.float32) + c.to(tl.float32)
-    tl.store(out_ptr + offs, r.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -50,22 +28,6 @@ def rope(x_ptr, c_ptr, s_ptr, out_ptr, HALF: tl.constexpr):
     c, s = tl.load(c_ptr + offs), tl.load(s_ptr + offs)
     tl.store(out_ptr + offs, first * c - second * s)
     tl.store(out_ptr + HALF + offs, second * c + first * s)
-
-
-@triton.jit
-def linear(a_ptr, b_ptr, bias_ptr, out_ptr, K, ACT: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(0, K, BLOCK):
-        a = tl.load(a_ptr + offs[:, None] * K + k + offs[None, :])
-        b = tl.load(b_ptr + offs[None, :] * K + k + offs[:, None])
-        acc = tl.dot(a, b, acc)
-    y = acc + tl.load(bias_ptr + offs)[None, :].to(tl.float32)
-    if ACT == "relu":
-        y = tl.maximum(y, 0.0)
-    elif ACT == "half":
-        y = y * 0.5
-    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], y.to(tl.bfloat16))
 
 
 # ---------------------------------------------------------------- kernels and what their source says
@@ -91,7 +53,7 @@ TWO: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of float32 val
 }
 
 
-def cases(target: str) -> Iterator[tuple[str, str, list[str], list[Any], Tensor]]:
+def cases(target: str) -> Iterator[tuple[triton.JITFunction, str, list[str], list[Any], Tensor]]:
     """(kernel, signature, constants, arguments before the output, the output that the source says)."""
     size, four = 512, [drawn(512), drawn(2, 256).reshape(-1), drawn(4, 128).reshape(-1)]
     for op, of in TWO.items():
@@ -100,11 +62,11 @@ def cases(target: str) -> Iterator[tuple[str, str, list[str], list[Any], Tensor]
             exact = op in ("max", "wide", "explicit")  # else the source has a bf16 result
             expected = expected.to(BF16) if to == "bf16" else expected if exact else rounded(expected)
             types = f"*bf16:16,*bf16:16,*bf16:16,*{to}:16"
-            yield "two", types, [f"OP={op}", f"BLOCK={size}"], four, expected
+            yield narrow, types, [f"OP={op}", f"BLOCK={size}"], four, expected
     x, c, s = drawn(256), drawn(128), drawn(1, 128).reshape(-1)
     first, second, cos, sin = x[:128].float(), x[128:].float(), c.float(), s.float()
     turned = [rounded(first * cos) - rounded(second * sin), rounded(second * cos) + rounded(first * sin)]
-    yield "rope", ",".join(["*bf16:16"] * 4), ["HALF=128"], [x, c, s], torch.cat(turned).to(BF16)
+    yield rope, ",".join(["*bf16:16"] * 4), ["HALF=128"], [x, c, s], torch.cat(turned).to(BF16)
     block, depth = (64, 128) if target == "sm_90" else (32, 64)
     a, b = ((drawn(*shape) * 4).round() for shape in ((block, depth), (block, depth)))  # sums exact in any order
     for act in ("none", "relu", "half"):
@@ -113,24 +75,25 @@ def cases(target: str) -> Iterator[tuple[str, str, list[str], list[Any], Tensor]
             y = a.float() @ b.float().T + bias.float()
             y = {"none": y, "relu": y.clamp(min=0), "half": y * 0.5}[act].to(BF16)
             types = f"*bf16:16,*bf16:16,*{to}:16,*bf16:16,i32:16"
-            yield "linear", types, [f"ACT={act}", f"BLOCK={block}"], [a, b, bias, depth], y
+            constants = [f"ACT={act}", f"BLOCK={block}", "rest_ptr=None"]
+            yield linear, types, constants, [a, b, bias, depth], y
 
 
 def both(target: str) -> Iterator[dict]:
     """Each kernel audited, and run: whether its bits are those of its source."""
-    from castpoint.harness.audit.foreign import audit_foreign
+    from castpoint.harness.audit.foreign import audit_foreign, parsed_constant
     from castpoint.harness.ptx.driver import executed
 
-    for name, signature, constants, given, expected in cases(target):
+    for kernel, signature, constants, given, expected in cases(target):
         for fusion in (False, True):
-            row = audit_foreign(f"{__name__}:{name}", target, signature, constants, fp_fusion=fusion)
-            words = {key: int(value) if value.isdigit() else value for key, value in (c.split("=") for c in constants)}
+            row = audit_foreign(named(kernel), target, signature, constants, fp_fusion=fusion)
+            words = dict(map(parsed_constant, constants))
             out = torch.full_like(expected, float("nan"))
-            arguments = [*given, out] if name != "linear" else [*given[:3], out, given[3]]
+            arguments = [*given[:3], out, *given[3:]]  # K of linear comes behind its output
             with executed(target):
-                globals()[name][(1,)](*arguments, **words, enable_fp_fusion=fusion)
+                kernel[(1,)](*arguments, **words, enable_fp_fusion=fusion)
             equal = torch.equal(out, expected)
-            about = f"{name} {signature} {' '.join(constants)} fusion={fusion}"
+            about = f"{kernel.__name__} {signature} {' '.join(constants)} fusion={fusion}"
             yield {"kernel": about, "status": row["status"], "reason": row["reason"], "equal": equal}
 
 
@@ -141,32 +104,13 @@ def test_red_is_what_computes_otherwise_than_its_source(target: str, tmp_path: P
     for row in rows:
         assert (row["status"] == "reported") == row["equal"], row
     red = {
-        row["kernel"].split()[2] if row["kernel"][0] == "t" else row["kernel"][:4] for row in rows if not row["equal"]
+        row["kernel"].split()[2] if row["kernel"][0] == "n" else row["kernel"][:4] for row in rows if not row["equal"]
     }
     assert red == {"OP=muladd", "OP=mulsub", "OP=explicit", "rope"}  # products that are fused into sums
     assert all("fusion=True" in row["kernel"] for row in rows if not row["equal"])
 
 
 # ---------------------------------------------------------------- norms, identified and audited
-
-
-@triton.jit
-def norm(
-    x_ptr, res_ptr, w_ptr, out_ptr, sum_ptr, eps, D, ADDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """ROUNDS: letters of what is rounded to bf16: s the sum that is stored, x the one that is normed, n normed."""
-    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * D + offs, mask=offs < D, other=0.0).to(tl.float32)
-    if ADDS:
-        x += tl.load(res_ptr + row * D + offs, mask=offs < D, other=0.0).to(tl.float32)
-        if ROUNDS == "x" or ROUNDS == "xn":
-            x = x.to(tl.bfloat16).to(tl.float32)
-        tl.store(sum_ptr + row * D + offs, x.to(tl.bfloat16), mask=offs < D)
-    normed = x * tl.rsqrt(tl.sum(x * x) / D + eps)
-    if ROUNDS == "n" or ROUNDS == "xn":
-        normed = normed.to(tl.bfloat16).to(tl.float32)
-    w = tl.load(w_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + offs, (normed * w).to(tl.bfloat16), mask=offs < D)
 
 
 def launched(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounds: str) -> tuple[Tensor, Tensor]:
@@ -210,7 +154,7 @@ def asked() -> Iterator[dict]:
             answer = identify(globals()[name], "rmsnorm")
         types = ["*bf16:16"] * 5 if add else ["*bf16:16"] * 4
         words = [f"ADDS={add}", f"ROUNDS={rounds}", "BLOCK=256", *([] if add else ["res_ptr=None"])]
-        row = audit_foreign(f"{__name__}:norm", "sm_90", ",".join([*types, "fp32", "i32:16"]), words)
+        row = audit_foreign(named(norm), "sm_90", ",".join([*types, "fp32", "i32:16"]), words)
         yield {"name": name, "status": answer.status, "words": answer.candidates, **row, "answer": answer.status}
 
 

@@ -12,6 +12,7 @@ import pytest
 import triton
 import triton.language as tl
 from audit_support import in_process
+from audit_triton import linear, named, narrow, norm
 
 from castpoint.harness.audit.foreign import audit_foreign
 from castpoint.harness.compiled.compile import TARGETS
@@ -34,61 +35,9 @@ def mixed(a_ptr, b_ptr, c_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def narrow(a_ptr, b_ptr, c_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    a, b, c = tl.load(a_ptr + offs), tl.load(b_ptr + offs), tl.load(c_ptr + offs)
-    if OP == "add":
-        r = a + b
-    elif OP == "sub":
-        r = a - b
-    elif OP == "mul":
-        r = a * b
-    elif OP == "div":
-        r = a / b
-    elif OP == "mod":
-        r = a % b
-    elif OP == "max":
-        r = tl.maximum(a, b)
-    elif OP == "clamp":
-        r = tl.clamp(a, b, c)
-    elif OP == "muladd":
-        r = a * b + c
-    elif OP == "fma":
-        r = tl.fma(a, b, c)
-    elif OP == "sum":
-        r = a + tl.sum(b)
-    elif OP == "cumsum":
-        r = tl.cumsum(a)
-    else:
-        r = tl.where(a > b, -a, tl.abs(c))
-    tl.store(out_ptr + offs, r)
-
-
-@triton.jit
 def adds_in_memory(x_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.atomic_add(out_ptr + offs, (tl.load(x_ptr + offs) * 3).to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def linear(a_ptr, b_ptr, bias_ptr, rest_ptr, out_ptr, K, ACT: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k in range(0, K, BLOCK):
-        a = tl.load(a_ptr + offs[:, None] * K + k + offs[None, :])
-        b = tl.load(b_ptr + (k + offs[:, None]) * BLOCK + offs[None, :])
-        acc = tl.dot(a, b.to(a.dtype), acc)
-    y = acc + tl.load(bias_ptr + offs)[None, :]
-    if ACT == "relu":
-        y = tl.maximum(y, 0.0)
-    elif ACT == "silu":
-        y = y * tl.sigmoid(y)
-    elif ACT == "gelu":
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071))
-    y = y.to(out_ptr.dtype.element_ty)
-    if ACT == "rest":
-        y = (y + tl.load(rest_ptr + offs[:, None] * BLOCK + offs[None, :])).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], y)
 
 
 @triton.jit
@@ -110,18 +59,6 @@ def quantises(x_ptr, w_ptr, out_ptr, s_ptr, eps, D: tl.constexpr, BLOCK: tl.cons
     scale = tl.maximum(tl.max(tl.abs(y)), 1e-10) / 448.0
     tl.store(s_ptr + row, scale)
     tl.store(out_ptr + row * D + offs, (y / scale).to(out_ptr.dtype.element_ty), mask=offs < D)
-
-
-@triton.jit
-def adds_and_norms(x_ptr, rest_ptr, sum_ptr, w_ptr, out_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr = 1024):
-    """The sum is rounded for its store alone: what is normed is the sum as it was."""
-    offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-    x += tl.load(rest_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-    tl.store(sum_ptr + offs, x.to(tl.bfloat16), mask=offs < D)
-    normed = x * tl.rsqrt(tl.sum(x * x) / D + eps)
-    y = normed * tl.load(w_ptr + offs, mask=offs < D).to(tl.float32)
-    tl.store(out_ptr + offs, y.to(tl.bfloat16), mask=offs < D)
 
 
 @triton.jit
@@ -147,9 +84,10 @@ HELD = {  # what goes into what without a rounding
 }
 KINDS = {"fp8e4nv": "e4m3", "fp8e5": "e5m2", "fp8e4b8": "e4m3fnuz", "fp8e5b16": "e5m2fnuz"}  # by Triton's names
 INTEGERS = ("i8", "i16", "i32")
+NO_REST = "rest_ptr=None"
 
 
-def conversions() -> Iterator[tuple[str, str, list[str], str]]:
+def conversions() -> Iterator[tuple[triton.JITFunction, str, list[str], str]]:
     """(kernel, signature, constants, what TTIR rounds)."""
     floats, eight = ("fp64", "fp32", "fp16", "bf16"), tuple(KINDS)
     pairs = [(a, b) for a in (*floats, *INTEGERS) for b in (*floats[1:], *eight)] + [
@@ -159,44 +97,45 @@ def conversions() -> Iterator[tuple[str, str, list[str], str]]:
         if of != to and not (of in ("fp64", *INTEGERS) and to in eight):  # Triton has none
             quiet = of in HELD.get(to, ()) or of in INTEGERS
             kind = "" if quiet else f"load {KINDS.get(to, to)}-rne"
-            yield "convert", f"*{of}:16,*{to}:16", ["BLOCK=512"], kind
+            yield convert, f"*{of}:16,*{to}:16", ["BLOCK=512"], kind
 
 
-def arithmetic() -> Iterator[tuple[str, str, list[str], str | None]]:
+def arithmetic() -> Iterator[tuple[triton.JITFunction, str, list[str], str | None]]:
     for t in ("bf16", "fp16"):
         for op in ("add", "sub", "fma", "both"):
-            yield "mixed", f"*fp32:16,*{t}:16,*{t}:16,*fp32:16", [f"OP={op}", "BLOCK=512"], ""
-            yield "mixed", f"*{t}:16,*{t}:16,*fp32:16,*fp32:16", [f"OP={op}", "BLOCK=512"], ""
+            yield mixed, f"*fp32:16,*{t}:16,*{t}:16,*fp32:16", [f"OP={op}", "BLOCK=512"], ""
+            yield mixed, f"*{t}:16,*{t}:16,*fp32:16,*fp32:16", [f"OP={op}", "BLOCK=512"], ""
         for op in ("add", "sub", "mul", "div", "mod", "max", "clamp", "muladd", "fma", "sum", "cumsum", "where"):
-            yield "narrow", ",".join([f"*{t}:16"] * 4), [f"OP={op}", "BLOCK=512"], None
-        yield "adds_in_memory", f"*fp32:16,*{t}:16", ["BLOCK=512"], None
-        yield "scaled", f"*{t}:16,*{t}:16,fp32", ["BLOCK=512"], None
+            yield narrow, ",".join([f"*{t}:16"] * 4), [f"OP={op}", "BLOCK=512"], None
+        yield adds_in_memory, f"*fp32:16,*{t}:16", ["BLOCK=512"], None
+        yield scaled, f"*{t}:16,*{t}:16,fp32", ["BLOCK=512"], None
 
 
-def chains() -> Iterator[tuple[str, str, list[str], str | None]]:
+def chains() -> Iterator[tuple[triton.JITFunction, str, list[str], str | None]]:
     for bias, out in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp8e4nv"), ("fp32", "fp16")):
         for act in ("none", "relu", "silu", "gelu", "rest"):
             if act != "rest" or out == "bf16":
-                types = f"*bf16:16,*bf16:16,*{bias}:16,*bf16:16,*{out}:16,i32:16"
-                yield "linear", types, [f"ACT={act}", "BLOCK=64"], None
+                types = f"*bf16:16,*bf16:16,*{bias}:16,*{out}:16,i32:16" + ",*bf16:16" * (act == "rest")
+                constants = [f"ACT={act}", "BLOCK=64", *([] if act == "rest" else [NO_REST])]
+                yield linear, types, constants, None
     for b in ("i8", "fp8e4nv", "fp8e5", "fp16"):
-        yield "linear", f"*bf16:16,*{b}:16,*fp32:16,*bf16:16,*bf16:16,i32:16", ["ACT=none", "BLOCK=64"], None
-    yield "linear", "*bf16:16,*bf16:16,*fp32:16,*bf16:16,*bf16:16,i32:16", ["ACT=none", "BLOCK=16"], None
+        yield linear, f"*bf16:16,*{b}:16,*fp32:16,*bf16:16,i32:16", ["ACT=none", "BLOCK=64", NO_REST], None
+    yield linear, "*bf16:16,*bf16:16,*fp32:16,*bf16:16,i32:16", ["ACT=none", "BLOCK=16", NO_REST], None
     for out in ("fp16", "bf16", "fp32"):
-        yield "adds_up_in_fp16", f"*fp16:16,*fp16:16,*{out}:16", ["BLOCK=64"], None
+        yield adds_up_in_fp16, f"*fp16:16,*fp16:16,*{out}:16", ["BLOCK=64"], None
     for out in KINDS:
         rounds = f"normed bf16-rne, hidden bf16-rne, unclassified {KINDS[out]}-rne"
-        yield "quantises", f"*bf16:16,*bf16:16,*{out}:16,*fp32,fp32", ["D=1024"], rounds
+        yield quantises, f"*bf16:16,*bf16:16,*{out}:16,*fp32,fp32", ["D=1024"], rounds
     rounds = "stored x bf16-rne, hidden bf16-rne"
-    yield "adds_and_norms", ",".join(["*bf16:16"] * 5) + ",fp32", ["D=1000"], rounds
+    yield norm, ",".join(["*bf16:16"] * 5) + ",fp32", ["D=1000", "ADDS=1", "ROUNDS=", "BLOCK=1024"], rounds
 
 
 RIGHT = {"conversions": conversions, "arithmetic": arithmetic, "chains": chains}
 
 
 def audited(target: str, group: str) -> Iterator[dict]:
-    for name, signature, constants, rounds in RIGHT[group]():
-        row = audit_foreign(f"{__name__}:{name}", target, signature, constants, fp_fusion=False)
+    for kernel, signature, constants, rounds in RIGHT[group]():
+        row = audit_foreign(named(kernel), target, signature, constants, fp_fusion=False)
         yield {**row, "due": rounds}
 
 
@@ -223,7 +162,7 @@ def fused() -> Iterator[dict]:
     for target in TARGETS:
         for t in ("bf16", "fp16"):
             types, constants = ",".join([f"*{t}:16"] * 4), ["OP=muladd", "BLOCK=512"]
-            yield {**audit_foreign(f"{__name__}:narrow", target, types, constants), "type": t}
+            yield {**audit_foreign(named(narrow), target, types, constants), "type": t}
 
 
 def test_a_rounding_that_fusion_loses_is_red_though_both_stand_at_one_place(tmp_path: Path):
@@ -253,7 +192,7 @@ def without_eight_bits() -> Iterator[dict]:
             return built
 
         auditing.compile_source = broken
-        name = f"{__name__}:drops_an_eight_bit_rounding"
+        name = named(drops_an_eight_bit_rounding)
         yield {"fault": fault, **audit_foreign(name, "sm_90", "*fp32:16,*fp32:16", ["BLOCK=512"])}
 
 
