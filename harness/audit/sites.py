@@ -144,7 +144,8 @@ def is_kind(rounding: Rounding, site: Site) -> bool:
 
 def is_moved(rounding: Rounding, site: Site, matched: list[Rounding]) -> bool:
     """Whether a rounding is that site's, whose place LLVM gave up for that of its operand or its store: what it rounds
-    was made where the site's values are. Where these are read unrounded too, only if no rounding kept its place."""
+    was made where the site's values are, or, of a remainder, where it is stored: all its steps go there. Where values
+    are read unrounded too, only if no rounding kept its place."""
     if not is_kind(rounding, site):
         return False
     if not site.always and any(each.places & site.places for each in matched):
@@ -154,7 +155,8 @@ def is_moved(rounding: Rounding, site: Site, matched: list[Rounding]) -> bool:
         made -= {rounding.node.place}  # what is moved with it
         return bool(made) and made <= site.operands and computes(rounding, site)
     made = {each.place for each in origins(rounding.value, (*MERGES, "widened"))} - {NOWHERE}
-    return bool(made) and made <= {source.place for source in site.sources} | site.places
+    moved = [sink.place for sink in site.sinks if any(source.op == "arith.remf" for source in site.sources)]
+    return bool(made) and made <= {source.place for source in site.sources} | site.places | {*moved}
 
 
 def computes(rounding: Rounding, site: Site) -> bool:

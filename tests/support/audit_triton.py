@@ -45,7 +45,7 @@ def narrow(a_ptr, b_ptr, c_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
         r = (a.to(tl.float32) * b.to(tl.float32)).to(tl.bfloat16).to(tl.float32) + c.to(tl.float32)
     else:
         r = tl.where(a > b, -a, tl.abs(c))
-    tl.store(out_ptr + offs, r)
+    tl.store(out_ptr + offs, r.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
