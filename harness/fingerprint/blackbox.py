@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
+from castpoint.harness.fingerprint.arguments import NAMED
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
 from castpoint.harness.fingerprint.sums import Sums
 from castpoint.kernels.plan import KEEP
@@ -62,10 +63,12 @@ def _parameters(fn: Callable[..., Any]) -> list[str]:
 
 
 def _takes(fn: Callable[..., Any], count: int) -> bool:
-    """Whether fn can be called with so many arguments by position, and has names for them."""
+    """Whether fn can be called with so many arguments by position, beside those of NAMED that it must have, and has
+    names for them."""
     signature = _signature(fn)
+    named = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     try:
-        bound = signature.bind(*range(count))
+        bound = signature.bind(*range(count), **{name: None for name in named if name in NAMED})
     except TypeError:
         return False
     return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)

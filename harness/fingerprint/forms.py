@@ -88,6 +88,7 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
         scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
         return made if scales is None or isinstance(made, tuple | list) else (made, scales)
 
+    function.__name__ = getattr(fn, "__name__", "")  # which tells its kind
     return signed(function, names, _optional(fn, form))
 
 

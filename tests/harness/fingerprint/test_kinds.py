@@ -12,6 +12,7 @@ from commands import command
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import guessed_kind
+from castpoint.harness.fingerprint.forms import adapted
 
 
 def rms_norm(x, weight, eps):
@@ -28,6 +29,14 @@ def k_norm(x, weight, eps):
 
 def norm_heads(x, head_weight, eps):
     """Told by an argument's name."""
+
+
+def fused_add_rms_norm(x, residual, weight, eps):
+    """A norm that must have a residual."""
+
+
+def gated_k_norm(out, x, weight, z, eps):
+    """Told by its own name, with a gate, in another order."""
 
 
 def fused(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads, bias=None):
@@ -54,6 +63,8 @@ def two(x, weight):
         (lambda x, weight, eps: x, "rmsnorm"),
         (k_norm, "head_norm"),
         (norm_heads, "head_norm"),
+        (adapted(fused_add_rms_norm), "rmsnorm"),
+        (adapted(gated_k_norm), "head_norm"),
         (fused, "qkv"),
         (fused_with_defaults, "qkv"),
     ],
