@@ -47,7 +47,8 @@ GEOMETRIES = (
     (2, Geometry(512, 32, 4, 128)),
     (100, Geometry(1536, 2, 2, 128)),
     (8, Geometry(512, 2, 1, 64)),
-    *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 65, 128, 257)),
+    (65, Geometry(512, 8, 4, 64)),
+    *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )
 EXACT = 1 << 20  # weights up to which a geometry is asked exactly too
 LAYOUTS = ("rows of a packed buffer", "an offset of one element")
@@ -93,8 +94,10 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
     for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
-        small = x * 2.0 ** round(math.log2(eps or 1) / 2)
-        yield Question("eps", f"{eps:g}", functools.partial(dense.ask, small, eps=eps))
+        scale = 2.0 ** round(math.log2(eps or 1) / 2)
+        both = scale if found.head and calls.box.narrow == "bf16" else 1.0  # fp16 would hold few bits of such weights
+        small = dataclasses.replace(dense, scale=both)
+        yield Question("eps", f"{eps:g}", functools.partial(small.ask, x * scale, eps=eps))
 
 
 def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
@@ -125,17 +128,20 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
 
 @dataclass(frozen=True)
 class Dense:
-    """Gaussian weights of a geometry, and what a plan's envelope leaves unexplained of calls with them."""
+    """Gaussian weights of a geometry, the projection's times scale, and what a plan's envelope leaves unexplained of
+    calls with them."""
 
     calls: ChainCalls
     found: Found
+    scale: float = 1.0
 
     def x(self, tokens: int) -> Tensor:
         rng = torch.Generator().manual_seed(tokens)
         return probes.gaussian([tokens, self.calls.geometry.width], rng)
 
     def weights(self) -> tuple[Tensor, ...]:
-        return tuple(map(self.held, drawn_weights(self.calls.geometry)))
+        norm, weight, *heads = drawn_weights(self.calls.geometry)
+        return tuple(map(self.held, (norm, weight * self.scale, *heads)))
 
     def held(self, value: Tensor) -> Tensor:
         """bf16 values; of a kernel in fp16 those that both types have, since problems are of bf16."""

@@ -59,6 +59,17 @@ def head_eps_ignored(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Ten
     return eager_norm(q, q_w, 1e-6, False), eager_norm(k, k_w, 1e-6, False), v
 
 
+def head_rstd_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
+    """As EAGER, but that 1 / sqrt of a head is never above a thousand."""
+    q, k, v = EAGER(x, w, weight, torch.ones_like(q_w), torch.ones_like(k_w), eps, *heads)
+    proj = (eager_norm(x, w, eps, False).double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
+    rstd = torch.rsqrt(proj.float().pow(2).mean(-1, keepdim=True) + eps)
+    low = (proj.float() * rstd.clamp(max=1e3)).bfloat16()
+    normed = torch.where(rstd > 1e3, low, torch.cat([q, k, v], 1))
+    q, k, _ = normed.split([heads[0], heads[1], heads[1]], 1)
+    return q * q_w, k * k_w, v
+
+
 def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
     q, _, v = EAGER(*arguments)
     return q, known.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
@@ -89,6 +100,8 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         head_eps_ignored,
         "of q all is explained if it adds 1e-06 whatever eps is; of k all is",
     ),
+    "many tokens of many kv heads": (where(lambda x, kv_heads, **_: len(x) > 16 and kv_heads > 2), "with x [65, 512]"),
+    "1 / sqrt of a head clamped": (head_rstd_clamped, "with eps=1e-08 "),
     "k by another plan than q": (k_by_another_plan, "of k "),
 }
 
