@@ -59,7 +59,7 @@ def head_eps_ignored(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Ten
     return eager_norm(q, q_w, 1e-6, False), eager_norm(k, k_w, 1e-6, False), v
 
 
-def head_rstd_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
+def head_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
     """As EAGER, but that 1 / sqrt of a head is never above a thousand."""
     q, k, v = EAGER(x, w, weight, torch.ones_like(q_w), torch.ones_like(k_w), eps, *heads)
     proj = (eager_norm(x, w, eps, False).double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
@@ -73,6 +73,24 @@ def head_rstd_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Te
 def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
     q, _, v = EAGER(*arguments)
     return q, known.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
+
+
+def added(wrong: str) -> Chain:
+    """EAGER of x + residual, with a bias; of many heads each has the first one's bias, or rows of the residual follow
+    each other whatever its stride."""
+
+    def fn(
+        x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, heads: int, kv_heads: int,
+        bias: Tensor, residual: Tensor,
+    ) -> object:  # fmt: skip
+        bias = bias[: len(q_w)].repeat(heads + 2 * kv_heads) if wrong == "bias" and heads > 4 else bias
+        residual = torch.as_strided(residual, x.shape, (x.shape[1], 1)) if wrong == "residual" else residual
+        hidden = eager_norm(x + residual, w, eps, False)
+        proj = (hidden.double() @ weight.double().T + bias).bfloat16().view(len(x), -1, len(q_w))
+        q, k, v = proj.split([heads, kv_heads, kv_heads], 1)
+        return eager_norm(q, q_w, eps, False), eager_norm(k, k_w, eps, False), v
+
+    return fn
 
 
 FAULTS: dict[str, tuple[Chain, str]] = {
@@ -101,7 +119,9 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         "of q all is explained if it adds 1e-06 whatever eps is; of k all is",
     ),
     "many tokens of many kv heads": (where(lambda x, kv_heads, **_: len(x) > 16 and kv_heads > 2), "with x [65, 512]"),
-    "1 / sqrt of a head clamped": (head_rstd_clamped, "with eps=1e-08 "),
+    "1 / sqrt of a head clamped": (head_clamped, "with eps=1e-08 "),
+    "the bias of many heads": (added("bias"), "with x [1, 1024], 16 and 8 heads"),
+    "strides of the residual ignored": (added("residual"), "with rows of a packed buffer"),
     "k by another plan than q": (k_by_another_plan, "of k "),
 }
 
@@ -114,6 +134,11 @@ def test_a_chain_that_is_wrong_somewhere_is_no_plan(name: str) -> None:
     assert reason in answer.reason and len(answer.reason) < 900, answer.reason
     if name == "k by another plan than q":
         assert "of q " not in answer.reason, answer.reason
+
+
+def test_a_bias_and_a_residual_that_are_added_everywhere() -> None:
+    answer = identify(added(""), "qkv")
+    assert answer.plans == ["hf"] and {c["result"] for c in answer.asked} == {"same"}, answer
 
 
 def test_a_right_chain_lists_what_it_was_asked() -> None:
