@@ -20,6 +20,7 @@ ALIASES = {
     "scales": ("scales", "out_scale", "output_scale", "scales_out"),
 }
 MADE = ("out", "bias", "quant_scale", "scales")  # which a callable that need not be given them is not
+LEFT_OUT = ("bias", "out")  # of those, what it is asked without and with where its default is None
 NAMED = ("residual", "gate", "alpha")  # which the caller says
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 

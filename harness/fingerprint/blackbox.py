@@ -14,7 +14,7 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.arguments import NAMED
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
-from castpoint.harness.fingerprint.sums import Sums
+from castpoint.harness.fingerprint.sums import INTO_RESIDUAL, Sums
 from castpoint.kernels.plan import KEEP
 
 KINDS = {
@@ -108,9 +108,6 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "channels apart":  # the last stride is not one
         return torch.stack([value, value.roll(1, 0)], dim=-1)[..., 0]
     raise ValueError(layout)
-
-
-INTO_RESIDUAL = "is written into residual"
 
 
 class Refused(Fault):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.arguments import MADE, MEANING, NAMED, parameters_of, signed
+from castpoint.harness.fingerprint.arguments import LEFT_OUT, MADE, MEANING, NAMED, parameters_of, signed
 from castpoint.harness.fingerprint.blackbox import CHAINS, KINDS, OPTIONAL, Unasked
 from castpoint.harness.fingerprint.modules import of_class, of_module
 from castpoint.harness.peers.running import from_jax, to_jax
@@ -76,20 +76,41 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
             f"{call or 'its call'} lacks {' and '.join(missing)}: give --call 'fn(out, x, w, eps)' as it is called"
         )
     names = tuple(name for name in ("x", "weight", "eps") if name in form.names)
+    absent = [] if call else _may_be_left_out(fn)
 
     def function(
         *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0,
-        quant_scale: float = QUANT_SCALE, bias: Tensor | None = None,
+        quant_scale: float = QUANT_SCALE, bias: Tensor | None = None, out: bool = False,
     ) -> Any:  # fmt: skip
         values = dict(zip(names, arguments, strict=True)) | {"residual": residual, "gate": gate, "alpha": alpha}
-        values |= _made(fn, form, values["x"], quant_scale) | ({} if bias is None else {"bias": bias})
-        result = form.call(fn, values)
-        made = values["out"] if result is None or not isinstance(result, Tensor | tuple | list) else result
+        values |= _made(fn, form, values["x"], quant_scale) | {
+            name: None for name in absent if name != "out" or not out
+        }
+        values |= {} if bias is None else {"bias": bias}
+        made = _stored(form.call(fn, values), values["out"])
         scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
         return made if scales is None or isinstance(made, tuple | list) else (made, scales)
 
     function.__name__ = getattr(fn, "__name__", "")  # which tells its kind
-    return signed(function, names, _optional(fn, form))
+    return signed(function, names, _optional(fn, form) | {name: True for name in absent if name in form.names})
+
+
+def _may_be_left_out(fn: Callable[..., Any]) -> list[str]:
+    """Which of LEFT_OUT fn takes with None for a default."""
+    there = [MEANING.get(name) for name, p in parameters_of(fn).items() if p.default is None]
+    return [name for name in LEFT_OUT if there.count(name) == 1]
+
+
+def _stored(result: Any, out: Tensor | None) -> Any:
+    """What a call stored: result, or what it wrote to out and the rest of the result. Raises Fault where it returns
+    another tensor than out, and leaves that as it is."""
+    if out is None or not isinstance(result, Tensor | tuple | list):
+        return result if out is None else out
+    y, *rest = result if isinstance(result, tuple | list) else (result,)
+    if isinstance(y, Tensor) and y.data_ptr() != out.data_ptr() and out.float().isnan().all():
+        raise Fault("the callable returns a tensor and leaves its argument out as it is")
+    rest = rest if isinstance(y, Tensor) and y.shape == out.shape else [y, *rest]
+    return (out, *rest) if rest else out
 
 
 def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float) -> dict[str, Any]:
@@ -222,11 +243,12 @@ def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
 def _by_names(fn: Callable[..., Any]) -> Form | None:
     """The form that the names of fn's arguments tell; None where it may be called (x, weight, eps)."""
     parts = arguments(fn)
-    weighted = _weighted(name for name, _, _ in parts)
+    weighted, absent = _weighted(name for name, _, _ in parts), _may_be_left_out(fn)
     told: list[tuple[str, str | None, bool, bool]] = []
     for name, default, named in parts:
         meaning = _meaning(name, weighted)
-        again = meaning in MADE or meaning in [other for _, other, _, _ in told]  # `weights=None` beside `weight`
+        again = meaning in [other for _, other, _, _ in told]  # `weights=None` beside `weight`
+        again = again or (meaning in MADE and meaning not in absent)
         told.append((name, None if default and again else meaning, default, named))
     meanings = [meaning for _, meaning, _, _ in told]
     if not {"x", "eps"} <= set(meanings) or meanings.count("weight") > 1:

@@ -249,6 +249,12 @@ def _arguments(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Iterat
         yield Question("argument", f"alpha={ALPHA}", lambda: _scaled_sum(rule, asked, main))
     if "bias" in there and main.scales is None:
         yield Question("argument", "a bias", lambda: _biased(rule, asked, main, sizes))
+    elif "bias" in there:
+        asked.box.manners["bias"] = "not asked: it is zero"
+    if "out" in there and main.scales is None:
+        draw = Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
+        rows, shape = draw.gaussian(len(main.x), asked.width), asked.shape(len(main.x))
+        yield Question("argument", "out given", lambda: missed(rule, asked.at(rows, shape, out=True)))
     if "quant_scale" in there:
         scale = 2.0 ** -round(math.log2(ENDS[rule.out[:4]]))
         yield Question("argument", f"scale={scale:g}", lambda: _beyond_8_bits(rule, asked, main, scale))
