@@ -110,6 +110,19 @@ def test_a_gate_is_asked_at_other_shapes(name: str) -> None:
     assert answer.status == "none" and reason in answer.reason, answer
 
 
+def test_another_erf_under_gelu() -> None:
+    """1 + erf cancels where the gate is negative: an ulp of erf is any share of what is left."""
+
+    def norm(x: Tensor, weight: Tensor, z: Tensor, eps: float) -> Tensor:
+        wide = z.float()
+        erf = torch.erf(wide.double() / 2**0.5).float()
+        erf = torch.nextafter(erf, torch.where(wide < -3, 0.0, erf))
+        return (unit(x, eps) * weight.float() * (0.5 * wide * (1 + erf))).to(x.dtype)
+
+    answer = identify(norm, "rmsnorm")
+    assert answer.status == "identified" and answer.facts["gate"] == "norm(x) * gelu(gate)", answer
+
+
 def test_a_gate_of_the_sizes_that_a_kernel_takes() -> None:
     def heads(x: Tensor, weight: Tensor, z: Tensor, eps: float) -> Tensor:
         if x.shape[:2] != (16, 8):
