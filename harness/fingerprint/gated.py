@@ -209,8 +209,8 @@ def _missed(rule: Rule, gate: Gate, words: Words, values: Tensor, known: Call) -
 
 
 def _uncertainty(gate: Gate, values: Tensor) -> Tensor:
-    """The relative error of act(gate), float64, that is arithmetic in fp32: of gelu some ulps of its terms, which cancel
-    where the gate is negative."""
+    """The relative error of act(gate), float64, that fp32 arithmetic makes: of gelu some ulps of its terms, which
+    cancel where the gate is negative."""
     if not gate.act.startswith("gelu"):
         return torch.zeros(1).double()
     wide = values.double()

@@ -47,6 +47,18 @@ def fused_with_defaults(x, norm_weight, qkv_weight, q_norm_weight=None, k_norm_w
     """A chain of which three arguments would do."""
 
 
+def fused_add(x, residual, weight, eps):
+    """A norm with one argument more."""
+
+
+def gated_norm(hidden_states, weight, gate, eps):
+    """A norm with one argument more."""
+
+
+def k_norm_gated(x, gamma, z, epsilon):
+    """Told by its own name, with other names of its arguments."""
+
+
 def seven(a, b, c, d, e, f, g):
     """Neither."""
 
@@ -77,6 +89,11 @@ def test_a_kind_is_guessed(fn: Callable, kind: str) -> None:
 def test_no_kind_is_guessed_where_arguments_do_not_tell(fn: Callable) -> None:
     with pytest.raises(Fault, match="do not tell its kind: give --kind, rmsnorm or head_norm or qkv"):
         guessed_kind(fn)
+
+
+def test_a_norm_with_an_argument_more_is_guessed() -> None:
+    assert guessed_kind(adapted(fused_add)) == guessed_kind(adapted(gated_norm)) == "rmsnorm"
+    assert guessed_kind(adapted(k_norm_gated)) == "head_norm"
 
 
 def test_the_command_says_which_it_took(tmp_path: Path) -> None:
