@@ -67,6 +67,7 @@ def _roots(width: int) -> Iterator[tuple[str, Root]]:
     yield "eps is the least variance, max(variance, eps)", lambda mean, eps: mean.clamp(min=eps).sqrt()
     yield "eps is the least root, max(sqrt(variance), eps)", lambda mean, eps: mean.sqrt().clamp(min=eps)
     yield "eps is added to the sum of squares, not to its mean", lambda mean, eps: (mean + eps / width).sqrt()
+    yield "eps is multiplied by the number of channels", lambda mean, eps: (mean + eps * width).sqrt()
     yield "eps is squared", lambda mean, eps: (mean + eps * eps).sqrt()
     yield "the mean is over one channel less", lambda mean, eps: (mean * width / (width - 1) + eps).sqrt()
     yield "squares are summed up, not averaged", lambda mean, eps: (mean * width + eps).sqrt()

@@ -49,6 +49,7 @@ OUTSIDERS: dict[str, Norm] = {
     "sum of squares accumulated in bf16": norm_with(mean=bf16_sum),
     "variance over D - 1": norm_with(mean=lambda x: x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)),
     "eps outside the root": norm_with(root=lambda v, eps: 1 / (v.sqrt() + eps)),
+    "eps times D": norm_with(root=lambda v, eps: torch.rsqrt(v + 256 * eps)),
     "eps a constant": norm_with(root=lambda v, eps: torch.rsqrt(v + 1e-6)),
     "normed in fp16": norm_with(normed=lambda n: n.half().float()),
     "1 + w in fp16": norm_with(weight=lambda w: (1 + w).half().float()),
@@ -76,6 +77,7 @@ OUTSIDERS: dict[str, Norm] = {
 MISSING = {  # what the answer says would explain it
     "variance over D - 1": "the mean is over one channel less",
     "eps outside the root": "eps is added to the root, not under it",
+    "eps times D": "eps is multiplied by the number of channels",
     "eps a constant": "it adds 1e-06 whatever eps is",
     "normed in fp16": "normed is rounded to fp16",
     "1 + w in fp16": "weight_offset is rounded to fp16",
