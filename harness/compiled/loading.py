@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.runs.errors import UserError, reason_of
@@ -45,14 +47,28 @@ def load(target: str) -> Callable[..., Any]:
             sys.path.insert(0, "")
             value = importlib.import_module(module_name)
         for name in attribute.split("."):
-            value = getattr(value, name)
+            owner, value = value, getattr(value, name)
     except Fault:
         raise
+    except SystemExit as error:
+        how = f'{reason_of(error)}: put that under if __name__ == "__main__"'
+        raise Fault(f"{target} cannot be imported: it is a script that ends itself, {how}") from error
     except Exception as error:  # user code runs on import and may raise anything
         raise Fault(f"{target} cannot be imported: {reason_of(error)}") from error
     if not callable(value) and not isinstance(value, KernelInterface):
         raise Fault(f"{target} is of type {type(value).__name__}, which cannot be called")
+    _check_bound(target, value, owner)
     return value
+
+
+def _check_bound(target: str, value: Any, owner: Any) -> None:
+    """Raises Fault for a class that is no torch.nn.Module, and for a method without its object."""
+    if inspect.isclass(value) and issubclass(value, torch.autograd.Function):
+        raise Fault(f"{target} is an autograd.Function, which is called by its apply: give {target}.apply")
+    if inspect.isclass(value) and not issubclass(value, torch.nn.Module):
+        raise Fault(f"{target} is a class: make an object of it in the file, and name that, or one of its methods")
+    if inspect.isclass(owner) and inspect.isfunction(value) and "self" in inspect.signature(value).parameters:
+        raise Fault(f"{target} is a method without its object: make one of {owner.__name__} in the file, and name that")
 
 
 def check_path(module: str) -> None:
@@ -61,13 +77,16 @@ def check_path(module: str) -> None:
     if suffix in FOREIGN:
         what, right = FOREIGN[suffix]
         raise Fault(f"{module} {what}: {right}")
-    if suffix != ".py" and ("/" in module or Path(module).is_dir() and not Path(module, "__init__.py").exists()):
+    other = bool(suffix) and Path(module).is_file()
+    if suffix != ".py" and (
+        other or "/" in module or Path(module).is_dir() and not Path(module, "__init__.py").exists()
+    ):
         raise Fault(f"{module} is no .py file and no dotted name: give my/norms.py:rms_norm or my.norms:rms_norm")
 
 
 def _from_file(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} is no file" if path.exists() else f"{path} does not exist")
     path = path.resolve()
     if imports_relatively(path.read_bytes()):
         root = package_root(path)

@@ -13,6 +13,9 @@ from torch.func import functional_call
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.arguments import ALIASES, MEANING, NAMED, parameters_of, signed
+from castpoint.harness.runs.errors import reason_of
+
+WIDTH = 256  # of the module by which a class is known
 
 
 def of_module(module: nn.Module) -> Callable[..., Any]:
@@ -48,8 +51,12 @@ def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
         module = kind(x.shape[-1], **{eps_name: rest[-1]})
         return of_module(module.to(x.device))(x, *rest, **extra)
 
-    one = of_module(kind(256, **{eps_name: 1e-6}))
-    function.__signature__ = inspect.signature(one)  # type: ignore[attr-defined]
+    try:
+        one = kind(WIDTH, **{eps_name: 1e-6})
+    except Exception as error:  # it is the user's code
+        made = f"{kind.__name__}({WIDTH}, {eps_name}=1e-6)"
+        raise Fault(f"{made} raised {reason_of(error)}: make one, and name it") from error
+    function.__signature__ = inspect.signature(of_module(one))  # type: ignore[attr-defined]
     return function
 
 
@@ -69,7 +76,10 @@ def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
     """The module with that eps, wherever it keeps its own."""
     name = next((name for name in ALIASES["eps"] if isinstance(getattr(module, name, None), float)), None)
     if name is None:
-        raise Fault(f"{type(module).__name__} keeps no eps that can be set: {', '.join(ALIASES['eps'])}")
+        why = f"keeps no eps that can be set: {', '.join(ALIASES['eps'])}"
+        if unset := [f"{name}={value}" for name, value in vars(module).items() if name in ALIASES["eps"]]:
+            why = f"has {unset[0]}: make it with a number"
+        raise Fault(f"{type(module).__name__} {why}")
     own = getattr(module, name)
     setattr(module, name, eps)
     try:

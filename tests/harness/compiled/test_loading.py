@@ -136,6 +136,66 @@ def test_a_folder_is_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load("norms:rms_norm")
 
 
+def test_a_file_of_another_suffix_is_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, {"norms.txt": "", "norms.py.bak": "", "norms": "", "norms.py": HELPERS})
+    monkeypatch.chdir(tmp_path)
+    for name in ("norms.txt", "norms.py.bak"):
+        with pytest.raises(Fault, match=f"{name} is no .py file and no dotted name"):
+            load(f"{name}:rsqrt")
+    assert load("norms:rsqrt")(torch.ones(2)).eq(1).all()  # beside a program of that name
+
+
+OBJECTS = """
+import torch
+class Norm:
+    eps = 1e-6
+    def __call__(self, x, weight, eps):
+        return x
+    def norm(self, x, weight, eps):
+        return x
+    def plain(x, weight, eps):
+        return x
+    @staticmethod
+    def static(x, weight, eps):
+        return x
+    @classmethod
+    def of_class(cls, x, weight, eps):
+        return x
+class Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        return x.clone()
+one = Norm()
+"""
+NO_OBJECTS = {
+    "Norm": "Norm is a class: make an object of it in the file, and name that, or one of its methods",
+    "Norm.norm": "Norm.norm is a method without its object: make one of Norm in the file, and name that",
+    "Apply": "Apply is an autograd.Function, which is called by its apply: give ",
+}
+
+
+@pytest.mark.parametrize("name", NO_OBJECTS)
+def test_a_class_and_a_method_without_an_object(name: str, tmp_path: Path) -> None:
+    written(tmp_path, {"objects.py": OBJECTS})
+    with pytest.raises(Fault) as fault:
+        load(f"{tmp_path}/objects.py:{name}")
+    assert NO_OBJECTS[name] in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["one", "one.norm", "Norm.plain", "Norm.static", "Norm.of_class", "Apply.apply"])
+def test_what_may_be_called_of_a_class(name: str, tmp_path: Path) -> None:
+    written(tmp_path, {"objects.py": OBJECTS})
+    x = torch.ones(2, 4)
+    assert load(f"{tmp_path}/objects.py:{name}")(x, x[0], 0.0).eq(x).all()
+
+
+def test_a_script_that_ends_itself_is_told_what_to_do(tmp_path: Path) -> None:
+    written(tmp_path, {"script.py": "import sys\ndef norm(x, weight, eps):\n    return x\nsys.exit('usage: script')\n"})
+    answer = identified(f"{tmp_path}/script.py:norm")
+    assert answer["status"] == "error", answer
+    assert answer["reason"].endswith('SystemExit: usage: script: put that under if __name__ == "__main__"'), answer
+
+
 def test_a_module_of_here_is_still_found_by_its_dotted_name() -> None:
     assert load("castpoint.kernels.norm_qkv:norm_qkv").__name__ == "norm_qkv"
     assert load("torch.nn:functional.rms_norm") is torch.nn.functional.rms_norm

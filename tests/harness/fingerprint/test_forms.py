@@ -207,6 +207,14 @@ def test_modules_and_classes_that_are_no_norm_are_told_so() -> None:
     assert re.search(r"Two is a class that is made by \(size, groups, eps\)", identify(Two, "rmsnorm").reason)
     assert "holds 0 weights of one dimension (none)" in identify(nn.Identity(), "rmsnorm").reason
     assert "holds 2 weights of one dimension (weight, bias)" in identify(nn.LayerNorm(8), "rmsnorm").reason
+
+    class Elsewhere(nn.Module):
+        def __init__(self, size: int, eps: float = 1e-6) -> None:
+            raise RuntimeError("no such device")
+
+    said = "Elsewhere(256, eps=1e-6) raised RuntimeError: no such device: make one, and name it"
+    assert identify(Elsewhere, "rmsnorm").reason == said
+    assert identify(nn.RMSNorm(256), "rmsnorm").reason == "RMSNorm has eps=None: make it with a number"
     with pytest.raises(Fault, match="keeps no eps that can be set"):
         module = nn.Linear(4, 4, bias=False)
         module.weight = nn.Parameter(torch.ones(4))
