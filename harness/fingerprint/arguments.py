@@ -17,9 +17,10 @@ ALIASES = {
     "gate": ("gate", "z", "Z", "gates"),
     "alpha": ("alpha", "residual_scale", "residual_multiplier", "residual_alpha"),
     "quant_scale": ("quant_scale", "input_scale", "static_scale", "scale_inv"),  # and scale, where there is a weight
+    "shape": ("normalized_shape",),  # that of a row, as torch.nn.functional has it
     "scales": ("scales", "out_scale", "output_scale", "scales_out"),
 }
-MADE = ("out", "bias", "quant_scale", "scales")  # which a callable that need not be given them is not
+MADE = ("out", "bias", "quant_scale", "scales", "shape")  # which a callable that need not be given them is not
 LEFT_OUT = ("bias", "out")  # of those, what it is asked without and with where its default is None
 NAMED = ("residual", "gate", "alpha")  # which the caller says
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}

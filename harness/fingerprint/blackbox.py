@@ -41,8 +41,8 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     if norm and chain and any("qkv" in name for name in names):
         norm = False
     if norm == chain:
-        taken = ", ".join(names[1:])
-        raise Fault(f"its arguments ({taken}) do not tell its kind: give --kind, {' or '.join(KINDS)}")
+        said = f"its arguments ({', '.join(names[1:])}) do not tell its kind: give --kind, {' or '.join(KINDS)}, or "
+        raise Fault(f"{said}for a norm --call 'fn(x, w, eps)' as it is called")
     if chain:
         return "qkv"
     words = ("head", "q_norm", "k_norm", "v_norm", "qk_norm")

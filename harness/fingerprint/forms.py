@@ -125,6 +125,7 @@ def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float) -> 
         "bias": torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device),
         "quant_scale": torch.tensor([quant_scale], device=x.device),
         "scales": torch.full(rows, float("nan"), device=x.device),
+        "shape": [x.shape[-1]],
     }
 
 
@@ -232,7 +233,8 @@ def like(x: Tensor) -> Tensor:
 
 def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
     """The names of fn's arguments, whether each has a default, and goes by its name alone; none where fn takes any."""
-    if schema := getattr(getattr(fn, "default", fn), "_schema", None):
+    scripted = isinstance(fn, torch.jit.ScriptFunction)
+    if schema := fn.schema if scripted else getattr(getattr(fn, "default", fn), "_schema", None):
         return [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
     parameters = parameters_of(fn).values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -254,6 +256,7 @@ def _by_names(fn: Callable[..., Any]) -> Form | None:
     if not {"x", "eps"} <= set(meanings) or meanings.count("weight") > 1:
         return None
     plain = meanings[:3] == ["x", "weight", "eps"] and not any(named for _, _, _, named in told[:3])
+    plain = plain and parts[0][0] in parameters_of(fn)  # else nobody but its schema tells what it takes
     if plain and all(name == "residual" or (default and meaning is None) for name, meaning, default, _ in told[3:]):
         return None
     if any(meaning is None and not default for _, meaning, default, _ in told):
@@ -277,5 +280,6 @@ def _meaning(name: str, weighted: bool, meaning: dict[str, str] = MEANING) -> st
 def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
     """Which of NAMED the form has, a scale and a bias, and whether they may be left out."""
     defaults = {MEANING.get(name): p.default is not p.empty for name, p in parameters_of(fn).items()}
+    defaults |= {MEANING.get(name): default for name, default, _ in arguments(fn)}
     made = {name: True for name in ("quant_scale", "bias") if name in form.names}
     return {name: defaults.get(name, False) for name in NAMED if name in form.names} | made

@@ -29,7 +29,7 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
     def function(*arguments: Any, **extra: Tensor) -> Any:
         x, *weights, eps = arguments
         held = {name: weights[0]} if name else {}
-        with _with_eps(module, eps):
+        with _with_eps(module, eps), _of_its_width(len(module.get_parameter(name)) if name else x.shape[-1], x):
             return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 
     optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
@@ -58,6 +58,18 @@ def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
         raise Fault(f"{made} raised {reason_of(error)}: make one, and name it") from error
     function.__signature__ = inspect.signature(of_module(one))  # type: ignore[attr-defined]
     return function
+
+
+@contextlib.contextmanager
+def _of_its_width(own: int, x: Tensor) -> Iterator[None]:
+    """Within it, what a module raises for rows of another width than its own says how to ask for that."""
+    try:
+        yield
+    except Exception as error:  # it is the user's code
+        if own == x.shape[-1]:
+            raise
+        way = f"{'--width' if x.ndim == 2 else '--head-dim'} {own}"
+        raise RuntimeError(f"{error}; its own weight has {own} channels: give {way}") from error
 
 
 def _weight_of(module: nn.Module) -> str:

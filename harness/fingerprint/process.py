@@ -26,6 +26,10 @@ from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.ptx.driver import executed
 from castpoint.harness.runs.errors import UserError
 
+ON_A_GPU = (
+    "if it wants a GPU, give --device cuda there, or here a function beneath that check: Triton runs on CPU tensors"
+)
+
 
 def identify_target(
     target: str, kind: str, device: str, time_limit_s: float, sizes: Sizes = ANY, call: str = ""
@@ -87,7 +91,10 @@ def _told(kind: str, device: str, sizes: str, call: str, *targets: str) -> dict[
         fn = _loaded(targets[0], device)
         guessed = "" if kind else "qk_norm_rope" if is_pair(fn, call) else guessed_kind(adapted(fn, call))
         with here:
-            return dataclasses.replace(identify(fn, kind or guessed, device, taken, call), kind=guessed).as_dict()
+            answer = identify(fn, kind or guessed, device, taken, call)
+        if answer.status == "error" and device == "cpu" and "cuda" in answer.reason.lower():
+            answer = dataclasses.replace(answer, reason=f"{answer.reason}; {ON_A_GPU}")
+        return dataclasses.replace(answer, kind=guessed).as_dict()
     except Fault as fault:
         return Answer("error", reason=str(fault)).as_dict() if len(targets) == 1 else {"fault": str(fault)}
 

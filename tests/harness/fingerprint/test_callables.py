@@ -32,6 +32,9 @@ def raises(x, weight, eps): raise RuntimeError("no kernel image\\nfor this devic
 def shape(x, weight, eps): return norm(x, weight, eps)[:-1]
 def dtype(x, weight, eps): return norm(x, weight, eps).half()
 def nothing(x, weight, eps): return None
+def insists(x, weight, eps):
+    assert x.is_cuda, "x must be a CUDA tensor"
+    return norm(x, weight, eps)
 def writes(x, weight, eps): return norm(x.mul_(1.5), weight, eps)
 def random(x, weight, eps): return norm(x, weight, eps) * (1 + (torch.rand(x.shape) < 0.01))
 def alternates(x, weight, eps, calls=[]):
@@ -49,6 +52,7 @@ VERDICTS = {
     "shape": "the callable returned shape [63, 256], expected [64, 256]",
     "dtype": "the callable returned torch.float16, expected torch.bfloat16 or torch.float32 throughout",
     "nothing": "the callable returned (NoneType), expected fn(x, weight, eps) -> y; x, y [T, D]",
+    "insists": "x must be a CUDA tensor; if it wants a GPU, give --device cuda there, or here a function beneath that",
     "writes": "the callable writes into its inputs, and returns another tensor: give it copies",
     "alternates": "the callable is not deterministic: two calls on equal inputs differ in 100.000%",
     "random": "the callable is not deterministic: two calls on equal inputs differ in",

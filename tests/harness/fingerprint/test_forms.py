@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import known
+from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.norm import identify, summary
+from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import PLANS
@@ -86,6 +88,20 @@ class Norm(nn.Module):
         return hf(x + residual, self.weight, self.variance_epsilon), x + residual
 
 
+def hf_of_sum(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    return hf(x if residual is None else x + residual, weight, eps)
+
+
+@torch.jit.script
+def scripted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(torch.bfloat16)
+
+
+torch.library.define("castpoint_forms::plain", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.impl("castpoint_forms::plain", "CompositeExplicitAutograd", hf)
+torch.library.define("castpoint_forms::adds", "(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> Tensor")
+torch.library.impl("castpoint_forms::adds", "CompositeExplicitAutograd", hf_of_sum)
 torch.library.define("castpoint_forms::rms_norm", "(Tensor! result, Tensor input, Tensor weight, float epsilon) -> ()")
 
 
@@ -110,6 +126,9 @@ FORMS: dict[str, Callable[..., Any]] = {
     "a class": Norm,
     "torch.ops": torch.ops.castpoint_forms.rms_norm,
     "torch.ops, overload": torch.ops.castpoint_forms.rms_norm.default,
+    "torch.ops, in the usual order": torch.ops.castpoint_forms.plain,
+    "torch.ops, residual optional": torch.ops.castpoint_forms.adds,
+    "a scripted function": scripted,
     "a partial": functools.partial(with_mode, mode="llama"),
 }
 
@@ -118,6 +137,7 @@ FORMS: dict[str, Callable[..., Any]] = {
 def test_a_norm_is_identified_as_it_is_called(name: str) -> None:
     answer = identify(FORMS[name], "rmsnorm")
     assert answer.status == "identified" and answer.plans == ["hf"], answer
+    assert guessed_kind(adapted(FORMS[name])) == "rmsnorm"
     takes_residual = "residual" in name or "fused" in name or name in ("a module", "a class")
     assert ("x" in answer.candidates[0]) == takes_residual
     assert {c["result"] for c in answer.asked if c["about"] == "memory"} == {"same"}, answer.asked
@@ -125,6 +145,17 @@ def test_a_norm_is_identified_as_it_is_called(name: str) -> None:
     assert ("y: is written into x" in said) == ("in place" in name)
     sums = {"fused in place": "x + residual: is written into residual", "residual second": "x + residual: is returned"}
     assert name not in sums or sums[name] in said
+
+
+def test_functions_of_torch_take_the_shape_of_a_row() -> None:
+    assert "one-rounding" in identify(nn.functional.rms_norm, "rmsnorm").plans
+    assert identify(nn.functional.layer_norm, "rmsnorm").reason.endswith("the mean is subtracted: it is LayerNorm")
+
+
+def test_a_module_of_one_width_says_which() -> None:
+    said = identify(nn.RMSNorm(64, eps=1e-6), "rmsnorm").reason
+    assert said.endswith("; its own weight has 64 channels: give --width 64"), said
+    assert identify(nn.RMSNorm(64, eps=1e-6), "rmsnorm", sizes=Sizes(width=64)).status == "identified"
 
 
 def test_every_argument_may_be_told_by_a_call() -> None:
