@@ -120,6 +120,8 @@ def answered(folder: Path, state: State) -> Answer | str:
     if answer.status == "error" and len(state.rounds) == 1:
         more = "if it takes other sizes, --ask again with --width, --head-dim, --heads or --tokens"
         answer = dataclasses.replace(answer, reason=f"{answer.reason}; {more}")
+    if answer.status != "error" and "gate" in OPTIONAL[state.kind]:
+        answer = dataclasses.replace(answer, facts=answer.facts | {"gate": "not asked in rounds: --command asks it"})
     return answer
 
 

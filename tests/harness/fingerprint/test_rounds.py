@@ -103,10 +103,11 @@ def by_rounds(
 
 
 def same(answer: Answer, direct: Answer) -> bool:
-    """But for the time, layouts in memory, and what optional arguments were found."""
+    """But for the time, layouts in memory, gates, and what optional arguments were found."""
     apart = ("memory", "argument")
     asked = [[call for call in each.asked if call["about"] not in apart] for each in (answer, direct)]
-    facts = [{k: v for k, v in each.facts.items() if k != "gaps between channels"} for each in (answer, direct)]
+    unasked = ("gaps between channels", "gate")
+    facts = [{k: v for k, v in each.facts.items() if k not in unasked} for each in (answer, direct)]
     bare = [dataclasses.replace(each, asked=[], facts={}, seconds=0.0) for each in (answer, direct)]
     bare[0] = dataclasses.replace(bare[0], reason=bare[0].reason.removeprefix("with no optional argument: "))
     return asked[0] == asked[1] and facts[0] == facts[1] and bare[0] == bare[1]
@@ -134,6 +135,7 @@ def test_rounds_answer_as_direct_calls_do(
     assert answer.status == status and count == 3 and same(answer, identify(fn, kind)), answer
     assert not [call for call in answer.asked if call["about"] == "memory"]
     assert answer.facts["gaps between channels"].startswith("not asked")
+    assert answer.facts.get("gate", "").startswith("not asked") == (kind in ("rmsnorm", "head_norm"))
 
 
 def test_the_example_of_the_folder_runs_and_is_identified(tmp_path: Path) -> None:
