@@ -167,7 +167,7 @@ def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") ->
     reason = f"another function than the plan that explains the first calls: {'; '.join(other[:SHOWN])}{more}"
     if abouts == {"memory"}:
         reason += (
-            f": it reads {inputs} as if it were contiguous, so let it call {inputs}.contiguous(), or refuse what is not"
+            f": it reads {inputs} as if it were contiguous, so let it call contiguous() first, or refuse what is not"
         )
     return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 

@@ -86,7 +86,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
         groups = [[{**words, "bias": word} for words in group] for group in groups]
     answer = dataclasses.replace(answer_of(groups, share, runner_up, evidence), asked=refused)
     found = Found(*pairs[0][0], groups[0][0])
-    answer = held_to(answer, chain_questions(calls, found, sizes))
+    answer = held_to(answer, chain_questions(calls, found, sizes), "x or residual" if box.takes("residual") else "x")
     return dataclasses.replace(answer, facts=box.manners | chain_facts(calls, found))
 
 

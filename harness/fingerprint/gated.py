@@ -95,7 +95,7 @@ def gated(ways: list[NormCalls], sizes: Sizes, identified: Callable[[BlackBox], 
         answer = dataclasses.replace(answer, status="undecided", reason=f"undecided between {differ}")
     candidates = [words | more for words in answer.candidates for more in found]
     answer = dataclasses.replace(answer, candidates=candidates)
-    answer = held_to(answer, _questions(asked, sizes, rule, gate, left[0][0], rows))
+    answer = held_to(answer, _questions(asked, sizes, rule, gate, left[0][0], rows), "gate")
     said = {name: text for name, text in answer.facts.items() if not (gate.first and name == "subnormal x")}
     return dataclasses.replace(answer, facts={"gate": str(gate), **said})
 

@@ -180,7 +180,11 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     answer = dataclasses.replace(answer, asked=refused)
     rows = main[0].rows
     every = questions(rule, rows.weight, asked.shape(probes.ROWS), sizes, box.takes("residual"), ask)
-    answer = held_to(answer, itertools.chain(every, _arguments(rule, asked, rows, sizes)))
+    answer = held_to(
+        answer,
+        itertools.chain(every, _arguments(rule, asked, rows, sizes)),
+        "x or residual" if box.takes("residual") else "x",
+    )
     said = _facts(rule, asked, rows, sizes)
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]

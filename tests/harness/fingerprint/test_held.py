@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
         "where the plan has",
     ),
     "one element of 5000 is 5 ulps off": ("rmsnorm", lambda *a: changed(*a, slice(7, None, 5000), 1.04), "has "),
-    "strides ignored": ("rmsnorm", ignores_strides, "so let it call x.contiguous(), or refuse what is not"),
+    "strides ignored": ("rmsnorm", ignores_strides, "so let it call contiguous() first, or refuse what is not"),
     "strides of heads ignored": ("head_norm", ignores_strides, "with heads before tokens in memory"),
     "offsets ignored": ("rmsnorm", ignores_offsets, "with an offset of one element"),
     "16 bytes loaded at once": ("rmsnorm", aligned_only, "with an offset of one element"),

@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[Chain, str]] = {
     "many tokens of many kv heads": (where(lambda x, kv_heads, **_: len(x) > 16 and kv_heads > 2), "with x [65, 512]"),
     "1 / sqrt of a head clamped": (head_clamped, "with eps=1e-08 "),
     "the bias of many heads": (added("bias"), "with x [1, 1024], 16 and 8 heads"),
-    "strides of the residual ignored": (added("residual"), "with rows of a packed buffer"),
+    "strides of the residual ignored": (added("residual"), "it reads x or residual as if it were contiguous"),
     "k by another plan than q": (k_by_another_plan, "of k "),
 }
 
