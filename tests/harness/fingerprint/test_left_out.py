@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from norm_support import only, unit
 from torch import Tensor
 
-from castpoint.harness.fingerprint.answer import Answer
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP, RNE, RTZ
-
-
-def unit(x: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-
-
-def only(answer: Answer) -> dict[str, str]:
-    assert answer.status == "identified", answer
-    return answer.candidates[0]
 
 
 @pytest.mark.parametrize("word", [KEEP, RNE, RTZ])
