@@ -22,6 +22,7 @@ from castpoint.harness.fingerprint.evidence import (
     by_eps,
     check_repeats,
     classes,
+    least_missed,
     missed,
     outs,
     rank,
@@ -50,7 +51,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     norm_ranking = rank(projected, main)
     norm_words, unexplained = ties(norm_ranking.best, main)
     left = with_ties(norm_ranking.left, norm_words)
-    explained = not any(missed(left[0], call) for call in main)
+    explained = not any(least_missed(left[0], main))
     known, told, search = _norm_calls(calls, main, left, rng) if explained else (main, [], SEARCH)
     head_calls = _head_calls(calls, left[0], rng) if box.kind == "qkv" else None
     biased = _bias_calls(calls, left[0], rng) if box.takes("bias") else None
@@ -133,7 +134,7 @@ def _identity(calls: ChainCalls) -> Readout:
 
 def _unexplained(name: str, best: Rule, calls: Sequence[Call]) -> str:
     """What the best rule leaves unexplained of that output, in words; empty if nothing."""
-    misses = [missed(best, call) for call in calls]
+    misses = least_missed(best, calls)
     if not any(misses):
         return ""
     return f"of {name} {missing_word(best, calls, HEAD_WORDS if name in 'qk' else {}) or by_eps(misses, calls)}"

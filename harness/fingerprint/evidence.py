@@ -19,6 +19,7 @@ from castpoint.harness.fingerprint.rules import (
     Readout,
     Rows,
     Rule,
+    arithmetic,
     factor_of,
     mean_of_squares,
     predict,
@@ -118,6 +119,15 @@ def missed(rule: Rule, call: Call) -> Miss:
     share = UNEXPLAINED if call.rows.scales is None else UNEXPLAINED / 16  # of a tie of 4 bits so much less comes near
     why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows), share)
     return Miss(int(wrong.sum()) if why else 0, int(call.rows.nonzero.sum()), why.strip())
+
+
+def least_missed(rule: Rule, calls: Sequence[Call]) -> list[Miss]:
+    """What the rule leaves unexplained of each call, however it computes its root; if something is left with every
+    root, what is left as it is."""
+    as_it_is = [missed(rule, call) for call in calls]
+    if any(as_it_is) and not all(any(missed(way, call) for call in calls) for way in arithmetic(rule)):
+        return [Miss(0, miss.of) for miss in as_it_is]
+    return as_it_is
 
 
 def by_eps(misses: Sequence[Miss], calls: Sequence[Call]) -> str:

@@ -36,6 +36,7 @@ from castpoint.harness.fingerprint.evidence import (
     beyond,
     by_eps,
     close,
+    least_missed,
     mean_shares,
     missed,
     outs,
@@ -204,7 +205,7 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
     ranking = rank(rules, main)
     tied, unexplained = ties(ranking.best, main)
     best, *left = with_ties([r for r in ranking.left if r.out == ranking.best.out or not eight], tied)
-    misses = [missed(best, call) for call in main]
+    misses = least_missed(best, main)
     none = functools.partial(none_of_these, named(best), ranking.share, ranking.runner_up)
     if any(misses):
         ways = unexplained if ranking.share > FEW else ""

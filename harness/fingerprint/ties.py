@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects
-from castpoint.harness.fingerprint.rules import Readout, Rows, Rule
+from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, arithmetic
 from castpoint.harness.fingerprint.searches import AT_ONCE, SEARCH, Search
 from castpoint.kernels.plan import KEEP
 
@@ -20,13 +20,14 @@ def ties(
 
     Ties are sought in the calls, and where they have few in rows that ask is given. Ties of a mean, a root, or x times
     a root need that number to be exact: where an implementation's is an ulp off, they say nothing, and the word stays.
+    So it does where another way to compute the root explains them.
     """
     words: dict[str, str] = {}
     for name, (even, away, zero) in ways_of_ties(rule).items():
         away_, zero_ = getattr(away, name), getattr(zero, name)
         found = [*calls, *(_searched((even, away, zero), calls, ask, readout) if ask else [])]
         for other, word in ((away, away_), (zero, zero_)):
-            if rejects(other, even, found):
+            if _rejects(other, even, found):
                 words[name] = word
         if words.get(name) == away_ and rejects(zero, away, found):
             words[name] = zero_
@@ -75,6 +76,15 @@ def all_at_once(
         ask(rows)
     tied = [call for ways in ways_of_ties(rules[0]).values() for call in _searched(ways, main, ask, readout)]
     return [*main, *tied], search
+
+
+def _rejects(way: Rule, even: Rule, calls: Sequence[Call]) -> bool:
+    """Whether ties go that way and not to even, however the root is computed: one that is an ulp smaller brings each
+    product just below its tie, as if all went toward zero."""
+    if not rejects(way, even, calls):
+        return False
+    ways = list(arithmetic(way))
+    return all(any(rejects(a, b, calls) for a in ways) for b in arithmetic(even))
 
 
 def _sure(rule: Rule, name: str) -> bool:

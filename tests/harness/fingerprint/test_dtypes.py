@@ -30,7 +30,8 @@ def norm(**words: str) -> Callable[[Tensor, Tensor, float], Tensor]:
     def fn(x: Tensor, w: Tensor, eps: float) -> Tensor:
         x = held("x", x.float())
         mean = held("variance", held("statistics", x * x).mean(-1, keepdim=True))
-        normed = held("normed", x * held("rstd", torch.rsqrt(mean + eps)))
+        root = torch.rsqrt(mean + eps) if words.get("eps") != "float64" else torch.rsqrt(mean.double() + eps).float()
+        normed = held("normed", x * held("rstd", root))
         y = held("hidden", normed * held("weight", w.float()))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return y.to(dtype.get(words.get("hidden", KEEP)[:4], torch.float32))
@@ -52,6 +53,14 @@ def test_a_boundary_of_fp16_is_named(boundary: str, word: str) -> None:
     words = {"hidden": HALF, boundary: word}
     answer = identify(norm(**words), "rmsnorm", sizes=Sizes(dtype="fp16"))
     assert answer.status in ("identified", "undecided") and answer.candidates[0].items() >= words.items(), answer
+
+
+@pytest.mark.parametrize("way", ["fp16-rne", "fp16-rna", "fp16-rnz"])
+@pytest.mark.parametrize("statistics", [HALF, "fp16-rtz"])
+def test_a_root_that_is_an_ulp_smaller_is_no_tie_toward_zero(statistics: str, way: str) -> None:
+    words = {"statistics": statistics, "eps": "float64", "normed": way, "hidden": HALF}
+    answer = identify(norm(**words), "rmsnorm", sizes=Sizes(dtype="fp16"))
+    assert answer.candidates and all(found.items() >= words.items() for found in answer.candidates), answer
 
 
 def test_fp16_has_the_names_of_plans() -> None:
