@@ -236,7 +236,7 @@ def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     shares = mean_shares(near, calls)
     ordered = sorted(near, key=lambda rule: -shares[rule])
     best = ordered[0]
-    rejected = {rule: shares[rule] for rule in ordered[1:] if rejects(best, rule, calls)}
+    rejected = {rule: shares[rule] for rule in ordered[1:] if rejects(best, rule, few) or rejects(best, rule, calls)}
     runners_up = rejected.values() or [share for share in rough.values() if share < 1]
     return Ranking(best, shares[best], max(runners_up, default=None), [r for r in ordered if r not in rejected])
 

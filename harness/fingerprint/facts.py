@@ -1,5 +1,5 @@
-"""What is no plan, but what a caller must know: whether a row's bits depend on the rows beside it, whether subnormal
-numbers count, and whether x may lie with gaps between its channels."""
+"""What is no plan, but what a caller must know: whether a row's bits depend on the rows beside it, whether NaN stays
+seen and subnormal numbers count, and whether x may lie with gaps between its channels."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def all_facts(stored: Stored, missing: Missing, width: int, tokens: int | None, 
     fp16."""
     return {
         "batch invariant": batch(stored, width, tokens),
+        "NaN in x": nan(stored, width, tokens),
         "subnormal x": subnormals(missing, width, narrow),
         "gaps between channels": gaps(missing, width),
     }
@@ -64,6 +65,15 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
         return f"no: a row of {width} has other bits {', '.join(other)} than among {len(x)}"
     counts = f"with {', '.join(tried)} rows, " if tried else ""
     return f"yes: a row of {width} has the same bits {counts}in another place, beside others and NaN"
+
+
+def nan(stored: Stored, width: int, tokens: int | None = None) -> str:
+    """Whether one NaN in a row shows in all that is stored of it."""
+    x = _gaussian(tokens or probes.ROWS, width)
+    rows = torch.arange(len(x))
+    x[rows, rows * 7 % width] = float("nan")
+    hidden = ~stored(x, False).isnan()
+    return f"hidden: {hidden.sum()} of {hidden.numel()} results are numbers" if hidden.any() else "makes its row NaN"
 
 
 def subnormals(missing: Missing, width: int, narrow: str) -> str:

@@ -26,7 +26,7 @@ from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.calls import NormCalls, first_of, in_parts
 from castpoint.harness.fingerprint.evidence import TELLING, Call, Miss, beyond, close, outs, rounds, settled
 from castpoint.harness.fingerprint.forms import like
-from castpoint.harness.fingerprint.questions import FEWEST, HEAD_LAYOUTS, HEAD_SHAPES, LAYOUTS, NORM_SHAPES, Draw
+from castpoint.harness.fingerprint.questions import HEAD_LAYOUTS, HEAD_SHAPES, LAYOUTS, NORM_SHAPES, Draw, rows_of
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, storages, ulp
@@ -228,8 +228,7 @@ def _questions(asked: NormCalls, sizes: Sizes, rule: Rule, gate: Gate, words: Wo
 
     draw = Draw(rule, rows.weight, False, sizes.dtype)
     for shape in NORM_SHAPES if asked.heads is None else HEAD_SHAPES:
-        at_once = math.prod(shape[:-1])
-        drawn = draw.gaussian(at_once * math.ceil(FEWEST / at_once), shape[-1])
+        drawn = draw.gaussian(rows_of(shape), shape[-1])
         yield Question("x and gate", str(shape), functools.partial(ask, drawn, shape, "contiguous"))
     for layout in LAYOUTS if asked.heads is None else HEAD_LAYOUTS:
         yield Question("memory", f"the gate as {layout}", functools.partial(ask, rows, None, layout))

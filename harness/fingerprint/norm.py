@@ -176,7 +176,8 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
         return answer, None
 
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
-        return missed(rule, asked.call(rows, layout, shape))
+        parts = torch.arange(len(rows.x)).split(math.prod((shape or [len(rows.x), 1])[:-1]))
+        return max((missed(rule, asked.call(rows.of(part), layout, shape)) for part in parts), key=lambda m: m.wrong)
 
     answer = dataclasses.replace(answer, asked=refused)
     rows = main[0].rows

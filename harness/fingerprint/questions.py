@@ -59,8 +59,7 @@ def questions(
 
     yield question("x", str(shape), draw.mixed(count, width))
     for other in HEAD_SHAPES if heads else NORM_SHAPES:
-        at_once = math.prod(other[:-1])
-        yield question("x", str(other), draw.mixed(at_once * math.ceil(FEWEST / at_once), other[-1]), other)
+        yield question("x", str(other), draw.mixed(rows_of(other), other[-1]), other)
     for layout in HEAD_LAYOUTS if heads else LAYOUTS:
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
@@ -68,6 +67,12 @@ def questions(
     for value in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
         scale = 2.0 ** round(math.log2(value or 1) / 2)
         yield question("eps", f"{value:g}", draw.gaussian(count, width, scale=scale, eps=value))
+
+
+def rows_of(shape: list[int]) -> int:
+    """How many rows are asked as x of that shape: FEWEST at least, and two calls, since one may keep what it stores."""
+    at_once = math.prod(shape[:-1])
+    return at_once * max(2, math.ceil(FEWEST / at_once))
 
 
 @dataclass(frozen=True)

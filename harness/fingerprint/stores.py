@@ -21,6 +21,7 @@ EIGHT_BITS = {
     torch.int8: ("int8-rne", "int8-rna", "int8-rtz"),
 }
 ENDS = {"e4m3": 464.0, "e5m2": 61440.0, "int8": 127.5}  # beyond which nearest is none of theirs
+_INTEGERS = {"rne": torch.round, "rna": lambda v: (v.abs() + 0.5).floor().copysign(v), "rtz": torch.trunc}
 
 
 def storages(narrow: str) -> tuple[str, str, str]:
@@ -35,8 +36,7 @@ def round_to(value: Tensor, storage: str) -> Tensor:
     if storage.startswith("fp16"):
         return _half(value, storage == "fp16-rna")
     if storage.startswith("int8"):
-        steps = {"rne": value.round(), "rna": (value.abs() + 0.5).floor().copysign(value), "rtz": value.trunc()}
-        return steps[storage[-3:]].clamp(-128, 127)
+        return _INTEGERS[storage[-3:]](value).clamp(-128, 127)
     if storage[0] == "e":
         dtype = torch.float8_e4m3fn if storage == "e4m3-rne" else torch.float8_e5m2
         most = torch.finfo(dtype).max

@@ -322,15 +322,21 @@ def test_batch_invariance_is_said() -> None:
     assert said[leaking] == "no: a row of 256 has other bits beside rows of NaN than among 64"
 
 
-def test_subnormals_and_gaps_are_said() -> None:
+def test_nan_subnormals_and_gaps_are_said() -> None:
     def flushing(x: Tensor, w: Tensor, eps: float) -> Tensor:
         return hf(x * (x.abs() >= 2.0**-126), w, eps)
 
     def without_gaps(x: Tensor, w: Tensor, eps: float) -> Tensor:
         return hf(torch.as_strided(x, x.shape, (*x.stride()[:-1], 1)), w, eps)
 
-    right, flushed, rows = (identify(fn, "rmsnorm") for fn in (hf, flushing, without_gaps))
-    assert {a.status for a in (right, flushed, rows)} == {"identified"}
+    def hiding(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        y = hf(x, w, eps)
+        return torch.where(y.isnan().any(-1, keepdim=True), 0, y)
+
+    right, flushed, rows, hidden = (identify(fn, "rmsnorm") for fn in (hf, flushing, without_gaps, hiding))
+    assert {a.status for a in (right, flushed, rows, hidden)} == {"identified"}
+    assert right.facts["NaN in x"] == "makes its row NaN"
+    assert hidden.facts["NaN in x"] == "hidden: 16384 of 16384 results are numbers"
     assert right.facts["subnormal x"] == "counts" and right.facts["gaps between channels"] == "read as they lie"
     assert flushed.facts["subnormal x"].startswith("taken for another number, 100.00% of the elements differ")
     assert rows.facts["gaps between channels"].startswith("not read as they lie, and not refused: ")

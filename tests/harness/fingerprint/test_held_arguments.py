@@ -280,3 +280,16 @@ def test_a_chain_of_65_tokens() -> None:
 
     answer = identify(chain, "norm_linear")
     assert answer.status == "none" and "with x [65, " in answer.reason, answer
+
+
+def test_a_result_that_is_kept_for_a_shape_is_seen() -> None:
+    first: dict[torch.Size, Tensor] = {}
+
+    def keeping(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        y = hf(x, w, eps)
+        if len(x) > 512:  # of each such shape there is one question
+            y[0] = first.setdefault(x.shape, y[0].clone())
+        return y
+
+    answer = identify(keeping, "rmsnorm")
+    assert answer.status == "none" and "with x [600, 2048] " in answer.reason and "row 0 of 600 " in answer.reason
