@@ -39,6 +39,7 @@ MISSES = 8  # searches in a row without a telling one, after which rules count a
 # change 1e-4 of them, an unlisted rounding to 11 bits (fp16, tf32) 2 %, noise on one element in a thousand 1e-3.
 UNEXPLAINED = 0.005
 CLOSE = 4 * 2.0**-23  # fp32 ulps; the least rounding of the family is 2^-9
+HOPELESS = 32  # rules that are compared with the best where that does not explain half of the elements
 SAMPLE = 8  # rows on which all rules are compared, before the nearest are on all
 
 
@@ -236,6 +237,8 @@ def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
     shares = mean_shares(near, calls)
     ordered = sorted(near, key=lambda rule: -shares[rule])
     best = ordered[0]
+    if shares[best] < 0.5:  # none is right
+        ordered = ordered[:HOPELESS]
     rejected = {rule: shares[rule] for rule in ordered[1:] if rejects(best, rule, few) or rejects(best, rule, calls)}
     runners_up = rejected.values() or [share for share in rough.values() if share < 1]
     return Ranking(best, shares[best], max(runners_up, default=None), [r for r in ordered if r not in rejected])
