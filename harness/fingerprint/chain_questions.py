@@ -28,8 +28,8 @@ from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.envelope import envelope
 from castpoint.variants.problem import Problem
 
-# Tokens and geometry: every width of Qwen3 (0.6B to Coder 480B) and Llama (1B to 405B), head sizes 64 to 256, one to 32
-# heads, one to eight of k and v; Qwen3 0.6B, Qwen2.5 0.5B and Gemma 3 270M as they are.
+# Tokens and geometry: every width of Qwen3 (0.6B to Coder 480B) and Llama (1B to 405B), head sizes 64 to 512, one to 64
+# heads, one to 16 of k and v; Qwen3 0.6B, Qwen2.5 0.5B and Gemma 3 270M as they are.
 GEOMETRIES = (
     (1, Geometry(1024, 16, 8, 128)),
     (3, Geometry(2048, 4, 2, 64)),
@@ -43,10 +43,11 @@ GEOMETRIES = (
     (33, Geometry(896, 14, 2, 64)),
     (130, Geometry(640, 4, 1, 256)),
     (600, Geometry(256, 2, 1, 128)),
-    (1025, Geometry(256, 1, 1, 64)),
-    (2, Geometry(512, 32, 4, 128)),
+    (2049, Geometry(256, 1, 1, 64)),
+    (2, Geometry(256, 64, 8, 128)),
     (100, Geometry(1536, 2, 2, 128)),
-    (8, Geometry(512, 2, 1, 64)),
+    (8, Geometry(256, 16, 16, 64)),
+    (2, Geometry(256, 1, 1, 512)),
     (65, Geometry(512, 8, 4, 64)),
     *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )

@@ -50,6 +50,7 @@ from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
+from castpoint.harness.runs.environment import one_thread_but
 from castpoint.kernels.plan import KEEP
 
 # A rule's words, as a plan calls them.
@@ -94,9 +95,10 @@ def identify(
 
 def _guarded(box: BlackBox, sizes: Sizes) -> Answer:
     try:
-        answer = chain(box, sizes) if box.kind in CHAINS else _norm(box, sizes)
-        box.settle()
-        return answer
+        with one_thread_but(box.fn) as box.fn:
+            answer = chain(box, sizes) if box.kind in CHAINS else _norm(box, sizes)
+            box.settle()
+            return answer
     except Fault as fault:
         return Answer("refused" if isinstance(fault, Refused) else "error", reason=str(fault))
 

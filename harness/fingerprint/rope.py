@@ -34,6 +34,7 @@ from castpoint.harness.fingerprint.rope_questions import Held, missed, partial, 
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.turns import AFTER, BEFORE, Way, ways
+from castpoint.harness.runs.environment import one_thread_but
 from castpoint.kernels.plan import KEEP
 
 KIND = "qk_norm_rope"
@@ -47,7 +48,8 @@ def identify(fn: Callable[..., Any], device: str = "cpu", sizes: Sizes = ANY, ca
         if sizes.dtype != "bf16" or sizes.width is not None:
             raise Fault(f"{KIND} takes bf16, and no width: leave out --dtype and --width")
         pair = pairs.pair_of(fn, call, device)
-        answer = _answer(pair, _sizes_of(pair, sizes))
+        with one_thread_but(pair.fn) as its_own:
+            answer = _answer(dataclasses.replace(pair, fn=its_own), _sizes_of(pair, sizes))
     except Fault as fault:
         answer = Answer("error", reason=str(fault))
     seconds = round(time.perf_counter() - start, 2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,25 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread_but(fn: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """one_thread; what it gives is fn on as many as before."""
+    import torch
+
+    threads = torch.get_num_threads()
+
+    @functools.wraps(fn)
+    def on_its_own(*arguments: Any, **named: Any) -> Any:
+        torch.set_num_threads(threads)
+        try:
+            return fn(*arguments, **named)
+        finally:
+            torch.set_num_threads(1)
+
+    with one_thread():
+        yield on_its_own
 
 
 def _said(*command: str) -> str | None:

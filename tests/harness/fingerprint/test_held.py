@@ -101,6 +101,10 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
     "65 to 512 tokens": ("rmsnorm", where(lambda x: 64 < len(x) <= 512), "with x [100, 896]"),
     "7 tokens": ("rmsnorm", where(lambda x: len(x) in (7, 13)), "with x [7, 2560] "),
     "heads of 80": ("head_norm", where(lambda x: x.shape[-1] == 80), "with x [2, 8, 80]"),
+    "thousands of tokens": ("rmsnorm", where(lambda x: len(x) >= 2048), "with x [2049, 128]"),
+    "more than 64 heads": ("head_norm", where(lambda x: x.shape[1] > 64), "with x [9, 128, 128]"),
+    "heads of 512": ("head_norm", where(lambda x: x.shape[-1] == 512), "with x [2, 1, 512]"),
+    "more than 16384 channels": ("rmsnorm", where(lambda x: x.shape[-1] > 16384), "with x [2, 18432]"),
     "wide": ("rmsnorm", where(lambda x: x.shape[-1] > 8192), "with x [3, 16384]"),
     "statistics of wide rows": (
         "rmsnorm",

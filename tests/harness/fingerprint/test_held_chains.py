@@ -100,7 +100,10 @@ FAULTS: dict[str, tuple[Chain, str]] = {
     "heads of 80": (where(lambda head_dim, **_: head_dim == 80), "heads of 80"),
     "heads of 256": (where(lambda head_dim, **_: head_dim == 256), "heads of 256"),
     "one q head a kv head": (where(lambda heads, kv_heads, **_: heads == kv_heads), "2 and 2 heads of 96"),
-    "many heads": (where(lambda heads, **_: heads > 16), "32 and 4 heads of 128"),
+    "many heads": (where(lambda heads, **_: heads > 16), "64 and 8 heads of 128"),
+    "many kv heads": (where(lambda kv_heads, **_: kv_heads > 8), "16 and 16 heads of 64"),
+    "heads of 512": (where(lambda head_dim, **_: head_dim == 512), "1 and 1 heads of 512"),
+    "thousands of tokens": (where(lambda x, **_: len(x) >= 2048), "with x [2049, 256]"),
     "the width of Qwen3 14B": (where(lambda x, **_: x.shape[1] == 5120), "with x [17, 5120]"),
     "a width of 896": (where(lambda x, **_: x.shape[1] == 896), "with x [33, 896]"),
     "another plan for many tokens": (
