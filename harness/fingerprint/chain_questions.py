@@ -51,7 +51,7 @@ GEOMETRIES = (
     (65, Geometry(512, 8, 4, 64)),
     *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )
-EXACT = 1 << 20  # weights up to which a geometry is asked exactly too
+EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
 LAYOUTS = ("rows of a packed buffer", "an offset of one element")
 
 
