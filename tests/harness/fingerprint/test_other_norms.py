@@ -19,6 +19,7 @@ from castpoint.harness.compiled.loading import load
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.peers.running import from_jax, to_jax
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 
 # ---------------------------------------------------------------- weights
@@ -274,7 +275,18 @@ def test_a_function_of_jax_is_asked_directly(tmp_path: Path) -> None:
         "    root = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)\n"
         "    return (wide * root).astype(x.dtype) * weight\n\n\njitted = jax.jit(norm)\n"
     )
-    for name in ("norm", "jitted"):
-        answer = identify(load(f"{tmp_path / 'norms.py'}:{name}"), "rmsnorm")
-        assert answer.candidates and all(words["normed"] == RNE for words in answer.candidates), answer
-        assert answer.plans == ["hf"] and "an array of JAX does not say" in summary(answer)
+    norm, jitted = (load(f"{tmp_path / 'norms.py'}:{name}") for name in ("norm", "jitted"))
+    answer = identify(norm, "rmsnorm")
+    assert answer.candidates and all(words["normed"] == RNE for words in answer.candidates), answer
+    assert answer.plans == ["hf"] and "an array of JAX does not say" in summary(answer)
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4096, 64, generator=rng).bfloat16(), torch.randn(64, generator=rng).bfloat16()
+
+    def differs(rows: Tensor) -> float:
+        both = (from_jax(fn(to_jax(rows), to_jax(weight), 1e-6)) for fn in (norm, jitted))
+        return torch.ne(*both).double().mean().item()
+
+    few, many = differs(x[:-1]), differs(x)  # of jaxlib 0.10.2 a quarter, from 4096 rows on: normed is not rounded
+    answer = identify(jitted, "rmsnorm")
+    assert few < 1e-3 and (answer.nearest or answer.candidates[0])["normed"] == RNE
+    assert answer.plans == ["hf"] if many < 1e-3 else answer.reason.startswith("another function than the plan that ")

@@ -245,7 +245,7 @@ if version("jax"):
 
     @pytest.mark.parametrize("how", JIT)
     def test_compiler_options_reach_xla(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On CPUs excess precision changes no bit, so that it is passed on is seen by an option that XLA refuses."""
+        """On CPUs that option changes no bit, so that it is passed on is seen by one that XLA refuses."""
         row = next(row for row in ROWS if row.name == "Hugging Face's formula in JAX" and row.how == how)
         x, weight = torch.randn(3, 8).bfloat16(), torch.randn(8).bfloat16()
         row.make("cpu")(x, weight, 1e-6)
