@@ -64,13 +64,11 @@ class Implementation:
 
 
 def rows(
-    name: str, package: str, load: Load, *hows: str, right: str, source: str, kind: str = "rmsnorm", compiled: str = "",
-    jitted: str = "",
-) -> list[Implementation]:  # fmt: skip
-    """An implementation that is bound to width and eps, once for each way to run it. What is right where that is
-    another: compiled, under torch.compile, which keeps in fp32 what is rounded and read again inside one kernel;
-    jitted, under jax.jit."""
-    rights = {"torch.compile": compiled or right} | dict.fromkeys(JIT, jitted or right)
+    name: str, package: str, load: Load, *hows: str, right: str, source: str, kind: str = "rmsnorm", compiled: str = ""
+) -> list[Implementation]:
+    """An implementation that is bound to width and eps, once for each way to run it. compiled: what is right under
+    torch.compile, which keeps in fp32 what is rounded and read again inside one kernel, where that is another."""
+    rights = {"torch.compile": compiled or right}
     return [
         Implementation(name, package, kind, how, partial(_made, name, load, how), rights.get(how, right), source)
         for how in hows

@@ -50,8 +50,9 @@ def verdicts_summary(frame: pd.DataFrame) -> str:
     functions = asked[["implementation", "kind"]].drop_duplicates()
     installed = f"; {len(frame) - len(asked)} more were not asked" if len(frame) > len(asked) else ""
     return (
-        f"{len(functions)} callables in {len(asked)} ways to run them, held to a right answer that is read from their "
-        f"source: {right} answered right, {open_} right with fp32 steps left open, {wrong} wrong"
+        f"{len(functions)} callables in {len(asked)} ways to run them, each held to a right answer that is "
+        f"read from its source or what else `expected by` names: {right} answered right, {open_} right with fp32 steps "
+        f"left open, {wrong} wrong"
         f"{installed}."
     )
 

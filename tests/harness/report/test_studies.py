@@ -94,8 +94,8 @@ def test_the_report_says_what_is_wrong_first(surveyed: Path) -> None:
     assert list(rows["verdict"]) == ["wrong", "wrong", "right", "right", "", "right"]
     assert list(rows["how"][:1]) == ["torch.compile"] and list(rows["expected"]) == ["hf"] * 6
     assert verdicts_summary(frame) == (
-        "4 callables in 5 ways to run them, held to a right answer that is read from their source: 3 answered right, 0 "
-        "right with fp32 steps left open, 2 wrong; 1 more were not asked."
+        "4 callables in 5 ways to run them, each held to a right answer that is read from its source or what else "
+        "`expected by` names: 3 answered right, 0 right with fp32 steps left open, 2 wrong; 1 more were not asked."
     )
     frame["verdict"] = ["left open", "right", "right", "", "right", "right"]
     assert "4 answered right, 1 right with fp32 steps left open, 0 wrong;" in verdicts_summary(frame)
