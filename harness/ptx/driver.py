@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,7 @@ class _Driver:
     def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
         """Runs the kernel's PTX, which Triton's cache holds. Arguments behind the ninth are those of the kernel."""
         files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json")
-        program = _parsed(Path(files[f"{metadata.name}.ptx"]).read_text())
+        program = parse(Path(files[f"{metadata.name}.ptx"]).read_text())
         passed = [n for n, name in enumerate(source.fn.arg_names) if source.signature[name] != "constexpr"]
         threads = metadata.num_warps * metadata.warp_size
 
@@ -102,9 +101,6 @@ class _Driver:
             launch(program, values[:3], threads, metadata.shared, [arguments[n] for n in passed])
 
         return run
-
-
-_parsed = functools.lru_cache(64)(parse)  # without a module, each launch asks for a launcher
 
 
 class _Compiler(_Driver):

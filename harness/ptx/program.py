@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def declared(name: str, registers: dict[str, str]) -> str | None:
     return registers.get(name) or registers.get(name.rstrip("0123456789") + "<>")
 
 
+@functools.lru_cache(64)  # a kernel without a module is asked for its launcher at each launch
 def parse(text: str) -> Program:
     """The only kernel of that PTX. Raises ValueError where there is none, or one with a parameter that is no number."""
     text = re.sub(r"//[^\n]*", "", text)
