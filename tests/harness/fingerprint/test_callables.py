@@ -225,7 +225,7 @@ def test_two_identifications_agree_and_leave_the_random_state_alone(two_threads:
 
 def test_a_callable_runs_on_as_many_threads_as_it_was_given(two_threads: None) -> None:
     """Which may decide in which order a matmul adds. What is computed beside it takes one: with a second on a busy
-    machine a norm took 22 s, not 3."""
+    machine a norm took 22 s, not 4."""
     threads = set()
 
     def fn(x: Tensor, weight: Tensor, eps: float) -> Tensor:
