@@ -190,6 +190,7 @@ class Dense:
         return dict(zip("qkv", in_parts(len(x), self.calls.tokens, ask), strict=True))
 
 
+@functools.lru_cache(maxsize=2)  # a question asks for them twice
 def drawn_weights(geometry: Geometry) -> tuple[Tensor, ...]:
     """Gaussian weights of the input norm, of the projection, of q's and k's norms; bf16."""
     g, rng = geometry, torch.Generator().manual_seed(5)

@@ -39,6 +39,7 @@ LAYOUTS = ("rows of a packed buffer", "an offset of one element")
 HEAD_LAYOUTS = (*LAYOUTS, "heads before tokens in memory")
 FEWEST = 4  # rows of each shape, in as many calls as it takes
 DRAWN = 1 << 16  # elements of rows drawn to choose settled ones from
+EXACT = 300  # rows whose sums are exact, of which those of any shape are taken
 
 
 Ask = Callable[
@@ -97,9 +98,9 @@ class Draw:
         down, which a sum of many Gaussian ones would hide."""
         rng = torch.Generator().manual_seed(count * width + 1)
         x = probes.gaussian([self._drawn(count, width), width], rng, self.dtype)
-        exact = probes.norm_rows(width, rng, count=2 * len(x), narrow=self.rule.narrow).x
-        biased = torch.arange(len(exact)) % 3 > 0
-        x[1::2] = pad(exact[biased][: len(x) // 2], (0, width - exact.shape[1]))
+        exact = probes.norm_rows(width, rng, count=min(2 * len(x), EXACT), narrow=self.rule.narrow).x
+        biased = exact[torch.arange(len(exact)) % 3 > 0]
+        x[1::2] = pad(biased[torch.arange(len(x) // 2) % len(biased)], (0, width - exact.shape[1]))
         return self._settled(x, count, probes.EPS_SMALL, rng)
 
     def values(self, count: int, width: int) -> Iterator[tuple[str, Rows]]:
