@@ -132,7 +132,7 @@ def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> 
         result = {"not": np.invert, "neg": np.negative, "abs": np.abs}[name](a)
     else:
         result = INTEGER[name](*values)
-    return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits])
+    return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits], copy=False)
 
 
 def _long_product(words: Sequence[str], bits: int, a: Array, b: Array) -> Array:

@@ -79,14 +79,17 @@ def odd_f32(values: Array) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c of float32 values in float64, inexact ones with an odd last bit: one more rounding is the only one."""
+    """a * b + c of float32 values in float64, such that one more rounding is the only one: inexact sums that end in 28
+    zeros, as ties of float32 and bf16 do, have an odd last bit."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)  # exact: 24 + 24 bits
-    total = product + c
+    total = np.asarray(product + c)
     part = total - product
     error = (product - (total - part)) + (c - part)
-    even = total.view(np.uint64) & np.uint64(1) == 0
+    doubtful = (error != 0) & (total.view(np.uint64) & np.uint64(0x0FFFFFFF) == 0)
+    if not doubtful.any():
+        return total
     towards = np.where(error > 0, np.inf, -np.inf)
-    return np.where(np.isfinite(total) & (error != 0) & even, np.nextafter(total, towards), total)
+    return np.where(doubtful & np.isfinite(total), np.nextafter(total, towards), total)
 
 
 def flushed(values: Array) -> Array:
