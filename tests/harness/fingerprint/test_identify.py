@@ -45,7 +45,7 @@ def test_a_norm_is_named_by_its_spec_its_kernel_and_with_noise(plan: CastPlan) -
         "spec with noise": ("rmsnorm", known.with_noise(known.spec_norm(plan))),
         "triton": ("head_norm", known.triton_head_norm(plan)),
     }
-    if SPREAD.index(plan) % 4:  # interpreted, the kernel takes ten seconds
+    if SPREAD.index(plan) != 5:  # interpreted, the kernel takes twenty seconds: the fullest plan alone
         del subjects["triton"]
     for source, (kind, fn) in subjects.items():
         answer = identify(fn, kind)

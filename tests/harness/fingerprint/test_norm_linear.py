@@ -20,14 +20,14 @@ from castpoint.variants.catalogue import PLANS
 from castpoint.variants.problem import Problem
 
 
-def planned(plan: CastPlan, backend: str = "spec") -> Callable[..., Tensor]:
+def planned(plan: CastPlan) -> Callable[..., Tensor]:
     def fn(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
         heads = len(weight) // 64
         kv = heads // 4 if heads % 4 == 0 else 1
         offset = plan.weight_offset != "none"
         problem = Problem(x, norm_weight, weight, num_q_heads=heads - 2 * kv, num_kv_heads=kv, eps=eps,
                           weight_offset=offset, bias=bias)  # fmt: skip
-        y = torch.cat([part.flatten(1) for part in run(plan, problem, backend)], 1)
+        y = torch.cat([part.flatten(1) for part in run(plan, problem, "spec")], 1)
         return y.to(torch.float32 if plan.out == KEEP else torch.bfloat16)
 
     return fn
@@ -41,8 +41,8 @@ def test_a_norm_and_a_projection(name: str) -> None:
     assert answer.candidates[0]["bias"] in ("before", "before or after")
 
 
-def test_by_the_kernel_and_by_heads() -> None:
-    chain = planned(PLANS["hf"].plan, "triton")
+def test_by_heads() -> None:
+    chain = planned(PLANS["hf"].plan)
 
     def by_heads(
         x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, eps: float, num_q_heads: int, num_kv_heads: int
@@ -51,7 +51,7 @@ def test_by_the_kernel_and_by_heads() -> None:
         size = y.shape[1] // (num_q_heads + 2 * num_kv_heads)
         return y.split([size * num_q_heads, size * num_kv_heads, size * num_kv_heads], 1)
 
-    assert guessed_kind(by_heads) == guessed_kind(planned(PLANS["hf"].plan)) == "norm_linear"
+    assert guessed_kind(by_heads) == guessed_kind(chain) == "norm_linear"
     assert identify(by_heads, "norm_linear").plans == ["hf"]
 
 
