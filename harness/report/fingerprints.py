@@ -129,9 +129,11 @@ def implementations_section(frame: pd.DataFrame) -> str:
 
 def confusion_section(frame: pd.DataFrame) -> str:
     """Of report.md, from the rows of fingerprints.csv."""
+    errors = frame.loc[frame["status"] == "error", "reason"].value_counts()
+    said = "".join(f" Error, {count} times: {reason}." for reason, count in errors.items())
     return (
         "## The fingerprint on plans it should know\n\nEach plan of a single norm, and chains, as a black box "
-        "(`castpoint study confusion`); noise moves one element in a thousand by an ulp.\n\n"
+        f"(`castpoint study confusion`); noise moves one element in a thousand by an ulp.{said}\n\n"
         f"{markdown(confusion_summary(frame))}\n\nPlanted word against the word answered; `a or b`: several candidates "
         f"were left.\n\n{markdown(confusion_table(frame))}"
     )
