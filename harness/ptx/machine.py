@@ -219,13 +219,14 @@ class _Run(Warps):
         bits, space = width(kind), _space(i)
         addresses = self.addresses(address)[mask]
         check_aligned(addresses, bits // 8 * len(names))
-        for n, name in enumerate(names):
-            found, places = np.zeros(self.threads, UNSIGNED[bits]), addresses + n * bits // 8
-            if space == "global":
-                found[mask] = self.memory.load(places, bits)
-            else:
-                found[mask] = self.shared.load(self.of_program[mask], places, bits)
-            self.put(name, extended(found, kind), mask)
+        places = addresses + bits // 8 * np.arange(len(names))[:, None]
+        found = np.zeros((len(names), self.threads), UNSIGNED[bits])
+        if space == "global":
+            found[:, mask] = self.memory.load(places, bits)
+        else:
+            found[:, mask] = self.shared.load(self.of_program[mask], places, bits)
+        for name, each in zip(names, extended(found, kind), strict=True):
+            self.put(name, each, mask)
 
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])
@@ -247,10 +248,11 @@ class _Run(Warps):
         check_aligned(target, size)
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
-        for byte in range(0, size, 4):
-            word, there = np.zeros(target.shape, np.uint32), given > byte
-            word[there] = self.memory.load(source[there] + byte, 32)
-            self.shared.store(self.of_program[mask], target + byte, word, 32)
+        byte = np.arange(0, size, 4)[:, None]
+        there = given > byte
+        words = np.zeros(there.shape, np.uint32)
+        words[there] = self.memory.load((source + byte)[there], 32)
+        self.shared.store(self.of_program[mask], target + byte, words, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those

@@ -35,12 +35,11 @@ def load(shared: Shared, programs: Array, addresses: Array, count: int, transpos
     """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. programs, addresses: [W, 32]; threads 8 n to
     8 n + 7 name the rows of the n-th."""
     check_aligned(addresses[:, : 8 * count], 16)
-    words = []
-    for n in range(count):
-        places = [addresses[:, 8 * n + row] + 2 * column for row, column in _halves(transposed)]
-        low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
-        words.append(low | high << np.uint32(16))
-    return words
+    first = 8 * np.arange(count)[:, None, None]
+    places = [addresses[np.arange(len(addresses))[:, None], first + row] + 2 * column
+              for row, column in _halves(transposed)]  # fmt: skip
+    low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
+    return list(low | high << np.uint32(16))
 
 
 def store(shared: Shared, programs: Array, addresses: Array, words: Sequence[Array], transposed: bool) -> None:
@@ -79,11 +78,9 @@ def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -
 def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> list[Array]:
     """Accumulators [groups, 128] of a [groups, 64, 16] and b [groups, columns, 16]; c None: they start at zero."""
     total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 16, columns)  # a warp holds 16 rows
-    words = []
-    for n in range(columns // 2):
-        part = total[:, WARPS, G + 8 * (n // 2 % 2), 2 * T + 8 * (n // 4) + n % 2].reshape(-1, 128)
-        words.append(_added(np.zeros(part.shape, np.uint32) if c is None else c[n], part))
-    return words
+    n = np.arange(columns // 2)[:, None, None]
+    parts = total[:, WARPS, G + 8 * (n // 2 % 2), 2 * T + 8 * (n // 4) + n % 2].swapaxes(0, 1).reshape(len(n), -1, 128)
+    return list(_added(np.zeros(parts.shape, np.uint32) if c is None else np.stack(c), parts))
 
 
 def left_of(words: Sequence[Array]) -> Array:

@@ -35,8 +35,10 @@ class Warps(Threads):
 
     def _put_rows(self, names: Sequence[str], words: Sequence[Array], mask: Array) -> None:
         for name, word in zip(names, words, strict=True):
-            bits = np.zeros(self.threads, np.uint32)
-            bits[mask] = word.reshape(-1)
+            bits = word.reshape(-1)
+            if mask is not self.everyone:
+                bits = np.zeros(self.threads, np.uint32)
+                bits[mask] = word.reshape(-1)
             self.put(name, bits, mask)
 
     def _shfl(self, i: Instruction, mask: Array) -> None:
