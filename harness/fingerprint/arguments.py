@@ -26,12 +26,17 @@ NAMED = ("residual", "gate", "alpha")  # which the caller says
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """fn's signature, an empty one where it does not tell."""
+    try:
+        return inspect.signature(fn)
+    except Exception:  # a signature may be the user's code
+        return inspect.Signature()
+
+
 def parameters_of(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """fn's parameters by their names, none where it does not tell."""
-    try:
-        return dict(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return {}
+    return dict(signature_of(fn).parameters)
 
 
 def signed(function: Callable[..., Any], names: Iterable[str], optional: dict[str, bool]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.arguments import NAMED
+from castpoint.harness.fingerprint.arguments import NAMED, signature_of
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
 from castpoint.harness.fingerprint.sums import INTO_RESIDUAL, Sums
 from castpoint.kernels.plan import KEEP
@@ -49,23 +49,15 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     return "head_norm" if any(word in name for name in names for word in words) else "rmsnorm"
 
 
-def _signature(fn: Callable[..., Any]) -> inspect.Signature:
-    """fn's signature, an empty one where it does not tell."""
-    try:
-        return inspect.signature(fn)
-    except (TypeError, ValueError):
-        return inspect.Signature()
-
-
 def _parameters(fn: Callable[..., Any]) -> list[str]:
     """fn's parameters without annotations, as far as it tells them."""
-    return [str(p.replace(annotation=inspect.Parameter.empty)) for p in _signature(fn).parameters.values()]
+    return [str(p.replace(annotation=inspect.Parameter.empty)) for p in signature_of(fn).parameters.values()]
 
 
 def _takes(fn: Callable[..., Any], count: int) -> bool:
     """Whether fn can be called with so many arguments by position, beside those of NAMED that it must have, and has
     names for them."""
-    signature = _signature(fn)
+    signature = signature_of(fn)
     named = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     try:
         bound = signature.bind(*range(count), **{name: None for name in named if name in NAMED})
@@ -76,7 +68,7 @@ def _takes(fn: Callable[..., Any], count: int) -> bool:
 
 def weightless(fn: Callable[..., Any]) -> bool:
     """Whether fn is a norm (x, eps)."""
-    return list(_signature(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
+    return list(signature_of(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
 
 
 OPTIONAL = (
@@ -88,7 +80,7 @@ OPTIONAL = (
 
 def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
     """Which of OPTIONAL fn is called with: what it must have, and that with each of the others by itself."""
-    parameters = _signature(fn).parameters
+    parameters = signature_of(fn).parameters
     there = [name for name in OPTIONAL[kind] if name in parameters]
     must = tuple(name for name in there if parameters[name].default is inspect.Parameter.empty)
     return [must, *((*must, name) for name in there if name not in must)]
@@ -337,7 +329,7 @@ def _by_head(output: Any, shape: list[int]) -> Any:
 def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Any]) -> str:
     """fn's parameters where it cannot take these arguments; empty if it can, or says nothing."""
     try:
-        _signature(fn).bind(*arguments, **extra)
+        signature_of(fn).bind(*arguments, **extra)
     except TypeError:
         parameters = _parameters(fn)
         return ", ".join(parameters[:12]) + ", ..." * (len(parameters) > 12)

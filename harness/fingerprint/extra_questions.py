@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
+from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, close, missed, rounds
 from castpoint.harness.fingerprint.questions import HEAD_SHAPES, Draw
@@ -32,7 +32,7 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
         for shape in (asked.shape(probes.ROWS), *map(list, HEAD_SHAPES)):
             ask = functools.partial(_by_heads, draw, asked, shape)
             yield Question("values", f"another weight for each head, x {shape}", ask)
-    there = inspect.signature(asked.box.fn).parameters
+    there = parameters_of(asked.box.fn)
     if asked.box.takes("residual") and "alpha" in there:
         yield Question("argument", f"alpha={ALPHA}", lambda: _scaled_sum(rule, asked, main))
     if "bias" in there and main.scales is None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Answer, Question, difference, held_to, merged, none_of_these
+from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.calls import NormCalls, first_of, in_parts
 from castpoint.harness.fingerprint.evidence import TELLING, Call, Miss, beyond, close, outs, rounds, settled
@@ -162,7 +163,7 @@ def _plain(box: BlackBox, gate: Gate, sizes: Sizes) -> BlackBox:
         y, *more = result if isinstance(result, tuple | list) else (given if result is None else result,)
         return (y if gate.first else y.div_(gate.factor), *more)
 
-    parameters = [p for p in inspect.signature(box.fn).parameters.values() if p.name != "gate"]
+    parameters = [p for p in parameters_of(box.fn).values() if p.name != "gate"]
     fn.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return BlackBox(fn, box.kind, box.device, tuple(n for n in box.given if n != "gate"), sizes.dtype, box.way)
 

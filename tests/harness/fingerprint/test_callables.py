@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import castpoint.harness.__main__ as cli
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.answer import Answer, unmet
-from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox
+from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox, guessed_kind
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.kernels.plan import RNE
 from castpoint.variants.catalogue import HF
@@ -177,6 +178,20 @@ def test_an_instruction_that_is_not_known_here_is_not_the_callables_fault(tmp_pa
     assert "tanh.approx.f32" in answer["reason"] and "\\n" not in answer["reason"]
     code, answer = run_identify(f"{path}:own")
     assert answer["reason"].startswith("the callable raised NotImplementedError: only for CUDA; if it wants a GPU, ")
+
+
+def test_a_signature_that_raises_tells_nothing() -> None:
+    class Norm:
+        @property
+        def __signature__(self) -> None:
+            raise RuntimeError("made later")
+
+        def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return eager_norm(x, weight, eps)
+
+    assert identify(Norm(), "rmsnorm").plans == ["hf"]
+    with pytest.raises(Fault, match="give --kind"):
+        guessed_kind(Norm())
 
 
 def test_flat_heads_are_viewed_by_head() -> None:
