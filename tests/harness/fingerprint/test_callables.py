@@ -187,9 +187,9 @@ def test_a_signature_that_raises_tells_nothing() -> None:
             raise RuntimeError("made later")
 
         def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-            return eager_norm(x, weight, eps)
+            return eager_norm(x, weight, eps, weight_offset=False)
 
-    assert identify(Norm(), "rmsnorm").plans == ["hf"]
+    assert "hf" in identify(Norm(), "rmsnorm").plans
     with pytest.raises(Fault, match="give --kind"):
         guessed_kind(Norm())
 
