@@ -5,6 +5,7 @@ All is checked before any work starts or a results folder is made. Heavy imports
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +75,8 @@ def sizes(
         numbers = ()
     if numbers is not None and not (len(numbers) in (1, 2) and min(numbers) > 0 and numbers[0] % numbers[-1] == 0):
         raise UserError(f"--heads must be heads of q, or heads of q and of k and v that divide them, not {heads!r}")
+    if eps is not None and not math.isfinite(eps):
+        raise UserError(f"--eps must be a number, not {eps:g}")
     return Sizes(width, head_dim, numbers, tokens, eps, dtype)
 
 

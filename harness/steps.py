@@ -51,6 +51,7 @@ def identify(
 
     if kind and kind not in KINDS:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    kind = kind or subject.kind
     if expect:
         check_expectation(expect, kind or "qkv")
     answer = subject.asked(kind, device, time_limit_s, sizes)

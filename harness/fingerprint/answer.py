@@ -123,7 +123,9 @@ def check_expectation(name: str, kind: str) -> None:
 
 
 def unmet(answer: Answer, name: str, kind: str) -> str:
-    """Why the answer is not that plan, as far as its kind says; empty if it is, or if every candidate is."""
+    """Why the answer is not that plan, as far as its kind says; empty if it is, or if every candidate is. Raises
+    UserError as check_expectation does: a kind may be guessed."""
+    check_expectation(name, kind)
     if not answer.candidates:
         return f"{answer.status}: {answer.reason}"
     other = [words for words in answer.candidates if against(plan_named(name), kind, words)]

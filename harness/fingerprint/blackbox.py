@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KINDS = {
     "qk_norm_rope": "fn(q, k, q_weight, k_weight, cos, sin, eps) -> (q, k); q [T, Hq, Dh], k [T, Hkv, Dh]",
 }
 CHAINS = ("qkv", "norm_linear")
+OF_HEADS = re.compile(r"(?:^|_)(?:(?<!lm_)head|heads|headwise|headnorm|(?:q|k|v|qk)_norm)(?:_|$|\W)")  # in a name
 
 
 def guessed_kind(fn: Callable[..., Any]) -> str:
@@ -45,8 +47,7 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
         raise Fault(f"{said}for a norm --call 'fn(x, w, eps)' as it is called")
     if chain:
         return "qkv"
-    words = ("head", "q_norm", "k_norm", "v_norm", "qk_norm")
-    return "head_norm" if any(word in name for name in names for word in words) else "rmsnorm"
+    return "head_norm" if any(map(OF_HEADS.search, names)) else "rmsnorm"
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:
@@ -90,9 +91,11 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     """value, contiguous, as a view of a larger buffer whose other elements are numbers like its own."""
     if layout == "contiguous":
         return value
-    if layout == "rows of a packed buffer":  # as k in what a qkv projection returns
+    if layout in ("rows of a packed buffer", X_ALONE):  # as k in what a qkv projection returns
         buffer = torch.cat([value.roll(1, 0), value, value.roll(1, 0)], dim=1)
         return buffer.narrow(1, value.shape[1], value.shape[1])
+    if layout == ROOM:
+        return torch.cat([value.flatten()] * 4)[: value.numel()].view(value.shape)
     if layout == "an offset of one element":
         return torch.cat([value.flatten()[-1:], value.flatten()])[1:].view(value.shape)
     if layout == "heads before tokens in memory":
@@ -100,6 +103,10 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "channels apart":  # the last stride is not one
         return torch.stack([value, value.roll(1, 0)], dim=-1)[..., 0]
     raise ValueError(layout)
+
+
+X_ALONE = "x alone as rows of a packed buffer"
+ROOM = "room behind it"  # of a contiguous residual then, where a kernel that takes x's strides for its own ends
 
 
 class Refused(Fault):
@@ -214,6 +221,7 @@ class BlackBox:
         return laid_out(value.to(dtype, copy=True).contiguous().to(self.device), layout)
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
+        layout = ROOM if layout == X_ALONE else layout
         return {name: self.as_given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
 
     def _call(

@@ -17,8 +17,8 @@ and a norm's, each bf16 or fp32, or fp16 or fp32,
     residual           of x's shape               added to x, where it is
     residual_out       of x's shape               x + residual as it was returned, where it was
 
-eps, num_q_heads and num_kv_heads stand in the file's metadata, or the user gives them; heads also follow from
-three-dimensional q and k.
+A batch, [B, T, D] with D above 512 or of a chain, or [B, T, H, Dh], counts as B T tokens. eps, num_q_heads and
+num_kv_heads stand in the file's metadata, or the user gives them; heads also follow from three-dimensional q and k.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ CHAIN = {
     "bias": False, "residual": False, "q": True, "k": True, "v": True,
 }  # fmt: skip
 OF_CHAIN = ("q", "k", "v")
+HEAD = 512  # channels of a head, at most: of [B, T, D] more than these are a row's
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -171,6 +172,7 @@ def read(path: Path, sizes: Sizes = ANY) -> Capture:
         raise UserError(f"{path} holds {', '.join(unknown)}, which is no part of a capture: {', '.join(wanted)}")
     tensors = {name: stored[name].read() for name in wanted if name in stored}
     _check_tensors(path, tensors)
+    tensors = _by_token(tensors)
     eps = _eps(path, metadata, sizes)
     if is_norm:
         return _norm(path, tensors, eps)
@@ -192,6 +194,15 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     half, brain = ([name for name, tensor in tensors.items() if tensor.dtype == dtype] for dtype in (FP16, BF16))
     if half and brain:
         raise UserError(f"{path}: {half[0]} is float16 and {brain[0]} bfloat16: a call rounds to one of them")
+
+
+def _by_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with one axis of tokens where they were recorded in batches."""
+    x = tensors["x"]
+    if x.ndim != 4 and not (x.ndim == 3 and ("y" not in tensors or x.shape[-1] > HEAD)):
+        return tensors
+    batch = list(x.shape[:2])
+    return {name: v.flatten(0, 1) if v.ndim > 2 and list(v.shape[:2]) == batch else v for name, v in tensors.items()}
 
 
 def _word(dtype: torch.dtype) -> str:

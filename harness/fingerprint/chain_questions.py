@@ -16,7 +16,7 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Question
-from castpoint.harness.fingerprint.blackbox import Refused
+from castpoint.harness.fingerprint.blackbox import X_ALONE, Refused
 from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
@@ -89,7 +89,7 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     tokens, geometry = base
     dense = Dense(calls, found)
     x = dense.x(tokens)
-    for layout in LAYOUTS:
+    for layout in (*LAYOUTS, *([X_ALONE] if calls.box.takes("residual") else [])):
         yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import capture, captured, probes
 from castpoint.harness.fingerprint.answer import Answer, agree
 from castpoint.harness.fingerprint.blackbox import CHAINS, BlackBox, Refused
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.chain_questions import drawn_weights
+from castpoint.harness.fingerprint.evidence import UNEXPLAINED
 from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.norm import identify
@@ -25,7 +28,7 @@ from castpoint.harness.fingerprint.questions import WIDTHS
 from castpoint.harness.fingerprint.rules import Rows
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.runs.errors import UserError
-from castpoint.kernels.plan import BOUNDARIES
+from castpoint.kernels.plan import BOUNDARIES, KEEP
 
 Stored = Callable[[Tensor], Tensor]  # all that is stored of x [T, D], [T, C] fp32; NaN and infinity as numbers
 
@@ -72,11 +75,15 @@ def compare(first: Callable[..., Any], second: Callable[..., Any], kind: str, de
     given, asked = [as_kind(fn, kind) for fn in (first, second)], []
     make = functools.partial(_of_chain if kind in CHAINS else _of_norm, sizes=sizes)
     boxes = [BlackBox(fn, kind, device, dtype=sizes.dtype) for fn in given]
+    if any(box.takes("gate") for box in boxes):
+        raise Fault("compare gives no gate: identify asks each of them by itself")
+    for box, answer in zip(boxes, answers, strict=True):
+        box.a_weight_a_head = answer.facts.get("weight", "").startswith("[H, Dh]")
     x, said, asked = make(boxes)
     stored = [ask(x) for ask in asked]
     differ = stored[0] != stored[1]
     bits = f"{int(differ.sum())} of {differ.numel()} elements differ" if differ.any() else "the same bits"
-    parts, same = parted(*answers, equal=not differ.any())
+    parts, same = parted(*answers, share=differ.double().mean().item())
     smallest = said(*smallest_row(x, asked), asked) if differ.any() else ""
     return Comparison(same, parts, f"{bits} ({len(x)} rows of {x.shape[1]})", smallest, *answers)
 
@@ -98,7 +105,7 @@ def compare_captures(first: Path, second: Path, sizes: Sizes) -> Comparison:
             row, column = places[0]
             said.append(f"token {row}, {name} element {column} is {a[row, column]:.9g} against {b[row, column]:.9g}")
     bits = f"{wrong} of {number} elements differ" if wrong else f"the same bits in {number} elements"
-    parts, same = parted(*answers, equal=not wrong)
+    parts, same = parted(*answers, share=wrong / number)
     return Comparison(same, parts, bits, said[0] if said else "", *(Answer(**_as_answer(a)) for a in answers))
 
 
@@ -119,17 +126,29 @@ def _as_answer(answer: Answer) -> dict[str, Any]:
     return {name: value for name, value in answer.as_dict().items() if name in names}
 
 
-def parted(first: Answer, second: Answer, equal: bool) -> tuple[str, bool | None]:
-    """The first boundary at which two answers part, and whether one plan says both."""
+def parted(first: Answer, second: Answer, share: float) -> tuple[str, bool | None]:
+    """The first boundary at which two answers part, or what else differs, and whether one plan says both. share: of
+    elements that differ, of which one plan explains twice UNEXPLAINED."""
     if not first.candidates or not second.candidates:
         known = {answer.status for answer in (first, second)} == {"none"}
-        return "", None if equal or known else False
-    if any(agree(a, b) for a in first.candidates for b in second.candidates):
-        return "", True
+        return "", None if not share or known else False
     a, b = first.candidates[0], second.candidates[0]
+    if any(agree(a, b) for a in first.candidates for b in second.candidates):
+        sums = [_sum_of(answer) for answer in (first, second)]
+        if sums[0] != sums[1]:
+            return f"x + residual, {sums[0]} against {sums[1]}", False
+        return "", share <= 2 * UNEXPLAINED or a.get("out", a.get("hidden")) == KEEP
     names = [*(name for name in BOUNDARIES if name in a), *(name for name in a if name not in BOUNDARIES)]
     name = next(name for name in names if name in b and not agree({name: a[name]}, {name: b[name]}))
     return f"{name}, {a[name]} against {b[name]}", False
+
+
+def _sum_of(answer: Answer) -> str:
+    """How x + residual is given back, in words; wherever."""
+    if "x" not in answer.candidates[0]:
+        return "no residual"
+    said = answer.facts.get("x + residual", "")
+    return f"given back{''.join(said.partition(' as ')[1:])}" if said else "not given back"
 
 
 def smallest_row(x: Tensor, asked: list[Stored]) -> tuple[Tensor, int]:
@@ -175,17 +194,21 @@ def _of_norm(boxes: list[BlackBox], sizes: Sizes) -> tuple[Tensor, Said, list[St
             error = refused
     else:
         raise error
-    gaussian = probes.gaussian(list(rows.x.shape), torch.Generator().manual_seed(0))
-    x = torch.cat([rows.x, gaussian])
+    gaussian = probes.gaussian([len(rows.x), width], torch.Generator().manual_seed(0))
+    x = torch.cat([pad(rows.x, (0, width - rows.x.shape[1])), gaussian])
+    weights = probes.weight_of_width(rows.weight, width)
 
     def stored(calls: NormCalls, x: Tensor) -> Tensor:
-        return calls.call(Rows(x, rows.weight, rows.eps, width)).stored.nan_to_num(nan=7e37)
+        """Of 8 bits what they stand for."""
+        call = calls.call(Rows(x, weights, rows.eps, width))
+        scales = 1 if call.rows.scales is None else call.rows.scales
+        return (call.stored * scales).nan_to_num(nan=7e37)
 
     asked = [functools.partial(stored, each) for each in calls]
 
     def said(x: Tensor, place: int, asked: list[Stored]) -> str:
         row, column = divmod(place, x.shape[1])
-        weight = f"weight {rows.weight[column]:.9g}, eps={rows.eps:g}"
+        weight = f"weight {weights[column]:.9g}, eps={rows.eps:g}"
         return f"{_input(x, width)}, {weight}: channel {column} is {_both(x, place, asked)}"
 
     return x, said, asked

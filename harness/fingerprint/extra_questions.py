@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,13 +17,14 @@ from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, close, missed, rounds
-from castpoint.harness.fingerprint.questions import HEAD_SHAPES, Draw
+from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, Draw
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import ENDS, round_to, storages, ulp
 from castpoint.kernels.plan import KEEP
 
 ALPHA = 0.22  # of a scaled sum, as Granite's residual multiplier
+WIDE, WIDE_HEADS = [5, 5120], [3, 5, 256]  # shapes of x at which it is asked too
 
 
 def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Iterator[Question]:
@@ -32,28 +34,38 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
         for shape in (asked.shape(probes.ROWS), *map(list, HEAD_SHAPES)):
             ask = functools.partial(_by_heads, draw, asked, shape)
             yield Question("values", f"another weight for each head, x {shape}", ask)
-    there = parameters_of(asked.box.fn)
-    if asked.box.takes("residual") and "alpha" in there:
-        yield Question("argument", f"alpha={ALPHA}", lambda: _scaled_sum(rule, asked, main))
-    if "bias" in there and main.scales is None:
-        yield Question("argument", "a bias", lambda: _biased(rule, asked, main, sizes))
-    elif "bias" in there:
+    there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
+    for shape in (asked.shape(probes.ROWS), WIDE if asked.heads is None else WIDE_HEADS):
+        if draw.residual and "alpha" in there:
+            ask = functools.partial(_scaled_sum, rule, asked, main, shape)
+            yield Question("argument", f"alpha={ALPHA}, x {shape}", ask)
+        if "bias" in there and main.scales is None:
+            yield Question("argument", f"a bias, x {shape}", functools.partial(_biased, draw, asked, shape))
+        if "out" in there and main.scales is None:
+            rows = draw.gaussian(math.prod(shape[:-1]), shape[-1])
+            ask = functools.partial(_given, rule, asked, rows, shape, out=True)
+            yield Question("argument", f"out given, x {shape}", ask)
+    if "apart" in there and main.scales is None:
+        shape = asked.shape(probes.ROWS)
+        rows = draw.gaussian(math.prod(shape[:-1]), asked.width)
+        for given in ({"apart": True},) if "out" not in there else ({"out": True, "apart": True}, {"out": True}):
+            ask = functools.partial(_given, rule, asked, rows, shape, layout=LAYOUTS[0], **given)
+            yield Question("memory", f"{LAYOUTS[0]}, out {'contiguous' if 'apart' in given else 'too'}", ask)
+    if "bias" in there and main.scales is not None:
         asked.box.manners["bias"] = "not asked: it is zero"
-    if "out" in there and main.scales is None:
-        draw = Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
-        rows, shape = draw.gaussian(len(main.x), asked.width), asked.shape(len(main.x))
-        yield Question("argument", "out given", lambda: missed(rule, asked.at(rows, shape, out=True)))
     if "quant_scale" in there:
         scale = 2.0 ** -round(math.log2(ENDS[rule.out[:4]]))
         yield Question("argument", f"scale={scale:g}", lambda: _beyond_8_bits(rule, asked, main, scale))
 
 
-def _biased(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Miss:
+def _given(rule: Rule, asked: NormCalls, rows: Rows, shape: list[int], **more: Any) -> Miss:
+    return missed(rule, asked.at(rows, shape, **more))
+
+
+def _biased(draw: Draw, asked: NormCalls, shape: list[int]) -> Miss:
     """What is left unexplained with a bias that is not zero; whether it is added before the last rounding is noted."""
-    shape = asked.shape(probes.ROWS)
-    draw = Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
-    rows = draw.gaussian(math.prod(shape[:-1]), asked.width)
-    bias = probes.gaussian([asked.width], torch.Generator().manual_seed(10), rule.narrow)
+    rule, rows = draw.rule, draw.gaussian(math.prod(shape[:-1]), shape[-1])
+    bias = probes.gaussian([shape[-1]], torch.Generator().manual_seed(10), rule.narrow)
     call = asked.at(rows, shape, bias=asked.box.as_given(bias, "contiguous", asked.box.dtype))
     value = predict(rule.replace(out=KEEP), rows)
     size = torch.maximum(value.abs(), bias.abs()).double()
@@ -93,14 +105,13 @@ def _beyond_8_bits(rule: Rule, asked: NormCalls, main: Rows, scale: float) -> Mi
     return missed(rule, call)
 
 
-def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows) -> Miss:
+def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows, shape: list[int]) -> Miss:
     """What is left unexplained of rows where x or the residual is multiplied by ALPHA before they are added; which one,
     and how the product is held, is noted."""
     rng = torch.Generator().manual_seed(8)
-    x, residual = (probes.gaussian([len(main.x), asked.width], rng, rule.narrow) for _ in range(2))
-    weight = main.weight[torch.arange(asked.width) % len(main.weight)]
-    rows = Rows(x, weight, main.eps, asked.width, residual, exact=False)
-    call = asked.at(rows, asked.shape(len(x)), alpha=ALPHA)
+    x, residual = (probes.gaussian([math.prod(shape[:-1]), shape[-1]], rng, rule.narrow) for _ in range(2))
+    rows = Rows(x, probes.weight_of_width(main.weight, shape[-1]), main.eps, shape[-1], residual, exact=False)
+    call = asked.at(rows, shape, alpha=ALPHA)
     misses: dict[str, Miss] = {}
     for name, word in itertools.product(("x", "residual"), storages(rule.narrow)):
         given = dataclasses.replace(rows, **{name: round_to(getattr(rows, name) * ALPHA, word)})

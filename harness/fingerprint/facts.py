@@ -64,7 +64,18 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
     if other:
         return f"no: a row of {width} has other bits {', '.join(other)} than among {len(x)}"
     counts = f"with {', '.join(tried)} rows, " if tried else ""
-    return f"yes: a row of {width} has the same bits {counts}in another place, beside others and NaN"
+    return f"yes, in {len(x)} rows of {width}: the same bits {counts}in another place, beside others and NaN"
+
+
+def scales(v: Tensor, given: Tensor, most: float) -> str:
+    """How large the largest result of each row is, or of each part of a row that has a scale of its own, beside what 8
+    bits hold; v: results divided by their scales, given: the scales, [R, D]."""
+    parts = torch.cat([torch.zeros(len(v), 1), given.diff(dim=1) != 0], dim=1).cumsum(1).long()
+    largest = torch.zeros_like(v).scatter_reduce(1, parts, v.abs(), "amax")
+    largest = largest[largest > 0]
+    low, high = (f"{float(end):.3g}" for end in (largest.min(), largest.max()))
+    said = f"the largest result is {low}{'' if low == high else f' to {high}'} times its scale"
+    return f"{said}: beyond {most:g} it is cut" if largest.max() > 1.1 * most else said
 
 
 def nan(stored: Stored, width: int, tokens: int | None = None) -> str:

@@ -63,6 +63,8 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
             "kernel and returns it"
         )
     fn = _through_jax(fn)
+    if call and (isinstance(fn, nn.Module) or inspect.isclass(fn)):
+        raise Fault("--call is for a function: of a module its forward is called, so leave it out, or wrap it in one")
     if inspect.isclass(fn) and issubclass(fn, nn.Module):
         return of_class(fn)
     if isinstance(fn, nn.Module) and "eps" not in map(MEANING.get, parameters_of(fn.forward)):
@@ -80,10 +82,10 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
 
     def function(
         *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0,
-        quant_scale: float = QUANT_SCALE, bias: Tensor | None = None, out: bool = False,
+        quant_scale: float = QUANT_SCALE, bias: Tensor | None = None, out: bool = False, apart: bool = False,
     ) -> Any:  # fmt: skip
         values = dict(zip(names, arguments, strict=True)) | {"residual": residual, "gate": gate, "alpha": alpha}
-        values |= _made(fn, form, values["x"], quant_scale) | {
+        values |= _made(fn, form, values["x"], quant_scale, apart) | {
             name: None for name in absent if name != "out" or not out
         }
         values |= {} if bias is None else {"bias": bias}
@@ -113,15 +115,16 @@ def _stored(result: Any, out: Tensor | None) -> Any:
     return (out, *rest) if rest else out
 
 
-def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float) -> dict[str, Any]:
-    """What a call is given besides: a bias of zeros, a scale, and what it may write to."""
+def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float, apart: bool) -> dict[str, Any]:
+    """What a call is given besides: a bias of zeros, a scale, and what it may write to, which lies in memory as x does;
+    apart: is contiguous, with room behind it, where a kernel that takes x's strides for its own ends."""
     eight = {"quant_scale", "scales"} & set(form.names)
     dtype = torch.int8 if "int8" in str(getattr(fn, "__name__", "")) else torch.float8_e4m3fn
     rows = [*x.shape[:-1], 1]
+    out = x.new_full([4 * x.numel()], float("nan"))[: x.numel()].view(x.shape) if apart else like(x)
+    out = torch.zeros(x.shape, dtype=dtype, device=x.device) if eight else out
     return {
-        "out": (torch.zeros(x.shape, dtype=dtype, device=x.device) if eight else like(x))
-        if "out" in form.names
-        else None,
+        "out": out if "out" in form.names else None,
         "bias": torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device),
         "quant_scale": torch.tensor([quant_scale], device=x.device),
         "scales": torch.full(rows, float("nan"), device=x.device),
@@ -152,7 +155,9 @@ def _through_jax(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_kind(fn: Callable[..., Any], kind: str, call: str = "") -> Callable[..., Any]:
-    """fn as a callable of that kind is called."""
+    """fn as a callable of that kind is called. Raises Fault as adapted does, and for a chain with a call."""
+    if call and kind in CHAINS:
+        raise Fault(f"--call is for norms: kind {kind} is called {KINDS[kind].partition(' ->')[0]}, so wrap it in one")
     return {"qkv": by_keyword, "norm_linear": linear}[kind](fn) if kind in CHAINS else adapted(fn, call)
 
 
@@ -234,6 +239,7 @@ def like(x: Tensor) -> Tensor:
 def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
     """The names of fn's arguments, whether each has a default, and goes by its name alone; none where fn takes any."""
     scripted = isinstance(fn, torch.jit.ScriptFunction)
+    fn = getattr(fn, "_opoverload", fn)  # of torch.library.custom_op
     if schema := fn.schema if scripted else getattr(getattr(fn, "default", fn), "_schema", None):
         return [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
     parameters = parameters_of(fn).values()
@@ -282,4 +288,5 @@ def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
     defaults = {MEANING.get(name): p.default is not p.empty for name, p in parameters_of(fn).items()}
     defaults |= {MEANING.get(name): default for name, default, _ in arguments(fn)}
     made = {name: True for name in ("quant_scale", "bias") if name in form.names}
+    made |= {"apart": True} if "out" in form.names else {}
     return {name: defaults.get(name, False) for name in NAMED if name in form.names} | made

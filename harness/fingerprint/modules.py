@@ -4,10 +4,12 @@ the width and eps of each."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,13 +25,14 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
     name = _weight_of(module)
     names = ("x", "weight", "eps") if name else ("x", "eps")
 
+    own = len(_tensors(module)[name]) if name else None
     parameters = parameters_of(module.forward)
     named = {str(MEANING.get(own)): own for own in parameters if MEANING.get(own) in NAMED}
 
     def function(*arguments: Any, **extra: Tensor) -> Any:
         x, *weights, eps = arguments
         held = {name: weights[0]} if name else {}
-        with _with_eps(module, eps), _of_its_width(len(module.get_parameter(name)) if name else x.shape[-1], x):
+        with _with_eps(module, eps), _of_its_width(own, x):
             return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 
     optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
@@ -37,7 +40,7 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
 
 
 def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
-    """A module of the width and eps of each call: cls(width, eps=eps), as norms of transformers are made."""
+    """A module for each width and eps, cls(width, eps=eps), as norms of transformers are made."""
     parameters = parameters_of(kind)
     eps_name = next((name for name in parameters if MEANING.get(name) == "eps"), None)
     required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -47,36 +50,47 @@ def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
             "and name it"
         )
 
+    @functools.cache  # what it keeps of a weight shows when it is given another
+    def made(width: int, eps: float, device: torch.device) -> Callable[..., Any]:
+        return of_module(kind(width, **{eps_name: eps}).to(device))
+
     def function(x: Tensor, *rest: Any, **extra: Any) -> Any:
-        module = kind(x.shape[-1], **{eps_name: rest[-1]})
-        return of_module(module.to(x.device))(x, *rest, **extra)
+        return made(x.shape[-1], rest[-1], x.device)(x, *rest, **extra)
 
     try:
         one = kind(WIDTH, **{eps_name: 1e-6})
     except Exception as error:  # it is the user's code
-        made = f"{kind.__name__}({WIDTH}, {eps_name}=1e-6)"
-        raise Fault(f"{made} raised {reason_of(error)}: make one, and name it") from error
+        call = f"{kind.__name__}({WIDTH}, {eps_name}=1e-6)"
+        raise Fault(f"{call} raised {reason_of(error)}: make one, and name it") from error
     function.__signature__ = inspect.signature(of_module(one))  # type: ignore[attr-defined]
     return function
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 @contextlib.contextmanager
-def _of_its_width(own: int, x: Tensor) -> Iterator[None]:
+def _of_its_width(own: int | None, x: Tensor) -> Iterator[None]:
     """Within it, what a module raises for rows of another width than its own says how to ask for that."""
     try:
         yield
     except Exception as error:  # it is the user's code
-        if own == x.shape[-1]:
+        if own in (None, x.shape[-1]):
             raise
         way = f"{'--width' if x.ndim == 2 else '--head-dim'} {own}"
         raise RuntimeError(f"{error}; its own weight has {own} channels: give {way}") from error
 
 
 def _weight_of(module: nn.Module) -> str:
-    """The name of its weight; empty where it holds no numbers, but an eps."""
+    """The name of its weight, a parameter or a buffer; empty where it holds no numbers, but an eps."""
     vectors = [name for name, value in module.named_parameters() if value.ndim == 1]
-    if not vectors and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
+    vectors = vectors or [name for name, value in module.named_buffers() if value.ndim == 1]
+    others = [name for name, value in {**vars(module), **_tensors(module)}.items() if isinstance(value, Tensor)]
+    if not others and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
         return ""
+    if not vectors and others:
+        raise Fault(f"{type(module).__name__} holds {others[0]}, which is no parameter or buffer of one dimension")
     if len(vectors) != 1:
         held = ", ".join(vectors) or "none"
         raise Fault(f"{type(module).__name__} holds {len(vectors)} weights of one dimension ({held}), a norm holds one")

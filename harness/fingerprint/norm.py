@@ -26,6 +26,7 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
+from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.blackbox import CHAINS, DIRECT, BlackBox, Pending, Refused, Way, paths
 from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain import chain
@@ -45,10 +46,10 @@ from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.gated import Found, gated
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
-from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
+from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, predict
 from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
-from castpoint.harness.fingerprint.stores import storages
+from castpoint.harness.fingerprint.stores import MOST, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.harness.runs.environment import one_thread_but
 from castpoint.kernels.plan import KEEP
@@ -245,8 +246,8 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
     box, weight = asked.box, main.weight
 
     def rows_of(x: Tensor, eps: float = probes.EPS_SMALL) -> Rows:
-        repeated = weight[torch.arange(asked.width) % len(weight)]
-        return Rows(x.to(box.dtype).float(), repeated, eps, asked.width, exact=False)
+        whole = probes.weight_of_width(weight, asked.width)
+        return Rows(x.to(box.dtype).float(), whole, eps, asked.width, exact=False)
 
     def stored(x: Tensor, finite: bool) -> Tensor:
         rows = rows_of(x.repeat_interleave(asked.heads or 1, 0))
@@ -256,6 +257,9 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
         return missed(rule, asked.call(rows_of(x, eps), layout))
 
     said = facts.all_facts(stored, missing, asked.width, asked.tokens, sizes.narrow)
+    if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
+        divided = predict(rule.replace(out=KEEP), main)
+        said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])
     if box.a_weight_a_head:
         said["weight"] = "[H, Dh], one for each head"
     if box.weightless:

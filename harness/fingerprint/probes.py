@@ -58,6 +58,12 @@ def norm_weight(width: int, rng: torch.Generator) -> Tensor:
     return round_to((size * (torch.randint(0, 2, [width], generator=rng) * 2 - 1)).float(), "bf16-rne")
 
 
+def weight_of_width(first: Tensor, width: int) -> Tensor:
+    """[width] as stored: the first ones of that weight, and others behind them."""
+    more = norm_weight(max(width - len(first), 0), torch.Generator().manual_seed(width))
+    return torch.cat([first, more])[:width]
+
+
 def norm_rows(
     width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS, narrow: str = "bf16"
 ) -> Rows:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from castpoint.harness.compiled.loading import Fault, load
 from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
 from castpoint.harness.fingerprint.command import INPUT, from_command
@@ -58,7 +60,7 @@ def _in_a_process(limit_s: float, *arguments: str) -> tuple[dict[str, Any] | Non
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # interpreted, a kernel's casts to bf16 would truncate
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
-        output, _ = child.communicate(timeout=limit_s)
+        output, _ = child.communicate(timeout=min(limit_s, 1e6))  # which takes no inf
         return json.loads(output.splitlines()[-1]), ""
     except subprocess.TimeoutExpired:
         return None, f"no answer within {limit_s:g} s: the callable hangs, or needs a longer --time-limit"
@@ -101,7 +103,8 @@ def _told(kind: str, device: str, sizes: str, call: str, *targets: str) -> dict[
 
 def _loaded(target: str, device: str) -> Callable[..., Any]:
     """Outside of executed, where a package that looks for a GPU takes its way without one; inside it only a module that
-    asks Triton for its driver as it is imported."""
+    asks Triton for its driver as it is imported. What a file sets as torch's defaults ends with it: it would hold for
+    all that is made here."""
     try:
         return load(target)
     except Fault:
@@ -110,6 +113,10 @@ def _loaded(target: str, device: str) -> Callable[..., Any]:
         with executed("sm_90"), contextlib.suppress(Fault):
             return load(target)
         raise
+    finally:
+        torch.set_default_dtype(torch.float32)
+        if device == "cpu":
+            torch.set_default_device(None)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
+from castpoint.harness.fingerprint.blackbox import X_ALONE
 from castpoint.harness.fingerprint.evidence import Miss, settled
 from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.sizes import Sizes
@@ -27,7 +28,7 @@ WIDTHS = (1024, 2048, 4096, 5120, 2560, 3072, 6144, 8192, 16384)
 NORM_SHAPES = (
     *([1, 8192], [2, 1024], [3, 1000], [5, 5120], [7, 2560], [8, 4096], [13, 6144], [3, 16384], [17, 3072], [33, 640]),
     *([100, 896], [129, 2048], [257, 1536], [600, 2048], [1025, 256], [1, 256], [2, 2048]),
-    *([63, 320], [65, 320], [128, 256], [2049, 128], [4097, 128], [2, 18432]),
+    *([63, 320], [65, 320], [128, 256], [2049, 128], [4097, 128], [2, 18432], [2, 7168]),
 )
 HEAD_SHAPES = (
     *([1, 16, 256], [600, 1, 64], [600, 16, 128], [1, 1, 128], [2, 8, 80], [3, 5, 96], [7, 40, 128], [17, 3, 256]),
@@ -62,7 +63,7 @@ def questions(
     yield question("x", str(shape), draw.mixed(count, width))
     for other in HEAD_SHAPES if heads else NORM_SHAPES:
         yield question("x", str(other), draw.mixed(rows_of(other), other[-1]), other)
-    for layout in HEAD_LAYOUTS if heads else LAYOUTS:
+    for layout in (*(HEAD_LAYOUTS if heads else LAYOUTS), *([X_ALONE] if residual else [])):
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
@@ -80,7 +81,7 @@ def rows_of(shape: list[int]) -> int:
 @dataclass(frozen=True)
 class Draw:
     """Rows on which an error of a few fp32 ulps, in the mean or the root, leaves what the rule rounds of them as it is.
-    The weight is that of the deciding calls, repeated to any width: another shape brings no new one."""
+    The weight begins as that of the deciding calls."""
 
     rule: Rule
     weight: Tensor
@@ -128,7 +129,7 @@ class Draw:
         return max(count, min(64, DRAWN // width), 8)
 
     def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
-        weight = self.weight[torch.arange(x.shape[1]) % len(self.weight)]
+        weight = probes.weight_of_width(self.weight, x.shape[1])
         residual = probes.gaussian(x.shape, rng, self.dtype, scale) if self.residual else None
         rows = Rows(x, weight, eps, x.shape[1], residual, exact=False)
         firm = settled(self.rule, rows).nonzero()[:, 0]

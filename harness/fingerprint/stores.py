@@ -21,6 +21,7 @@ EIGHT_BITS = {
     torch.int8: ("int8-rne", "int8-rna", "int8-rtz"),
 }
 ENDS = {"e4m3": 464.0, "e5m2": 61440.0, "int8": 127.5}  # beyond which nearest is none of theirs
+MOST = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}  # which they hold, of int8 on both sides
 _INTEGERS = {"rne": torch.round, "rna": lambda v: (v.abs() + 0.5).floor().copysign(v), "rtz": torch.trunc}
 
 

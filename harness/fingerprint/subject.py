@@ -29,6 +29,13 @@ class Subject:
     def __str__(self) -> str:
         return self.target or self.command or str(self.answer)
 
+    @property
+    def kind(self) -> str:
+        """That of questions that a folder holds, else empty."""
+        from castpoint.harness.fingerprint import rounds
+
+        return rounds.opened(self.answer).kind if self.answer else ""
+
     def asked(self, kind: str, device: str, time_limit_s: float, sizes: Sizes) -> Answer | str:
         """The fingerprint, or what to say of questions that were written."""
         from castpoint.harness.fingerprint import process, rounds

@@ -68,6 +68,10 @@ VERDICTS = {
 }
 
 
+DEFAULTS = """
+import torch
+torch.set_default_device("meta"), torch.set_default_dtype(torch.float64)
+"""
 Ask = Callable[..., tuple[int, dict[str, object]]]
 
 
@@ -116,6 +120,20 @@ def test_a_plan_is_expected(
     error = [text for text in printed.err.splitlines() if text != "a kernel that talks"]
     assert status.value.code == bool(line) and len(error) == bool(line) and bool(printed.out) == (not line)
     assert not line or line in error[0], error
+
+
+def test_a_guessed_kind_that_the_plan_lacks_is_said(monkeypatch: pytest.MonkeyPatch, module: Path, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", ["castpoint", "identify", f"{module}:norm", "--expect", "deferred"])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 1 and "deferred applies rstd after the matmul" in capfd.readouterr().err
+
+
+def test_a_limit_may_be_infinite_and_defaults_of_a_file_end_with_it(tmp_path: Path, run_identify: Ask) -> None:
+    path = tmp_path / "defaults.py"
+    path.write_text(DEFAULTS + MODULE)
+    code, answer = run_identify(f"{path}:norm", "--time-limit", "inf")
+    assert code == 0 and "hf" in answer["plans"], answer
 
 
 def test_an_error_is_no_plan(module: Path, run_identify: Ask) -> None:

@@ -135,6 +135,13 @@ def test_a_file_is_read_and_two_are_compared(tmp_path: Path) -> None:
         compare_captures(first, other, ANY)
 
 
+def test_a_batch_counts_as_tokens(tmp_path: Path) -> None:
+    tensors = tensors_of(recorded(HF, P.x, P.norm_weight))
+    batch = {name: v.unflatten(0, (2, -1)) if v.ndim == 2 else v for name, v in tensors.items()}
+    made = read(saved(tmp_path / "batch.safetensors", batch))
+    assert made.kind == "rmsnorm" and made.tokens == len(P.x) and explain(made).plans == ["hf"]
+
+
 BAD = {
     "two narrow ones": ({"weight": lambda t: t["weight"].half()}, "weight is float16 and x bfloat16"),
     "a sum of nothing": ({"residual": None}, "has no residual: residual_out is x + residual"),

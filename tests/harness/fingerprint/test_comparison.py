@@ -15,8 +15,9 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.comparison import compare
-from castpoint.harness.fingerprint.sizes import ANY
-from castpoint.kernels.plan import KEEP
+from castpoint.harness.fingerprint.sizes import ANY, Sizes
+from castpoint.harness.fingerprint.stores import round_to
+from castpoint.kernels.plan import KEEP, RNE, RTZ
 from castpoint.variants.catalogue import HF
 from castpoint.variants.eager import eager_norm
 
@@ -137,3 +138,46 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     ):
         done = command("compare", *words)
         assert done.returncode == 1 and line in done.stderr and len(done.stderr.splitlines()) == 1, (words, done.stderr)
+
+
+def adds(storage: str, returned: bool) -> Callable[..., object]:
+    def fn(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> object:
+        total = x.float() + residual.float()
+        y = hf(total.to(x.dtype), weight, eps)
+        return (y, round_to(total, storage).to(x.dtype)) if returned else y
+
+    return fn
+
+
+def in_8_bits(times: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fn(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y = hf(x, weight, eps).float()
+        scale = (y.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+        return (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale * times
+
+    return fn
+
+
+def in_blocks(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, weight[:1024].repeat(8)[: x.shape[-1]], eps)
+
+
+SAME_Y = {  # two functions that store the same y of the first inputs
+    "another sum": (adds(RNE, True), adds(RTZ, True), "x + residual, given back against given back as bf16-rtz"),
+    "no sum": (adds(RNE, True), adds(RNE, False), "x + residual, given back against not given back"),
+    "no residual": (adds(RNE, True), hf, "x + residual, given back against no residual"),
+}
+
+
+@pytest.mark.parametrize("name", SAME_Y)
+def test_what_is_returned_beside_y_parts_too(name: str) -> None:
+    first, second, parts = SAME_Y[name]
+    found = compare(first, second, "rmsnorm", "cpu", ANY)
+    assert found.same is False and found.parts == parts
+
+
+def test_scales_and_wide_rows_are_compared() -> None:
+    assert compare(in_8_bits(1), in_8_bits(2), "rmsnorm", "cpu", ANY).same is False
+    assert compare(in_8_bits(1), in_8_bits(1), "rmsnorm", "cpu", ANY).same
+    found = compare(hf, in_blocks, "rmsnorm", "cpu", Sizes(width=8192))
+    assert not found.same and found.bits.endswith("(128 rows of 8192)")

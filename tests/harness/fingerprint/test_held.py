@@ -319,7 +319,7 @@ def test_batch_invariance_is_said() -> None:
         return hf(x, w, eps).masked_fill((bad | bad.roll(1))[..., None], float("nan"))
 
     said = {fn: identify(fn, "rmsnorm").facts["batch invariant"] for fn in (hf, by_count, by_place, leaking)}
-    assert said[hf].startswith("yes: a row of 256 has the same bits with 1, 2, 3, 8, ")
+    assert said[hf].startswith("yes, in 64 rows of 256: the same bits with 1, 2, 3, 8, ")
     assert said[by_count].startswith("no: a row of 256 has other bits with 1 rows, with 2 rows, ")
     assert "place" not in said[by_count]
     assert said[by_place].startswith("no: ") and "in another place" in said[by_place]

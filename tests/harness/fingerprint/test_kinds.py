@@ -19,6 +19,14 @@ def rms_norm(x, weight, eps):
     """A norm."""
 
 
+def fallback_norm(x, weight, eps):
+    """Whose name has k_norm in it, and is none."""
+
+
+def norm_before_lm_head(x, weight, eps):
+    """The head of a language model is no head of attention."""
+
+
 def rms_norm_of_an_engine(x, weight, eps=1e-6, residual=None, out=None):
     """With more that has defaults."""
 
@@ -72,6 +80,8 @@ def two(x, weight):
     [
         (rms_norm, "rmsnorm"),
         (rms_norm_of_an_engine, "rmsnorm"),
+        (fallback_norm, "rmsnorm"),
+        (norm_before_lm_head, "rmsnorm"),
         (lambda x, weight, eps: x, "rmsnorm"),
         (k_norm, "head_norm"),
         (norm_heads, "head_norm"),

@@ -16,6 +16,7 @@ from commands import failure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import castpoint.harness.__main__ as cli
 from castpoint.harness.fingerprint import known, rounds
 from castpoint.harness.fingerprint.answer import Answer
 from castpoint.harness.fingerprint.norm import identify
@@ -230,3 +231,13 @@ def test_the_options_of_rounds(capsys, monkeypatch, second: Path, tmp_path: Path
     assert not (tmp_path / "new").exists()
     state = json.loads((second / "question.json").read_text())
     assert state["kind"] == "rmsnorm" and [len(digests) for digests in state["rounds"]] == [6, 16]
+
+
+def test_an_answer_is_expected_without_its_kind(capsys, monkeypatch, tmp_path: Path) -> None:
+    answer, _ = by_rounds(tmp_path / "asked", plain, "rmsnorm")
+    command = ["castpoint", "identify", "--answer", str(tmp_path / "asked"), "--expect"]
+    monkeypatch.setattr(sys, "argv", [*command, answer.plans[0]])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 0
+    assert "is not gemma: weight_offset=none against fp32" in failure(capsys, monkeypatch, *command[1:], "gemma")
