@@ -35,16 +35,17 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
             ask = functools.partial(_by_heads, draw, asked, shape)
             yield Question("values", f"another weight for each head, x {shape}", ask)
     there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
-    for shape in (asked.shape(probes.ROWS), WIDE if asked.heads is None else WIDE_HEADS):
+    wide = WIDE if asked.heads is None else WIDE_HEADS
+    for shape, at in ((asked.shape(probes.ROWS), ""), (wide, f", x {wide}")):
         if draw.residual and "alpha" in there:
             ask = functools.partial(_scaled_sum, rule, asked, main, shape)
-            yield Question("argument", f"alpha={ALPHA}, x {shape}", ask)
+            yield Question("argument", f"alpha={ALPHA}{at}", ask)
         if "bias" in there and main.scales is None:
-            yield Question("argument", f"a bias, x {shape}", functools.partial(_biased, draw, asked, shape))
+            yield Question("argument", f"a bias{at}", functools.partial(_biased, draw, asked, shape))
         if "out" in there and main.scales is None:
             rows = draw.gaussian(math.prod(shape[:-1]), shape[-1])
             ask = functools.partial(_given, rule, asked, rows, shape, out=True)
-            yield Question("argument", f"out given, x {shape}", ask)
+            yield Question("argument", f"out given{at}", ask)
     if "apart" in there and main.scales is None:
         shape = asked.shape(probes.ROWS)
         rows = draw.gaussian(math.prod(shape[:-1]), asked.width)

@@ -26,7 +26,7 @@ def test_a_bias_is_added(word: str) -> None:
         return
     assert only(answer)["hidden"] == RNE, answer
     assert answer.facts["bias"] == f"is added {'before' if word == KEEP else 'after'} the last rounding"
-    assert [c["what"] for c in answer.asked if c["about"] == "argument"] == ["a bias"]
+    assert [c["what"] for c in answer.asked if c["about"] == "argument"] == ["a bias", "a bias, x [5, 5120]"]
 
 
 def _no_bias(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
