@@ -65,10 +65,13 @@ def compare(
     width: options.Width = None,
     head_dim: options.HeadDim = None,
     heads: options.Heads = "",
+    tokens: options.AskedTokens = None,
+    dtype: options.Dtype = "bf16",
+    call: options.Calls = None,
 ) -> None:
     """Are two functions, programs or captures one? If not, where do they part? Exits with 1 unless they are."""
-    sizes = options.sizes(width, head_dim, heads, None, None, "bf16")
-    raise typer.Exit(steps.compare(targets, kind, device, time_limit, sizes, json_))
+    sizes = options.sizes(width, head_dim, heads, tokens, None, dtype)
+    raise typer.Exit(steps.compare(targets, kind, device, time_limit, sizes, call or [], json_))
 
 
 app.command(name="plans", rich_help_panel=WHICH)(steps.print_plans)
@@ -105,11 +108,7 @@ def gpu(
     results: ResultsFolder = None,
     minutes: Annotated[float | None, typer.Option(help="Time to spend. Default: until all is measured.", min=0)] = None,
     archive: Annotated[
-        Path | None,
-        typer.Option(
-            help="One file with the whole run, kept up to date; where the results folder has no records, the run goes "
-            "on from it. Default: the folder's name with .tar.gz."
-        ),
+        Path | None, typer.Option(help="The run as one file, which a new folder goes on from. Default: NAME.tar.gz.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Every step in order, with a clock; no GPU.")] = False,
     from_records: Annotated[

@@ -57,6 +57,10 @@ Heads = Annotated[str, typer.Option(help="Heads that it takes: 16, or 16,8 of q 
 AskedTokens = Annotated[int | None, typer.Option(help="Tokens that every call has.", min=1, max=65536)]
 Dtype = Annotated[str, typer.Option(help="Of x: bf16, fp16 (throughout), or, of norms, fp32 (a residual stream).")]
 Call = Annotated[str, typer.Option(help="How a norm is called, such as 'fn(out, x, w, eps)'. Default: by its names.")]
+Calls = Annotated[
+    list[str] | None,
+    typer.Option("--call", help="How both norms are called, 'fn(out, x, w, eps)'; twice: one for each."),
+]
 CaptureFile = Annotated[
     Path | None, typer.Option("--capture", help="One recorded call, in safetensors, in place of a function.")
 ]

@@ -46,12 +46,10 @@ def identify(
     if subject.capture:
         return identify_capture(subject.capture, sizes, expect, as_json)
     from castpoint.harness.fingerprint.answer import check_expectation, unmet
-    from castpoint.harness.fingerprint.blackbox import KINDS
+    from castpoint.harness.fingerprint.kinds import known
     from castpoint.harness.fingerprint.norm import summary
 
-    if kind and kind not in KINDS:
-        raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    kind = kind or subject.kind
+    kind = known(kind) or subject.kind
     if expect:
         check_expectation(expect, kind or "qkv")
     answer = subject.asked(kind, device, time_limit_s, sizes)
@@ -67,9 +65,11 @@ def identify(
     return int(answer.status == "error")
 
 
-def compare(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes, as_json: bool) -> int:
+def compare(
+    targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes, calls: list[str], as_json: bool
+) -> int:
     """Prints whether two functions, programs or captures are one; the exit status."""
-    found = compared(targets, kind, options.device_named(device), time_limit_s, sizes)
+    found = compared(targets, kind, options.device_named(device), time_limit_s, sizes, calls)
     print(json.dumps(found.as_dict()) if as_json else found.told(targets))
     return int(not found.same)
 

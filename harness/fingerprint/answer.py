@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import CHAINS, Refused, Unasked
+from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
+from castpoint.harness.fingerprint.kinds import CHAINS
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -36,7 +37,7 @@ class Answer:
     callable raised, or how it differs. about: a name of CALLED.
     facts: what is no plan, in words, each by its name: `batch invariant`, `subnormal x`, `x + residual` and others.
 
-    kind: of blackbox.KINDS, where it was guessed.
+    kind: of kinds.KINDS, where it was guessed.
 
     Of a chain, eps, root and order are those of its first norm; the fp32 arithmetic of the head norm is not asked.
     """

@@ -12,6 +12,7 @@ ALIASES = {
     "weight": ("weight", "w", "W", "gamma", "g", "weights", "norm_weight", "scale"),
     "eps": ("eps", "epsilon", "variance_epsilon", "norm_eps", "rms_norm_eps", "layer_norm_epsilon"),
     "residual": ("residual", "res", "residual_in", "skip", "R"),
+    "residual_out": ("residual_out", "res_out", "residual_output", "out_residual"),
     "out": ("out", "output", "result", "dst", "y", "Y", "o"),
     "bias": ("bias", "b", "B", "beta", "norm_bias"),
     "gate": ("gate", "z", "Z", "gates"),
@@ -20,7 +21,8 @@ ALIASES = {
     "shape": ("normalized_shape",),  # that of a row, as torch.nn.functional has it
     "scales": ("scales", "out_scale", "output_scale", "scales_out"),
 }
-MADE = ("out", "bias", "quant_scale", "scales", "shape")  # which a callable that need not be given them is not
+# Which a callable that need not be given them is not given.
+MADE = ("out", "bias", "quant_scale", "scales", "shape", "residual_out")
 LEFT_OUT = ("bias", "out")  # of those, what it is asked without and with where its default is None
 NAMED = ("residual", "gate", "alpha")  # which the caller says
 MEANING = {alias: name for name, aliases in ALIASES.items() for alias in aliases}

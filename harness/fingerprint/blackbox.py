@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,100 +11,12 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.arguments import NAMED, signature_of
+from castpoint.harness.fingerprint.arguments import signature_of
+from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, parameters_told, paths, weightless
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, HEADS_FIRST, TURNED, UPDATED, inside, laid_out, of_each
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
 from castpoint.harness.fingerprint.sums import INTO_RESIDUAL, Sums
 from castpoint.kernels.plan import KEEP
-
-KINDS = {
-    "rmsnorm": "fn(x, weight, eps) -> y; x, y [T, D]",
-    "head_norm": "fn(x, weight, eps) -> y; x, y [T, H, Dh]",
-    "qkv": "fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads) -> (q, k, v)",
-    "norm_linear": "fn(x, norm_weight, weight, eps) -> y; x [T, D], weight [N, D], y [T, N]",
-    "qk_norm_rope": "fn(q, k, q_weight, k_weight, cos, sin, eps) -> (q, k); q [T, Hq, Dh], k [T, Hkv, Dh]",
-}
-CHAINS = ("qkv", "norm_linear")
-OF_HEADS = re.compile(r"(?:^|_)(?:(?<!lm_)head|heads|headwise|headnorm|(?:q|k|v|qk)_norm)(?:_|$|\W)")  # in a name
-
-
-def guessed_kind(fn: Callable[..., Any]) -> str:
-    """The kind whose arguments fn takes. Both norms take the same three: `head` in a name makes it a head norm.
-
-    Raises Fault where it takes those of none, or of norms and chains alike.
-    """
-    names = [getattr(fn, "__name__", ""), *_parameters(fn)]
-    norm, chain = (_takes(fn, KINDS[kind].partition(")")[0].count(",") + 1) for kind in ("rmsnorm", "qkv"))
-    norm = norm or weightless(fn)
-    linear = _takes(fn, 6 if "num_q_heads" in names else 4)
-    if not chain and linear and all("w" in name.lower() for name in names[2:4]) and names[4][:3] == "eps":
-        return "norm_linear"
-    if norm and chain and any("qkv" in name for name in names):
-        norm = False
-    if norm == chain:
-        said = f"its arguments ({', '.join(names[1:])}) do not tell its kind: give --kind, {' or '.join(KINDS)}, or "
-        raise Fault(f"{said}for a norm --call 'fn(x, w, eps)' as it is called")
-    if chain:
-        return "qkv"
-    return "head_norm" if any(map(OF_HEADS.search, names)) else "rmsnorm"
-
-
-def _parameters(fn: Callable[..., Any]) -> list[str]:
-    """fn's parameters without annotations, as far as it tells them."""
-    return [str(p.replace(annotation=inspect.Parameter.empty)) for p in signature_of(fn).parameters.values()]
-
-
-def _takes(fn: Callable[..., Any], count: int) -> bool:
-    """Whether fn can be called with so many arguments by position, beside those of NAMED that it must have, and has
-    names for them."""
-    signature = signature_of(fn)
-    named = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    try:
-        bound = signature.bind(*range(count), **{name: None for name in named if name in NAMED})
-    except TypeError:
-        return False
-    return not any(signature.parameters[name].kind == inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)
-
-
-def weightless(fn: Callable[..., Any]) -> bool:
-    """Whether fn is a norm (x, eps)."""
-    return list(signature_of(fn).parameters)[:2] == ["x", "eps"] and not _takes(fn, 3)
-
-
-OPTIONAL = (
-    {"rmsnorm": ("residual", "gate"), "head_norm": ("residual", "gate")}
-    | dict.fromkeys(CHAINS, ("residual", "bias"))
-    | {"qk_norm_rope": ()}
-)
-
-
-def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
-    """Which of OPTIONAL fn is called with: what it must have, and that with each of the others by itself."""
-    parameters = signature_of(fn).parameters
-    there = [name for name in OPTIONAL[kind] if name in parameters]
-    must = tuple(name for name in there if parameters[name].default is inspect.Parameter.empty)
-    return [must, *((*must, name) for name in there if name not in must)]
-
-
-def laid_out(value: Tensor, layout: str) -> Tensor:
-    """value, contiguous, as a view of a larger buffer whose other elements are numbers like its own."""
-    if layout == "contiguous":
-        return value
-    if layout in ("rows of a packed buffer", X_ALONE):  # as k in what a qkv projection returns
-        buffer = torch.cat([value.roll(1, 0), value, value.roll(1, 0)], dim=1)
-        return buffer.narrow(1, value.shape[1], value.shape[1])
-    if layout == ROOM:
-        return torch.cat([value.flatten()] * 4)[: value.numel()].view(value.shape)
-    if layout == "an offset of one element":
-        return torch.cat([value.flatten()[-1:], value.flatten()])[1:].view(value.shape)
-    if layout == "heads before tokens in memory":
-        return value.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "channels apart":  # the last stride is not one
-        return torch.stack([value, value.roll(1, 0)], dim=-1)[..., 0]
-    raise ValueError(layout)
-
-
-X_ALONE = "x alone as rows of a packed buffer"
-ROOM = "room behind it"  # of a contiguous residual then, where a kernel that takes x's strides for its own ends
 
 
 class Refused(Fault):
@@ -166,7 +76,10 @@ class BlackBox:
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
-        self.sums = Sums(self.narrow, KEEP if dtype == "fp32" else f"{self.narrow}-rne")
+        self.gradients = False  # whether it is called as in training
+        self._last: list[Tensor] = []  # what the last call stored, kept so that its memory is not free
+        usual = KEEP if dtype == "fp32" else f"{self.narrow}-rne"
+        self.sums = Sums(self.narrow, usual, getattr(fn, "sum_is", "is returned"))
 
     def takes(self, name: str) -> bool:
         """Whether fn is given an argument of that name."""
@@ -187,17 +100,20 @@ class BlackBox:
         finite: bool = True, weight_dtype: torch.dtype | None = None, **more: Any,
     ) -> Stored:  # fmt: skip
         """y for x of any shape [..., D], fp32 values that bf16 holds; bf16 or fp32 on the CPU. weight [D], or with a
-        weight a head [H, D]. layout: how x, and with an offset the weight, lie in memory. finite: y must be. more: what
+        weight a head [H, D]. layout: how all lie in memory, of layouts. finite: y must be. more: what
         fn is given by name besides."""
-        extra = self._extra(layout, residual=torch.zeros_like(x) if residual is None else residual)
+        residual = torch.zeros_like(x) if residual is None else residual
         weights = []
         if not self.weightless:
             weight = weight.expand(x.shape[-2], -1) if self.a_weight_a_head else weight
-            weight_layout = layout if "offset" in layout else "contiguous"
-            weights = [self.as_given(weight, weight_layout, weight_dtype or self.weight_dtype)]
-        arguments = [self.as_given(x, layout, self.dtype), *weights, eps]
-        y, *scales = self._call(arguments, extra | more, [list(x.shape)], finite)
-        return Stored(y, *scales)
+            weights = [self.as_given(weight, of_each(layout)[1], weight_dtype or self.weight_dtype)]
+
+        def ask() -> tuple[Tensor, ...]:
+            extra = self._extra(layout, residual=residual)
+            arguments = [self.as_given(x, of_each(layout)[0], self.dtype), *weights, eps]
+            return self._call(arguments, extra | more, [list(x.shape)], finite)
+
+        return Stored(*self._asked(layout, weights, ask))
 
     def qkv(
         self, x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor,
@@ -205,24 +121,44 @@ class BlackBox:
         layout: str = "contiguous", finite: bool = True,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
-        weights = (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)
-        tensors = [self.as_given(x, layout, self.dtype)]
-        tensors += [self.as_given(weight, "contiguous", self.weight_dtype) for weight in weights]
+        given = (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)
+        its_own = [of_each(layout)[1]] * 4
+        its_own[1] = HEADS_FIRST if layout == TURNED else its_own[1]
+        weights = [self.as_given(w, its, self.weight_dtype) for w, its in zip(given, its_own, strict=True)]
         residual = torch.zeros_like(x) if residual is None else residual
-        extra = self._extra(layout, residual=residual)
-        extra |= self._extra("contiguous", bias=torch.zeros(len(qkv_weight)) if bias is None else bias)
+        bias = torch.zeros(len(qkv_weight)) if bias is None else bias
         shapes = [[len(x), heads, len(q_norm_weight)] for heads in (num_q_heads, num_kv_heads, num_kv_heads)]
-        return self._call([*tensors, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
+
+        def ask() -> tuple[Tensor, ...]:
+            extra = self._extra(layout, residual=residual) | self._extra(CONTIGUOUS, bias=bias)
+            x_given = self.as_given(x, of_each(layout)[0], self.dtype)
+            return self._call([x_given, *weights, eps, num_q_heads, num_kv_heads], extra, shapes, finite)
+
+        return self._asked(layout, weights, ask)
+
+    def _asked(self, layout: str, weights: list[Tensor], ask: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ask returns; of UPDATED once there was another call with other numbers in the same weights."""
+        if layout == UPDATED:
+            kept = [weight.clone() for weight in weights]
+            for weight in weights:
+                weight.copy_(weight.flip(0))
+            ask()
+            for weight, own in zip(weights, kept, strict=True):
+                weight.copy_(own)
+        return ask()
 
     def as_given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
         """value as fn gets it. Raises Unasked for a layout that a file does not hold."""
-        if self.way.files and layout != "contiguous":
+        if self.way.files and layout != CONTIGUOUS:
             raise Unasked("a file holds numbers, not how they lie in memory")
         return laid_out(value.to(dtype, copy=True).contiguous().to(self.device), layout)
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
-        layout = ROOM if layout == X_ALONE else layout
-        return {name: self.as_given(value, layout, self.dtype) for name, value in values.items() if self.takes(name)}
+        return {
+            name: self.as_given(value, of_each(layout)[2], self.dtype)
+            for name, value in values.items()
+            if self.takes(name)
+        }
 
     def _call(
         self, arguments: list[Any], extra: dict[str, Any], shapes: list[list[int]], finite: bool
@@ -233,8 +169,10 @@ class BlackBox:
         residual = extra.get("residual")
         scaled = residual is None or "alpha" in extra  # then its sum is another
         sums = None if scaled else arguments[0].float() + residual.float()
+        for tensor in tensors if self.gradients else ():
+            tensor.requires_grad_()
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.gradients):
                 result = self.fn(*arguments, **extra)
         except (Exception, SystemExit) as error:  # whatever the callable raises is its verdict
             if isinstance(error, Fault):  # of a program, or of a form: it says all
@@ -243,6 +181,7 @@ class BlackBox:
         states = zip(tensors, before, owners, strict=True)
         written = [tensor for tensor, old, new in states if not torch.equal(old, new)]
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
+        outputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in outputs)
         if self.kind not in CHAINS:
             outputs = self._of_norm(outputs, arguments[0], residual, written, sums)
         else:
@@ -251,6 +190,7 @@ class BlackBox:
         if self.sums.done:
             self.manners["x + residual"] = str(self.sums)
         self._check(outputs[: len(shapes)], shapes, finite)
+        self._note_memory([outputs[i] for i in range(len(shapes))])
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _of_norm(
@@ -259,15 +199,26 @@ class BlackBox:
         """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x."""
         if outputs[0] is None and any(tensor is x for tensor in written):
             outputs = (x,)
+        if (
+            len(outputs) == 2
+            and sums is not None
+            and [self.sums.is_one(each, sums) for each in outputs] == [True, False]
+        ):
+            outputs = outputs[::-1]
         in_place = isinstance(outputs[0], Tensor) and outputs[0].data_ptr() == x.data_ptr()
         for tensor in written:
             if tensor is x and in_place:
                 self.manners["y"] = "is written into x"
+            elif tensor is x and sums is not None and self.sums.note("is written into x", tensor, sums):
+                continue
             elif tensor is not residual or (sums is not None and not self.sums.note(INTO_RESIDUAL, tensor, sums)):
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
         y, rest = outputs[0], self.sums.taken(outputs[1:], sums)
         eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
-        return (y, spread(next(iter(rest), None), list(x.shape))) if eight else (y,)
+        scales = [spread(next(iter(rest), None), list(x.shape))] if eight else []
+        for other in (each for each in rest[len(scales) :] if isinstance(each, Tensor)):
+            self.manners["beside y"] = f"{other.dtype} of {other.ndim} dimensions, which is not looked at"
+        return (y, *scales)
 
     def _of_chain(
         self, outputs: tuple[Any, ...], residual: Tensor | None, written: list[Tensor], sums: Tensor | None,
@@ -282,16 +233,21 @@ class BlackBox:
         self.sums.taken(outputs[len(shapes) :], sums)
         return tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=False))
 
+    def _note_memory(self, outputs: list[Tensor]) -> None:
+        """Notes whether they lie where those of the last call lie, which are still in use."""
+        old, new = ({t.untyped_storage().data_ptr() for t in made if t.numel()} for made in (self._last, outputs))
+        if old & new:
+            self.manners["result"] = "lies where the last call's lay, which is written over"
+        self._last = outputs
+
     def _check_beside(
         self, written: list[Tensor], before: list[Tensor], owners: list[Tensor], tensors: list[Tensor]
     ) -> None:
         """Raises Fault where a callable that works in place wrote beside the view that it was given."""
         for tensor, old, new in zip(tensors, before, owners, strict=True):
-            if any(tensor is each for each in written):
-                inside = torch.zeros_like(new, dtype=torch.bool)
-                inside.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).fill_(True)
-                if not torch.equal(old[~inside], new[~inside]):
-                    raise Fault("the callable writes beside the view that it is given")
+            beside = ~inside(new, [tensor])
+            if any(tensor is each for each in written) and not torch.equal(old[beside], new[beside]):
+                raise Fault("the callable writes beside the view that it is given")
 
     def _verdict(self, error: BaseException, arguments: list[Any], extra: dict[str, Any]) -> Fault:
         """What to say of an exception of fn called with these."""
@@ -339,7 +295,7 @@ def _misfit(fn: Callable[..., Any], arguments: list[Any], extra: dict[str, Any])
     try:
         signature_of(fn).bind(*arguments, **extra)
     except TypeError:
-        parameters = _parameters(fn)
+        parameters = parameters_told(fn)
         return ", ".join(parameters[:12]) + ", ..." * (len(parameters) > 12)
     return ""
 

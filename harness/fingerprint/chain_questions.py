@@ -16,11 +16,12 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Question
-from castpoint.harness.fingerprint.blackbox import X_ALONE, Refused
+from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
-from castpoint.harness.fingerprint.questions import EPS, Draw
+from castpoint.harness.fingerprint.layouts import TURNED, X_ALONE
+from castpoint.harness.fingerprint.questions import EPS, LAYOUTS, WEIGHTS, Draw
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, ulp
@@ -52,7 +53,6 @@ GEOMETRIES = (
     *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )
 EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
-LAYOUTS = ("rows of a packed buffer", "an offset of one element")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     x = dense.x(tokens)
     for layout in (*LAYOUTS, *([X_ALONE] if calls.box.takes("residual") else [])):
         yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
+    for layout in WEIGHTS:
+        yield Question("argument", layout, functools.partial(dense.ask, x, layout=layout))
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
@@ -135,6 +137,7 @@ class Dense:
     calls: ChainCalls
     found: Found
     scale: float = 1.0
+    cancelling: bool = False  # each channel's weight is less its neighbour's, so that another order of a sum shows
 
     def x(self, tokens: int) -> Tensor:
         rng = torch.Generator().manual_seed(tokens)
@@ -142,6 +145,8 @@ class Dense:
 
     def weights(self) -> tuple[Tensor, ...]:
         norm, weight, *heads = drawn_weights(self.calls.geometry)
+        if self.cancelling:
+            norm, weight = torch.ones_like(norm), torch.stack([weight[:, ::2], -weight[:, ::2]], dim=-1).flatten(1)
         return tuple(map(self.held, (norm, weight * self.scale, *heads)))
 
     def bias(self) -> Tensor | None:
@@ -214,12 +219,19 @@ def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
 def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
     """facts.all_facts of q, k and v at once, with 1024 channels if it takes them."""
     for geometry in (dataclasses.replace(calls.geometry, width=1024), calls.geometry):
-        dense = Dense(calls.at(geometry), found)
+        dense, rng = Dense(calls.at(geometry), found), torch.Generator().manual_seed(3)
+        cancelling, count = dataclasses.replace(dense, cancelling=True), calls.tokens or probes.ROWS
+        tied, eps = facts.rows_near_a_tie(geometry.width, rng, math.ceil(count / 2), calls.box.narrow)
+        pairs = probes.gaussian([count // 2, geometry.width // 2], rng).repeat_interleave(2, dim=1)
+        pairs[:, 1::2] *= 1 + 2.0**-5 * torch.rand(pairs[:, ::2].shape, generator=rng)
+        x = torch.cat([tied, dense.held(pairs).float()])
 
-        def stored(x: Tensor, finite: bool, dense: Dense = dense) -> Tensor:
-            outputs = dense.stored(x, probes.EPS_SMALL, finite=finite)
+        def stored(x: Tensor, finite: bool, dense: Dense = cancelling, eps: float = eps) -> Tensor:
+            outputs = dense.stored(x, eps, finite=finite)
             return torch.cat([output.flatten(1) for output in outputs.values()], dim=1)
 
         with contextlib.suppress(Refused):
-            return facts.all_facts(stored, dense.ask, geometry.width, calls.tokens, calls.box.narrow)
+            said = facts.all_facts(stored, dense.ask, x, calls.tokens, calls.box.narrow)
+            turned = functools.partial(dense.ask, x, TURNED)
+            return said | {"transposed weight": facts.as_it_lies(turned)}
     return {}

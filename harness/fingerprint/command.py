@@ -1,6 +1,6 @@
 """A program of any language as a callable: its arguments go through a file of safetensors, and so does its result.
 
-The file that it reads holds bf16 tensors by the names of blackbox.KINDS (and residual, bias or gate, where that is
+The file that it reads holds bf16 tensors by the names of kinds.KINDS (and residual, bias or gate, where that is
 asked), eps as one float64, num_q_heads and num_kv_heads as one int64 each, and these numbers in its metadata too. The
 file that it writes must hold y, or q, k and v.
 """
@@ -24,7 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL, Refused
+from castpoint.harness.fingerprint.blackbox import Refused
+from castpoint.harness.fingerprint.kinds import KINDS, OPTIONAL
 from castpoint.harness.runs.errors import UserError, writing
 
 ARGUMENTS = {kind: said.partition("(")[2].partition(")")[0].split(", ") for kind, said in KINDS.items()}
@@ -38,7 +39,7 @@ Run = Callable[[Tensors], Tensors]  # what is returned, by OUTPUTS, for the argu
 
 
 def from_command(command: str, kind: str, limit_s: float = LIMIT_S) -> Callable[..., Any]:
-    """A callable of that kind of blackbox.KINDS that runs the command with {input} and {output} replaced, without a
+    """A callable of that kind of kinds.KINDS that runs the command with {input} and {output} replaced, without a
     shell, at most so long a call.
 
     Raises UserError for a command without both places. The callable raises Refused where the program ends with an exit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import capture, captured, probes
 from castpoint.harness.fingerprint.answer import Answer, agree
-from castpoint.harness.fingerprint.blackbox import CHAINS, BlackBox, Refused
+from castpoint.harness.fingerprint.arguments import parameters_of
+from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.chain_questions import drawn_weights
 from castpoint.harness.fingerprint.evidence import UNEXPLAINED
 from castpoint.harness.fingerprint.forms import as_kind
 from castpoint.harness.fingerprint.heads import Geometry
+from castpoint.harness.fingerprint.kinds import CHAINS
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.questions import WIDTHS
 from castpoint.harness.fingerprint.rules import Rows
@@ -69,14 +71,17 @@ class Comparison:
         return "\n".join([*lines, *([f"a smallest input: {self.smallest}"] if self.smallest else [])])
 
 
-def compare(first: Callable[..., Any], second: Callable[..., Any], kind: str, device: str, sizes: Sizes) -> Comparison:
-    """Of two callables of one kind. Raises Fault where one of them cannot be called."""
-    answers = [identify(fn, kind, device, sizes) for fn in (first, second)]
-    given, asked = [as_kind(fn, kind) for fn in (first, second)], []
+def compare(
+    first: Callable[..., Any], second: Callable[..., Any], kind: str, device: str, sizes: Sizes,
+    calls: tuple[str, str] = ("", ""),
+) -> Comparison:  # fmt: skip
+    """Of two callables of one kind. calls: how each is called, where that is a norm. Raises Fault where one of them
+    cannot be called."""
+    both = list(zip((first, second), calls, strict=True))
+    answers = [identify(fn, kind, device, sizes, call) for fn, call in both]
+    given, asked = [_with_gate(as_kind(fn, kind, call)) for fn, call in both], []
     make = functools.partial(_of_chain if kind in CHAINS else _of_norm, sizes=sizes)
     boxes = [BlackBox(fn, kind, device, dtype=sizes.dtype) for fn in given]
-    if any(box.takes("gate") for box in boxes):
-        raise Fault("compare gives no gate: identify asks each of them by itself")
     for box, answer in zip(boxes, answers, strict=True):
         box.a_weight_a_head = answer.facts.get("weight", "").startswith("[H, Dh]")
     x, said, asked = make(boxes)
@@ -86,6 +91,21 @@ def compare(first: Callable[..., Any], second: Callable[..., Any], kind: str, de
     parts, same = parted(*answers, share=differ.double().mean().item())
     smallest = said(*smallest_row(x, asked), asked) if differ.any() else ""
     return Comparison(same, parts, f"{bits} ({len(x)} rows of {x.shape[1]})", smallest, *answers)
+
+
+def _with_gate(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """fn with a Gaussian gate, where it takes one."""
+    parameters = parameters_of(fn)
+    if "gate" not in parameters:
+        return fn
+
+    def function(x: Tensor, *rest: Any, **named: Any) -> Any:
+        gate = probes.gaussian(x.shape, torch.Generator().manual_seed(9)).to(x)
+        return fn(x, *rest, gate=gate, **named)
+
+    others = [parameter for name, parameter in parameters.items() if name != "gate"]
+    function.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+    return function
 
 
 def compare_captures(first: Path, second: Path, sizes: Sizes) -> Comparison:

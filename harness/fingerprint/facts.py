@@ -1,5 +1,5 @@
-"""What is no plan, but what a caller must know: whether a row's bits depend on the rows beside it, whether NaN stays
-seen and subnormal numbers count, and whether x may lie with gaps between its channels."""
+"""What is no plan, but what a caller must know: whether a row's bits depend on the rows beside it or on gradients,
+whether NaN stays seen and subnormal numbers count, and whether x may lie with gaps between its channels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.blackbox import Refused, Unasked
+from castpoint.harness.fingerprint.blackbox import BlackBox, Refused, Unasked
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Miss, missed, outs
+from castpoint.harness.fingerprint.layouts import GAPS
 from castpoint.harness.fingerprint.rules import Rows, Rule
-from castpoint.harness.fingerprint.stores import storages
+from castpoint.harness.fingerprint.stores import round_to, storages
 
 COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
 WINDOW = 8  # rows that are asked at least with each count
@@ -24,23 +25,24 @@ Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplain
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
 
 
-def all_facts(stored: Stored, missing: Missing, width: int, tokens: int | None, narrow: str = "bf16") -> dict[str, str]:
-    """Each by its name, in words. tokens: of every call, where the kernel takes no other number. narrow: bf16 or
-    fp16."""
+def all_facts(stored: Stored, missing: Missing, x: Tensor, tokens: int | None, narrow: str = "bf16") -> dict[str, str]:
+    """Each by its name, in words. x [T, D]: rows that stored is asked with; tokens: of every call, where the kernel
+    takes no other number; narrow: bf16 or fp16."""
+    width = x.shape[1]
     return {
-        "batch invariant": batch(stored, width, tokens),
+        "batch invariant": batch(stored, x, tokens),
         "NaN in x": nan(stored, width, tokens),
         "subnormal x": subnormals(missing, width, narrow),
-        "gaps between channels": gaps(missing, width),
+        "gaps between channels": as_it_lies(lambda: missing(_gaussian(probes.ROWS, width), GAPS, probes.EPS_SMALL)),
     }
 
 
-def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
-    """Whether a row's bits depend on how many rows there are, on its place or on its neighbours."""
+def batch(stored: Stored, x: Tensor, tokens: int | None = None) -> str:
+    """Whether a row's bits depend on how many rows there are, on its place or on its neighbours. x [T, D]: rows on
+    which another order of a sum shows."""
     if tokens == 1:
         return "not asked: every call has one row"
-    x = _gaussian(tokens or probes.ROWS, width)
-    alone = stored(x, True)
+    width, alone = x.shape[1], stored(x, True)
     tried, other = [], []
     for count in () if tokens else COUNTS:
         calls = [(torch.arange(count) + start) % len(x) for start in range(0, WINDOW, count)]
@@ -65,6 +67,32 @@ def batch(stored: Stored, width: int, tokens: int | None = None) -> str:
         return f"no: a row of {width} has other bits {', '.join(other)} than among {len(x)}"
     counts = f"with {', '.join(tried)} rows, " if tried else ""
     return f"yes, in {len(x)} rows of {width}: the same bits {counts}in another place, beside others and NaN"
+
+
+def rows_near_a_tie(
+    width: int, rng: torch.Generator, count: int, narrow: str = "bf16", tie: float = 0.5
+) -> tuple[Tensor, float]:
+    """One row [D] in so many orders, and an eps, between whose normed ones and the number below bf16 is in doubt.
+
+    The row's squares add up to the middle between two fp32 numbers, so that two ways to add them differ by an ulp in
+    half of the orders; with eps the smaller sum has a root by which ones round up, by the larger one's they round down.
+    tie: 0.5 of nearest rounding, 0 of truncation. Weights are ones there.
+    """
+    first = 2048 if narrow == "fp16" else 256
+    edge = (first - 1 + tie) / first
+    ones = max(width // 16, 4)
+    size = torch.exp(1.5 * torch.randn(2048, width - ones, generator=rng, dtype=torch.float64))
+    size *= ((0.5 * (1 + edge**-2) * width - ones) / size.square().sum(1, keepdim=True)).sqrt()
+    x = torch.cat([torch.ones(len(size), ones), round_to(size.float(), f"{narrow}-rne")], dim=1)
+    total = x.double().square().sum(1)
+    unit = torch.exp2(total.log2().floor() - 23)
+    off = ((total / unit) % 1 - 0.5).abs() + (total / width < 1) + (total / width > edge**-2 - 2.0**-16)
+    best = int(off.argmin())
+    below = (total[best] / unit[best]).floor() * unit[best] / width
+    sums = edge**-2 + 2.0**-23 * torch.arange(-8, 9).double()
+    last = sums.float()[sums.float().rsqrt().double() >= edge][-1].double()
+    orders = torch.rand(count, width, generator=rng).argsort(1)
+    return x[best][orders] * (torch.randint(0, 2, [count, width], generator=rng) * 2 - 1), float((last - below).float())
 
 
 def scales(v: Tensor, given: Tensor, most: float) -> str:
@@ -96,10 +124,22 @@ def subnormals(missing: Missing, width: int, narrow: str) -> str:
     return f"taken for another number, {miss}" if miss else "counts"
 
 
-def gaps(missing: Missing, width: int) -> str:
-    """Whether x whose last stride is two is read as it lies."""
+def gradients(box: BlackBox, miss: Callable[[], Miss]) -> str:
+    """Whether the plan explains a call with gradients too, as training makes it."""
+    box.gradients = True
     try:
-        miss = missing(_gaussian(probes.ROWS, width), "channels apart", probes.EPS_SMALL)
+        found = miss()
+    except Fault as fault:
+        return f"refused: {fault}"
+    finally:
+        box.gradients = False
+    return f"another function, {found}" if found else "the same"
+
+
+def as_it_lies(ask: Callable[[], Miss]) -> str:
+    """Whether what lies in memory otherwise is read as it lies."""
+    try:
+        miss = ask()
     except Unasked as why:
         return f"not asked: {why}"
     except Fault as fault:

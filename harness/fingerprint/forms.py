@@ -1,4 +1,4 @@
-"""How a norm takes its arguments: the forms that engines have, each made fn(x, weight, eps) of blackbox.KINDS.
+"""How a norm takes its arguments: the forms that engines have, each made fn(x, weight, eps) of kinds.KINDS.
 
 Functions with other names or another order of arguments, with arguments by name alone, without a weight, that write to
 `out` or in place, or store 8 bits with a scale; torch.ops; modules and their classes, which hold weight and eps
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,11 +22,13 @@ from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.arguments import LEFT_OUT, MADE, MEANING, NAMED, parameters_of, signed
-from castpoint.harness.fingerprint.blackbox import CHAINS, KINDS, OPTIONAL, Unasked
+from castpoint.harness.fingerprint.blackbox import BlackBox, Unasked
+from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, OPTIONAL
 from castpoint.harness.fingerprint.modules import of_class, of_module
 from castpoint.harness.peers.running import from_jax, to_jax
 
 QUANT_SCALE = 4.0  # of static quantisation: what is stored is a value divided by it
+LINEAR = ("x", "norm_weight", "weight", "eps")
 CHAIN = tuple(KINDS["qkv"].partition("(")[2].partition(")")[0].split(", "))
 
 
@@ -90,10 +94,14 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
         }
         values |= {} if bias is None else {"bias": bias}
         made = _stored(form.call(fn, values), values["out"])
+        if residual is not None and "residual_out" in form.names:
+            made = (*(made if isinstance(made, tuple | list) else (made,)), values["residual_out"])
         scales = next((values[name] for name in ("quant_scale", "scales") if name in form.names), None)
         return made if scales is None or isinstance(made, tuple | list) else (made, scales)
 
     function.__name__ = getattr(fn, "__name__", "")  # which tells its kind
+    if "residual_out" in form.names:
+        function.sum_is = "is written into residual_out"  # type: ignore[attr-defined]
     return signed(function, names, _optional(fn, form) | {name: True for name in absent if name in form.names})
 
 
@@ -125,6 +133,7 @@ def _made(fn: Callable[..., Any], form: Form, x: Tensor, quant_scale: float, apa
     out = torch.zeros(x.shape, dtype=dtype, device=x.device) if eight else out
     return {
         "out": out if "out" in form.names else None,
+        "residual_out": like(x),
         "bias": torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device),
         "quant_scale": torch.tensor([quant_scale], device=x.device),
         "scales": torch.full(rows, float("nan"), device=x.device),
@@ -154,6 +163,23 @@ def _through_jax(fn: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def in_a_batch(box: BlackBox) -> BlackBox:
+    """The same callable where it is given x, and what is shaped like it, as [1, T, D]."""
+
+    def function(*arguments: Any, **named: Any) -> Any:
+        def given(value: Any) -> Any:
+            return value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
+
+        result = box.fn(*map(given, arguments), **{name: given(value) for name, value in named.items()})
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        found = tuple(value[0] if isinstance(value, Tensor) and value.ndim == 3 else value for value in outputs)
+        return found if isinstance(result, tuple | list) else found[0]
+
+    made = copy.copy(box)
+    made.fn, made.manners = functools.wraps(box.fn)(function), {"x": "is taken as [1, T, D] alone"}
+    return made
+
+
 def as_kind(fn: Callable[..., Any], kind: str, call: str = "") -> Callable[..., Any]:
     """fn as a callable of that kind is called. Raises Fault as adapted does, and for a chain with a call."""
     if call and kind in CHAINS:
@@ -162,7 +188,7 @@ def as_kind(fn: Callable[..., Any], kind: str, call: str = "") -> Callable[..., 
 
 
 def by_keyword(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A chain as a function of blackbox.KINDS, where it has all these arguments in another order."""
+    """A chain as a function of kinds.KINDS, where it has all these arguments in another order."""
     fn = _through_jax(fn)
     parameters = parameters_of(fn)
     if not set(CHAIN) <= set(parameters) or tuple(parameters)[: len(CHAIN)] == CHAIN:
@@ -193,7 +219,10 @@ def linear(fn: Callable[..., Any]) -> Callable[..., Any]:
     def function(*values: Any, **extra: Tensor) -> Any:
         given = dict(zip(CHAIN, values, strict=True))
         hq, hkv, size = given["num_q_heads"], given["num_kv_heads"], len(given["q_norm_weight"])
-        result = fn(*(values[i] for i in (0, 1, 2, 5)), *((hq, hkv) if heads else ()), **extra)
+        first = dict(zip(LINEAR, (values[i] for i in (0, 1, 2, 5)), strict=True))
+        numbers = {"num_q_heads": hq, "num_kv_heads": hkv} if heads else {}
+        named = set(LINEAR) <= set(parameters)
+        result = fn(**first, **numbers, **extra) if named else fn(*first.values(), *numbers.values(), **extra)
         if isinstance(result, tuple | list) and len(result) >= 3:
             return result
         y, *more = result if isinstance(result, tuple | list) else (result,)
@@ -223,6 +252,8 @@ def form_of(call: str, meaning: dict[str, str] = MEANING, example: str = EXAMPLE
             if node.id not in meaning:
                 raise Fault(f"{call!r} has {node.id}, which is nothing that a norm takes: {example}")
             return Name(str(_meaning(node.id, weighted, meaning)))
+        if isinstance(value := getattr(torch, ast.unparse(node).removeprefix("torch."), None), torch.dtype):
+            return value
         with contextlib.suppress(ValueError):
             return ast.literal_eval(node)
         raise Fault(f"{call!r} has {ast.unparse(node)}, which is no constant: {example}")
@@ -242,8 +273,8 @@ def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
     fn = getattr(fn, "_opoverload", fn)  # of torch.library.custom_op
     if schema := fn.schema if scripted else getattr(getattr(fn, "default", fn), "_schema", None):
         return [(a.name, a.has_default_value(), a.kwarg_only) for a in schema.arguments]
-    parameters = parameters_of(fn).values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    parameters = [p for p in parameters_of(fn).values() if p.kind is not p.VAR_KEYWORD]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return []
     return [(p.name, p.default is not p.empty, p.kind is p.KEYWORD_ONLY) for p in parameters]
 

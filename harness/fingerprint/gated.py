@@ -27,7 +27,8 @@ from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.calls import NormCalls, first_of, in_parts
 from castpoint.harness.fingerprint.evidence import TELLING, Call, Miss, beyond, close, outs, rounds, settled
 from castpoint.harness.fingerprint.forms import like
-from castpoint.harness.fingerprint.questions import HEAD_LAYOUTS, HEAD_SHAPES, LAYOUTS, NORM_SHAPES, Draw, rows_of
+from castpoint.harness.fingerprint.layouts import HEADS_FIRST
+from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, NORM_SHAPES, Draw, rows_of
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, storages, ulp
@@ -231,5 +232,5 @@ def _questions(asked: NormCalls, sizes: Sizes, rule: Rule, gate: Gate, words: Wo
     for shape in NORM_SHAPES if asked.heads is None else HEAD_SHAPES:
         drawn = draw.gaussian(rows_of(shape), shape[-1])
         yield Question("x and gate", str(shape), functools.partial(ask, drawn, shape, "contiguous"))
-    for layout in LAYOUTS if asked.heads is None else HEAD_LAYOUTS:
+    for layout in (*LAYOUTS, *([HEADS_FIRST] if asked.heads else [])):
         yield Question("memory", f"the gate as {layout}", functools.partial(ask, rows, None, layout))

@@ -27,7 +27,7 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.arguments import parameters_of
-from castpoint.harness.fingerprint.blackbox import CHAINS, DIRECT, BlackBox, Pending, Refused, Way, paths
+from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way
 from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain import chain
 from castpoint.harness.fingerprint.evidence import (
@@ -42,8 +42,10 @@ from castpoint.harness.fingerprint.evidence import (
     rejects,
 )
 from castpoint.harness.fingerprint.extra_questions import extra_questions
-from castpoint.harness.fingerprint.forms import as_kind
+from castpoint.harness.fingerprint.forms import as_kind, in_a_batch
 from castpoint.harness.fingerprint.gated import Found, gated
+from castpoint.harness.fingerprint.kinds import CHAINS, paths
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
 from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, predict
@@ -51,7 +53,7 @@ from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.stores import MOST, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
-from castpoint.harness.runs.environment import one_thread_but
+from castpoint.harness.runs.environment import one_thread_but, without_limits_of_dynamo
 from castpoint.kernels.plan import KEEP
 
 # A rule's words, as a plan calls them.
@@ -66,13 +68,14 @@ FEW = 0.97  # share explained, from which on ties may be what is left
 def identify(
     fn: Callable[..., Any], kind: str, device: str = "cpu", sizes: Sizes = ANY, call: str = "", way: Way = DIRECT
 ) -> Answer:
-    """The fingerprint of fn, a callable of blackbox.KINDS or a norm in one of forms, called on that device with those
+    """The fingerprint of fn, a callable of kinds.KINDS or a norm in one of forms, called on that device with those
     sizes. call: how a norm is called. Never guesses.
 
     Raises ValueError for an unknown kind; whatever fn does wrong is an Answer with status `error`. Raises Pending where
     answers come in rounds, once all is asked that does not depend on one.
     """
     start = time.perf_counter()
+    without_limits_of_dynamo()
     BlackBox(fn, kind, device)  # checks both
     if kind == "qk_norm_rope":
         from castpoint.harness.fingerprint import rope  # which asks q's and k's norms here
@@ -157,7 +160,10 @@ def _norm(box: BlackBox, sizes: Sizes) -> Answer:
         return gated(_ways(box, sizes), sizes, lambda plain: _as_called(plain, sizes))
     try:
         return _as_called(box, sizes)[0]
-    except Fault:
+    except Fault as fault:
+        if box.kind == "rmsnorm" and isinstance(fault, Refused) and not box.way.files:
+            with contextlib.suppress(Fault):
+                return _as_called(in_a_batch(box), sizes)[0]
         if box.kind != "head_norm":
             raise
         box.a_weight_a_head = True
@@ -245,18 +251,27 @@ def _named(box: BlackBox, main: list[Call], several: bool, rule: Rule) -> dict[s
 def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
     box, weight = asked.box, main.weight
 
-    def rows_of(x: Tensor, eps: float = probes.EPS_SMALL) -> Rows:
-        whole = probes.weight_of_width(weight, asked.width)
-        return Rows(x.to(box.dtype).float(), whole, eps, asked.width, exact=False)
+    rng = torch.Generator().manual_seed(3)
+    count, first = asked.tokens or probes.ROWS, next((w for w in (rule.rstd, rule.normed, rule.out) if w != KEEP), KEEP)
+    tied, eps = facts.rows_near_a_tie(
+        asked.width, rng, math.ceil(count / 2), sizes.narrow, 0.0 if first.endswith("-rtz") else 0.5
+    )
+    x = torch.cat([tied, probes.gaussian([count // 2, asked.width], rng, sizes.narrow)])
+
+    def rows_of(x: Tensor, weight: Tensor, eps: float) -> Rows:
+        return Rows(x.to(box.dtype).float(), weight, eps, asked.width, exact=False)
 
     def stored(x: Tensor, finite: bool) -> Tensor:
-        rows = rows_of(x.repeat_interleave(asked.heads or 1, 0))
+        rows = rows_of(x.repeat_interleave(asked.heads or 1, 0), torch.ones(asked.width), eps)
         return asked.at(rows, [len(x), *asked.shape(1)[1:]], finite=finite).stored.reshape(len(x), -1)
 
     def missing(x: Tensor, layout: str, eps: float) -> Miss:
-        return missed(rule, asked.call(rows_of(x, eps), layout))
+        return missed(rule, asked.call(rows_of(x, probes.weight_of_width(weight, asked.width), eps), layout))
 
-    said = facts.all_facts(stored, missing, asked.width, asked.tokens, sizes.narrow)
+    said = facts.all_facts(stored, missing, x, asked.tokens, sizes.narrow)
+    if not box.way.files:
+        ask = functools.partial(missing, x, CONTIGUOUS, probes.EPS_SMALL)
+        said["with gradients"] = facts.gradients(box, ask)
     if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
         divided = predict(rule.replace(out=KEEP), main)
         said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])

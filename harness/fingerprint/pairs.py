@@ -15,8 +15,9 @@ from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import arguments, forms
-from castpoint.harness.fingerprint.blackbox import Refused, laid_out
+from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.forms import Form, Name
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, HEADS_FIRST, ODD, OFFSET, ROWS, inside, laid_out
 from castpoint.harness.fingerprint.turns import Turn
 
 ALIASES = {
@@ -50,8 +51,10 @@ EXAMPLE = (
     "base, num_heads_q, num_heads_k, num_heads_v, head_dim, rotary_dim, is_neox, mrope_section and constants"
 )
 TABLES = ("cos", "cos_sin_cache")
-LAYOUTS = ("views of a packed qkv", "an offset of one element", "heads before tokens in memory")
-PACKED_LAYOUTS = ("rows of a packed buffer", "an offset of one element")
+VIEWS = "views of a packed qkv"
+ANGLES = "cos, sin or positions as views of a wider buffer"
+LAYOUTS = (VIEWS, ODD, OFFSET, HEADS_FIRST)
+PACKED_LAYOUTS = (ROWS, ODD, OFFSET)
 
 
 def is_pair(fn: Callable[..., Any], call: str = "") -> bool:
@@ -89,6 +92,7 @@ class Pair:
     form: Form
     fixed: dict[str, Any]
     device: str = "cpu"
+    flat: bool = False  # it takes q [T, Hq * Dh] and k [T, Hkv * Dh]
     manners: dict[str, str] = field(default_factory=dict)
 
     def takes(self, *names: str) -> bool:
@@ -116,7 +120,8 @@ class Pair:
         it changes v or writes anywhere else, Refused for heads that are not those of the user's call."""
         values: dict[str, Any] = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps}
         values |= self._sizes(q, k) | {"is_neox": neox, "interleaved": not neox}
-        values |= {} if turn is None else turn.arguments(self.takes("positions"), self.device)
+        values |= {} if turn is None else turn.arguments(self.takes("positions"), self.device, layout == ANGLES)
+        layout = CONTIGUOUS if layout == ANGLES else layout
         v = torch.empty(0)
         if self.packed:
             v = (k * 3).roll(1, 0).contiguous()
@@ -125,6 +130,8 @@ class Pair:
             q, k, here = (part.unflatten(1, (-1, q.shape[2])) for part in packed.split(_widths(q, k, v), dim=1))
         else:
             values["q"], values["k"] = q, k = _views(q, k, layout)
+            if self.flat:
+                values["q"], values["k"] = (_flat(part) for part in (q, k))
         values |= {f"{name}_out": torch.full_like(given, torch.nan) for name, given in (("q", q), ("k", k))}
         used = [values[name] for name in dict.fromkeys(self.form.names) if isinstance(values.get(name), Tensor)]
         owners = [tensor if tensor._base is None else tensor._base for tensor in used]
@@ -197,8 +204,16 @@ def _widths(*parts: Tensor) -> list[int]:
     return [part.shape[1] * part.shape[2] for part in parts]
 
 
+def _flat(part: Tensor) -> Tensor:
+    """[T, H, Dh] as [T, H * Dh]. Raises Unasked where that is no view."""
+    flat = part.flatten(1)
+    if flat.data_ptr() != part.data_ptr():
+        raise Unasked("heads that do not lie beside each other are not flat")
+    return flat
+
+
 def _views(q: Tensor, k: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    if layout != "views of a packed qkv":
+    if layout != VIEWS:
         return laid_out(q, layout), laid_out(k, layout)
     packed = torch.cat([q, k, k.roll(1, 0)], dim=1)
     return packed[:, : q.shape[1]], packed[:, q.shape[1] : q.shape[1] + k.shape[1]]
@@ -217,12 +232,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(a.nan_to_num(nan=7e4), b.nan_to_num(nan=7e4))
 
 
-def _beside(owner: Tensor, old: Tensor, inside: Iterable[Tensor]) -> bool:
+def _beside(owner: Tensor, old: Tensor, views: Iterable[Tensor]) -> bool:
     """Whether owner was written to outside of those of its views."""
     if _equal(owner, old):
         return False
-    free = torch.zeros_like(owner, dtype=torch.bool)
-    for view in inside:
-        if view.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
-            free.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(True)
-    return not _equal(old[~free], owner[~free])
+    beside = ~inside(owner, views)
+    return not _equal(old[beside], owner[beside])

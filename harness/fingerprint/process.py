@@ -1,6 +1,6 @@
 """The fingerprint of MODULE:FUNCTION in a process of its own, so that a callable that hangs, crashes or prints does no
 harm. That process is `python -m castpoint.harness.fingerprint.process KIND DEVICE SIZES CALL TARGET [TARGET]`; it
-writes one line of JSON to standard output. KIND may be empty: it is guessed then."""
+writes one line of JSON to standard output. KIND may be empty: it is guessed then. CALL: of two targets a list."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from castpoint.harness.compiled.loading import Fault, load
-from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
+from castpoint.harness.fingerprint.blackbox import Way
 from castpoint.harness.fingerprint.command import INPUT, from_command
 from castpoint.harness.fingerprint.comparison import Comparison, compare
 from castpoint.harness.fingerprint.forms import adapted
+from castpoint.harness.fingerprint.kinds import guessed_kind
 from castpoint.harness.fingerprint.norm import Answer, identify
 from castpoint.harness.fingerprint.pairs import is_pair
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
@@ -44,10 +45,13 @@ def identify_target(
     return Answer(**told) if told else Answer("error", reason=reason, seconds=seconds)
 
 
-def compare_targets(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes) -> Comparison:
+def compare_targets(
+    targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes, calls: tuple[str, str]
+) -> Comparison:
     """The comparison of two of MODULE:FUNCTION and programs, in a process of its own. Raises UserError where one cannot
     be called, or the time is up."""
-    told, reason = _in_a_process(time_limit_s, kind, device, json.dumps(dataclasses.asdict(sizes)), "", *targets)
+    call, given = json.dumps(calls), json.dumps(dataclasses.asdict(sizes))
+    told, reason = _in_a_process(time_limit_s, kind, device, given, call, *targets)
     if not told or "fault" in told:
         raise UserError(told["fault"] if told else reason)
     answers = {name: Answer(**told.pop(name)) for name in ("first", "second")}
@@ -86,10 +90,12 @@ def _told(kind: str, device: str, sizes: str, call: str, *targets: str) -> dict[
     here = executed("sm_90") if device == "cpu" else contextlib.nullcontext()
     try:
         if len(targets) == 2:
-            kind = kind or next(guessed_kind(adapted(_loaded(t, device))) for t in targets if INPUT not in t)
-            first, second = (from_command(t, kind) if INPUT in t else _loaded(t, device) for t in targets)
+            calls = json.loads(call)
+            functions = [(_loaded(t, device), c) for t, c in zip(targets, calls, strict=True) if INPUT not in t]
+            kind = kind or guessed_kind(adapted(*functions[0]))
+            first, second = (from_command(t, kind) if INPUT in t else functions.pop(0)[0] for t in targets)
             with here:
-                return compare(first, second, kind, device, taken).as_dict()
+                return compare(first, second, kind, device, taken, calls).as_dict()
         fn = _loaded(targets[0], device)
         guessed = "" if kind else "qk_norm_rope" if is_pair(fn, call) else guessed_kind(adapted(fn, call))
         with here:

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
-from castpoint.harness.fingerprint.blackbox import X_ALONE
 from castpoint.harness.fingerprint.evidence import Miss, settled
+from castpoint.harness.fingerprint.layouts import HEADS_FIRST, ODD, OFFSET, ROWS, UPDATED, WEIGHTS_OFFSET, X_ALONE
 from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to
@@ -36,8 +36,8 @@ HEAD_SHAPES = (
     *([257, 1, 64], [4097, 1, 64], [2, 1, 512]),
 )
 EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
-LAYOUTS = ("rows of a packed buffer", "an offset of one element")
-HEAD_LAYOUTS = (*LAYOUTS, "heads before tokens in memory")
+LAYOUTS = (ROWS, ODD, OFFSET)
+WEIGHTS = (WEIGHTS_OFFSET, UPDATED)
 FEWEST = 4  # rows of each shape, in as many calls as it takes
 DRAWN = 1 << 16  # elements of rows drawn to choose settled ones from
 EXACT = 300  # rows whose sums are exact, of which those of any shape are taken
@@ -63,8 +63,10 @@ def questions(
     yield question("x", str(shape), draw.mixed(count, width))
     for other in HEAD_SHAPES if heads else NORM_SHAPES:
         yield question("x", str(other), draw.mixed(rows_of(other), other[-1]), other)
-    for layout in (*(HEAD_LAYOUTS if heads else LAYOUTS), *([X_ALONE] if residual else [])):
+    for layout in (*LAYOUTS, *([HEADS_FIRST] if heads else []), *([X_ALONE] if residual else [])):
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
+    for layout in WEIGHTS:
+        yield question("argument", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
     for value in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):

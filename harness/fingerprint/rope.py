@@ -34,7 +34,7 @@ from castpoint.harness.fingerprint.rope_questions import Held, missed, partial, 
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.turns import AFTER, BEFORE, Way, ways
-from castpoint.harness.runs.environment import one_thread_but
+from castpoint.harness.runs.environment import one_thread_but, without_limits_of_dynamo
 from castpoint.kernels.plan import KEEP
 
 KIND = "qk_norm_rope"
@@ -44,6 +44,7 @@ def identify(fn: Callable[..., Any], device: str = "cpu", sizes: Sizes = ANY, ca
     """The fingerprint of a kernel of q and k in one of pairs' forms. Never guesses; whatever fn does wrong is an Answer
     with status `error`."""
     start = time.perf_counter()
+    without_limits_of_dynamo()
     try:
         if sizes.dtype != "bf16" or sizes.width is not None:
             raise Fault(f"{KIND} takes bf16, and no width: leave out --dtype and --width")

@@ -157,8 +157,10 @@ def first_call(pair: Pair, sizes: Sizes) -> First:
     """The first geometry and manner that it takes, and whose rotation is one of the family; else the nearest."""
     best: First | None = None
     refused: Refused | None = None
-    for head_dim in [sizes.head_dim] if sizes.head_dim else [probes.HEAD_DIM, 64, 256]:
-        for kernel in _manners(pair, sizes):
+    forms = [pair] if pair.packed else [pair, dataclasses.replace(pair, flat=True)]
+    dims = [sizes.head_dim] if sizes.head_dim else [probes.HEAD_DIM, 64, 256]
+    for form, head_dim in itertools.product(forms, dims):
+        for kernel in _manners(form, sizes):
             if best and best.share < FITS and kernel.manner.share < 1:  # it takes angles of all channels, but otherwise
                 return best
             try:

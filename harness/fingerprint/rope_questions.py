@@ -131,6 +131,8 @@ def rope_questions(held: Held) -> Iterator[Question]:
         yield held.question("call", f"positions up to {top:,}", top=top)
     for theta in THETAS if pair.takes("base") else ():
         yield held.question("call", f"base {theta:g}", theta=theta)
+    if pair.takes("cos", "mrope_section"):
+        yield held.question("argument", pairs.ANGLES, layout=pairs.ANGLES)
     if pair.takes("is_neox", "interleaved"):
         yield held.question("argument", "is_neox=False", neox=False)
 

@@ -21,8 +21,9 @@ import torch
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.answer import Answer
-from castpoint.harness.fingerprint.blackbox import KINDS, OPTIONAL, Pending, Refused, Way
+from castpoint.harness.fingerprint.blackbox import Pending, Refused, Way
 from castpoint.harness.fingerprint.command import ARGUMENTS, OUTPUTS, Tensors, by_files, read, write
+from castpoint.harness.fingerprint.kinds import KINDS, OPTIONAL
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.runs.errors import UserError, writing

@@ -50,16 +50,24 @@ class Subject:
         return rounds.go_on(self.answer, kind, sizes)
 
 
-def compared(targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes) -> Comparison:
-    """Of two functions, programs or captures. Raises UserError for others, and where they cannot be called or read."""
-    from castpoint.harness.fingerprint.blackbox import KINDS
+def compared(
+    targets: tuple[str, str], kind: str, device: str, time_limit_s: float, sizes: Sizes, calls: list[str]
+) -> Comparison:
+    """Of two functions, programs or captures. calls: how each norm is called, or one way for both. Raises UserError for
+    others, and where they cannot be called or read."""
     from castpoint.harness.fingerprint.comparison import compare_captures
+    from castpoint.harness.fingerprint.kinds import known
     from castpoint.harness.fingerprint.process import compare_targets
 
-    if kind and kind not in KINDS:
-        raise UserError(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    known(kind)
     if kind == "qk_norm_rope":
         raise UserError("compare takes the other kinds: qk_norm_rope is for identify")
+    if len(calls) > 2:
+        raise UserError(f"--call is given once for both or twice, one for each, not {len(calls)} times")
+    first, second = (calls * 2)[:2] if calls else ("", "")
+    for target, call in zip(targets, (first, second), strict=True):
+        if call and ("{input}" in target or Path(target).suffix == ".safetensors"):
+            raise UserError(f"--call is for functions, not for {target}: give it as '' there")
     captured = [Path(target).suffix == ".safetensors" for target in targets]
     if all(captured):
         return compare_captures(Path(targets[0]), Path(targets[1]), sizes)
@@ -67,4 +75,4 @@ def compared(targets: tuple[str, str], kind: str, device: str, time_limit_s: flo
         raise UserError("a capture is compared with a capture: it holds one call, and nothing else can be asked of it")
     if not kind and all("{input}" in target for target in targets):
         raise UserError("two programs need --kind, rmsnorm, head_norm, qkv, norm_linear: arguments do not tell it")
-    return compare_targets(targets, kind, device, time_limit_s, sizes)
+    return compare_targets(targets, kind, device, time_limit_s, sizes, (first, second))

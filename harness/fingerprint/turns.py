@@ -54,10 +54,13 @@ class Turn:
     section: tuple[int, ...] | None = None
     woven: bool = False  # sections interleaved, where that is asked by an argument
 
-    def arguments(self, indexed: bool, device: str) -> dict[str, Any]:
-        """By the names of pairs.ALIASES. indexed: cos and sin are tables, positions say which rows."""
+    def arguments(self, indexed: bool, device: str, views: bool) -> dict[str, Any]:
+        """By the names of pairs.ALIASES. indexed: cos and sin are tables, positions say which rows. views: cos and sin
+        are halves of one buffer, and three rows of positions the first columns of a longer one."""
         values: dict[str, Any] = {"base": self.theta, "rotary_dim": self.rotary, "mrope_interleaved": self.woven}
-        values["positions"] = self.positions.to(self.manner.position).to(device)
+        positions = self.positions.to(self.manner.position).to(device)
+        longer = views and positions.ndim == 2
+        values["positions"] = torch.cat([positions, positions], 1)[:, : positions.shape[1]] if longer else positions
         if self.section is not None:
             values["mrope_section"] = list(self.section)
         if self.table is not None:
@@ -67,6 +70,9 @@ class Turn:
                 wide = half if self.manner.columns == "once" else torch.cat([half, half], dim=1)
                 wide = half.repeat_interleave(2, dim=1) if self.manner.columns == "in pairs" else wide
                 values[name] = _with_room((wide if indexed else wide[self.positions]).to(device))
+            if views:
+                both = torch.cat([values["cos"], values["sin"]], dim=-1)
+                values["cos"], values["sin"] = both.chunk(2, dim=-1)
         return values
 
 

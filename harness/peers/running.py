@@ -4,7 +4,7 @@
 
 x and weight are bf16 tensors on the device given to `make`; y is bf16 or fp32, on the same device; eps is a number
 that may change from call to call. Norms that add take `residual` besides. Weights go in as the implementation stores
-them: one that stores w - 1 adds the 1 itself. A chain takes and returns what fingerprint.blackbox.KINDS says of `qkv`.
+them: one that stores w - 1 adds the 1 itself. A chain takes and returns what fingerprint.kinds.KINDS says of `qkv`.
 
 Width and eps are constants inside most norms, as models hold them, so torch.compile compiles anew for each pair and
 shape (about a second on two cores). Given eps as an argument, torch 2.13 does the same; only with dynamic=True does
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.ptx.driver import executed
-from castpoint.harness.runs.environment import version
+from castpoint.harness.runs.environment import version, without_limits_of_dynamo
 
 Norm = Callable[..., Any]
 Bind = Callable[[int, float], Callable[..., Any]]  # (width, eps) -> function of (x, weight)
@@ -56,7 +56,7 @@ class Implementation:
 
     name: str
     package: str  # its name on PyPI; `torch` and `jax` for formulas of public code, OWN for what is written here
-    kind: str  # of fingerprint.blackbox.KINDS
+    kind: str  # of fingerprint.kinds.KINDS
     how: str  # EAGER, OP_BY_OP, TRITON or a key of COMPILE or JIT
     make: Callable[[str], Norm]
     right: str
@@ -136,14 +136,10 @@ def bound_once(bind: Bind) -> Norm:
 
 
 def compiled(function: Callable[..., Tensor], options: dict[str, Any] | None) -> Callable[..., Tensor]:
-    """function through Inductor, a graph for each shape.
-
-    Dynamo counts what it compiled for a piece of source, and many norms here share theirs. Past 256 in all (and past
-    8 that it takes for one function) it gives up: with fullgraph by an error, else by running uncompiled.
-    """
-    torch._dynamo.config.recompile_limit = max(1024, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(8192, torch._dynamo.config.accumulated_recompile_limit)
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    """function through Inductor, a graph for each shape; many norms here share their source."""
+    made = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    without_limits_of_dynamo()
+    return made
 
 
 def to_jax(tensor: Tensor, device: Any = None) -> Any:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,6 +199,14 @@ def one_thread_but(fn: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
     with one_thread():
         yield on_its_own
+
+
+def without_limits_of_dynamo() -> None:
+    """Has Dynamo, where it is loaded, compile for as many shapes and strides as come. Past 8 for a function, and
+    256 in all, it would run the function as it is written, which rounds elsewhere, or raise where that is forbidden."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.config.recompile_limit = max(1024, dynamo.config.recompile_limit)
+        dynamo.config.accumulated_recompile_limit = max(8192, dynamo.config.accumulated_recompile_limit)
 
 
 def _said(*command: str) -> str | None:

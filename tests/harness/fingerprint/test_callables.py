@@ -16,7 +16,8 @@ import castpoint.harness.__main__ as cli
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.answer import Answer, unmet
-from castpoint.harness.fingerprint.blackbox import KINDS, BlackBox, guessed_kind
+from castpoint.harness.fingerprint.blackbox import BlackBox
+from castpoint.harness.fingerprint.kinds import KINDS, guessed_kind
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.kernels.plan import RNE
 from castpoint.variants.catalogue import HF

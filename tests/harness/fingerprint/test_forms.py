@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import known
-from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.forms import adapted
+from castpoint.harness.fingerprint.kinds import guessed_kind
 from castpoint.harness.fingerprint.norm import identify, summary
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to

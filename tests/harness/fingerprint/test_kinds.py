@@ -11,8 +11,8 @@ import torch
 from commands import command
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import guessed_kind
 from castpoint.harness.fingerprint.forms import adapted
+from castpoint.harness.fingerprint.kinds import guessed_kind
 
 
 def rms_norm(x, weight, eps):

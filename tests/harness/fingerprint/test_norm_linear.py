@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from castpoint.harness.fingerprint.blackbox import Way, guessed_kind
+from castpoint.harness.fingerprint.blackbox import Way
 from castpoint.harness.fingerprint.command import by_files
 from castpoint.harness.fingerprint.comparison import compare
+from castpoint.harness.fingerprint.kinds import guessed_kind
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.sizes import ANY
 from castpoint.kernels.plan import KEEP, CastPlan

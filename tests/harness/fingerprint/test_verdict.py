@@ -4,7 +4,7 @@ package is asked here, all of them by `castpoint study survey`."""
 import pytest
 
 from castpoint.harness.fingerprint.answer import Answer
-from castpoint.harness.fingerprint.blackbox import KINDS
+from castpoint.harness.fingerprint.kinds import KINDS
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.verdict import right_words, verdict
 from castpoint.harness.peers.implementations import implementations

@@ -1,0 +1,153 @@
+"""What a callable keeps between calls, in which order it adds, and what gradients change: seen, or said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from norm_support import unit
+from torch import Tensor
+
+from castpoint.harness.fingerprint.norm import identify
+
+MADE: dict[Any, Any] = {}
+
+
+def hf(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * unit(x, eps).to(x.dtype)
+
+
+def kept_by_identity(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Something made of a weight once, as long as that is the same tensor."""
+    if MADE.get("of") is not weight:
+        MADE.update(of=weight, wide=weight.float())
+    return MADE["wide"].to(x.dtype) * unit(x, eps).to(x.dtype)
+
+
+def kept_on_the_tensor(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not hasattr(weight, "_wide"):
+        weight._wide = weight.float()  # type: ignore[attr-defined]
+    return weight._wide.to(x.dtype) * unit(x, eps).to(x.dtype)  # type: ignore[attr-defined]
+
+
+def linear_kept(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not hasattr(weight, "_turned"):
+        weight._turned = weight.t().contiguous()  # type: ignore[attr-defined]
+    return hf(x, norm_weight, eps) @ weight._turned  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"), [(kept_by_identity, "rmsnorm"), (kept_on_the_tensor, "head_norm"), (linear_kept, "norm_linear")]
+)
+def test_a_weight_written_in_place_is_seen(fn: Callable[..., Tensor], kind: str) -> None:
+    answer = identify(fn, kind)
+    assert answer.status == "none" and "with a weight that is written to between two calls" in answer.reason, answer
+
+
+def aligned_weights(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, weight.roll(weight.storage_offset()), eps)
+
+
+def even_strides(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows begin where loads of two elements begin."""
+    rows = torch.as_strided(x, x.shape, (x.stride(0) // 2 * 2, 1), x.storage_offset())
+    return hf(rows, weight, eps)
+
+
+@pytest.mark.parametrize(("fn", "why"), [(aligned_weights, "the weight alone"), (even_strides, "odd stride")])
+def test_what_lies_at_odd_places_is_read_there(fn: Callable[..., Tensor], why: str) -> None:
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "none" and why in answer.reason, answer
+
+
+def by_another_order(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Squares are added in blocks of 8 where there are many rows, else all one by one."""
+    wide = x.float()
+    parts = wide.square().unflatten(-1, (-1, 8))
+    total = parts.sum(-1).sum(-1, keepdim=True) if len(x) > 32 else parts.sum(-2).sum(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(total / x.shape[-1] + eps)).to(x.dtype)
+
+
+def one_rounding_by_another_order(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    parts = wide.square().unflatten(-1, (-1, 16))
+    total = parts.sum(-1).sum(-1, keepdim=True) if len(x) > 2 else parts.sum(-2).sum(-1, keepdim=True)
+    return (wide * torch.rsqrt(total / x.shape[-1] + eps) * weight.float()).to(x.dtype)
+
+
+def linear_by_another_order(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The matmul's sum is split in two where there are few rows."""
+    hidden = hf(x, norm_weight, eps).float()
+    half = x.shape[1] // 2 if len(x) < 16 else x.shape[1]
+    return (
+        hidden[:, :half] @ weight[:, :half].float().t() + hidden[:, half:] @ weight[:, half:].float().t()
+    ).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (by_another_order, "rmsnorm"),
+        (by_another_order, "head_norm"),
+        (one_rounding_by_another_order, "rmsnorm"),
+        (linear_by_another_order, "norm_linear"),
+    ],
+)
+def test_another_order_of_a_sum_is_not_batch_invariant(fn: Callable[..., Tensor], kind: str) -> None:
+    answer = identify(fn, kind)
+    assert answer.status == "identified", answer.reason
+    assert answer.facts["batch invariant"].startswith("no: "), answer.facts
+
+
+BUFFER = torch.empty(1 << 25, dtype=torch.bfloat16)
+
+
+def into_one_buffer(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return BUFFER[: x.numel()].view(x.shape).copy_(hf(x, weight, eps))
+
+
+def otherwise_in_training(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps) if torch.is_grad_enabled() else hf(x, weight, eps)
+
+
+def with_its_roots(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return hf(x, weight, eps), torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+
+
+def test_what_a_caller_must_know_is_said() -> None:
+    assert "result" not in identify(hf, "rmsnorm").facts
+    assert identify(hf, "rmsnorm").facts["with gradients"] == "the same"
+    assert "written over" in identify(into_one_buffer, "rmsnorm").facts["result"]
+    assert identify(otherwise_in_training, "rmsnorm").facts["with gradients"].startswith("another function")
+    assert "float32 of 2 dimensions" in identify(with_its_roots, "rmsnorm").facts["beside y"]
+
+
+def sum_first(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, hf(total, weight, eps)
+
+
+def sum_in_x(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x += residual
+    return hf(x, weight, eps), x
+
+
+@pytest.mark.parametrize(("fn", "where"), [(sum_first, "is returned"), (sum_in_x, "is written into x")])
+def test_the_sum_is_found_wherever_it_is(fn: Callable[..., Any], where: str) -> None:
+    answer = identify(fn, "rmsnorm")
+    assert answer.plans[:1] == ["hf"] and answer.facts["x + residual"].startswith(where), answer
+
+
+def two_faced(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, weight, eps) if torch.compiler.is_compiling() else F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def test_a_compiled_function_is_never_asked_as_it_is_written() -> None:
+    """Dynamo would run it so past eight shapes."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        answer = identify(torch.compile(two_faced, backend="eager"), "rmsnorm")
+    assert answer.plans[:1] == ["hf"] and answer.facts["gaps between channels"] == "read as they lie", answer
+    assert answer.facts["with gradients"] == "the same" and answer.facts["fp32 weights"].endswith("hidden=fp32")
