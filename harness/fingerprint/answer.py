@@ -19,7 +19,7 @@ CALLED = {  # how a call was changed: the shape of x, or of x and its gate, eps,
     "x": "with x {}",
     "x and gate": "with x and gate {}",
     "eps": "with eps={}",
-    **dict.fromkeys(("memory", "values", "call", "argument"), "with {}"),
+    **dict.fromkeys(("memory", "values", "call", "argument", "weights"), "with {}"),
 }
 HEAD = ("proj", "head_rstd", "head_normed")  # what a chain without a head norm has not
 SHOWN = 3  # questions that a reason names

@@ -234,9 +234,9 @@ class BlackBox:
         return tuple(_by_head(output, shape) for output, shape in zip(outputs, shapes, strict=False))
 
     def _note_memory(self, outputs: list[Tensor]) -> None:
-        """Notes whether they lie where those of the last call lie, which are still in use."""
+        """Notes whether they lie where those of the last call lie, which are still in use; of files all lie in one."""
         old, new = ({t.untyped_storage().data_ptr() for t in made if t.numel()} for made in (self._last, outputs))
-        if old & new:
+        if old & new and not self.way.files:
             self.manners["result"] = "lies where the last call's lay, which is written over"
         self._last = outputs
 

@@ -92,7 +92,7 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     for layout in (*LAYOUTS, *([X_ALONE] if calls.box.takes("residual") else [])):
         yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
     for layout in WEIGHTS:
-        yield Question("argument", layout, functools.partial(dense.ask, x, layout=layout))
+        yield Question("weights", layout, functools.partial(dense.ask, x, layout=layout))
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))

@@ -72,10 +72,10 @@ def batch(stored: Stored, x: Tensor, tokens: int | None = None) -> str:
 def rows_near_a_tie(
     width: int, rng: torch.Generator, count: int, narrow: str = "bf16", tie: float = 0.5
 ) -> tuple[Tensor, float]:
-    """One row [D] in so many orders, and an eps, between whose normed ones and the number below bf16 is in doubt.
+    """One row [D] in so many orders, and an eps, which leave open whether its normed twos are 1 or the number below.
 
     The row's squares add up to the middle between two fp32 numbers, so that two ways to add them differ by an ulp in
-    half of the orders; with eps the smaller sum has a root by which ones round up, by the larger one's they round down.
+    half of the orders; with eps the smaller sum has a root by which they round up, by the larger one's they round down.
     tie: 0.5 of nearest rounding, 0 of truncation. Weights are ones there.
     """
     first = 2048 if narrow == "fp16" else 256
@@ -92,7 +92,8 @@ def rows_near_a_tie(
     sums = edge**-2 + 2.0**-23 * torch.arange(-8, 9).double()
     last = sums.float()[sums.float().rsqrt().double() >= edge][-1].double()
     orders = torch.rand(count, width, generator=rng).argsort(1)
-    return x[best][orders] * (torch.randint(0, 2, [count, width], generator=rng) * 2 - 1), float((last - below).float())
+    x = x[best][orders] * (torch.randint(0, 2, [count, width], generator=rng) * 2 - 1)
+    return 2 * x, 4 * float((last - below).float())  # so that no result is its x, as if nothing were written in place
 
 
 def scales(v: Tensor, given: Tensor, most: float) -> str:
@@ -126,6 +127,8 @@ def subnormals(missing: Missing, width: int, narrow: str) -> str:
 
 def gradients(box: BlackBox, miss: Callable[[], Miss]) -> str:
     """Whether the plan explains a call with gradients too, as training makes it."""
+    if box.way.files:
+        return "not asked: a file holds no gradients"
     box.gradients = True
     try:
         found = miss()

@@ -269,9 +269,7 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
         return missed(rule, asked.call(rows_of(x, probes.weight_of_width(weight, asked.width), eps), layout))
 
     said = facts.all_facts(stored, missing, x, asked.tokens, sizes.narrow)
-    if not box.way.files:
-        ask = functools.partial(missing, x, CONTIGUOUS, probes.EPS_SMALL)
-        said["with gradients"] = facts.gradients(box, ask)
+    said["with gradients"] = facts.gradients(box, functools.partial(missing, x, CONTIGUOUS, probes.EPS_SMALL))
     if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
         divided = predict(rule.replace(out=KEEP), main)
         said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])

@@ -66,7 +66,7 @@ def questions(
     for layout in (*LAYOUTS, *([HEADS_FIRST] if heads else []), *([X_ALONE] if residual else [])):
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for layout in WEIGHTS:
-        yield question("argument", layout, draw.gaussian(count, width), layout=layout)
+        yield question("weights", layout, draw.gaussian(count, width), layout=layout)
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
     for value in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):

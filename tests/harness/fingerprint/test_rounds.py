@@ -105,9 +105,9 @@ def by_rounds(
 
 def same(answer: Answer, direct: Answer) -> bool:
     """But for the time, layouts in memory, gates, and what optional arguments were found."""
-    apart = ("memory", "argument")
+    apart = ("memory", "argument", "weights")
     asked = [[call for call in each.asked if call["about"] not in apart] for each in (answer, direct)]
-    unasked = ("gaps between channels", "gate")
+    unasked = ("gaps between channels", "transposed weight", "with gradients", "gate")
     facts = [{k: v for k, v in each.facts.items() if k not in unasked} for each in (answer, direct)]
     bare = [dataclasses.replace(each, asked=[], facts={}, seconds=0.0) for each in (answer, direct)]
     bare[0] = dataclasses.replace(bare[0], reason=bare[0].reason.removeprefix("with no optional argument: "))
