@@ -33,6 +33,7 @@ from castpoint.variants.problem import Problem
 Plan = CastPlan | Rule
 OPERANDS = ((RNE, "bf16"), ("bf16-rtz", "bf16"), (KEEP, "tf32"), (KEEP, "tf32x3"), (KEEP, "fp32"))
 HEAD_WORDS = ("head_rstd", "head_normed")
+TURNED = ("unrotated", "products", "cos_sin")  # of q and k with a table that is given
 
 
 def bounds_of(capture: Capture) -> Callable[[Plan], dict[str, Interval]]:
@@ -54,7 +55,7 @@ def v_bounds_of(capture: Chain, step: int) -> Callable[[CastPlan], Interval]:
 
 def before_proj(plan: CastPlan) -> CastPlan:
     """The plan by what it does before proj is rounded."""
-    return plan.replace(proj=KEEP, head_rstd=KEEP, head_normed=KEEP, out=RNE)
+    return plan.without_rope().replace(proj=KEEP, head_rstd=KEEP, head_normed=KEEP, out=RNE)
 
 
 def input_plans(problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:
@@ -70,12 +71,25 @@ def input_plans(problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:
                                matmul=matmul, weight_offset=offset)  # fmt: skip
 
 
+def as_turned(plan: CastPlan, problem: Problem) -> CastPlan:
+    """The plan with no word for what a table that is given, or no rotation, leaves open."""
+    if problem.positions is None or problem.cos_sin_cache is None:
+        return plan.without_rope()
+    names = TURNED if problem.cos_sin_cache.dtype == torch.float32 else TURNED[:2]
+    return plan.without_rope().replace(**{name: getattr(plan, name) for name in names})
+
+
 def head_plans(plan: CastPlan, problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:
-    """Every plan that stores v as that one of input_plans: what it leaves open of proj, the head norm and out."""
+    """Every plan that stores v as that one of input_plans: what it leaves open of proj, the head norm, RoPE and out."""
     words = STORAGE if problem.has_head_norm else (KEEP,)
+    turned = STORAGE if problem.positions is not None else (KEEP,)
+    whole_table = problem.cos_sin_cache is not None and problem.cos_sin_cache.dtype == torch.float32
+    each = itertools.product(turned, turned, turned if whole_table else (KEEP,))
+    ropes = [dict(zip(TURNED, ways, strict=True)) for ways in each]
     stores = [(plan.out, out) for out in outs] if plan.out != KEEP else []
     for (proj, out), head_rstd, head_normed in itertools.product([*stores, (KEEP, plan.out)], words, words):
-        yield plan.replace(proj=proj, out=out, head_rstd=head_rstd, head_normed=head_normed)
+        whole = plan.replace(proj=proj, out=out, head_rstd=head_rstd, head_normed=head_normed)
+        yield from (whole.replace(**ways) for ways in ropes)
 
 
 def _norm_bounds(capture: Norm) -> Callable[[Rule], dict[str, Interval]]:

@@ -8,7 +8,9 @@ A chain's holds
     q_norm_weight  [Dh] bf16                  with k_norm_weight, where there are head norms
     bias           [(Hq + 2 Hkv) * Dh] bf16   where there is one
     residual       [T, D] bf16                added to x, where it is
-    q, k, v        [T, heads, Dh] or [T, heads * Dh], bf16 or fp32: before RoPE
+    positions      [T] integers               with cos_sin_cache, where q and k were rotated: of each token its row in
+    cos_sin_cache  [P, Dh] bf16 or fp32       cos of Dh / 2 angles, then their sin
+    q, k, v        [T, heads, Dh] or [T, heads * Dh], bf16 or fp32
 
 and a norm's, each bf16 or fp32, or fp16 or fp32,
 
@@ -41,9 +43,11 @@ from castpoint.variants.problem import Problem
 NORM = {"x": True, "weight": True, "residual": False, "y": True, "residual_out": False}  # whether it must be there
 CHAIN = {
     "x": True, "norm_weight": True, "qkv_weight": True, "q_norm_weight": False, "k_norm_weight": False,
-    "bias": False, "residual": False, "q": True, "k": True, "v": True,
+    "bias": False, "residual": False, "positions": False, "cos_sin_cache": False, "q": True, "k": True, "v": True,
 }  # fmt: skip
 OF_CHAIN = ("q", "k", "v")
+WIDE = (*OF_CHAIN, "cos_sin_cache")  # of a chain, which may be fp32
+WHOLE = (torch.int64, torch.int32)
 HEAD = 512  # channels of a head, at most: of [B, T, D] more than these are a row's
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -122,14 +126,16 @@ class Chain:
     def cut(self, first: int, last: int) -> Chain:
         """Those tokens of it."""
         p = self.problem
-        residual = None if p.residual is None else p.residual[first:last]
-        return Chain(p.replace(x=p.x[first:last], residual=residual), _cut(self.outputs, first, last))
+        residual, positions = (None if v is None else v[first:last] for v in (p.residual, p.positions))
+        part = p.replace(x=p.x[first:last], residual=residual, positions=positions)
+        return Chain(part, _cut(self.outputs, first, last))
 
     def like(self, tokens: int) -> Chain:
         """Tokens like those recorded, without outputs."""
         p = self.problem
         x, residual = _like([p.x, p.residual], tokens)
-        return Chain(p.replace(x=x, residual=residual), {})
+        positions = None if p.positions is None else p.positions[torch.arange(tokens) % len(p.positions)]
+        return Chain(p.replace(x=x, residual=residual, positions=positions), {})
 
 
 Capture = Norm | Chain
@@ -182,7 +188,8 @@ def read(path: Path, sizes: Sizes = ANY) -> Capture:
 def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """dtypes, tokens and NaN: what is said of every tensor alike."""
     for name, tensor in tensors.items():
-        allowed = (BF16, FP16, FP32) if "y" in tensors else (BF16, FP32) if name in OF_CHAIN else (BF16,)
+        allowed = (BF16, FP16, FP32) if "y" in tensors else (BF16, FP32) if name in WIDE else (BF16,)
+        allowed = WHOLE if name == "positions" else allowed
         if tensor.dtype not in allowed:
             raise UserError(f"{path}: {name} is {_word(tensor.dtype)}, expected {' or '.join(map(_word, allowed))}")
         if name in OF_CHAIN and tensor.dtype != tensors["q"].dtype:
@@ -225,8 +232,13 @@ def _norm(path: Path, tensors: dict[str, Tensor], eps: float) -> Norm:
 
 def _chain(path: Path, tensors: dict[str, Tensor], eps: float, heads: tuple[int, int]) -> Chain:
     outputs = {name: tensors.pop(name) for name in OF_CHAIN}
+    if ("positions" in tensors) != ("cos_sin_cache" in tensors):
+        raise UserError(f"{path} holds one of positions and cos_sin_cache: q and k were rotated by both, or by none")
+    if "positions" in tensors:
+        tensors["positions"] = tensors["positions"].long()
+    theta = 1.0 if "positions" in tensors else None  # of truth's angles, which no capture is held to
     with mistakes(ValueError, about=str(path)):
-        problem = Problem(**tensors, num_q_heads=heads[0], num_kv_heads=heads[1], eps=eps)
+        problem = Problem(**tensors, num_q_heads=heads[0], num_kv_heads=heads[1], eps=eps, theta=theta)
     for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1])):
         shape = [problem.tokens, count, problem.head_dim]
         if list(outputs[name].shape) not in (shape, [shape[0], shape[1] * shape[2]]):
