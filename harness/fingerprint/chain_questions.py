@@ -217,8 +217,8 @@ def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
 
 
 def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
-    """facts.all_facts of q, k and v at once, with 1024 channels if it takes them."""
-    for geometry in (dataclasses.replace(calls.geometry, width=1024), calls.geometry):
+    """facts.all_facts of q, k and v at once, with 1024 channels and few heads if it takes them."""
+    for geometry in (Geometry(1024, 1, 1, 64), calls.geometry):
         dense, rng = Dense(calls.at(geometry), found), torch.Generator().manual_seed(3)
         cancelling, count = dataclasses.replace(dense, cancelling=True), calls.tokens or probes.ROWS
         tied, eps = facts.rows_near_a_tie(geometry.width, rng, math.ceil(count / 2), calls.box.narrow)

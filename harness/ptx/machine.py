@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -217,14 +218,17 @@ class _Run(Warps):
             self.put(names[0], extended(given, kind), mask)
             return
         bits, space = width(kind), _space(i)
-        addresses = self.addresses(address)[mask]
+        mine: Any = ... if mask is self.everyone else mask
+        addresses = self.addresses(address)[mine]
         check_aligned(addresses, bits // 8 * len(names))
         places = addresses + bits // 8 * np.arange(len(names))[:, None]
-        found = np.zeros((len(names), self.threads), UNSIGNED[bits])
         if space == "global":
-            found[:, mask] = self.memory.load(places, bits)
+            found = self.memory.load(places, bits)
         else:
-            found[:, mask] = self.shared.load(self.of_program[mask], places, bits)
+            found = self.shared.load(self.of_program[mine], places, bits)
+        if mine is mask:
+            there, found = found, np.zeros((len(names), self.threads), UNSIGNED[bits])
+            found[:, mask] = there
         for name, each in zip(names, extended(found, kind), strict=True):
             self.put(name, each, mask)
 

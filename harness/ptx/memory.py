@@ -71,21 +71,22 @@ class Shared:
 
     def __init__(self, programs: int, size: int) -> None:
         self.size = max(16, -(-size // 16) * 16)
-        self.bytes = np.full((programs, self.size), 0xFF, np.uint8)
+        self.bytes = np.full(programs * self.size, 0xFF, np.uint8)
 
     def load(self, programs: Array, addresses: Array, bits: int) -> Array:
-        return self.bytes.view(UNSIGNED[bits])[programs, self._places(addresses, bits)]
+        return self.bytes.view(UNSIGNED[bits]).take(self._places(programs, addresses, bits))
 
     def store(self, programs: Array, addresses: Array, values: Array, bits: int) -> None:
-        self.bytes.view(UNSIGNED[bits])[programs, self._places(addresses, bits)] = values
+        self.bytes.view(UNSIGNED[bits])[self._places(programs, addresses, bits)] = values
 
-    def _places(self, addresses: Array, bits: int) -> Array:
-        if (addresses < 0).any() or (addresses + bits // 8 > self.size).any():
+    def _places(self, programs: Array, addresses: Array, bits: int) -> Array:
+        size = bits // 8
+        if addresses.size and (np.min(addresses) < 0 or np.max(addresses) > self.size - size):
             raise IndexError(f"an address outside of {self.size} bytes of shared memory")
-        return addresses // (bits // 8)
+        return (programs * self.size + addresses) // size
 
 
 def check_aligned(addresses: Array, size: int) -> None:
     """Raises IndexError for an address that is no multiple of the bytes read or written there."""
-    if (addresses % size).any():
+    if np.bitwise_or.reduce(addresses, axis=None) % size:
         raise IndexError(f"{size} bytes at an address that is no multiple of {size}")

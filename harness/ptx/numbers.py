@@ -51,7 +51,9 @@ def bits_of(values: Array, kind: str) -> Array:
     if kind == "bf16":
         return bf16_bits(values)
     if kind == "f32":
-        return np.where(np.isnan(values), NAN, np.asarray(values, np.float32).view(np.uint32))
+        single = np.asarray(values, np.float32)
+        nan = single != single
+        return np.where(nan, NAN, single.view(np.uint32)) if np.count_nonzero(nan) else single.view(np.uint32)
     return np.asarray(values).astype(UNSIGNED[width(kind)])
 
 
@@ -83,11 +85,12 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     zeros, as ties of float32 and bf16 do, have an odd last bit."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)  # exact: 24 + 24 bits
     total = np.asarray(product + c)
+    doubtful = (total.view(np.uint64) & np.uint64(0x0FFFFFFF) == 0) & (total != 0)  # a sum that is 0 is exact
+    if not np.count_nonzero(doubtful):
+        return total
     part = total - product
     error = (product - (total - part)) + (c - part)
-    doubtful = (error != 0) & (total.view(np.uint64) & np.uint64(0x0FFFFFFF) == 0)
-    if not doubtful.any():
-        return total
+    doubtful &= error != 0
     towards = np.where(error > 0, np.inf, -np.inf)
     return np.where(doubtful & np.isfinite(total), np.nextafter(total, towards), total)
 
