@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.blackbox import Refused, Unasked
+from castpoint.harness.fingerprint.blackbox import Refused, Stale, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.fingerprint.kinds import CHAINS
 from castpoint.harness.runs.errors import UserError, mistakes
@@ -155,6 +155,10 @@ def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") ->
             continue
         except Refused as refused:
             result = f"refused: {refused}"
+        except Stale as stale:
+            result = str(stale)
+            other.append(f"{called} {stale}")
+            abouts.add(question.about)
         except Fault as fault:
             raise Fault(f"{called}: {fault}") from fault
         else:

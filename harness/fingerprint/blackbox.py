@@ -23,6 +23,10 @@ class Refused(Fault):
     """The callable raised an exception instead of an answer."""
 
 
+class Stale(Fault):
+    """What a callable stores is of weights that are no more."""
+
+
 class Unasked(Fault):
     """What the way to a callable cannot carry: a layout in memory, through a file."""
 
@@ -77,6 +81,7 @@ class BlackBox:
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
         self.gradients = False  # whether it is called as in training
+        self.cut_off = False  # whether it was, and what it stored has no gradient
         self._last: list[Tensor] = []  # what the last call stored, kept so that its memory is not free
         usual = KEEP if dtype == "fp32" else f"{self.narrow}-rne"
         self.sums = Sums(self.narrow, usual, getattr(fn, "sum_is", "is returned"))
@@ -138,13 +143,17 @@ class BlackBox:
 
     def _asked(self, layout: str, weights: list[Tensor], ask: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What ask returns; of UPDATED once there was another call with other numbers in the same weights."""
-        if layout == UPDATED:
+        if layout == UPDATED and weights:
             kept = [weight.clone() for weight in weights]
             for weight in weights:
-                weight.copy_(weight.flip(0))
-            ask()
+                weight.copy_(weight.flip(-1))
+            before = ask()
             for weight, own in zip(weights, kept, strict=True):
                 weight.copy_(own)
+            after = ask()
+            if all(map(torch.equal, before, after)):
+                raise Stale("the callable stores what it stored with other numbers in it")
+            return after
         return ask()
 
     def as_given(self, value: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
@@ -169,8 +178,8 @@ class BlackBox:
         residual = extra.get("residual")
         scaled = residual is None or "alpha" in extra  # then its sum is another
         sums = None if scaled else arguments[0].float() + residual.float()
-        for tensor in tensors if self.gradients else ():
-            tensor.requires_grad_()
+        if self.gradients:
+            _require_gradients(arguments, extra)
         try:
             with torch.set_grad_enabled(self.gradients):
                 result = self.fn(*arguments, **extra)
@@ -181,11 +190,12 @@ class BlackBox:
         states = zip(tensors, before, owners, strict=True)
         written = [tensor for tensor, old, new in states if not torch.equal(old, new)]
         outputs = tuple(result) if isinstance(result, tuple | list) else (result,)
+        self.cut_off = self.gradients and isinstance(outputs[0], Tensor) and not outputs[0].requires_grad
         outputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in outputs)
         if self.kind not in CHAINS:
             outputs = self._of_norm(outputs, arguments[0], residual, written, sums)
         else:
-            outputs = self._of_chain(outputs, residual, written, sums, shapes)
+            outputs = self._of_chain(outputs, arguments[0], residual, written, sums, shapes)
         self._check_beside(written, before, owners, tensors)
         if self.sums.done:
             self.manners["x + residual"] = str(self.sums)
@@ -221,13 +231,16 @@ class BlackBox:
         return (y, *scales)
 
     def _of_chain(
-        self, outputs: tuple[Any, ...], residual: Tensor | None, written: list[Tensor], sums: Tensor | None,
-        shapes: list[list[int]],
+        self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor],
+        sums: Tensor | None, shapes: list[list[int]],
     ) -> tuple[Any, ...]:  # fmt: skip
         """q, k and v by head, of what a chain returned."""
         for tensor in written:
-            if tensor is not residual or sums is None or not self.sums.note(INTO_RESIDUAL, tensor, sums):
+            where = INTO_RESIDUAL if tensor is residual else "is written into x" if tensor is x else ""
+            if not where or sums is None or not self.sums.note(where, tensor, sums):
                 raise Fault("the callable writes into its inputs: give it copies")
+        if sums is not None and len(outputs) > len(shapes) and self.sums.is_one(outputs[0], sums):
+            outputs = (*outputs[1:], outputs[0])
         if len(outputs) < len(shapes):
             return outputs
         self.sums.taken(outputs[len(shapes) :], sums)
@@ -277,6 +290,16 @@ class BlackBox:
             wrong = 1 - output.float().isfinite().double().mean().item()
             if wrong and finite:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
+
+
+def _require_gradients(arguments: list[Any], extra: dict[str, Any]) -> None:
+    """As in training: x and what else is no weight are results of something, which may be written in place."""
+    first, *weights = (value for value in arguments if isinstance(value, Tensor))
+    for weight in weights:
+        weight.requires_grad_()
+    with torch.enable_grad():
+        for value in (first, *(value for value in extra.values() if isinstance(value, Tensor))):
+            value.copy_(value.clone().requires_grad_())
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -232,6 +232,10 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
 
         with contextlib.suppress(Refused):
             said = facts.all_facts(stored, dense.ask, x, calls.tokens, calls.box.narrow)
-            turned = functools.partial(dense.ask, x, TURNED)
-            return said | {"transposed weight": facts.as_it_lies(turned)}
+            turned, large = (
+                functools.partial(dense.ask, x, TURNED),
+                functools.partial(dense.ask, x, eps=probes.EPS_LARGE),
+            )
+            said["transposed weight"] = facts.as_it_lies(turned)
+            return said | {"with gradients": facts.gradients(calls.box, large)}
     return {}

@@ -18,7 +18,7 @@ from castpoint.harness.fingerprint.layouts import GAPS
 from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.stores import round_to, storages
 
-COUNTS = (1, 2, 3, 8, 17, 33, 63, 65, 128, 257, 600)
+COUNTS = (1, 2, 3, 7, 8, 9, 17, 33, 63, 65, 128, 257, 600)
 WINDOW = 8  # rows that are asked at least with each count
 Stored = Callable[[Tensor, bool], Tensor]  # what is stored of x [T, D], [T, ...], and whether that must be finite
 Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplained of x [T, D], a layout and eps
@@ -129,14 +129,16 @@ def gradients(box: BlackBox, miss: Callable[[], Miss]) -> str:
     """Whether the plan explains a call with gradients too, as training makes it."""
     if box.way.files:
         return "not asked: a file holds no gradients"
-    box.gradients = True
+    box.gradients, box.cut_off = True, False
     try:
         found = miss()
     except Fault as fault:
         return f"refused: {fault}"
     finally:
         box.gradients = False
-    return f"another function, {found}" if found else "the same"
+    if found:
+        return f"another function, {found}"
+    return "the same, but the result has none" if box.cut_off else "the same"
 
 
 def as_it_lies(ask: Callable[[], Miss]) -> str:

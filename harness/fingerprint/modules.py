@@ -32,6 +32,11 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
     def function(*arguments: Any, **extra: Tensor) -> Any:
         x, *weights, eps = arguments
         held = {name: weights[0]} if name else {}
+        own_weight = _tensors(module).get(name)
+        if own_weight is not None and (own_weight.shape, own_weight.dtype) == (weights[0].shape, weights[0].dtype):
+            with torch.no_grad():
+                own_weight.copy_(weights[0])  # as weights reach a module, which may count how often they did
+            held = {}
         with _with_eps(module, eps), _of_its_width(own, x):
             return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 

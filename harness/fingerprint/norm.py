@@ -249,7 +249,23 @@ def _named(box: BlackBox, main: list[Call], several: bool, rule: Rule) -> dict[s
 
 
 def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
-    box, weight = asked.box, main.weight
+    box = asked.box
+    try:
+        said = _facts_at(rule, asked if asked.heads else dataclasses.replace(asked, width=1024), main.weight, sizes)
+    except Refused:
+        said = _facts_at(rule, asked, main.weight, sizes)
+    if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
+        divided = predict(rule.replace(out=KEEP), main)
+        said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])
+    if box.a_weight_a_head:
+        said["weight"] = "[H, Dh], one for each head"
+    if box.weightless:
+        return box.manners | said
+    return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
+
+
+def _facts_at(rule: Rule, asked: NormCalls, weight: Tensor, sizes: Sizes) -> dict[str, str]:
+    box = asked.box
 
     rng = torch.Generator().manual_seed(3)
     count, first = asked.tokens or probes.ROWS, next((w for w in (rule.rstd, rule.normed, rule.out) if w != KEEP), KEEP)
@@ -269,12 +285,5 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
         return missed(rule, asked.call(rows_of(x, probes.weight_of_width(weight, asked.width), eps), layout))
 
     said = facts.all_facts(stored, missing, x, asked.tokens, sizes.narrow)
-    said["with gradients"] = facts.gradients(box, functools.partial(missing, x, CONTIGUOUS, probes.EPS_SMALL))
-    if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
-        divided = predict(rule.replace(out=KEEP), main)
-        said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])
-    if box.a_weight_a_head:
-        said["weight"] = "[H, Dh], one for each head"
-    if box.weightless:
-        return box.manners | said
-    return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
+    said["with gradients"] = facts.gradients(box, functools.partial(missing, x, CONTIGUOUS, probes.EPS_LARGE))
+    return said

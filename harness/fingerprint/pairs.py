@@ -52,7 +52,7 @@ EXAMPLE = (
 )
 TABLES = ("cos", "cos_sin_cache")
 VIEWS = "views of a packed qkv"
-ANGLES = "cos, sin or positions as views of a wider buffer"
+ANGLES = "cos and sin, or three rows of positions, as views of a wider buffer"
 LAYOUTS = (VIEWS, ODD, OFFSET, HEADS_FIRST)
 PACKED_LAYOUTS = (ROWS, ODD, OFFSET)
 

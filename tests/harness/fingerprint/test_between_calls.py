@@ -12,6 +12,7 @@ from norm_support import unit
 from torch import Tensor
 
 from castpoint.harness.fingerprint.norm import identify
+from castpoint.harness.fingerprint.sizes import Sizes
 
 MADE: dict[Any, Any] = {}
 
@@ -151,3 +152,94 @@ def test_a_compiled_function_is_never_asked_as_it_is_written() -> None:
         answer = identify(torch.compile(two_faced, backend="eager"), "rmsnorm")
     assert answer.plans[:1] == ["hf"] and answer.facts["gaps between channels"] == "read as they lie", answer
     assert answer.facts["with gradients"] == "the same" and answer.facts["fp32 weights"].endswith("hidden=fp32")
+
+
+BY_ADDRESS: dict[tuple[int, int], Tensor] = {}
+
+
+def kept_by_address(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """An address may come again with the numbers that it had."""
+    kept = BY_ADDRESS.setdefault((weight.data_ptr(), weight.numel()), weight.float())
+    return (unit(x, eps) * kept).to(x.dtype)
+
+
+class Version(torch.nn.Module):
+    """Makes something of its weight again when that was written to."""
+
+    def __init__(self, size: int = 256, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16)), eps
+        self.made, self.version = torch.empty(0), -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.version != self.weight._version:
+            self.made, self.version = self.weight.detach().clone(), self.weight._version
+        return self.made * unit(x, self.eps).to(x.dtype)
+
+
+def test_weights_kept_by_address_and_by_version() -> None:
+    answer = identify(kept_by_address, "rmsnorm")
+    assert not answer.candidates, answer
+    assert identify(Version(), "rmsnorm", sizes=Sizes(width=256)).plans[:1] == ["hf"]
+
+
+def in_place(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    residual.add_(x)
+    x.copy_(hf(residual, weight, eps))
+
+
+@torch.no_grad()
+def cut_off(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, weight, eps)
+
+
+def other_eps_in_training(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, weight, 0.0 if x.requires_grad else eps)
+
+
+def linear_in_training(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x, norm_weight, eps) @ weight.t() * (2 if x.requires_grad else 1)
+
+
+def test_gradients_of_what_is_written_in_place_cut_off_or_of_a_chain() -> None:
+    said = [identify(fn, "rmsnorm").facts["with gradients"] for fn in (in_place, cut_off, other_eps_in_training)]
+    assert said[:2] == ["the same", "the same, but the result has none"], said
+    assert said[2].startswith("another function"), said
+    assert identify(linear_in_training, "norm_linear").facts["with gradients"].startswith("another function")
+
+
+def of_9_to_16_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    squares = x.float().square()
+    total = squares.cumsum(-1)[..., -1:] if 9 <= len(x) <= 16 else squares.sum(-1, keepdim=True)
+    return weight * (x.float() * torch.rsqrt(total / x.shape[-1] + eps)).to(x.dtype)
+
+
+def of_few_wide_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    squares, split = x.float().square(), len(x) <= 16 and x.shape[-1] >= 1024
+    total = squares.cumsum(-1)[..., -1:] if split else squares.sum(-1, keepdim=True)
+    return weight * (x.float() * torch.rsqrt(total / x.shape[-1] + eps)).to(x.dtype)
+
+
+@pytest.mark.parametrize("fn", [of_9_to_16_rows, of_few_wide_rows])
+def test_buckets_of_rows_and_wide_rows_are_asked(fn: Callable[..., Tensor]) -> None:
+    answer = identify(fn, "rmsnorm")
+    assert answer.plans[:1] == ["hf"] and answer.facts["batch invariant"].startswith("no: "), answer
+
+
+def linear_with_the_sum_first(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, hf(total, norm_weight, eps) @ weight.t()
+
+
+def linear_with_the_sum_in_x(x: Tensor, residual: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return hf(x.add_(residual), norm_weight, eps) @ weight.t()
+
+
+@pytest.mark.parametrize(
+    ("fn", "where"), [(linear_with_the_sum_first, "is returned"), (linear_with_the_sum_in_x, "is written into x")]
+)
+def test_the_sum_of_a_projection_is_found_wherever_it_is(fn: Callable[..., Any], where: str) -> None:
+    answer = identify(fn, "norm_linear")
+    assert answer.plans[:1] == ["hf"] and answer.facts["x + residual"].startswith(where), answer

@@ -319,11 +319,11 @@ def test_batch_invariance_is_said() -> None:
         return hf(x, w, eps).masked_fill((bad | bad.roll(1))[..., None], float("nan"))
 
     said = {fn: identify(fn, "rmsnorm").facts["batch invariant"] for fn in (hf, by_count, by_place, leaking)}
-    assert said[hf].startswith("yes, in 64 rows of 256: the same bits with 1, 2, 3, 8, ")
-    assert said[by_count].startswith("no: a row of 256 has other bits with 1 rows, with 2 rows, ")
+    assert said[hf].startswith("yes, in 64 rows of 1024: the same bits with 1, 2, 3, 7, 8, ")
+    assert said[by_count].startswith("no: a row of 1024 has other bits with 1 rows, with 2 rows, ")
     assert "place" not in said[by_count]
     assert said[by_place].startswith("no: ") and "in another place" in said[by_place]
-    assert said[leaking] == "no: a row of 256 has other bits beside rows of NaN than among 64"
+    assert said[leaking] == "no: a row of 1024 has other bits beside rows of NaN than among 64"
 
 
 def test_nan_subnormals_and_gaps_are_said() -> None:
@@ -340,7 +340,7 @@ def test_nan_subnormals_and_gaps_are_said() -> None:
     right, flushed, rows, hidden = (identify(fn, "rmsnorm") for fn in (hf, flushing, without_gaps, hiding))
     assert {a.status for a in (right, flushed, rows, hidden)} == {"identified"}
     assert right.facts["NaN in x"] == "makes its row NaN"
-    assert hidden.facts["NaN in x"] == "hidden: 16384 of 16384 results are numbers"
+    assert hidden.facts["NaN in x"] == "hidden: 65536 of 65536 results are numbers"
     assert right.facts["subnormal x"] == "counts" and right.facts["gaps between channels"] == "read as they lie"
     assert flushed.facts["subnormal x"].startswith("taken for another number, 100.00% of the elements differ")
     assert rows.facts["gaps between channels"].startswith("not read as they lie, and not refused: ")
