@@ -155,7 +155,7 @@ def test_a_right_chain_lists_what_it_was_asked() -> None:
         "1e-05",
     ):
         assert part in said
-    others = {"NaN in x", "subnormal x", "gaps between channels", "transposed weight"}
+    others = {"NaN in x", "subnormal x", "gaps between channels", "transposed weight", "with gradients"}
     assert set(answer.facts) == {"batch invariant", *others}
 
 
