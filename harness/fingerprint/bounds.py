@@ -33,7 +33,6 @@ from castpoint.variants.problem import Problem
 Plan = CastPlan | Rule
 OPERANDS = ((RNE, "bf16"), ("bf16-rtz", "bf16"), (KEEP, "tf32"), (KEEP, "tf32x3"), (KEEP, "fp32"))
 HEAD_WORDS = ("head_rstd", "head_normed")
-TURNED = ("unrotated", "products", "cos_sin")  # of q and k with a table that is given
 
 
 def bounds_of(capture: Capture) -> Callable[[Plan], dict[str, Interval]]:
@@ -71,21 +70,18 @@ def input_plans(problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:
                                matmul=matmul, weight_offset=offset)  # fmt: skip
 
 
-def as_turned(plan: CastPlan, problem: Problem) -> CastPlan:
-    """The plan with no word for what a table that is given, or no rotation, leaves open."""
+def turned(problem: Problem) -> tuple[str, ...]:
+    """Boundaries of RoPE that a capture shows: none without positions; a table's own only where it is fp32."""
     if problem.positions is None or problem.cos_sin_cache is None:
-        return plan.without_rope()
-    names = TURNED if problem.cos_sin_cache.dtype == torch.float32 else TURNED[:2]
-    return plan.without_rope().replace(**{name: getattr(plan, name) for name in names})
+        return ()
+    return ("unrotated", *(["cos_sin"] if problem.cos_sin_cache.dtype == torch.float32 else []), "products")
 
 
 def head_plans(plan: CastPlan, problem: Problem, outs: tuple[str, ...]) -> Iterator[CastPlan]:
     """Every plan that stores v as that one of input_plans: what it leaves open of proj, the head norm, RoPE and out."""
     words = STORAGE if problem.has_head_norm else (KEEP,)
-    turned = STORAGE if problem.positions is not None else (KEEP,)
-    whole_table = problem.cos_sin_cache is not None and problem.cos_sin_cache.dtype == torch.float32
-    each = itertools.product(turned, turned, turned if whole_table else (KEEP,))
-    ropes = [dict(zip(TURNED, ways, strict=True)) for ways in each]
+    names = turned(problem)
+    ropes = [dict(zip(names, ways, strict=True)) for ways in itertools.product(STORAGE, repeat=len(names))]
     stores = [(plan.out, out) for out in outs] if plan.out != KEEP else []
     for (proj, out), head_rstd, head_normed in itertools.product([*stores, (KEEP, plan.out)], words, words):
         whole = plan.replace(proj=proj, out=out, head_rstd=head_rstd, head_normed=head_normed)

@@ -22,14 +22,13 @@ from torch import Tensor
 from castpoint.harness.fingerprint.answer import Answer, answer_of, difference, words_of
 from castpoint.harness.fingerprint.bounds import (
     HEAD_WORDS,
-    TURNED,
     Plan,
-    as_turned,
     bounds_of,
     disjoint,
     flat,
     head_plans,
     input_plans,
+    turned,
     v_bounds_of,
 )
 from castpoint.harness.fingerprint.capture import Capture, Chain, Norm
@@ -110,7 +109,7 @@ def named(capture: Capture, like: Plan) -> dict[Plan, list[str]]:
     found: dict[Plan, list[str]] = {}
     for name, plan in ((name, entry.plan) for name, entry in PLANS.items()):
         if isinstance(capture, Chain):
-            shown: Plan = as_turned(plan, capture.problem)
+            shown: Plan = plan.without_rope().replace(**{n: getattr(plan, n) for n in turned(capture.problem)})
             if not capture.problem.has_head_norm:
                 shown = shown.replace(**dict.fromkeys(HEAD_WORDS, KEEP))
         elif words := words_of(plan, capture.kind):
@@ -251,8 +250,8 @@ def words(plan: Plan, capture: Capture) -> dict[str, str]:
     """The plan's words, as far as the capture shows them; what changes fp32 ulps alone is open."""
     if isinstance(plan, CastPlan):
         found = words_of(plan, "qkv")
-        if isinstance(capture, Chain) and capture.problem.positions is not None:
-            found |= {name: getattr(plan, name) for name in TURNED}
+        if isinstance(capture, Chain):
+            found |= {name: getattr(plan, name) for name in turned(capture.problem)}
         if isinstance(capture, Chain) and not capture.problem.has_head_norm:
             found = {name: word for name, word in found.items() if name not in HEAD_WORDS}
         residual = isinstance(capture, Chain) and capture.problem.residual is not None
