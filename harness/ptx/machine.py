@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from torch import Tensor
 from castpoint.harness.ptx.arithmetic import LOGIC, arithmetic, compared, converted
 from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, read, width
-from castpoint.harness.ptx.program import Instruction, Program
-from castpoint.harness.ptx.threads import listed
+from castpoint.harness.ptx.program import Instruction, Program, listed
+from castpoint.harness.ptx.runs import FMA, Run, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
+TOGETHER = 1 << 13  # of a run at once, in each: with more, they do
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
@@ -77,6 +79,7 @@ class _Run(Warps):
     def run(self) -> None:
         joints = set(self.program.labels.values())
         joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
+        together = runs(self.program) if 2 * self.threads <= TOGETHER else {}
         place: int | None = 0
         with np.errstate(all="ignore"):
             while place is not None:
@@ -87,7 +90,10 @@ class _Run(Warps):
                         return
                 instruction = self.program.instructions[place]
                 try:
-                    place = self._step(instruction, place)
+                    if place in together and self.active is self.everyone:
+                        place = self._together(together[place])
+                    else:
+                        place = self._step(instruction, place)
                 except (IndexError, Unsupported) as error:
                     text = " ".join(instruction.text.split())
                     text = text if len(text) < 120 else f"{text[:60]} ... {text[-50:]}"
@@ -147,6 +153,28 @@ class _Run(Warps):
                 raise Unsupported("a barrier that not all threads of a program reach together")
 
     # ------------------------------------------------------------ instructions
+
+    def _together(self, run: Run) -> int:
+        """A run, by all threads. The place behind it."""
+        self.executing = self.everyone
+        products = run.levels[0][0].words == FMA
+        rows = {source: self.each(self.get(source, "b32")) for source in run.given if products}
+        size = TOGETHER // self.threads
+        for part in (level[n : n + size] for level in run.levels for n in range(0, len(level), size)):
+            if products:
+                self._multiply(part, rows)
+            else:
+                self._load(part, self.everyone)
+        return run.end
+
+    def _multiply(self, products: Sequence[Instruction], rows: dict[Any, Array]) -> None:
+        """Adds what they compute to the registers, and to those that the run has read or written."""
+        targets, *operands = zip(*(i.operands for i in products), strict=True)
+        bits = [np.concatenate([rows[source] for source in sources]) for sources in operands]
+        found = arithmetic(FMA, "f32", bits).reshape(len(products), -1)
+        rows.update(zip(targets, found, strict=True))
+        for target, row in zip(targets, found, strict=True):
+            self.put(target, row, self.everyone)
 
     def _execute(self, i: Instruction, mask: Array) -> None:
         kind, types = i.words[0], i.words[-1]
@@ -210,24 +238,30 @@ class _Run(Warps):
     # ------------------------------------------------------------ memory
 
     def _ld(self, i: Instruction, mask: Array) -> None:
-        names, address, kind = listed(i.operands[0]), i.operands[1], i.words[-1]
-        if "param" in i.words:
-            given = self.values.get(address.base)
-            if given is None or address.offset or given.itemsize * 8 < width(kind):
-                raise Unsupported("other bits than the first of a parameter")
-            self.put(names[0], extended(given, kind), mask)
+        if "param" not in i.words:
+            self._load([i], mask)
             return
-        bits, space = width(kind), _space(i)
+        name, address, kind = i.operands[0], i.operands[1], i.words[-1]
+        given = self.values.get(address.base)
+        if given is None or address.offset or given.itemsize * 8 < width(kind):
+            raise Unsupported("other bits than the first of a parameter")
+        self.put(*listed(name), extended(given, kind), mask)
+
+    def _load(self, loads: Sequence[Instruction], mask: Array) -> None:
+        """Loads of one opcode, at offsets from one register."""
+        names, kind = [name for i in loads for name in listed(i.operands[0])], loads[0].words[-1]
+        size, count = width(kind) // 8, len(names) // len(loads)
         mine: Any = ... if mask is self.everyone else mask
-        addresses = self.addresses(address)[mine]
-        check_aligned(addresses, bits // 8 * len(names))
-        places = addresses + bits // 8 * np.arange(len(names))[:, None]
-        if space == "global":
-            found = self.memory.load(places, bits)
+        base = self.addresses(replace(loads[0].operands[1], offset=0))[mine]
+        addresses = base + np.array([i.operands[1].offset for i in loads])[:, None]
+        check_aligned(addresses, size * count)
+        places = (addresses[:, None] + size * np.arange(count)[:, None]).reshape(len(names), -1)
+        if _space(loads[0]) == "global":
+            found = self.memory.load(places, 8 * size)
         else:
-            found = self.shared.load(self.of_program[mine], places, bits)
+            found = self.shared.load(self.of_program[mine], places, 8 * size)
         if mine is mask:
-            there, found = found, np.zeros((len(names), self.threads), UNSIGNED[bits])
+            there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there
         for name, each in zip(names, extended(found, kind), strict=True):
             self.put(name, each, mask)

@@ -83,16 +83,17 @@ def odd_f32(values: Array) -> Array:
 def fma(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of float32 values in float64, such that one more rounding is the only one: inexact sums that end in 28
     zeros, as ties of float32 and bf16 do, have an odd last bit."""
-    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)  # exact: 24 + 24 bits
+    product = np.multiply(a, b, dtype=np.float64)  # exact: 24 + 24 bits
     total = np.asarray(product + c)
-    doubtful = (total.view(np.uint64) & np.uint64(0x0FFFFFFF) == 0) & (total != 0)  # a sum that is 0 is exact
-    if not np.count_nonzero(doubtful):
+    doubtful = np.asarray(total.view(np.uint64) & np.uint64(0x0FFFFFFF) == 0)
+    if not doubtful.any():
         return total
     part = total - product
-    error = (product - (total - part)) + (c - part)
-    doubtful &= error != 0
-    towards = np.where(error > 0, np.inf, -np.inf)
-    return np.where(doubtful & np.isfinite(total), np.nextafter(total, towards), total)
+    error = np.asarray((product - (total - part)) + (c - part))
+    doubtful &= (error != 0) & np.isfinite(total)
+    if doubtful.any():
+        total[doubtful] = np.nextafter(total[doubtful], np.where(error[doubtful] > 0, np.inf, -np.inf))
+    return total
 
 
 def flushed(values: Array) -> Array:

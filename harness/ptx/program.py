@@ -42,7 +42,7 @@ class Instruction:
     refusal: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """One kernel. parameters: (name, type) in order. labels: name -> index of the instruction behind it. registers:
     name -> type, `%r<>` of all that are `%r` and a number."""
@@ -52,6 +52,10 @@ class Program:
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
     registers: dict[str, str]
+
+
+def listed(operand: Operand) -> tuple[Operand, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 def declared(name: str, registers: dict[str, str]) -> str | None:

@@ -91,7 +91,3 @@ class Threads:
 
     def addresses(self, address: Address) -> Array:
         return self.each(self.bits(address.base).astype(np.int64) + address.offset)
-
-
-def listed(operand: Operand) -> tuple[Operand, ...]:
-    return operand if isinstance(operand, tuple) else (operand,)

@@ -9,8 +9,8 @@ import numpy as np
 from castpoint.harness.ptx import matrix
 from castpoint.harness.ptx.arithmetic import INTEGER
 from castpoint.harness.ptx.numbers import Array, Unsupported, read
-from castpoint.harness.ptx.program import Instruction, Operand
-from castpoint.harness.ptx.threads import Threads, listed
+from castpoint.harness.ptx.program import Instruction, Operand, listed
+from castpoint.harness.ptx.threads import Threads
 
 
 class Warps(Threads):
