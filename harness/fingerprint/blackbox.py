@@ -15,7 +15,7 @@ from castpoint.harness.fingerprint.arguments import signature_of
 from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, parameters_told, paths, weightless
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS, HEADS_FIRST, TURNED, UPDATED, inside, laid_out, of_each
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
-from castpoint.harness.fingerprint.sums import INTO_RESIDUAL, Sums
+from castpoint.harness.fingerprint.sums import Sums
 from castpoint.kernels.plan import KEEP
 
 
@@ -60,8 +60,8 @@ class BlackBox:
     otherwise.
 
     Every call raises Fault if fn raises (Refused), returns another shape or dtype, or writes into its inputs. A norm
-    may write y into x, and both may write x + residual into residual, or return it last. Of kind qkv q, k and v may be
-    flat, [T, heads * Dh]. A norm_linear is called as a chain, by forms.linear.
+    may write y into x or residual, and both may write x + residual into one of them, or return it. Of kind qkv q, k and
+    v may be flat, [T, heads * Dh]. A norm_linear is called as a chain, by forms.linear.
     """
 
     def __init__(
@@ -207,22 +207,24 @@ class BlackBox:
         self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
     ) -> tuple[Any, ...]:
         """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x."""
-        if outputs[0] is None and any(tensor is x for tensor in written):
-            outputs = (x,)
+        if outputs[0] is None:
+            both = [tensor for tensor in (x, residual) if any(tensor is each for each in written)]
+            outputs = tuple(t for t in both if sums is None or not self.sums.is_one(t, sums))[:1] or outputs
         if (
             len(outputs) == 2
             and sums is not None
             and [self.sums.is_one(each, sums) for each in outputs] == [True, False]
         ):
             outputs = outputs[::-1]
-        in_place = isinstance(outputs[0], Tensor) and outputs[0].data_ptr() == x.data_ptr()
+        place = outputs[0].data_ptr() if isinstance(outputs[0], Tensor) else None
         for tensor in written:
-            if tensor is x and in_place:
-                self.manners["y"] = "is written into x"
-            elif tensor is x and sums is not None and self.sums.note("is written into x", tensor, sums):
-                continue
-            elif tensor is not residual or (sums is not None and not self.sums.note(INTO_RESIDUAL, tensor, sums)):
+            into = "x" if tensor is x else "residual" if tensor is residual else ""
+            if into and tensor.data_ptr() == place:
+                self.manners["y"] = f"is written into {into}"
+            elif not into or (into == "x" and sums is None):
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
+            elif sums is not None and not self.sums.note(f"is written into {into}", tensor, sums):
+                raise Fault(f"the callable writes into {into} neither its result nor x + residual: give it a copy")
         y, rest = outputs[0], self.sums.taken(outputs[1:], sums)
         eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
         scales = [spread(next(iter(rest), None), list(x.shape))] if eight else []
@@ -236,8 +238,8 @@ class BlackBox:
     ) -> tuple[Any, ...]:  # fmt: skip
         """q, k and v by head, of what a chain returned."""
         for tensor in written:
-            where = INTO_RESIDUAL if tensor is residual else "is written into x" if tensor is x else ""
-            if not where or sums is None or not self.sums.note(where, tensor, sums):
+            into = "x" if tensor is x else "residual" if tensor is residual else ""
+            if not into or sums is None or not self.sums.note(f"is written into {into}", tensor, sums):
                 raise Fault("the callable writes into its inputs: give it copies")
         if sums is not None and len(outputs) > len(shapes) and self.sums.is_one(outputs[0], sums):
             outputs = (*outputs[1:], outputs[0])

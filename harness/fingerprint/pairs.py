@@ -17,7 +17,7 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import arguments, forms
 from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.forms import Form, Name
-from castpoint.harness.fingerprint.layouts import CONTIGUOUS, HEADS_FIRST, ODD, OFFSET, ROWS, inside, laid_out
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, GAPS, HEADS_FIRST, ODD, OFFSET, ROWS, inside, laid_out
 from castpoint.harness.fingerprint.turns import Turn
 
 ALIASES = {
@@ -53,6 +53,7 @@ EXAMPLE = (
 TABLES = ("cos", "cos_sin_cache")
 VIEWS = "views of a packed qkv"
 ANGLES = "cos and sin, or three rows of positions, as views of a wider buffer"
+APART = "positions apart, and rows of a wider table"
 LAYOUTS = (VIEWS, ODD, OFFSET, HEADS_FIRST)
 PACKED_LAYOUTS = (ROWS, ODD, OFFSET)
 
@@ -121,7 +122,10 @@ class Pair:
         values: dict[str, Any] = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps}
         values |= self._sizes(q, k) | {"is_neox": neox, "interleaved": not neox}
         values |= {} if turn is None else turn.arguments(self.takes("positions"), self.device, layout == ANGLES)
-        layout = CONTIGUOUS if layout == ANGLES else layout
+        if layout == APART:
+            given = [name for name in ("positions", *TABLES, "sin") if name in values]
+            values |= {name: laid_out(values[name], GAPS if name == "positions" else ROWS) for name in given}
+        layout = CONTIGUOUS if layout in (ANGLES, APART) else layout
         v = torch.empty(0)
         if self.packed:
             v = (k * 3).roll(1, 0).contiguous()

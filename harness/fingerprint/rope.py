@@ -8,6 +8,7 @@ last it is held to the answer at other geometries, positions, layouts, values an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from castpoint.harness.fingerprint.answer import (
     plans_of,
 )
 from castpoint.harness.fingerprint.evidence import TELLING, Miss
+from castpoint.harness.fingerprint.facts import as_it_lies
 from castpoint.harness.fingerprint.missing import TYPES
 from castpoint.harness.fingerprint.pairs import Pair
+from castpoint.harness.fingerprint.questions import Draw
 from castpoint.harness.fingerprint.rope_calls import First, first_call, no_rotation
 from castpoint.harness.fingerprint.rope_questions import Held, missed, partial, rope_questions, unexplained
 from castpoint.harness.fingerprint.rules import Rule
@@ -178,4 +181,7 @@ def _facts(first: First, alone: Answer, rule: Rule, way: Way) -> dict[str, str]:
         said["cos and sin"] = f"given in {narrow}{columns}"
         if way.rotary == head_dim and pair.takes("rotary_dim", *pairs.TABLES) and "rotary_dim" not in pair.fixed:
             said["partial RoPE"] = partial(first, rule, way)
+    if pair.takes(*pairs.TABLES, "positions"):
+        ask = functools.partial(Held(first, rule, way).ask, Draw.gaussian, None, None, layout=pairs.APART)
+        said[pairs.APART] = as_it_lies(ask)
     return said | facts

@@ -12,8 +12,6 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP
 
-INTO_RESIDUAL = "is written into residual"
-
 
 class Sums:
     """The ways left in which a callable's sums may be held, and what it does with them, in words."""

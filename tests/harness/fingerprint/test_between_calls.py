@@ -136,10 +136,40 @@ def sum_in_x(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
     return hf(x, weight, eps), x
 
 
-@pytest.mark.parametrize(("fn", "where"), [(sum_first, "is returned"), (sum_in_x, "is written into x")])
+def swapped(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    x += residual
+    residual.copy_(hf(x, weight, eps))
+
+
+def swapped_and_returned(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    swapped(x, residual, weight, eps)
+    return x, residual
+
+
+@pytest.mark.parametrize(
+    ("fn", "where"),
+    [
+        (sum_first, "is returned"),
+        (sum_in_x, "is written into x"),
+        (swapped, "is written into x"),
+        (swapped_and_returned, "is written into x"),
+    ],
+)
 def test_the_sum_is_found_wherever_it_is(fn: Callable[..., Any], where: str) -> None:
     answer = identify(fn, "rmsnorm")
     assert answer.plans[:1] == ["hf"] and answer.facts["x + residual"].startswith(where), answer
+    assert answer.facts.get("y") == ("is written into residual" if fn in (swapped, swapped_and_returned) else None)
+
+
+def a_sum_of_another_kind(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = hf(x + residual, weight, eps)
+    residual.add_(x, alpha=2)
+    return y
+
+
+def test_what_is_written_and_is_no_sum_is_said() -> None:
+    answer = identify(a_sum_of_another_kind, "rmsnorm")
+    assert answer.reason == "the callable writes into residual neither its result nor x + residual: give it a copy"
 
 
 def two_faced(x: Tensor, weight: Tensor, eps: float) -> Tensor:

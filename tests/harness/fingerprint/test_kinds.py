@@ -101,6 +101,14 @@ def test_no_kind_is_guessed_where_arguments_do_not_tell(fn: Callable) -> None:
         guessed_kind(fn)
 
 
+@pytest.mark.parametrize("fn", [lambda x, cos, sin: x, lambda q, k, cos, sin: q, lambda positions, cos_sin_cache, a: a])
+def test_a_rotation_alone_is_told_what_is_asked(fn: Callable) -> None:
+    with pytest.raises(
+        Fault, match="it rotates, but does not take, by name, .* fn.q, k, q_weight, k_weight, cos, sin, e"
+    ):
+        guessed_kind(fn)
+
+
 def test_a_norm_with_an_argument_more_is_guessed() -> None:
     assert guessed_kind(adapted(fused_add)) == guessed_kind(adapted(gated_norm)) == "rmsnorm"
     assert guessed_kind(adapted(k_norm_gated)) == "head_norm"

@@ -11,7 +11,7 @@ from norm_support import unit
 from rope_kernels import turned
 from torch import Tensor
 
-from castpoint.harness.fingerprint import rope
+from castpoint.harness.fingerprint import pairs, rope
 from castpoint.harness.fingerprint.comparison import compare
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.kinds import guessed_kind
@@ -118,6 +118,31 @@ def angles_as_they_should_lie(
         turned(hf(part, weight, eps).float(), cos[:, :half], sin[:, :half], {}).to(part.dtype)
         for part, weight in ((q, q_weight), (k, k_weight))
     ]
+
+
+def angles_of_a_table(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin_cache: Tensor
+) -> list[Tensor]:
+    cos, sin = cos_sin_cache[positions.long()].chunk(2, dim=1)
+    return heads_flat(q.flatten(1), k.flatten(1), q_weight, k_weight, cos, sin, eps, q.shape[2])
+
+
+def table_as_it_should_lie(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin_cache: Tensor
+) -> list[Tensor]:
+    """Rows of the table where they would lie if it were contiguous."""
+    rows = torch.as_strided(cos_sin_cache, cos_sin_cache.shape, (cos_sin_cache.shape[1], 1))[positions.long()]
+    cos, sin = rows.chunk(2, dim=1)
+    return heads_flat(q.flatten(1), k.flatten(1), q_weight, k_weight, cos, sin, eps, q.shape[2])
+
+
+def test_a_table_and_positions_as_they_lie() -> None:
+    read = rope.identify(angles_of_a_table).facts[pairs.APART]
+    assert read == "read as they lie"
+    answer = rope.identify(table_as_it_should_lie)
+    assert answer.status == "identified" and answer.facts[pairs.APART].startswith("not read as they lie, and not"), (
+        answer
+    )
 
 
 def test_flat_heads_and_views_of_angles() -> None:
