@@ -132,21 +132,26 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
 @dataclass(frozen=True)
 class Dense:
     """Gaussian weights of a geometry, the projection's times scale, and what a plan's envelope leaves unexplained of
-    calls with them."""
+    calls with them. cancelling: each channel's weight is less its neighbour's, so that another order of a sum shows,
+    the last heads of q and k are x's first channels, and the norms' weights ones."""
 
     calls: ChainCalls
     found: Found
     scale: float = 1.0
-    cancelling: bool = False  # each channel's weight is less its neighbour's, so that another order of a sum shows
+    cancelling: bool = False
 
     def x(self, tokens: int) -> Tensor:
         rng = torch.Generator().manual_seed(tokens)
         return probes.gaussian([tokens, self.calls.geometry.width], rng)
 
     def weights(self) -> tuple[Tensor, ...]:
-        norm, weight, *heads = drawn_weights(self.calls.geometry)
+        g, (norm, weight, *heads) = self.calls.geometry, drawn_weights(self.calls.geometry)
         if self.cancelling:
             norm, weight = torch.ones_like(norm), torch.stack([weight[:, ::2], -weight[:, ::2]], dim=-1).flatten(1)
+            if self.found.head:
+                heads = [torch.ones_like(each) for each in heads]
+                for end in (g.heads[0], sum(g.heads)):
+                    weight[(end - 1) * g.head_dim : end * g.head_dim] = torch.eye(g.head_dim, g.width)
         return tuple(map(self.held, (norm, weight * self.scale, *heads)))
 
     def bias(self) -> Tensor | None:
@@ -218,20 +223,17 @@ def _outside(stored: Tensor, low: Tensor, high: Tensor, plan: CastPlan) -> Miss:
 
 def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
     """facts.all_facts of q, k and v at once, with 1024 channels and few heads if it takes them."""
-    for geometry in (Geometry(1024, 1, 1, 64), calls.geometry):
-        dense, rng = Dense(calls.at(geometry), found), torch.Generator().manual_seed(3)
-        cancelling, count = dataclasses.replace(dense, cancelling=True), calls.tokens or probes.ROWS
-        tied, eps = facts.rows_near_a_tie(geometry.width, rng, math.ceil(count / 2), calls.box.narrow)
-        pairs = probes.gaussian([count // 2, geometry.width // 2], rng).repeat_interleave(2, dim=1)
-        pairs[:, 1::2] *= 1 + 2.0**-5 * torch.rand(pairs[:, ::2].shape, generator=rng)
-        x = torch.cat([tied, dense.held(pairs).float()])
+    for geometry in (Geometry(1024, 2, 1, 64), calls.geometry):
+        dense = Dense(calls.at(geometry), found)
+        x, eps, kinds = _rows_near_ties(geometry, calls.tokens or probes.ROWS, calls.box.narrow, bool(found.head))
+        cancelling, x = dataclasses.replace(dense, cancelling=True), dense.held(x).float()
 
         def stored(x: Tensor, finite: bool, dense: Dense = cancelling, eps: float = eps) -> Tensor:
             outputs = dense.stored(x, eps, finite=finite)
             return torch.cat([output.flatten(1) for output in outputs.values()], dim=1)
 
         with contextlib.suppress(Refused):
-            said = facts.all_facts(stored, dense.ask, x, calls.tokens, calls.box.narrow)
+            said = facts.all_facts(stored, dense.ask, x, calls.tokens, calls.box.narrow, 4 * kinds)
             turned, large = (
                 functools.partial(dense.ask, x, TURNED),
                 functools.partial(dense.ask, x, eps=probes.EPS_LARGE),
@@ -239,3 +241,19 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
             said["transposed weight"] = facts.as_it_lies(turned)
             return said | {"with gradients": facts.gradients(calls.box, large)}
     return {}
+
+
+def _rows_near_ties(g: Geometry, tokens: int, narrow: str, head: bool) -> tuple[Tensor, float, int]:
+    """x [T, D] and eps, for weights that are cancelling: rows on which another order of a sum shows, in turn that of
+    the input norm, of the projection and, if head, of the head norms; and how many kinds these are."""
+    rng = torch.Generator().manual_seed(3)
+    tied, eps = facts.rows_near_a_tie(g.width, rng, tokens, narrow)
+    pairs = probes.gaussian([tokens, g.width // 2], rng).repeat_interleave(2, dim=1)
+    pairs[:, 1::2] *= 1 + 2.0**-5 * torch.rand(pairs[:, ::2].shape, generator=rng)
+    kinds = [tied, pairs]
+    if head and g.width >= 6 * g.head_dim:  # a head's rows, and ones and halves with which the whole has a root of one
+        heads, _ = facts.rows_near_a_tie(g.head_dim, rng, tokens, narrow)
+        rest = g.width - g.head_dim
+        ones = (g.width - heads.square().sum(1, keepdim=True) - rest / 4) / 0.75
+        kinds.append(torch.cat([heads, torch.where(torch.arange(rest) < ones.round(), 1.0, 0.5)], dim=1))
+    return torch.stack(kinds, dim=1).flatten(0, 1)[:tokens], eps, len(kinds)

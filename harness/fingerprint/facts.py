@@ -4,6 +4,7 @@ whether NaN stays seen and subnormal numbers count, and whether x may lie with g
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,19 +26,21 @@ Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplain
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
 
 
-def all_facts(stored: Stored, missing: Missing, x: Tensor, tokens: int | None, narrow: str = "bf16") -> dict[str, str]:
-    """Each by its name, in words. x [T, D]: rows that stored is asked with; tokens: of every call, where the kernel
-    takes no other number; narrow: bf16 or fp16."""
+def all_facts(
+    stored: Stored, missing: Missing, x: Tensor, tokens: int | None, narrow: str = "bf16", window: int = WINDOW
+) -> dict[str, str]:
+    """Each by its name, in words. x [T, D]: rows that stored is asked with, of them so many (window) with each count;
+    tokens: of every call, where the kernel takes no other number; narrow: bf16 or fp16."""
     width = x.shape[1]
     return {
-        "batch invariant": batch(stored, x, tokens),
+        "batch invariant": batch(stored, x, tokens, window),
         "NaN in x": nan(stored, width, tokens),
         "subnormal x": subnormals(missing, width, narrow),
         "gaps between channels": as_it_lies(lambda: missing(_gaussian(probes.ROWS, width), GAPS, probes.EPS_SMALL)),
     }
 
 
-def batch(stored: Stored, x: Tensor, tokens: int | None = None) -> str:
+def batch(stored: Stored, x: Tensor, tokens: int | None = None, window: int = WINDOW) -> str:
     """Whether a row's bits depend on how many rows there are, on its place or on its neighbours. x [T, D]: rows on
     which another order of a sum shows."""
     if tokens == 1:
@@ -45,7 +48,7 @@ def batch(stored: Stored, x: Tensor, tokens: int | None = None) -> str:
     width, alone = x.shape[1], stored(x, True)
     tried, other = [], []
     for count in () if tokens else COUNTS:
-        calls = [(torch.arange(count) + start) % len(x) for start in range(0, WINDOW, count)]
+        calls = [(torch.arange(count) + start) % len(x) for start in range(0, window, count)]
         try:
             same = all([_same(stored(x[rows], True), alone[rows]) for rows in calls])  # all are asked, in rounds too
         except Refused:
@@ -72,28 +75,29 @@ def batch(stored: Stored, x: Tensor, tokens: int | None = None) -> str:
 def rows_near_a_tie(
     width: int, rng: torch.Generator, count: int, narrow: str = "bf16", tie: float = 0.5
 ) -> tuple[Tensor, float]:
-    """One row [D] in so many orders, and an eps, which leave open whether its normed twos are 1 or the number below.
+    """One row [D] in so many orders, and an eps, the same for every width, which leave open whether its normed twos are
+    1 or the number below.
 
     The row's squares add up to the middle between two fp32 numbers, so that two ways to add them differ by an ulp in
     half of the orders; with eps the smaller sum has a root by which they round up, by the larger one's they round down.
     tie: 0.5 of nearest rounding, 0 of truncation. Weights are ones there.
     """
     first = 2048 if narrow == "fp16" else 256
-    edge = (first - 1 + tie) / first
-    ones = max(width // 16, 4)
-    size = torch.exp(1.5 * torch.randn(2048, width - ones, generator=rng, dtype=torch.float64))
-    size *= ((0.5 * (1 + edge**-2) * width - ones) / size.square().sum(1, keepdim=True)).sqrt()
-    x = torch.cat([torch.ones(len(size), ones), round_to(size.float(), f"{narrow}-rne")], dim=1)
-    total = x.double().square().sum(1)
-    unit = torch.exp2(total.log2().floor() - 23)
-    off = ((total / unit) % 1 - 0.5).abs() + (total / width < 1) + (total / width > edge**-2 - 2.0**-16)
-    best = int(off.argmin())
-    below = (total[best] / unit[best]).floor() * unit[best] / width
+    edge, gap = (first - 1 + tie) / first, 2.0**-12
     sums = edge**-2 + 2.0**-23 * torch.arange(-8, 9).double()
-    last = sums.float()[sums.float().rsqrt().double() >= edge][-1].double()
+    last = float(sums.float()[sums.float().rsqrt().double() >= edge][-1])  # the largest mean that rounds up
+    unit = 2.0 ** (math.floor(math.log2(width)) - 23)
+    total = (math.floor((last - gap) * width / unit) + 0.5) * unit
+    ones = max(width // 16, 4)
+    row = torch.exp(1.5 * torch.randn(width - ones - 4, generator=rng, dtype=torch.float64))
+    row *= ((total - ones - width / 64) / row.square().sum()).sqrt()
+    row = torch.cat([torch.ones(ones), round_to(row.float(), f"{narrow}-rne")]).double()
+    for _ in range(4):  # what is left of the total, nearer each time
+        rest = (total - row.square().sum()).sqrt().float()
+        row = torch.cat([row, round_to(rest, f"{narrow}-rtz").double()[None]])
     orders = torch.rand(count, width, generator=rng).argsort(1)
-    x = x[best][orders] * (torch.randint(0, 2, [count, width], generator=rng) * 2 - 1)
-    return 2 * x, 4 * float((last - below).float())  # so that no result is its x, as if nothing were written in place
+    x = row.float()[orders] * (torch.randint(0, 2, [count, width], generator=rng) * 2 - 1)
+    return 2 * x, 4 * gap  # twice, so that no result is its x, as if nothing were written in place
 
 
 def scales(v: Tensor, given: Tensor, most: float) -> str:
