@@ -80,11 +80,16 @@ class BlackBox:
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
+        self.residual_dtype = self.dtype
         self.gradients = False  # whether it is called as in training
         self.cut_off = False  # whether it was, and what it stored has no gradient
         self._last: list[Tensor] = []  # what the last call stored, kept so that its memory is not free
-        usual = KEEP if dtype == "fp32" else f"{self.narrow}-rne"
-        self.sums = Sums(self.narrow, usual, getattr(fn, "sum_is", "is returned"))
+        self.sums = self.new_sums()
+
+    def new_sums(self) -> Sums:
+        """What is known of x + residual before a call."""
+        usual = KEEP if self.residual_dtype == torch.float32 else f"{self.narrow}-rne"
+        return Sums(self.narrow, usual, getattr(self.fn, "sum_is", "is returned"))
 
     def takes(self, name: str) -> bool:
         """Whether fn is given an argument of that name."""
@@ -164,7 +169,7 @@ class BlackBox:
 
     def _extra(self, layout: str, **values: Tensor) -> dict[str, Tensor]:
         return {
-            name: self.as_given(value, of_each(layout)[2], self.dtype)
+            name: self.as_given(value, of_each(layout)[2], self.residual_dtype if name == "residual" else self.dtype)
             for name, value in values.items()
             if self.takes(name)
         }

@@ -171,11 +171,41 @@ def fp32_weights(rule: Rule, rows: Rows, asked: NormCalls, names: dict[str, str]
     best = max(others, key=call.share)
     if miss := missed(best, call):
         return f"another function, the nearest with weight={best.weight}: {miss}"
-    said = [f"weight={best.weight}"]
-    for name in ("normed", last):
-        if getattr(best, name) != getattr(rule, name):
-            said.append(f"{names.get(name, name)}={getattr(best, name)}")
-    return ", ".join(said)
+    return f"weight={best.weight}{_changed(rule, best, ('normed', last), names)}"
+
+
+def _changed(rule: Rule, best: Rule, boundaries: tuple[str, ...], names: dict[str, str]) -> str:
+    """Those of the boundaries at which best is another than rule, in words."""
+    changed = (name for name in boundaries if getattr(best, name) != getattr(rule, name))
+    return "".join(f", {names.get(name, name)}={getattr(best, name)}" for name in changed)
+
+
+def fp32_residual(rule: Rule, asked: NormCalls, weight: Tensor, names: dict[str, str]) -> str:
+    """What becomes of a residual in fp32, which bf16 does not hold, as of a stream that stays in fp32: which x is
+    normed, whether the result is stored otherwise then, and the sum; or that it is refused. names: as of
+    fp32_weights."""
+    box, rng = asked.box, torch.Generator().manual_seed(7)
+    shape = [probes.ROWS, asked.width]
+    x, residual = probes.gaussian(shape, rng, box.narrow), torch.randn(shape, generator=rng)
+    rows = Rows(x, probes.weight_of_width(weight, asked.width), probes.EPS_SMALL, asked.width, residual, exact=False)
+    before, said = (box.residual_dtype, box.sums, dict(box.manners)), ""
+    box.residual_dtype = torch.float32
+    box.sums = box.new_sums()
+    try:
+        call = asked.call(rows)
+        said = f", x + residual {box.sums}" if box.sums.done else ""
+    except Refused as refused:
+        return f"refused: {refused}"
+    except Fault as fault:
+        return f"another function: {fault}"
+    finally:
+        box.residual_dtype, box.sums, box.manners = before
+    words = storages(rule.narrow)
+    others = [rule.replace(x=x, normed=n, out=o) for x in words for n in words for o in outs(call.dtype, rule.narrow)]
+    best = max(others, key=call.share)
+    if miss := missed(best, call):
+        return f"another function, the nearest with x={best.x}: {miss}"
+    return f"x={best.x}{_changed(rule, best, ('normed', 'out'), names)}{said}"
 
 
 def _gaussian(rows: int, width: int) -> Tensor:

@@ -259,6 +259,8 @@ def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, 
         said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])
     if box.a_weight_a_head:
         said["weight"] = "[H, Dh], one for each head"
+    if box.takes("residual") and box.dtype != torch.float32 and main.scales is None:
+        said["fp32 residual"] = facts.fp32_residual(rule, asked, main.weight, NORM_WORDS[box.kind])
     if box.weightless:
         return box.manners | said
     return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}

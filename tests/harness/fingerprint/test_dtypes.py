@@ -112,6 +112,53 @@ def test_norm_weights_in_fp32_are_a_boundary(fn: Callable[..., Tensor], said: st
     assert answer.candidates[0].get("weight") == word
 
 
+def sum_in_fp32(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x.float() + residual.float()
+    return norm(hidden=RNE)(total, weight, eps), total
+
+
+def sum_by_promotion(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return promoted(total, weight, eps), total
+
+
+def sum_in_place(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    residual.add_(x)
+    x.copy_(promoted(residual.bfloat16(), weight, eps))
+
+
+def sum_in_bf16(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return promoted((x.float() + residual.float()).bfloat16(), weight, eps)
+
+
+def residual_in_bf16(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return promoted(x + residual.bfloat16(), weight, eps)
+
+
+def residual_of_xs_dtype(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if residual.dtype != x.dtype:
+        raise TypeError("one dtype")
+    return promoted(x + residual, weight, eps)
+
+
+@pytest.mark.parametrize(
+    ("fn", "said"),
+    [
+        (sum_in_fp32, "x=fp32, x + residual is returned"),
+        (sum_by_promotion, "x=fp32, normed=fp32, hidden=fp32, x + residual is returned"),
+        (sum_in_place, "x=bf16-rne, x + residual is written into residual"),
+        (sum_in_bf16, "x=bf16-rne"),
+        (residual_in_bf16, "another function, the nearest with x=bf16-rne: "),
+        (residual_of_xs_dtype, "refused: the callable raised TypeError: one dtype"),
+    ],
+)
+def test_a_residual_in_fp32_beside_x_in_bf16(fn: Callable[..., Any], said: str) -> None:
+    answer = identify(fn, "rmsnorm")
+    assert answer.status == "identified", answer
+    found = answer.facts["fp32 residual"]
+    assert found.startswith(said) if said.endswith(": ") else found == said, answer.facts
+
+
 # ---------------------------------------------------------------- chains in fp16
 
 
