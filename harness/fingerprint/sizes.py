@@ -18,6 +18,11 @@ class Sizes:
     eps: float | None = None
     dtype: str = "bf16"
 
+    def without_meaning(self, kind: str) -> str:
+        """The options given that no kernel of that kind has, in words; empty if there are none."""
+        names = {"rmsnorm": ("heads", "head_dim"), "head_norm": ("width",)}.get(kind, ())
+        return " and no ".join(f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None)
+
     @property
     def narrow(self) -> str:
         """What is rounded to: fp16 where x is, else bf16."""

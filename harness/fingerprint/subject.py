@@ -69,6 +69,8 @@ def compared(
         if call and ("{input}" in target or Path(target).suffix == ".safetensors"):
             raise UserError(f"--call is for functions, not for {target}: give it as '' there")
     captured = [Path(target).suffix == ".safetensors" for target in targets]
+    if all(captured) and (kind or sizes != Sizes(heads=sizes.heads)):
+        raise UserError("captures say all but --heads by themselves: leave out other options")
     if all(captured):
         return compare_captures(Path(targets[0]), Path(targets[1]), sizes)
     if any(captured):

@@ -132,6 +132,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     for words, line in (
         ((fn, a), "a capture is compared with a capture"),
         ((a, b), "has another x than"),
+        ((a, a, "--tokens", "5"), "captures say all but --heads by themselves"),
         (("p {input} {output}", "q {input} {output}"), "two programs need --kind"),
         ((fn, f"{fn}x"), "cannot be imported"),
         ((fn, fn, "--kind", "norm"), "--kind must be one of"),

@@ -13,6 +13,8 @@ from commands import command
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.forms import adapted
 from castpoint.harness.fingerprint.kinds import guessed_kind
+from castpoint.harness.fingerprint.norm import identify
+from castpoint.harness.fingerprint.sizes import Sizes
 
 
 def rms_norm(x, weight, eps):
@@ -107,6 +109,17 @@ def test_a_rotation_alone_is_told_what_is_asked(fn: Callable) -> None:
         Fault, match="it rotates, but does not take, by name, .* fn.q, k, q_weight, k_weight, cos, sin, e"
     ):
         guessed_kind(fn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        ("rmsnorm", Sizes(heads=(2,), head_dim=64), "rmsnorm takes no --heads and no --head-dim, "),
+        ("head_norm", Sizes(width=64), "head_norm takes no --width, "),
+    ],
+)
+def test_sizes_that_a_kind_does_not_have_are_refused(kind: str, sizes: Sizes, said: str) -> None:
+    assert identify(k_norm, kind, sizes=sizes).reason.startswith(said)
 
 
 def test_a_norm_with_an_argument_more_is_guessed() -> None:
