@@ -225,8 +225,8 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
     """facts.all_facts of q, k and v at once, with 1024 channels and few heads if it takes them."""
     for geometry in (Geometry(1024, 2, 1, 64), calls.geometry):
         dense = Dense(calls.at(geometry), found)
-        x, eps, kinds = _rows_near_ties(geometry, calls.tokens or probes.ROWS, calls.box.narrow, bool(found.head))
-        cancelling, x = dataclasses.replace(dense, cancelling=True), dense.held(x).float()
+        cancelling = dataclasses.replace(dense, cancelling=True)
+        x, eps, kinds = _rows_near_ties(cancelling)
 
         def stored(x: Tensor, finite: bool, dense: Dense = cancelling, eps: float = eps) -> Tensor:
             outputs = dense.stored(x, eps, finite=finite)
@@ -243,17 +243,20 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
     return {}
 
 
-def _rows_near_ties(g: Geometry, tokens: int, narrow: str, head: bool) -> tuple[Tensor, float, int]:
-    """x [T, D] and eps, for weights that are cancelling: rows on which another order of a sum shows, in turn that of
-    the input norm, of the projection and, if head, of the head norms; and how many kinds these are."""
-    rng = torch.Generator().manual_seed(3)
+def _rows_near_ties(cancelling: Dense) -> tuple[Tensor, float, int]:
+    """x [T, D] and eps: rows on which another order of a sum shows, in turn that of the input norm, of the projection
+    and, if there is one, of the head norms; and how many kinds these are."""
+    calls, g, rng = cancelling.calls, cancelling.calls.geometry, torch.Generator().manual_seed(3)
+    tokens, narrow = calls.tokens or probes.ROWS, calls.box.narrow
     tied, eps = facts.rows_near_a_tie(g.width, rng, tokens, narrow)
     pairs = probes.gaussian([tokens, g.width // 2], rng).repeat_interleave(2, dim=1)
     pairs[:, 1::2] *= 1 + 2.0**-5 * torch.rand(pairs[:, ::2].shape, generator=rng)
-    kinds = [tied, pairs]
-    if head and g.width >= 6 * g.head_dim:  # a head's rows, and ones and halves with which the whole has a root of one
+    kinds = [tied, cancelling.held(pairs).float()]
+    if cancelling.found.head and g.width >= 6 * g.head_dim:
         heads, _ = facts.rows_near_a_tie(g.head_dim, rng, tokens, narrow)
-        rest = g.width - g.head_dim
-        ones = (g.width - heads.square().sum(1, keepdim=True) - rest / 4) / 0.75
-        kinds.append(torch.cat([heads, torch.where(torch.arange(rest) < ones.round(), 1.0, 0.5)], dim=1))
+        rest = g.width - g.head_dim - 1  # halves, some ones, and a last one, so that the root of the whole is one
+        left = g.width * (1 - eps) - heads.square().sum(1, keepdim=True) - rest / 4
+        ones = ((left - 0.25) / 0.75).floor()
+        last = round_to((left - 0.75 * ones).sqrt(), f"{narrow}-rne")
+        kinds.append(torch.cat([heads, torch.where(torch.arange(rest) < ones, 1.0, 0.5), last], dim=1))
     return torch.stack(kinds, dim=1).flatten(0, 1)[:tokens], eps, len(kinds)

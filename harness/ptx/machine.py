@@ -27,7 +27,7 @@ from castpoint.harness.ptx.runs import FMA, Run, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
-TOGETHER = 1 << 13  # of a run at once, in each: with more, they do
+TOGETHER = 1 << 13  # elements that instructions of a run leave at once: with more, these do
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones

@@ -103,21 +103,22 @@ def test_another_order_of_a_sum_is_not_batch_invariant(fn: Callable[..., Tensor]
     assert answer.facts["batch invariant"].startswith("no: "), answer.facts
 
 
-@pytest.mark.parametrize(("other", "most"), [("", 0), ("q", 4), ("k", 4), ("q", 100), ("k", 100)])
-def test_another_order_of_a_head_norms_sum_is_not_batch_invariant(other: str, most: int) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("other", "most"), [("", 0), ("q", 4), ("k", 4), ("x", 4), ("q", 100), ("k", 100), ("x", 100)])
+def test_another_order_of_a_norms_sum_in_a_chain_is_not_batch_invariant(other: str, most: int, dtype: str) -> None:
     """Up to so many rows; the projection is in float64, whose order does not show."""
 
     def fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads):
-        hidden = hf(x, norm_weight, eps).double() @ qkv_weight.double().t()
+        few = [name == other and len(x) <= most for name in "xqk"]
+        hidden = (in_pairs if few[0] else hf)(x, norm_weight, eps).double() @ qkv_weight.double().t()
         sizes = [num_q_heads, num_kv_heads, num_kv_heads]
-        q, k, v = hidden.bfloat16().unflatten(1, (-1, len(q_norm_weight))).split(sizes, 1)
-        few = [name == other and len(x) <= most for name in "qk"]
+        q, k, v = hidden.to(x.dtype).unflatten(1, (-1, len(q_norm_weight))).split(sizes, 1)
         return *(
             in_pairs(part, weight, eps) if apart else hf(part, weight, eps)
-            for part, weight, apart in zip((q, k), (q_norm_weight, k_norm_weight), few, strict=True)
+            for part, weight, apart in zip((q, k), (q_norm_weight, k_norm_weight), few[1:], strict=True)
         ), v
 
-    answer = identify(fn, "qkv")
+    answer = identify(fn, "qkv", sizes=Sizes(dtype=dtype))
     assert answer.plans[:1] == ["hf"], answer
     assert answer.facts["batch invariant"].startswith("no: a row of 1024 " if other else "yes, in 64 "), answer.facts
 
