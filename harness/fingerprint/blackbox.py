@@ -214,7 +214,8 @@ class BlackBox:
         """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x."""
         if outputs[0] is None:
             both = [tensor for tensor in (x, residual) if any(tensor is each for each in written)]
-            outputs = tuple(t for t in both if sums is None or not self.sums.is_one(t, sums))[:1] or outputs
+            results = [tensor for tensor in both if sums is None or not self.sums.is_one(tensor, sums)]
+            outputs = (*results, *both, None)[:1]
         if (
             len(outputs) == 2
             and sums is not None
@@ -229,7 +230,9 @@ class BlackBox:
             elif not into or (into == "x" and sums is None):
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
             elif sums is not None and not self.sums.note(f"is written into {into}", tensor, sums):
-                raise Fault(f"the callable writes into {into} neither its result nor x + residual: give it a copy")
+                raise Fault(
+                    f"the callable writes into {into} what is not x + residual, beside its result: give it a copy"
+                )
         y, rest = outputs[0], self.sums.taken(outputs[1:], sums)
         eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
         scales = [spread(next(iter(rest), None), list(x.shape))] if eight else []

@@ -1,8 +1,8 @@
 """A program of any language as a callable: its arguments go through a file of safetensors, and so does its result.
 
 The file that it reads holds bf16 tensors by the names of kinds.KINDS (and residual, bias or gate, where that is
-asked), eps as one float64, num_q_heads and num_kv_heads as one int64 each, and these numbers in its metadata too. The
-file that it writes must hold y, or q, k and v.
+asked; a norm's weight and residual once in fp32), eps as one float64, num_q_heads and num_kv_heads as one int64 each,
+and these numbers in its metadata too. The file that it writes must hold y, or q, k and v.
 """
 
 from __future__ import annotations

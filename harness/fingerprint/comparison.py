@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import capture, captured, probes
 from castpoint.harness.fingerprint.answer import Answer, agree
 from castpoint.harness.fingerprint.arguments import parameters_of
@@ -77,6 +78,8 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Of two callables of one kind. calls: how each is called, where that is a norm. Raises Fault where one of them
     cannot be called."""
+    if beyond := sizes.beyond(kind):
+        raise Fault(beyond)
     both = list(zip((first, second), calls, strict=True))
     answers = [identify(fn, kind, device, sizes, call) for fn, call in both]
     given, asked = [_with_gate(as_kind(fn, kind, call)) for fn, call in both], []

@@ -86,8 +86,9 @@ def rows_near_a_tie(
     edge, gap = (first - 1 + tie) / first, 2.0**-12
     sums = edge**-2 + 2.0**-23 * torch.arange(-8, 9).double()
     last = float(sums.float()[sums.float().rsqrt().double() >= edge][-1])  # the largest mean that rounds up
-    unit = 2.0 ** (math.floor(math.log2(width)) - 23)
-    total = (math.floor((last - gap) * width / unit) + 0.5) * unit
+    total = (last - gap + 2.0**-24) * width  # the mean is rounded too, to a multiple of 2^-23
+    unit = 2.0 ** (math.floor(math.log2(total)) - 23)
+    total = (math.floor(total / unit) + 0.5) * unit
     ones = max(width // 16, 4)
     row = torch.exp(1.5 * torch.randn(width - ones - 4, generator=rng, dtype=torch.float64))
     row *= ((total - ones - width / 64) / row.square().sum()).sqrt()
@@ -197,7 +198,7 @@ def fp32_residual(rule: Rule, asked: NormCalls, weight: Tensor, names: dict[str,
     except Refused as refused:
         return f"refused: {refused}"
     except Fault as fault:
-        return f"another function: {fault}"
+        return f"another function: {str(fault).partition(':')[0]}"
     finally:
         box.residual_dtype, box.sums, box.manners = before
     words = storages(rule.narrow)

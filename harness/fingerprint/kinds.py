@@ -35,7 +35,8 @@ def guessed_kind(fn: Callable[..., Any]) -> str:
     Raises Fault where it takes those of none, or of norms and chains alike.
     """
     names = [getattr(fn, "__name__", ""), *parameters_told(fn)]
-    if {"cos", "sin", "cos_sin_cache"} & set(signature_of(fn).parameters):
+    must = {name for name, p in signature_of(fn).parameters.items() if p.default is p.empty}
+    if {"cos", "sin", "cos_sin_cache"} & must:
         said = "it rotates, but does not take, by name, what a qk_norm_rope takes, "
         raise Fault(f"{said}{KINDS['qk_norm_rope']}: wrap it in one, or give --kind qk_norm_rope and --call")
     norm, chain = (_takes(fn, KINDS[kind].partition(")")[0].count(",") + 1) for kind in ("rmsnorm", "qkv"))

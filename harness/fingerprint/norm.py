@@ -44,7 +44,7 @@ from castpoint.harness.fingerprint.evidence import (
 from castpoint.harness.fingerprint.extra_questions import extra_questions
 from castpoint.harness.fingerprint.forms import as_kind, in_a_batch
 from castpoint.harness.fingerprint.gated import Found, gated
-from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, paths
+from castpoint.harness.fingerprint.kinds import CHAINS, paths
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
@@ -82,8 +82,8 @@ def identify(
 
         return rope.identify(fn, device, sizes, call)
     try:
-        if odd := sizes.without_meaning(kind):
-            raise Fault(f"{kind} takes no {odd}, it is {KINDS[kind]}: leave that out, or give another --kind")
+        if beyond := sizes.beyond(kind):
+            raise Fault(beyond)
         fn = as_kind(fn, kind, call)
     except Fault as fault:
         return Answer("error", reason=str(fault))

@@ -181,7 +181,7 @@ def _facts(first: First, alone: Answer, rule: Rule, way: Way) -> dict[str, str]:
         said["cos and sin"] = f"given in {narrow}{columns}"
         if way.rotary == head_dim and pair.takes("rotary_dim", *pairs.TABLES) and "rotary_dim" not in pair.fixed:
             said["partial RoPE"] = partial(first, rule, way)
-    if pair.takes(*pairs.TABLES, "positions"):
+    if pair.takes("positions"):
         ask = functools.partial(Held(first, rule, way).ask, Draw.gaussian, None, None, layout=pairs.APART)
         said[pairs.APART] = as_it_lies(ask)
     return said | facts

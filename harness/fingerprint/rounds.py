@@ -34,8 +34,9 @@ README = """Questions for a kernel of kind {kind}.
 
 Run the kernel once on every file round-N/NNN.safetensors and write what it returns, as safetensors, to
 round-N/NNN.out.safetensors. A question holds {inputs},
-all contiguous and bf16 (norm weights once in fp32), and eps{heads} as tensors of one element and in the metadata. An
-answer holds {outputs}, in bf16 or fp32. Where the kernel refuses a question, say why in round-N/NNN.out.txt instead.
+all contiguous and bf16 (a norm's weight and residual once in fp32), and eps{heads} as tensors of
+one element and in the metadata. An answer holds {outputs}, in bf16 or fp32.
+Where the kernel refuses a question, say why in round-N/NNN.out.txt instead.
 An answer with the question's metadata `question` is noticed under another number. Then:
 castpoint identify --answer FOLDER
 
@@ -87,6 +88,8 @@ def opened(folder: Path) -> State:
 
 def ask(folder: Path, kind: str, sizes: Sizes) -> str:
     """Writes the first round into a new folder; what to say."""
+    if beyond := sizes.beyond(kind):
+        raise UserError(beyond)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and not empty: give --ask a new folder, or go on with --answer {folder}")
     with writing(folder):

@@ -18,10 +18,11 @@ class Sizes:
     eps: float | None = None
     dtype: str = "bf16"
 
-    def without_meaning(self, kind: str) -> str:
-        """The options given that no kernel of that kind has, in words; empty if there are none."""
+    def beyond(self, kind: str) -> str:
+        """What to say of sizes that no kernel of that kind has; empty if there are none."""
         names = {"rmsnorm": ("heads", "head_dim"), "head_norm": ("width",)}.get(kind, ())
-        return " and no ".join(f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None)
+        odd = [f"no --{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        return f"{kind} takes {' and '.join(odd)}: leave that out, or give another --kind" if odd else ""
 
     @property
     def narrow(self) -> str:

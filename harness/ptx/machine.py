@@ -11,6 +11,7 @@ branch run apart, those behind first, and join where they meet.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -88,12 +89,13 @@ class _Run(Warps):
                     place = self._next()
                     if place is None:
                         return
+                if place in together and self.active is self.everyone:
+                    with contextlib.suppress(IndexError):  # one by one it says which
+                        place = self._together(together[place])
+                        continue
                 instruction = self.program.instructions[place]
                 try:
-                    if place in together and self.active is self.everyone:
-                        place = self._together(together[place])
-                    else:
-                        place = self._step(instruction, place)
+                    place = self._step(instruction, place)
                 except (IndexError, Unsupported) as error:
                     text = " ".join(instruction.text.split())
                     text = text if len(text) < 120 else f"{text[:60]} ... {text[-50:]}"

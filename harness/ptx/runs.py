@@ -1,6 +1,7 @@
 """Instructions in a row that are executed many at once: loads from one address on, and products of float32 matrices.
 
-What they leave is what they leave one after the other: in a run, no register is written twice, or after it was read.
+What they leave is what they leave one after the other: in a run, no register is written twice, or after another
+instruction has read it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Run:
 
 @functools.lru_cache(64)
 def runs(program: Program) -> dict[int, Run]:
-    """Runs that begin at these places. A label inside does no harm: all threads come by the start, or one by one."""
+    """Runs that begin at these places; none goes on past a label, where a loop may come back."""
     found: dict[int, Run] = {}
-    instructions = program.instructions
+    labels, instructions = set(program.labels.values()), program.instructions
     start, before, touched = 0, (), set[Operand]()
     for place, kind in enumerate([*map(_kind, instructions), ()]):
-        if kind != before or kind and touched & set(_written(instructions[place])):
+        if place in labels or kind != before or kind and touched & set(_written(instructions[place])):
             if before and place - start >= SHORTEST:
                 found[start] = _run(instructions[start:place], place)
             start, before, touched = place, kind, set()

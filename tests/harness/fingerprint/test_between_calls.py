@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from norm_support import unit
 from torch import Tensor
 
+from castpoint.harness.fingerprint import facts
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.fingerprint.sizes import Sizes
 
@@ -104,29 +105,52 @@ def test_another_order_of_a_sum_is_not_batch_invariant(fn: Callable[..., Tensor]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(("other", "most"), [("", 0), ("q", 4), ("k", 4), ("x", 4), ("q", 100), ("k", 100), ("x", 100)])
-def test_another_order_of_a_norms_sum_in_a_chain_is_not_batch_invariant(other: str, most: int, dtype: str) -> None:
-    """Up to so many rows; the projection is in float64, whose order does not show."""
+@pytest.mark.parametrize("width", [64, 96, 112, 128, 192, 768, 896, 1023, 1024, 1536, 3072, 6144, 7168, 8192])
+def test_rows_near_a_tie_show_another_order(width: int, dtype: str) -> None:
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    x, eps = facts.rows_near_a_tie(width, torch.Generator().manual_seed(1), 64, dtype)
+    rows, ones = x.to(kind), torch.ones(width, dtype=kind)
+    assert torch.equal(rows.float(), x)
+    other = torch.nn.functional.pad(rows, (0, width % 2)), torch.nn.functional.pad(ones, (0, width % 2))
+    assert (in_pairs(*other, eps, width)[:, :width] != hf(rows, ones, eps)).any(1).sum() >= 16
+
+
+CHAINS = [
+    *(
+        (other, most, dtype, 0, None)
+        for other, most in (("", 0), ("q", 4), ("k", 100), ("x", 4))
+        for dtype in ("bf16", "fp16")
+    ),
+    *((other, 4, "bf16", offset, only) for other in "qk" for offset, only in ((1, None), (0, 128))),
+]
+
+
+@pytest.mark.parametrize(("other", "most", "dtype", "offset", "only"), CHAINS)
+def test_another_order_of_a_norms_sum_in_a_chain_is_not_batch_invariant(
+    other: str, most: int, dtype: str, offset: int, only: int | None
+) -> None:
+    """Up to so many rows, with 1 + w, or for one head_dim; the projection is in float64, whose order does not show."""
 
     def fn(x, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, eps, num_q_heads, num_kv_heads):
+        if only and len(q_norm_weight) != only:
+            raise ValueError(f"head_dim {only}")
         few = [name == other and len(x) <= most for name in "xqk"]
-        hidden = (in_pairs if few[0] else hf)(x, norm_weight, eps).double() @ qkv_weight.double().t()
+        norms = [in_pairs if apart else hf for apart in few]
+        norm_weight, *heads = (offset + weight for weight in (norm_weight, q_norm_weight, k_norm_weight))
+        hidden = norms[0](x, norm_weight, eps).double() @ qkv_weight.double().t()
         sizes = [num_q_heads, num_kv_heads, num_kv_heads]
         q, k, v = hidden.to(x.dtype).unflatten(1, (-1, len(q_norm_weight))).split(sizes, 1)
-        return *(
-            in_pairs(part, weight, eps) if apart else hf(part, weight, eps)
-            for part, weight, apart in zip((q, k), (q_norm_weight, k_norm_weight), few[1:], strict=True)
-        ), v
+        return norms[1](q, heads[0], eps), norms[2](k, heads[1], eps), v
 
     answer = identify(fn, "qkv", sizes=Sizes(dtype=dtype))
-    assert answer.plans[:1] == ["hf"], answer
+    assert answer.status == "identified", answer
     assert answer.facts["batch invariant"].startswith("no: a row of 1024 " if other else "yes, in 64 "), answer.facts
 
 
-def in_pairs(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def in_pairs(x: Tensor, weight: Tensor, eps: float, width: int = 0) -> Tensor:
     """hf's, whose sum is of the even channels and of the odd ones."""
     total = x.float().square().unflatten(-1, (-1, 2)).sum(-2).sum(-1, keepdim=True)
-    return weight * (x.float() * torch.rsqrt(total / x.shape[-1] + eps)).to(x.dtype)
+    return weight * (x.float() * torch.rsqrt(total / (width or x.shape[-1]) + eps)).to(x.dtype)
 
 
 BUFFER = torch.empty(1 << 25, dtype=torch.bfloat16)
@@ -195,7 +219,9 @@ def a_sum_of_another_kind(x: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 def test_what_is_written_and_is_no_sum_is_said() -> None:
     answer = identify(a_sum_of_another_kind, "rmsnorm")
-    assert answer.reason == "the callable writes into residual neither its result nor x + residual: give it a copy"
+    assert (
+        answer.reason == "the callable writes into residual what is not x + residual, beside its result: give it a copy"
+    )
 
 
 def two_faced(x: Tensor, weight: Tensor, eps: float) -> Tensor:

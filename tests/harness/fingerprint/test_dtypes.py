@@ -135,6 +135,11 @@ def residual_in_bf16(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     return promoted(x + residual.bfloat16(), weight, eps)
 
 
+def rounded_residual_beside_y(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual.bfloat16()
+    return promoted(total, weight, eps), total
+
+
 def residual_of_xs_dtype(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     if residual.dtype != x.dtype:
         raise TypeError("one dtype")
@@ -149,6 +154,11 @@ def residual_of_xs_dtype(x: Tensor, residual: Tensor, weight: Tensor, eps: float
         (sum_in_place, "x=bf16-rne, x + residual is written into residual"),
         (sum_in_bf16, "x=bf16-rne"),
         (residual_in_bf16, "another function, the nearest with x=bf16-rne: "),
+        (
+            rounded_residual_beside_y,
+            "another function: the callable returns a tensor of x's shape beside its result, "
+            "and it is not x + residual",
+        ),
         (residual_of_xs_dtype, "refused: the callable raised TypeError: one dtype"),
     ],
 )

@@ -114,8 +114,8 @@ def test_a_rotation_alone_is_told_what_is_asked(fn: Callable) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "said"),
     [
-        ("rmsnorm", Sizes(heads=(2,), head_dim=64), "rmsnorm takes no --heads and no --head-dim, "),
-        ("head_norm", Sizes(width=64), "head_norm takes no --width, "),
+        ("rmsnorm", Sizes(heads=(2,), head_dim=64), "rmsnorm takes no --heads and no --head-dim: "),
+        ("head_norm", Sizes(width=64), "head_norm takes no --width: "),
     ],
 )
 def test_sizes_that_a_kind_does_not_have_are_refused(kind: str, sizes: Sizes, said: str) -> None:

@@ -224,6 +224,8 @@ def test_the_options_of_rounds(capsys, monkeypatch, second: Path, tmp_path: Path
         return failure(capsys, monkeypatch, "identify", *map(str, arguments))
 
     assert "is there and not empty: give --ask a new folder" in fails("--ask", second, "--kind", "rmsnorm")
+    new = tmp_path / "new"
+    assert "rmsnorm takes no --heads" in fails("--ask", new, "--kind", "rmsnorm", "--heads", "4") and not new.exists()
     assert "--ask needs --kind" in fails("--ask", tmp_path / "new")
     assert "--expect is for an answer" in fails("--ask", tmp_path / "new", "--kind", "rmsnorm", "--expect", "hf")
     assert f"{second} asks of kind rmsnorm" in fails("--answer", second, "--kind", "qkv")

@@ -53,13 +53,16 @@ BODIES = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_products_at_once_are_products_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = 0
     for seed in range(20):
         body = BODIES[name](np.random.default_rng(seed))
+        found += len(runs(parse(kernel(f"{REGISTERS} {body}", 2))))
         values = np.random.default_rng(seed).standard_normal(10 * THREADS).astype(np.float32)
         monkeypatch.setattr(machine, "runs", runs)
         at_once = stored(body, values)
         monkeypatch.setattr(machine, "runs", lambda program: {})
         assert np.array_equal(at_once, stored(body, values)), seed
+    assert found > 5
 
 
 def test_a_product_of_matrices_is_a_run_of_few_levels() -> None:
@@ -101,3 +104,11 @@ def test_loads_at_once_are_loads_one_by_one(space: str, monkeypatch: pytest.Monk
     at_once = result()
     monkeypatch.setattr(machine, "runs", lambda program: {})
     assert np.array_equal(at_once, result())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_load_beyond_a_tensor_is_named(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:
+        monkeypatch.setattr(machine, "runs", lambda program: {})
+    with pytest.raises(IndexError, match=rf"^{THREADS} threads reach beyond .*%r14, .%rd1 . {16 * THREADS}.$"):
+        run(f"{REGISTERS} {LOADS} st.global.b32 [%rd2], %r10;", ints(np.arange(4 * THREADS)), ints(np.arange(THREADS)))
