@@ -211,7 +211,7 @@ class BlackBox:
     def _of_norm(
         self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
     ) -> tuple[Any, ...]:
-        """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x."""
+        """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x or residual."""
         if outputs[0] is None:
             both = [tensor for tensor in (x, residual) if any(tensor is each for each in written)]
             results = [tensor for tensor in both if sums is None or not self.sums.is_one(tensor, sums)]
