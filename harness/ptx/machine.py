@@ -22,9 +22,10 @@ from torch import Tensor
 
 from castpoint.harness.ptx.arithmetic import LOGIC, arithmetic, compared, converted
 from castpoint.harness.ptx.memory import Global, check_aligned
-from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, extended, read, width
+from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
+from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import Instruction, Program, listed
-from castpoint.harness.ptx.runs import FMA, Run, runs
+from castpoint.harness.ptx.runs import Loads, Products, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
@@ -156,27 +157,21 @@ class _Run(Warps):
 
     # ------------------------------------------------------------ instructions
 
-    def _together(self, run: Run) -> int:
+    def _together(self, run: Loads | Products) -> int:
         """A run, by all threads. The place behind it."""
         self.executing = self.everyone
-        products = run.levels[0][0].words == FMA
-        rows = {source: self.each(self.get(source, "b32")) for source in run.given if products}
-        size = TOGETHER // self.threads
-        for part in (level[n : n + size] for level in run.levels for n in range(0, len(level), size)):
-            if products:
-                self._multiply(part, rows)
-            else:
-                self._load(part, self.everyone)
+        if isinstance(run, Loads):
+            size = TOGETHER // self.threads
+            for first in range(0, len(run.instructions), size):
+                self._load(run.instructions[first : first + size], self.everyone)
+            return run.end
+        starts, factors = (
+            np.stack([self.each(self.get(source, "f32")) for source in sources])
+            for sources in (run.starts, run.factors)
+        )
+        for target, found in zip(run.targets, summed(starts, factors, run.levels), strict=True):
+            self.put(target, bits_of(found, "f32"), self.everyone)
         return run.end
-
-    def _multiply(self, products: Sequence[Instruction], rows: dict[Any, Array]) -> None:
-        """Adds what they compute to the registers, and to those that the run has read or written."""
-        targets, *operands = zip(*(i.operands for i in products), strict=True)
-        bits = [np.concatenate([rows[source] for source in sources]) for sources in operands]
-        found = arithmetic(FMA, "f32", bits).reshape(len(products), -1)
-        rows.update(zip(targets, found, strict=True))
-        for target, row in zip(targets, found, strict=True):
-            self.put(target, row, self.everyone)
 
     def _execute(self, i: Instruction, mask: Array) -> None:
         kind, types = i.words[0], i.words[-1]

@@ -7,34 +7,55 @@ instruction has read it.
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from castpoint.harness.ptx.numbers import Array
 from castpoint.harness.ptx.program import Address, Instruction, Operand, Program, listed
 
 FMA = ("fma", "rn", "f32")
 SHORTEST = 4  # that is worth it
+_NAME = re.compile(r"%\w+")
 
 
 @dataclass(frozen=True)
-class Run:
-    """levels: instructions of one opcode whose operands are there once those of the levels before are done; given:
-    operands that the run does not compute; end: the place behind it."""
+class Loads:
+    """Of one opcode, at offsets from one register. end: the place behind it."""
 
-    levels: tuple[tuple[Instruction, ...], ...]
-    given: tuple[Operand, ...]
+    instructions: tuple[Instruction, ...]
+    end: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """Sums of products, each in one register after another of which nobody reads any but the last: starts, what they
+    begin with; targets, where they end; factors, and where among them stand those of each level's sums, [sums, 2]. The
+    longest sums are the first, so that each level goes on with the first ones."""
+
+    starts: tuple[Operand, ...]
+    targets: tuple[Operand, ...]
+    factors: tuple[Operand, ...]
+    levels: tuple[Array, ...]
     end: int
 
 
 @functools.lru_cache(64)
-def runs(program: Program) -> dict[int, Run]:
+def runs(program: Program) -> dict[int, Loads | Products]:
     """Runs that begin at these places; none goes on past a label, where a loop may come back."""
-    found: dict[int, Run] = {}
+    found: dict[int, Loads | Products] = {}
     labels, instructions = set(program.labels.values()), program.instructions
+    named = Counter(name for i in instructions for name in _NAME.findall(i.text))
     start, before, touched = 0, (), set[Operand]()
     for place, kind in enumerate([*map(_kind, instructions), ()]):
         if place in labels or kind != before or kind and touched & set(_written(instructions[place])):
             if before and place - start >= SHORTEST:
-                found[start] = _run(instructions[start:place], place)
+                inside = instructions[start:place]
+                run = _products(inside, place, named) if before == FMA else Loads(inside, place)
+                found |= {start: run} if run else {}
             start, before, touched = place, kind, set()
         if kind:
             touched |= {*_written(instructions[place]), *_read(instructions[place])}
@@ -58,13 +79,24 @@ def _read(i: Instruction) -> tuple[Operand, ...]:
     return tuple(part.base if isinstance(part, Address) else part for part in i.operands[1:])
 
 
-def _run(found: tuple[Instruction, ...], end: int) -> Run:
-    depth: dict[Operand, int] = {}
-    levels: dict[int, list[Instruction]] = {}
-    given: dict[Operand, None] = {}
+def _products(found: Sequence[Instruction], end: int, named: Counter[str]) -> Products | None:
+    """None where they are no such sums. named: how often the program names each register."""
+    sums: dict[Operand, list[Instruction]] = {}  # by the register that holds them
     for i in found:
-        given |= dict.fromkeys(source for source in _read(i) if source not in depth)
-        deep = 1 + max(depth.get(source, 0) for source in _read(i))
-        depth |= dict.fromkeys(_written(i), deep)
-        levels.setdefault(deep, []).append(i)
-    return Run(tuple(map(tuple, levels.values())), tuple(given), end)
+        sums[i.operands[0]] = [*sums.pop(i.operands[3], ()), i]
+    ordered = sorted(sums.values(), key=len, reverse=True)
+    places = {source: n for n, source in enumerate(dict.fromkeys(s for i in found for s in i.operands[1:3]))}
+    written = {i.operands[0] for i in found}
+    kept = any(named[i.operands[0]] != 2 for each in ordered for i in each[:-1])
+    if kept or written & set(places):
+        return None
+    return Products(
+        starts=tuple(each[0].operands[3] for each in ordered),
+        targets=tuple(each[-1].operands[0] for each in ordered),
+        factors=tuple(places),
+        levels=tuple(
+            np.array([[places[source] for source in each[n].operands[1:3]] for each in ordered if n < len(each)])
+            for n in range(len(ordered[0]))
+        ),
+        end=end,
+    )

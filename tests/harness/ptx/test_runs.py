@@ -6,21 +6,36 @@ import torch
 from ptx_support import THREADS, ints, kernel, run, words
 
 from castpoint.harness.ptx import machine
+from castpoint.harness.ptx.numbers import fma
+from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import parse
 from castpoint.harness.ptx.runs import runs
 
 LOADS = "".join(f"ld.global.b32 %r{n}, [%rd1 + {4 * THREADS * (n - 10)}];" for n in range(10, 20))
 STORES = "".join(f"st.global.b32 [%rd2 + {4 * THREADS * (n - 10)}], %r{n};" for n in range(10, 30))
-REGISTERS = ".reg .b32 %r<40>;"
+REGISTERS = ".reg .b32 %r<40>; .reg .f32 %a<100>;"
 
 
-def products(rng: np.random.Generator, count: int, alone: bool = False) -> str:
-    """So many of registers 10 to 29, 20 to 29 each written once if alone."""
+def products(rng: np.random.Generator, count: int) -> str:
+    """So many of registers 10 to 29."""
+    lines = []
+    for _ in range(count):
+        lines.append("fma.rn.f32 %r{}, %r{}, %r{}, %r{};".format(rng.integers(10, 30), *rng.integers(10, 30, 3)))
+    return "\n".join(lines)
+
+
+def sums(rng: np.random.Generator, count: int) -> str:
+    """So many products, added to ten sums in any order; seldom to one already left, or times one, as no matrix has."""
+    at = [f"%r{n}" for n in range(10, 20)]
     lines = []
     for n in range(count):
-        target = 20 + n if alone else rng.integers(10, 30)
-        sources = rng.integers(10, 20 + n if alone else 30, 3)
-        lines.append("fma.rn.f32 %r{}, %r{}, %r{}, %r{};".format(target, *sources))
+        which, a, b = rng.integers(0, 10, 3)
+        last = rng.random() < 0.1
+        target = f"%r{20 + which}" if last else f"%a{n}"
+        factor = at[a] if rng.random() < 0.01 else f"%r{10 + a}"
+        start = at[b] if rng.random() < 0.01 else at[which]
+        lines.append(f"fma.rn.f32 {target}, {factor}, %r{10 + b}, {start};")
+        at[which] = f"%r{10 + which}" if last else target
     return "\n".join(lines)
 
 
@@ -32,7 +47,8 @@ def stored(body: str, values: np.ndarray) -> np.ndarray:
 
 
 BODIES = {
-    "each register once": lambda rng: products(rng, 10, alone=True),
+    "sums of products": lambda rng: sums(rng, 40),
+    "few sums": lambda rng: sums(rng, 4),
     "registers read, then written, twice": lambda rng: products(rng, 60),
     "a label inside": lambda rng: (
         f"""
@@ -40,10 +56,10 @@ BODIES = {
     $L__in:
         {products(rng, 9)}"""
     ),
-    "guards": lambda rng: f"setp.lt.u32 %p1, %r1, 9; {products(rng, 5)} @%p1 {products(rng, 9)}",
+    "guards": lambda rng: f"setp.lt.u32 %p1, %r1, 9; {sums(rng, 9)} @%p1 {products(rng, 9)}",
     "by a part of the threads": lambda rng: (
         f"""
-        setp.lt.u32 %p1, %r1, 9; @%p1 bra $L__end; {products(rng, 9)}
+        setp.lt.u32 %p1, %r1, 9; @%p1 bra $L__end; {sums(rng, 9)}
     $L__end:
         mov.b32 %r10, %r10;"""
     ),
@@ -66,14 +82,55 @@ def test_products_at_once_are_products_one_by_one(name: str, monkeypatch: pytest
 
 
 def test_a_product_of_matrices_is_a_run_of_few_levels() -> None:
-    """An accumulator of 16 elements and 8 steps."""
-    body = "".join(f"fma.rn.f32 %r{20 + n}, %r10, %r11, %r{20 + n};" for n in range(10) for _ in range(8))
-    apart = "".join(f"fma.rn.f32 %a{s + 1}_{n}, %r10, %r11, %a{s}_{n};" for n in range(16) for s in range(8))
+    """An accumulator of 16 elements and 8 steps, but for its last element, which has seven."""
+    apart = "".join(
+        f"fma.rn.f32 %a{s + 1}_{n}, %r{10 + n}, %r{s}, %a{s}_{n};"
+        for n in reversed(range(16))
+        for s in range(8 - n // 15)
+    )
     names = ", ".join(f"%a{s}_{n}" for s in range(9) for n in range(16))
-    (found,) = runs(parse(kernel(f"{REGISTERS} .reg .f32 {names}; {apart}"))).values()
-    assert [len(level) for level in found.levels] == [16] * 8
-    assert found.given == ("%r10", "%r11", *(f"%a0_{n}" for n in range(16)))
-    assert not runs(parse(kernel(f"{REGISTERS} {body}")))  # an accumulator is read and written: one by one
+    start = f"{REGISTERS} .reg .f32 {names};"
+    (found,) = runs(parse(kernel(f"{start} {apart}"))).values()
+    assert [len(level) for level in found.levels] == [16] * 7 + [15]
+    assert found.starts == tuple(f"%a0_{n}" for n in (*range(14, -1, -1), 15))
+    assert found.targets == tuple(f"%a{8 - n // 15}_{n}" for n in (*range(14, -1, -1), 15))
+    assert [found.factors[n] for n in found.levels[7][-1]] == ["%r10", "%r7"]
+    for left in ("mov.b32 %r1, %a3_2;", "@%a3_2 bra $L__end; $L__end:", "st.global.b32 [%rd1], {%r1, %a3_2};"):
+        assert not runs(parse(kernel(f"{start} {apart} {left}"))), left  # what a sum was on its way is read
+    for other in ("fma.rn.f32 %r30, %a8_0, %r1, %r2;", "fma.rn.f32 %r30, %r1, %a8_0, %r2;"):
+        assert not runs(parse(kernel(f"{start} {apart} {other}"))), other  # a sum is a factor
+    assert not runs(parse(kernel(f"{start} {apart} fma.rn.f32 %r30, %r1, %r2, %a3_0;")))  # two go on from one
+    both = f"{apart} fma.rn.f32 %r30, %r1, %r2, %a8_0; fma.rn.f32 %r31, %r1, %r2, %a8_0;"
+    assert not runs(parse(kernel(f"{start} {both}")))  # ... from its end
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40, 2.0**-59, 2.0**-62, 2.0**-75])
+@pytest.mark.parametrize("bits", [3, 13, 24])
+def test_sums_are_rounded_once_a_product(scale: float, bits: int) -> None:
+    """Products of 13 bits and 13 have 25 or 26, often a tie of float32, to which a start of no size tells the way."""
+    rng = np.random.default_rng(bits)
+    drawn = rng.integers(1 - (1 << bits), 1 << bits, (9, 997)) * 2.0 ** (1 - bits) * scale
+    tiny = rng.standard_normal((7, 997)) * np.float32(max(2.0**-70 * scale, 2.0**-148))
+    starts, factors = tiny.astype(np.float32), drawn.astype(np.float32)
+    levels = [rng.integers(0, 9, (count, 2)) for count in (7, 7, 5, 1)]
+    assert np.array_equal(summed(starts, factors, levels), one_by_one(starts, factors, levels))
+
+
+def one_by_one(starts: np.ndarray, factors: np.ndarray, levels: list[np.ndarray]) -> np.ndarray:
+    found = starts.copy()
+    for places in levels:
+        for row, (a, b) in enumerate(places):
+            found[row] = fma(factors[a], factors[b], found[row]).astype(np.float32)
+    return found
+
+
+def test_a_sum_below_normal_numbers_is_rounded_once() -> None:
+    """float64 takes the first for a tie of float32's subnormals, and goes up to the even one; one element of many."""
+    factors = np.ones((2, 9), np.float32)
+    factors[:, 3] = 2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23)
+    start = np.float32(2.0**-127 + 2.0**-149)
+    found = summed(np.full((1, 9), start), factors, [np.array([[0, 1]])])
+    assert found[0].tolist() == [1.0] * 3 + [start] + [1.0] * 5
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
@@ -110,5 +167,5 @@ def test_loads_at_once_are_loads_one_by_one(space: str, monkeypatch: pytest.Monk
 def test_a_load_beyond_a_tensor_is_named(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:
         monkeypatch.setattr(machine, "runs", lambda program: {})
-    with pytest.raises(IndexError, match=rf"^{THREADS} threads reach beyond .*%r14, .%rd1 . {16 * THREADS}.$"):
+    with pytest.raises(IndexError, match=rf"^\d+ threads reach beyond .*%r14, .%rd1 . {16 * THREADS}.$"):
         run(f"{REGISTERS} {LOADS} st.global.b32 [%rd2], %r10;", ints(np.arange(4 * THREADS)), ints(np.arange(THREADS)))

@@ -1,0 +1,48 @@
+"""Products of float32 matrices as a thread computes them, `fma.rn.f32` after `fma.rn.f32`: many sums at once.
+
+In float64 a product of two float32 is exact, so that a sum is rounded twice, to float64 and to float32. That differs
+from one rounding only where float64 lies in the middle between two float32, as seldom happens, or below float32's
+normal numbers: there numbers.fma computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from castpoint.harness.ptx.numbers import Array, fma
+
+SMALL = np.float32(
+    2.0**-60
+)  # a product of factors from here on has no bit below 2^-166, so that a sum below 2^-126 is exact
+LEFT = np.uint64(0x1FFFFFFF)  # the bits of float64 that float32 has no place for
+MIDDLE = np.uint64(0x10000000)  # they, where it lies between two
+
+
+def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
+    """The sums of runs.Products, float32 as starts, [sums, threads], and factors, [factors, threads]."""
+    sums, wide, small = starts.astype(np.float64), factors.astype(np.float64), _any_small(factors)
+    room, single = np.empty((4, *sums.shape)), np.empty(sums.shape, np.float32)  # used again, they stay in the cache
+    for places in levels:
+        count = len(places)
+        a, b, total, left = room[:, :count]
+        for n, each in enumerate((a, b)):
+            np.take(wide, places[:, n], axis=0, out=each, mode="clip")  # which no place needs, and which is faster
+        c = sums[:count]
+        np.add(np.multiply(a, b, out=total), c, out=total)
+        if small:
+            total = fma(a, b, c)
+        elif (np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64)) == MIDDLE).any():
+            middle = np.flatnonzero(left.view(np.uint64) == MIDDLE)
+            total.flat[middle] = fma(a.flat[middle], b.flat[middle], c.flat[middle])
+        np.copyto(single[:count], total, casting="same_kind")
+        c[:] = single[:count]
+    return sums.astype(np.float32)
+
+
+def _any_small(factors: Array) -> bool:
+    """Whether one is below SMALL, and not 0."""
+    sizes = np.bitwise_and(factors.view(np.uint32), np.uint32(0x7FFFFFFF))
+    sizes -= np.uint32(1)  # so that 0 becomes the largest
+    return bool(sizes.min() < SMALL.view(np.uint32) - 1)
