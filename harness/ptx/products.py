@@ -13,9 +13,8 @@ import numpy as np
 
 from castpoint.harness.ptx.numbers import Array, fma
 
-SMALL = np.float32(
-    2.0**-60
-)  # a product of factors from here on has no bit below 2^-166, so that a sum below 2^-126 is exact
+# a product of factors from here on has no bit below 2^-166, so that a sum below 2^-126 is exact in float64
+SMALL = np.float32(2.0**-60)
 LEFT = np.uint64(0x1FFFFFFF)  # the bits of float64 that float32 has no place for
 MIDDLE = np.uint64(0x10000000)  # they, where it lies between two
 
@@ -30,12 +29,14 @@ def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
         for n, each in enumerate((a, b)):
             np.take(wide, places[:, n], axis=0, out=each, mode="clip")  # which no place needs, and which is faster
         c = sums[:count]
-        np.add(np.multiply(a, b, out=total), c, out=total)
         if small:
             total = fma(a, b, c)
-        elif (np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64)) == MIDDLE).any():
-            middle = np.flatnonzero(left.view(np.uint64) == MIDDLE)
-            total.flat[middle] = fma(a.flat[middle], b.flat[middle], c.flat[middle])
+        else:
+            np.add(np.multiply(a, b, out=total), c, out=total)
+            bits = np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64))
+            if (bits == MIDDLE).any():
+                middle = np.flatnonzero(bits == MIDDLE)
+                total.flat[middle] = fma(a.flat[middle], b.flat[middle], c.flat[middle])
         np.copyto(single[:count], total, casting="same_kind")
         c[:] = single[:count]
     return sums.astype(np.float32)
