@@ -6,6 +6,7 @@ tells; a GPU may be off by the error that the PTX ISA states for them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ Binary = Callable[[Array, Array], Array]
 COMPARE: dict[str, Binary] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
+UNSIGNED_ORDER = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 LOGIC: dict[str, Binary] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
     "sqrt": np.sqrt,  # of float32, correctly rounded
@@ -36,19 +38,67 @@ UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
     "lg2": lambda a: np.log2(a.astype(np.float64)),
 }
 SINGLE: dict[str, np.ufunc] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}  # of float32, correctly rounded
-INTEGER: dict[str, np.ufunc] = {
-    **LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
-}  # fmt: skip
+# of integers, whether they have a sign or not
+MODULAR: dict[str, np.ufunc] = {**LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply}
+INTEGER: dict[str, np.ufunc] = {**MODULAR, "min": np.minimum, "max": np.maximum}
 WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-def arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
+@functools.cache
+def operation(words: tuple[str, ...]) -> Callable[..., Array]:
+    """What an opcode makes of its sources' bits, in their order: bits, or a predicate. Predicates are bool."""
+    name, kind = words[0], words[-1]
+    integer = kind[0] in "bus" and kind[1:].isdigit()
+    if kind == "pred":
+        return {"mov": _truth, "not": lambda a: ~_truth(a)}.get(name) or functools.partial(_of_truths, LOGIC[name])
+    if name == "setp":
+        if integer and len(words) == 3:
+            return functools.partial(_of_words, COMPARE[UNSIGNED_ORDER.get(words[1], words[1])], kind)
+        return functools.partial(_compared, words, kind)
+    if name == "selp":
+        return functools.partial(_selected, f"b{width(kind)}")
+    if name == "mov":
+        return functools.partial(read, kind=f"b{width(kind)}")
+    if name == "cvt":
+        return functools.partial(_converted, words, kind, words[-2])
+    if name == "mad" and "wide" in words:
+        product = operation(("mul", "wide", kind))
+        return lambda a, b, c: product(a, b) + read(c, "u64")
+    if name in SINGLE and kind == "f32" and "ftz" not in words:
+        return functools.partial(_of_singles, SINGLE[name])
+    if name in MODULAR and integer and not {"wide", "hi"} & set(words):
+        return functools.partial(_of_words, MODULAR[name], f"b{width(kind)}")
+    return lambda *operands: _arithmetic(words, kind, operands)
+
+
+def _truth(bits: Array) -> Array:
+    """A predicate, which may be a number."""
+    return bits.astype(bool, copy=False)
+
+
+def _of_truths(function: Binary, a: Array, b: Array) -> Array:
+    return function(_truth(a), _truth(b))
+
+
+def _of_words(function: Binary, kind: str, a: Array, b: Array) -> Array:
+    return function(read(a, kind), read(b, kind))
+
+
+def _of_singles(function: Binary, a: Array, b: Array) -> Array:
+    return bits_of(function(read(a, "f32"), read(b, "f32")), "f32")
+
+
+def _selected(kind: str, a: Array, b: Array, chosen: Array) -> Array:
+    return np.where(chosen, read(a, kind), read(b, kind))
+
+
+def _arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
     """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them)."""
     if kind.endswith("x2"):
         half = kind.removesuffix("x2")
         shift = np.uint32(width(half))
         halves = [[bits.astype(np.uint32) >> shift * np.uint32(n) for bits in operands] for n in (0, 1)]
-        low, high = (arithmetic(words, half, each) for each in halves)
+        low, high = (_arithmetic(words, half, each) for each in halves)
         return low.astype(np.uint32) | high.astype(np.uint32) << shift
     if kind in ("f32", "bf16"):
         return _of_floats(words, kind, operands)
@@ -203,8 +253,12 @@ def _table(a: Array, b: Array, c: Array, table: Array) -> Array:
     return result
 
 
-def converted(words: Sequence[str], bits: Array, of: str, to: str) -> Array:
-    """cvt of bits of one type to bits of another; integers keep their sign in a wider register."""
+def _converted(words: Sequence[str], of: str, to: str, *operands: Array) -> Array:
+    """cvt; integers keep their sign in a wider register. Of two operands the first becomes the upper half."""
+    if to.endswith("x2"):
+        high, low = (_converted(words, of, to.removesuffix("x2"), bits).astype(np.uint32) for bits in operands)
+        return low | high << np.uint32(16)
+    (bits,) = operands
     values = read(bits, of)
     if values.dtype.kind in "iu":
         if to[0] in "us":
@@ -233,11 +287,16 @@ def _whole_number(values: Array, to: str) -> Array:
     return extended(np.where(np.isnan(values), none, found), to)
 
 
-def compared(words: Sequence[str], a: Array, b: Array) -> Array:
+def _compared(words: Sequence[str], kind: str, a: Array, b: Array, *before: Array) -> Array:
+    """setp, and what it makes of one predicate more."""
+    found = _relation(words, read(a, kind), read(b, kind))
+    return LOGIC[words[2]](found, _truth(before[0])) if before else found
+
+
+def _relation(words: Sequence[str], a: Array, b: Array) -> Array:
     """setp's first word on floats or integers. Ordered relations are false of a NaN, unordered ones (`ltu`) true."""
-    relation = words[1]
+    relation = UNSIGNED_ORDER.get(words[1], words[1])
     if a.dtype.kind != "f":
-        relation = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(relation, relation)
         return COMPARE[relation](a, b)
     if "ftz" in words:
         a, b = flushed(a), flushed(b)

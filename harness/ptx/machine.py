@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from castpoint.harness.ptx.arithmetic import LOGIC, arithmetic, compared, converted
+from castpoint.harness.ptx.arithmetic import operation
 from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
+from castpoint.harness.ptx.plain import Plain, plain
 from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import Instruction, Program, listed
 from castpoint.harness.ptx.runs import Loads, Products, runs
@@ -82,6 +83,8 @@ class _Run(Warps):
         joints = set(self.program.labels.values())
         joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
         together = runs(self.program) if 2 * self.threads <= TOGETHER else {}
+        prepared, numbers = plain(self.program)
+        self.registers |= numbers
         place: int | None = 0
         with np.errstate(all="ignore"):
             while place is not None:
@@ -94,6 +97,9 @@ class _Run(Warps):
                     with contextlib.suppress(IndexError):  # one by one it says which
                         place = self._together(together[place])
                         continue
+                if (step := prepared[place]) and self._plain(step):
+                    place += 1
+                    continue
                 instruction = self.program.instructions[place]
                 try:
                     place = self._step(instruction, place)
@@ -173,64 +179,57 @@ class _Run(Warps):
             self.put(target, bits_of(found, "f32"), self.everyone)
         return run.end
 
+    def _plain(self, step: Plain) -> bool:
+        """Whether it was executed here: not where it reads a register that was never written."""
+        target, function, sources = step
+        registers, unwritten = self.registers, self.unwritten
+        if unwritten and not unwritten.keys().isdisjoint(sources):
+            if any((unwritten[source] & self.active).any() for source in sources if source in unwritten):
+                return False
+        try:
+            values = [registers[source] for source in sources]
+        except KeyError:
+            return False
+        if self.active is self.everyone and target not in unwritten:
+            registers[target] = function(*values)
+        else:
+            self.put(target, function(*values), self.active)
+        return True
+
     def _execute(self, i: Instruction, mask: Array) -> None:
-        kind, types = i.words[0], i.words[-1]
+        kind = i.words[0]
         if i.words[1:] and i.words[1] in WAITS or i.words[2:] and i.words[2] in WAITS:  # cp.async and wgmma
             return
         special: Callable[[Instruction, Array], None] | None = getattr(self, f"_{kind}", None)
         if special:
             special(i, mask)
-        elif types == "pred":
-            values = [self.predicate(operand) for operand in i.operands[1:]]
-            self.put(i.operands[0], ~values[0] if kind == "not" else LOGIC[kind](*values), mask)
         elif kind == "createpolicy":  # of a cache, which changes no value
             self.put(i.operands[0], np.uint64(0), mask)
-        elif kind == "mad" and "wide" in i.words:
-            product = arithmetic(("mul", "wide", types), types, [self.bits(operand) for operand in i.operands[1:3]])
-            self.put(i.operands[0], product + self.get(i.operands[3], "u64"), mask)
         else:
-            values = [self.bits(operand) for operand in i.operands[1:]]
-            if kind in ("div", "rem") and types[0] in "us" and (self.each(read(values[1], types))[mask] == 0).any():
-                raise Unsupported("a division by zero, whose result the PTX ISA leaves open")
-            self.put(i.operands[0], arithmetic(i.words, types, values), mask)
+            self._compute(i, mask)
+
+    def _compute(self, i: Instruction, mask: Array) -> None:
+        kind, types = i.words[0], i.words[-1]
+        values = [self.bits(operand) for operand in i.operands[1:]]
+        if kind in ("div", "rem") and types[0] in "us" and (self.each(read(values[1], types))[mask] == 0).any():
+            raise Unsupported("a division by zero, whose result the PTX ISA leaves open")
+        self.put(i.operands[0], operation(i.words)(*values), mask)
 
     def _mov(self, i: Instruction, mask: Array) -> None:
         """Also between a register and its parts."""
         target, source = i.operands
-        if i.words[-1] == "pred":
-            self.put(target, self.predicate(source), mask)
+        if not isinstance(source, tuple) and not isinstance(target, tuple):
+            self._compute(i, mask)
             return
         bits, word = width(i.words[-1]), UNSIGNED[width(i.words[-1])]
         if isinstance(source, tuple):
             part = bits // len(source)
             parts = (self.get(name, f"b{part}").astype(word) << word(part * n) for n, name in enumerate(source))
             self.put(target, sum(parts, word(0)), mask)
-        elif isinstance(target, tuple):
+        else:
             part, whole = bits // len(target), self.get(source, f"b{bits}")
             for n, name in enumerate(target):
                 self.put(name, (whole >> word(part * n)).astype(UNSIGNED[part]), mask)
-        else:
-            self.put(target, self.get(source, f"b{bits}"), mask)
-
-    def _cvt(self, i: Instruction, mask: Array) -> None:
-        to, of = i.words[-2:]
-        if to.endswith("x2"):  # the first operand becomes the upper half
-            parts = (converted(i.words, self.bits(operand), of, to.removesuffix("x2")) for operand in i.operands[1:])
-            high, low = (part.astype(np.uint32) for part in parts)
-            self.put(i.operands[0], low | high << np.uint32(16), mask)
-        else:
-            self.put(i.operands[0], converted(i.words, self.bits(i.operands[1]), of, to), mask)
-
-    def _setp(self, i: Instruction, mask: Array) -> None:
-        found = compared(i.words, *(self.get(operand, i.words[-1]) for operand in i.operands[1:3]))
-        if len(i.operands) > 3:
-            found = LOGIC[i.words[2]](found, self.predicate(i.operands[3]))
-        self.put(i.operands[0], np.asarray(found), mask)
-
-    def _selp(self, i: Instruction, mask: Array) -> None:
-        kind = f"b{width(i.words[-1])}"
-        a, b = (self.get(operand, kind) for operand in i.operands[1:3])
-        self.put(i.operands[0], np.where(self.predicate(i.operands[3]), a, b), mask)
 
     # ------------------------------------------------------------ memory
 
@@ -300,7 +299,7 @@ class _Run(Warps):
         for thread in np.flatnonzero(mask).tolist():
             place = addresses[[thread]]
             old[[thread]] = self.memory.load(place, 32)
-            self.memory.store(place, arithmetic(words, kind, [old[[thread]], values[[thread]]]), 32)
+            self.memory.store(place, operation(words)(old[[thread]], values[[thread]]), 32)
         if i.words[0] == "atom":
             self.put(i.operands[0], old, mask)
 

@@ -16,7 +16,6 @@ from castpoint.harness.ptx.numbers import Array, Unsupported, bits_of, read
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
-WARPS = np.arange(4)[:, None]  # of a warp group
 
 
 def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
@@ -35,9 +34,10 @@ def load(shared: Shared, programs: Array, addresses: Array, count: int, transpos
     """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. programs, addresses: [W, 32]; threads 8 n to
     8 n + 7 name the rows of the n-th."""
     check_aligned(addresses[:, : 8 * count], 16)
-    first = 8 * np.arange(count)[:, None, None]
-    places = [addresses[np.arange(len(addresses))[:, None], first + row] + 2 * column
-              for row, column in _halves(transposed)]  # fmt: skip
+    first, warp = 8 * np.arange(count)[:, None, None], np.arange(len(addresses))[:, None]
+    if not transposed:
+        return list(shared.load(programs, addresses[warp, first + G] + 4 * T, 32))
+    places = [addresses[warp, first + row] + 2 * column for row, column in _halves(transposed)]
     low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
     return list(low | high << np.uint32(16))
 
@@ -59,37 +59,26 @@ def _halves(transposed: bool) -> list[tuple[Array, Array]]:
 # ---------------------------------------------------------------- products
 
 
-def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> Sequence[Array]:
     """Accumulators [W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A by rows and B by columns."""
-    values_of, columns = (pair, 2 * T) if kind == "bf16" else (tf32, T)
-    depth = 8 * len(values_of(a[0]))
-    left, right = np.zeros((len(c[0]), 16, depth)), np.zeros((len(c[0]), 8, depth))
-    for n, word in enumerate(a):
-        for k, values in enumerate(values_of(word), depth // 2 * (n // 2)):
-            left[:, G + 8 * (n % 2), columns + k] = values
-    for n, word in enumerate(b):
-        for k, values in enumerate(values_of(word), depth // 2 * n):
-            right[:, G, columns + k] = values
-    total = left @ right.swapaxes(1, 2)
-    places = [(G + 8 * (n // 2), 2 * T + n % 2) for n in range(4)]
-    return [_added(word, total[:, row, column]) for word, (row, column) in zip(c, places, strict=True)]
+    values_of, warps = (pairs if kind == "bf16" else tf32), len(c[0])
+    right = values_of(b).reshape(2, warps, 8, 4, -1).transpose(1, 2, 0, 3, 4).reshape(warps, 8, -1)
+    total = left_of(values_of(a)) @ right.swapaxes(1, 2)
+    return _added(np.stack(c), total.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, warps, 32))
 
 
-def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> list[Array]:
+def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> Sequence[Array]:
     """Accumulators [groups, 128] of a [groups, 64, 16] and b [groups, columns, 16]; c None: they start at zero."""
-    total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 16, columns)  # a warp holds 16 rows
-    n = np.arange(columns // 2)[:, None, None]
-    parts = total[:, WARPS, G + 8 * (n // 2 % 2), 2 * T + 8 * (n // 4) + n % 2].swapaxes(0, 1).reshape(len(n), -1, 128)
-    return list(_added(np.zeros(parts.shape, np.uint32) if c is None else np.stack(c), parts))
+    total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 2, 8, columns // 8, 4, 2)  # a warp holds 16 rows
+    parts = total.transpose(4, 2, 6, 0, 1, 3, 5).reshape(columns // 2, -1, 128)
+    return _added(np.zeros(parts.shape, np.uint32) if c is None else np.stack(c), parts)
 
 
-def left_of(words: Sequence[Array]) -> Array:
-    """[groups, 64, 16] of four registers [groups, 128]."""
-    left = np.zeros((len(words[0]), 4, 16, 16))
-    for n, word in enumerate(words):
-        row, column = G + 8 * (n % 2), 2 * T + 8 * (n // 2)
-        left[:, WARPS, row, column], left[:, WARPS, row, column + 1] = pair(word.reshape(-1, 4, 32))
-    return left.reshape(-1, 64, 16)
+def left_of(values: Array) -> Array:
+    """A [W, 16, columns] of its four registers' values [4, W, 32, values a register]; of [4, groups, 128, values]
+    [4 groups, 16, columns]."""
+    values = values.reshape(2, 2, -1, 8, 4, values.shape[-1])
+    return values.transpose(2, 1, 3, 0, 4, 5).reshape(values.shape[2], 16, -1)
 
 
 def described(shared: Shared, programs: Array, descriptors: Array, rows: int) -> Array:
@@ -106,21 +95,23 @@ def described(shared: Shared, programs: Array, descriptors: Array, rows: int) ->
     if (swizzle == 0).any() or field(49, 3).any():
         raise Unsupported("a matrix descriptor without swizzle, or with a base offset")
     line = 256 >> swizzle
-    row, column = np.arange(rows)[:, None], 2 * np.arange(16)
-    address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + column
+    row, byte = np.arange(rows)[:, None], 8 * np.arange(4)
+    address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + byte
     address ^= (address >> 7 & line // 16 - 1) << 4
-    return read(shared.load(programs[:, None, None], address, 16), "bf16").astype(np.float64)
+    words = shared.load(programs[:, None, None], address, 64)
+    return read(words.view(np.uint16), "bf16").astype(np.float64)
 
 
-def pair(word: Array) -> tuple[Array, Array]:
-    """The two bf16 values of a register, as float64."""
-    return read(word, "bf16").astype(np.float64), read(word >> np.uint32(16), "bf16").astype(np.float64)
+def pairs(words: Sequence[Array]) -> Array:
+    """The two bf16 values of each register, the lower half's first, as float64."""
+    words = np.stack(words)
+    return read(words.view(np.uint16), "bf16").astype(np.float64).reshape(*words.shape, 2)
 
 
-def tf32(word: Array) -> tuple[Array]:
-    """The one tf32 value of a register, as float64: its low 13 bits are not read."""
-    return (read(word & np.uint32(0xFFFFE000), "f32").astype(np.float64),)
+def tf32(words: Sequence[Array]) -> Array:
+    """The one tf32 value of each register, as float64: its low 13 bits are not read."""
+    return read(np.stack(words) & np.uint32(0xFFFFE000), "f32").astype(np.float64)[..., None]
 
 
-def _added(word: Array, total: Array) -> Array:
-    return bits_of(read(word, "f32").astype(np.float64) + total, "f32")
+def _added(words: Array, total: Array) -> Array:
+    return bits_of(read(words, "f32") + total, "f32")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +34,24 @@ def width(kind: str) -> int:
     return int(found[2])
 
 
+@functools.cache
+def _forms(kind: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Of a type's bits, and of its values."""
+    unsigned = np.dtype(UNSIGNED[width(kind)])
+    signed = {"f32": np.float32, "f16": np.float16, "s": SIGNED[width(kind)]}
+    return unsigned, np.dtype(signed.get(kind, signed["s"] if kind[0] == "s" else unsigned))
+
+
 def read(bits: Array, kind: str) -> Array:
     """Bits, of the type's width or wider, as values; bf16 and f16 as float32."""
-    unsigned = UNSIGNED[width(kind)]
-    bits = bits if bits.dtype == unsigned else bits.astype(unsigned)
+    word, form = _forms(kind)
+    if bits.dtype is not word:
+        bits = bits.astype(word, copy=False)
+    if form is not word:
+        bits = bits.view(form)
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if kind == "f16":
-        return bits.view(np.float16).astype(np.float32)
-    if kind == "f32":
-        return bits.view(np.float32)
-    return bits.view(SIGNED[width(kind)]) if kind[0] == "s" else bits
+    return bits.astype(np.float32) if kind == "f16" else bits
 
 
 def bits_of(values: Array, kind: str) -> Array:

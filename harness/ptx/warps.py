@@ -31,7 +31,8 @@ class Warps(Threads):
 
     def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
         """Registers as [groups, threads], those that take part."""
-        return [self.each(self.get(name, "b32")).reshape(len(groups), -1)[groups] for name in names]
+        rows = [self.each(self.get(name, "b32")).reshape(len(groups), -1) for name in names]
+        return rows if groups.all() else [row[groups] for row in rows]
 
     def _put_rows(self, names: Sequence[str], words: Sequence[Array], mask: Array) -> None:
         for name, word in zip(names, words, strict=True):
@@ -96,7 +97,10 @@ class Warps(Threads):
             descriptors = self.each(self.get(register, "b64")).reshape(-1, 128)[groups, 0]
             return matrix.described(self.shared, programs, descriptors, rows)
 
-        a = matrix.left_of(self._rows(left, groups)) if isinstance(left, tuple) else described(left, 64)
+        if isinstance(left, tuple):
+            a = matrix.left_of(matrix.pairs(self._rows(left, groups))).reshape(-1, 64, 16)
+        else:
+            a = described(left, 64)
         b = described(right, columns)
         words = matrix.wgmma(a, b, self._rows(accumulators, groups) if keep[0] else None, columns)
         self._put_rows(accumulators, words, mask)
