@@ -37,9 +37,9 @@ def width(kind: str) -> int:
 @functools.cache
 def _forms(kind: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Of a type's bits, and of its values."""
-    unsigned = np.dtype(UNSIGNED[width(kind)])
-    signed = {"f32": np.float32, "f16": np.float16, "s": SIGNED[width(kind)]}
-    return unsigned, np.dtype(signed.get(kind, signed["s"] if kind[0] == "s" else unsigned))
+    unsigned = UNSIGNED[width(kind)]
+    signed = SIGNED[width(kind)] if kind[0] == "s" else unsigned
+    return np.dtype(unsigned), np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, signed))
 
 
 def read(bits: Array, kind: str) -> Array:

@@ -84,6 +84,7 @@ def test_a_division_by_zero_is_refused(kind: str):
         "st.global.b32 [%rd1], %r7;",
         "add.s32 %r5, %r7, 1; and.b32 %r5, %r5, 0x10000; st.global.b32 [%rd1], %r5;",
         "setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 %r7, 3; st.global.b32 [%rd1], %r7;",
+        "setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 %r7, 3; add.s32 %r5, %r7, 1; st.global.b32 [%rd1], %r5;",
         "@%p3 st.global.b32 [%rd1], %r1;",
         "@!%p3 st.global.b32 [%rd1], %r1;",
         "selp.b32 %r5, 1, 2, %p3; st.global.b32 [%rd1], %r5;",

@@ -34,6 +34,9 @@ PAIR = "mov.b64 %rd7, {%r5, %r6};"
         ("mov.pred %p1, -1; mov.pred %p2, 0; and.pred %p3, %p1, !%p2; selp.b32 %r8, %r5, 9, %p3", lambda a, b: a),
         ("mov.b32 %r8, 7; setp.lo.u32 %p1, %r5, %r6; @%p1 mov.b32 %r8, %r5", lambda a, b: a if a < b else 7),
         ("mov.b32 %r8, 7; setp.hs.u32 %p1, %r5, %r6; @!%p1 mov.b32 %r8, %r5", lambda a, b: a if a < b else 7),
+        ("mad.wide.u32 %rd7, %r5, %r6, 0x300000000; mov.b64 {%r7, %r8}, %rd7", lambda a, b: (a * b >> 32) + 3),
+        ("add.s64 %rd7, 0, -2; mov.b64 {%r7, %r8}, %rd7", lambda a, b: -1),
+        ("cvt.u64.u32 %rd7, %r5; shl.b64 %rd7, %rd7, 33; mov.b64 {%r7, %r8}, %rd7", lambda a, b: 2 * a),
         ("setp.lt.or.u32 %p1, %r5, %r6, !%p0; selp.b32 %r8, 1, 0, %p1", lambda a, b: int(a < b or a != b)),
     ],
 )  # fmt: skip

@@ -106,28 +106,30 @@ def added(products: np.ndarray, start: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
 def test_products_of_warps(kind: str):
     """mma: thread 4 g + t holds rows g and g + 8 of A, column g of B, a register at columns 2 t and 2 t + 1 of each
-    eight in bf16, t of each four in tf32, whose low 13 bits are not read."""
+    eight in bf16, t of each four in tf32, whose low 13 bits are not read. Of three warps the first is elsewhere."""
     (opcode,) = [each for each in opcodes("mma") if kind in each]
     depth = 16 if kind == "bf16" else 8
-    a, b, start = whole_numbers(16, depth, 1), whole_numbers(depth, 8, 2), whole_numbers(16, 8, 3)
-    held = np.zeros((32, 12), np.uint32)
-    for lane in range(32):
-        g, t = lane // 4, lane % 4
+    problems = [(whole_numbers(16, depth, n), whole_numbers(depth, 8, n + 3), whole_numbers(16, 8, n + 6))
+                for n in range(3)]  # fmt: skip
+    held = np.zeros((96, 12), np.uint32)
+    for thread in range(96):
+        g, t, (a, b, start) = thread % 32 // 4, thread % 4, problems[thread // 32]
         for n in range(4):
             row, block = g + 8 * (n % 2), n // 2
-            held[lane, n] = word(kind, a[row], block, t)
-            held[lane, 6 + n] = np.float32(start[g + 8 * (n // 2), 2 * t + n % 2]).view(np.uint32)
-        held[lane, 4:6] = [word(kind, b[:, g], block, t) for block in (0, 1)]
+            held[thread, n] = word(kind, a[row], block, t)
+            held[thread, 6 + n] = np.float32(start[g + 8 * (n // 2), 2 * t + n % 2]).view(np.uint32)
+        held[thread, 4:6] = [word(kind, b[:, g], block, t) for block in (0, 1)]
     loads = "".join(f"ld.global.b32 %q{n}, [%rd1 + {4 * n}];" for n in range(12))
     body = f".reg .b32 %q<12>; mul.wide.u32 %rd8, %r1, 44; add.s64 %rd1, %rd1, %rd8; {loads}"
     c = "{%q6, %q7, %q8, %q9}"
-    body += f"{opcode} {c}, {{%q0, %q1, %q2, %q3}}, {{%q4, %q5}}, {c};"
+    body += "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L__end;"
+    body += f"{opcode} {c}, {{%q0, %q1, %q2, %q3}}, {{%q4, %q5}}, {c}; $L__end:"
     body += "".join(f"st.global.b32 [%rd1 + {4 * n}], %q{6 + n};" for n in range(4))
     memory = ints(held.reshape(-1))
-    run(body, memory, threads=32)
-    expected = added(a @ b, start)
-    for lane, found in enumerate(words(memory).reshape(32, 12)[:, :4]):
-        g, t = lane // 4, lane % 4
+    run(body, memory, threads=96)
+    products = [np.zeros((16, 8)), *(a @ b for a, b, _ in problems[1:])]
+    for thread, found in enumerate(words(memory).reshape(96, 12)[:, :4]):
+        g, t, expected = thread % 32 // 4, thread % 4, added(products[thread // 32], problems[thread // 32][2])
         assert found.tolist() == [expected[g + 8 * (n // 2), 2 * t + n % 2] for n in range(4)]
 
 
