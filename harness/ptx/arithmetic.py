@@ -52,9 +52,9 @@ def operation(words: tuple[str, ...]) -> Callable[..., Array]:
     if kind == "pred":
         return {"mov": _truth, "not": lambda a: ~_truth(a)}.get(name) or functools.partial(_of_truths, LOGIC[name])
     if name == "setp":
-        if integer and len(words) == 3:
-            return functools.partial(_of_words, COMPARE[UNSIGNED_ORDER.get(words[1], words[1])], kind)
-        return functools.partial(_compared, words, kind)
+        order = COMPARE.get(UNSIGNED_ORDER.get(words[1], words[1]))
+        found = functools.partial(_of_words, order, kind) if integer else functools.partial(_compared, words, kind)
+        return (lambda a, b, more: LOGIC[words[2]](found(a, b), _truth(more))) if words[2] in LOGIC else found
     if name == "selp":
         return functools.partial(_selected, f"b{width(kind)}")
     if name == "mov":
@@ -287,17 +287,9 @@ def _whole_number(values: Array, to: str) -> Array:
     return extended(np.where(np.isnan(values), none, found), to)
 
 
-def _compared(words: Sequence[str], kind: str, a: Array, b: Array, *before: Array) -> Array:
-    """setp, and what it makes of one predicate more."""
-    found = _relation(words, read(a, kind), read(b, kind))
-    return LOGIC[words[2]](found, _truth(before[0])) if before else found
-
-
-def _relation(words: Sequence[str], a: Array, b: Array) -> Array:
-    """setp's first word on floats or integers. Ordered relations are false of a NaN, unordered ones (`ltu`) true."""
-    relation = UNSIGNED_ORDER.get(words[1], words[1])
-    if a.dtype.kind != "f":
-        return COMPARE[relation](a, b)
+def _compared(words: Sequence[str], kind: str, a: Array, b: Array) -> Array:
+    """setp's first word on floats. Ordered relations are false of a NaN, unordered ones (`ltu`) true."""
+    relation, a, b = words[1], read(a, kind), read(b, kind)
     if "ftz" in words:
         a, b = flushed(a), flushed(b)
     unordered = np.isnan(a) | np.isnan(b)

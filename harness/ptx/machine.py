@@ -25,7 +25,7 @@ from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
 from castpoint.harness.ptx.plain import Plain, plain
 from castpoint.harness.ptx.products import summed
-from castpoint.harness.ptx.program import Instruction, Program, listed
+from castpoint.harness.ptx.program import Instruction, Operand, Program, declared, listed
 from castpoint.harness.ptx.runs import Loads, Products, runs
 from castpoint.harness.ptx.warps import Warps
 
@@ -180,7 +180,7 @@ class _Run(Warps):
         return run.end
 
     def _plain(self, step: Plain) -> bool:
-        """Whether it was executed here: not where it reads a register that was never written."""
+        """Whether it was executed here: not where it reads a register that was never written, or what is none."""
         target, function, sources = step
         registers, unwritten = self.registers, self.unwritten
         if unwritten and not unwritten.keys().isdisjoint(sources):
@@ -210,10 +210,16 @@ class _Run(Warps):
 
     def _compute(self, i: Instruction, mask: Array) -> None:
         kind, types = i.words[0], i.words[-1]
-        values = [self.bits(operand) for operand in i.operands[1:]]
+        values = [self._source(operand) for operand in i.operands[1:]]
         if kind in ("div", "rem") and types[0] in "us" and (self.each(read(values[1], types))[mask] == 0).any():
             raise Unsupported("a division by zero, whose result the PTX ISA leaves open")
         self.put(i.operands[0], operation(i.words)(*values), mask)
+
+    def _source(self, operand: Operand) -> Array:
+        """Bits, or a predicate or its opposite."""
+        if isinstance(operand, str) and declared(operand.removeprefix("!"), self.program.registers) == "pred":
+            return self.predicate(operand)
+        return self.bits(operand)
 
     def _mov(self, i: Instruction, mask: Array) -> None:
         """Also between a register and its parts."""

@@ -37,7 +37,7 @@ def load(shared: Shared, programs: Array, addresses: Array, count: int, transpos
     first, warp = 8 * np.arange(count)[:, None, None], np.arange(len(addresses))[:, None]
     if not transposed:
         return list(shared.load(programs, addresses[warp, first + G] + 4 * T, 32))
-    places = [addresses[warp, first + row] + 2 * column for row, column in _halves(transposed)]
+    places = [addresses[warp, first + row] + 2 * column for row, column in _halves(transposed=True)]
     low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
     return list(low | high << np.uint32(16))
 
@@ -75,8 +75,7 @@ def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> Sequen
 
 
 def left_of(values: Array) -> Array:
-    """A [W, 16, columns] of its four registers' values [4, W, 32, values a register]; of [4, groups, 128, values]
-    [4 groups, 16, columns]."""
+    """A [W, 16, columns] of the values [4, W, 32, v] in its four registers; 128 threads are four warps."""
     values = values.reshape(2, 2, -1, 8, 4, values.shape[-1])
     return values.transpose(2, 1, 3, 0, 4, 5).reshape(values.shape[2], 16, -1)
 

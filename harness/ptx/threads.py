@@ -40,13 +40,11 @@ class Threads:
         self.guessed: set[str] = set()  # registers that were read and never written
 
     def bits(self, operand: Operand) -> Array:
-        """A register's bits, or the opposite of a predicate, an element a thread or one for all; an integer's in 64."""
+        """A register's bits, an element a thread or one for all; an integer's in 64 bits."""
         if isinstance(operand, int):
             return np.array(operand & (1 << 64) - 1, np.uint64)
         if operand == SHARED:
             return np.uint64(0)
-        if operand.startswith("!"):
-            return ~self.bits(operand[1:])
         if operand not in self.registers:
             self._start(operand)
         if operand in self.unwritten and (self.unwritten[operand] & self.executing).any():
@@ -71,7 +69,7 @@ class Threads:
     def predicate(self, operand: Operand) -> Array:
         if isinstance(operand, int):
             return np.array(operand != 0)
-        return self.bits(operand)
+        return ~self.bits(operand[1:]) if operand.startswith("!") else self.bits(operand)
 
     def put(self, name: str, bits: Array, mask: Array) -> None:
         if name == "_":

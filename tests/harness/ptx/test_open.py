@@ -29,6 +29,8 @@ VALUES = np.float32([1.5, -2.5, 300, np.nan])
         "barrier.cluster.arrive", "mov.u32 %r8, %envreg0", "mov.u64 %rd8, %clock64", "ld.b32 %r8, [%rd1]",
         "ld.global.v2.b32 %r8, [%rd1]", "ld.global.b32 %r8, [%rd1], %rd1", "ld.param.v2.b32 {%r7, %r8}, [k_param_0]",
         "ld.param.b32 %r8, [k_param_0 + 4]", "cp.async.cg.shared.global [%r5], [%rd1], 16, %p1",
+        "mov.u32 %r8, !%r5", "mov.u32 %r8, !global_smem",
+        "ld.global.b32 %r8, [!%rd1]", "ld.shared.b32 %r8, [!%p1]",
         "atom.global.add.f32 %r8, %rd1, %r5", "shfl.sync.bfly.b32 %r8, %r5, 1, 31, 15",
     ],
 )  # fmt: skip

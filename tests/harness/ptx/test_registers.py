@@ -37,6 +37,10 @@ PAIR = "mov.b64 %rd7, {%r5, %r6};"
         ("mad.wide.u32 %rd7, %r5, %r6, 0x300000000; mov.b64 {%r7, %r8}, %rd7", lambda a, b: (a * b >> 32) + 3),
         ("add.s64 %rd7, 0, -2; mov.b64 {%r7, %r8}, %rd7", lambda a, b: -1),
         ("cvt.u64.u32 %rd7, %r5; shl.b64 %rd7, %rd7, 33; mov.b64 {%r7, %r8}, %rd7", lambda a, b: 2 * a),
+        ("cvt.u16.u32 %rs1, %r5; shl.b16 %rs2, %rs1, 0x10000; cvt.u32.u16 %r8, %rs2", lambda a, b: 0),
+        ("cvt.u16.u32 %rs1, %r5; shr.u16 %rs2, %rs1, 65537; cvt.u32.u16 %r8, %rs2", lambda a, b: 0),
+        ("mad.wide.s32 %rd7, %r5, 0, -2; mov.b64 {%r7, %r8}, %rd7", lambda a, b: -1),
+        ("selp.b16 %rs2, 1, 2, 0x10000; cvt.u32.u16 %r8, %rs2", lambda a, b: 1),
         ("setp.lt.or.u32 %p1, %r5, %r6, !%p0; selp.b32 %r8, 1, 0, %p1", lambda a, b: int(a < b or a != b)),
     ],
 )  # fmt: skip
