@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
 TOGETHER = 1 << 13  # elements that instructions of a run leave at once: with more, these do
+SUMMING = 1 << 10  # threads whose products are summed at once
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
@@ -82,7 +82,8 @@ class _Run(Warps):
     def run(self) -> None:
         joints = set(self.program.labels.values())
         joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
-        together = runs(self.program) if 2 * self.threads <= TOGETHER else {}
+        wide = 2 * self.threads > TOGETHER
+        together = {n: run for n, run in runs(self.program).items() if isinstance(run, Products) or not wide}
         prepared, numbers = plain(self.program)
         self.registers |= numbers
         place: int | None = 0
@@ -171,12 +172,9 @@ class _Run(Warps):
             for first in range(0, len(run.instructions), size):
                 self._load(run.instructions[first : first + size], self.everyone)
             return run.end
-        starts, factors = (
-            np.stack([self.each(self.get(source, "f32")) for source in sources])
-            for sources in (run.starts, run.factors)
-        )
-        for target, found in zip(run.targets, summed(starts, factors, run.levels), strict=True):
-            self.put(target, bits_of(found, "f32"), self.everyone)
+        parts = [slice(n, n + SUMMING) for n in range(0, self.threads, SUMMING)] if self.threads > SUMMING else [None]
+        found = [summed(self.stacked(run.starts, p), self.stacked(run.factors, p), run.levels) for p in parts]
+        self.put_rows(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
         return run.end
 
     def _plain(self, step: Plain) -> bool:
@@ -254,10 +252,11 @@ class _Run(Warps):
         names, kind = [name for i in loads for name in listed(i.operands[0])], loads[0].words[-1]
         size, count = width(kind) // 8, len(names) // len(loads)
         mine: Any = ... if mask is self.everyone else mask
-        base = self.addresses(replace(loads[0].operands[1], offset=0))[mine]
-        addresses = base + np.array([i.operands[1].offset for i in loads])[:, None]
-        check_aligned(addresses, size * count)
-        places = (addresses[:, None] + size * np.arange(count)[:, None]).reshape(len(names), -1)
+        base = self.each(self.bits(loads[0].operands[1].base).astype(np.int64))[mine]
+        first = np.array([i.operands[1].offset for i in loads])
+        check_aligned(base + first[0], size * count)  # and all, if their distances are multiples too
+        check_aligned(first - first[0], size * count)
+        places = base + (first[:, None] + size * np.arange(count)).reshape(-1, 1)
         if _space(loads[0]) == "global":
             found = self.memory.load(places, 8 * size)
         else:
@@ -265,8 +264,7 @@ class _Run(Warps):
         if mine is mask:
             there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there
-        for name, each in zip(names, extended(found, kind), strict=True):
-            self.put(name, each, mask)
+        self.put_rows(names, extended(found, kind), mask)
 
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -52,18 +53,26 @@ class Global:
         for elements, mine, places in self._places(addresses, bits):
             elements[places] = values[mine]
 
-    def _places(self, addresses: Array, bits: int) -> Iterator[tuple[Array, Array, Array]]:
+    def _places(self, addresses: Array, bits: int) -> Iterator[tuple[Array, Any, Array]]:
         """A storage's elements, which addresses lie there, and where. Raises IndexError for one outside of all."""
-        size = bits // 8
+        size, shift = bits // 8, bits.bit_length() - 4
+        if not addresses.size:
+            return
+        first = int(np.searchsorted(self.starts, addresses.min(), side="right")) - 1
+        if first >= 0 and addresses.max() + size <= self.ends[first]:  # as nearly always
+            yield self._elements(first, bits), ..., addresses - self.aligned[first] >> shift
+            return
         owner = np.searchsorted(self.starts, addresses, side="right") - 1
         outside = (owner < 0) | (addresses + size > self.ends[owner])
         if outside.any():
             raise IndexError(f"{int(outside.sum())} threads reach beyond the tensors that the kernel was given")
-        alike = owner.size > 0 and bool((owner == owner.flat[0]).all())
-        for each in owner.flat[:1].tolist() if alike else np.unique(owner).tolist():
-            mine = ... if alike else owner == each
-            whole = self.bytes[each][: len(self.bytes[each]) // size * size]
-            yield whole.view(UNSIGNED[bits]), mine, (addresses[mine] - self.aligned[each]) // size
+        for each in np.unique(owner).tolist():
+            mine = owner == each
+            yield self._elements(each, bits), mine, addresses[mine] - self.aligned[each] >> shift
+
+    def _elements(self, storage: int, bits: int) -> Array:
+        size, view = bits // 8, self.bytes[storage]
+        return view[: len(view) // size * size].view(UNSIGNED[bits])
 
 
 class Shared:
@@ -81,9 +90,9 @@ class Shared:
 
     def _places(self, programs: Array, addresses: Array, bits: int) -> Array:
         size = bits // 8
-        if addresses.size and (np.min(addresses) < 0 or np.max(addresses) > self.size - size):
+        if addresses.size and addresses.astype(np.int64, copy=False).view(np.uint64).max() > self.size - size:
             raise IndexError(f"an address outside of {self.size} bytes of shared memory")
-        return (programs * self.size + addresses) // size
+        return programs * self.size + addresses >> bits.bit_length() - 4
 
 
 def check_aligned(addresses: Array, size: int) -> None:

@@ -26,20 +26,27 @@ def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
     for places in levels:
         count = len(places)
         a, b, total, left = room[:, :count]
-        for n, each in enumerate((a, b)):
-            np.take(wide, places[:, n], axis=0, out=each, mode="clip")  # which no place needs, and which is faster
+        for each, factor in zip((a, b), places.T, strict=True):
+            wide.take(factor, axis=0, out=each, mode="clip")  # which no place needs, and which is faster
         c = sums[:count]
         if small:
             total = fma(a, b, c)
         else:
             np.add(np.multiply(a, b, out=total), c, out=total)
-            bits = np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64))
-            if (bits == MIDDLE).any():
-                middle = np.flatnonzero(bits == MIDDLE)
-                total.flat[middle] = fma(a.flat[middle], b.flat[middle], c.flat[middle])
+            middle = np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64)) == MIDDLE
+            if np.count_nonzero(middle):
+                _mend(total, a, b, c, np.flatnonzero(middle))
         np.copyto(single[:count], total, casting="same_kind")
         c[:] = single[:count]
     return sums.astype(np.float32)
+
+
+def _mend(total: Array, a: Array, b: Array, c: Array, places: Array) -> None:
+    """Computes sums anew that lie in the middle and are not exact: few, if any, though many lie there."""
+    product, start, found = a.take(places) * b.take(places), c.take(places), total.take(places)
+    rest = found - product
+    if (product - (found - rest) != rest - start).any():
+        total.flat[places] = fma(a.take(places), b.take(places), start)
 
 
 def _any_small(factors: Array) -> bool:

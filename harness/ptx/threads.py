@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,9 +86,26 @@ class Threads:
             self.unwritten[name] = self.unwritten[name] & ~mask
         self.registers[name] = np.where(mask, bits, self.registers[name])
 
+    def put_rows(self, names: Sequence[str], rows: Array, mask: Array) -> None:
+        """Bits [names, threads]."""
+        if mask is self.everyone and not self.unwritten and "_" not in names:
+            self.registers.update(zip(names, rows, strict=True))
+            return
+        for name, row in zip(names, rows, strict=True):
+            self.put(name, row, mask)
+
     def each(self, values: Array) -> Array:
         """An element a thread."""
         return values if values.shape == (self.threads,) else np.broadcast_to(values, self.threads)
+
+    def stacked(self, names: Sequence[Operand], part: slice | None = None) -> Array:
+        """[names, threads], float32 that registers hold, or of a part of the threads."""
+        with contextlib.suppress(KeyError, IndexError, ValueError):  # one that was never written, a number for all
+            found = [self.registers[name] for name in names]
+            rows = np.concatenate([each[part] for each in found] if part else found)
+            if rows.dtype == np.uint32 and self.unwritten.keys().isdisjoint(names):
+                return rows.view(np.float32).reshape(len(names), -1)
+        return np.stack([self.each(self.get(name, "f32"))[part or slice(None)] for name in names])
 
     def addresses(self, address: Address) -> Array:
         return self.each(self.bits(address.base).astype(np.int64) + address.offset)
