@@ -1,12 +1,14 @@
 """Instructions executed many at once leave what they leave one after the other."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from ptx_support import THREADS, ints, kernel, run, words
 
 from castpoint.harness.ptx import machine
-from castpoint.harness.ptx.numbers import fma
+from castpoint.harness.ptx.numbers import Unsupported, fma
 from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import parse
 from castpoint.harness.ptx.runs import runs
@@ -67,8 +69,12 @@ BODIES = {
 }
 
 
+@pytest.mark.parametrize("summing", [machine.SUMMING, 24])
 @pytest.mark.parametrize("name", BODIES)
-def test_products_at_once_are_products_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_at_once_are_products_one_by_one(name: str, summing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all threads, or of 24 and what is left, as in a launch of many."""
+    monkeypatch.setattr(machine, "SUMMING", summing)
+    monkeypatch.setattr(machine, "TOGETHER", machine.TOGETHER if summing > THREADS else THREADS)
     found = 0
     for seed in range(20):
         body = BODIES[name](np.random.default_rng(seed))
@@ -169,3 +175,35 @@ def test_a_load_beyond_a_tensor_is_named(at_once: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(machine, "runs", lambda program: {})
     with pytest.raises(IndexError, match=rf"^\d+ threads reach beyond .*%r14, .%rd1 . {16 * THREADS}.$"):
         run(f"{REGISTERS} {LOADS} st.global.b32 [%rd2], %r10;", ints(np.arange(4 * THREADS)), ints(np.arange(THREADS)))
+
+
+@pytest.mark.parametrize("base, offsets, aligned", [(0, 0, True), (-2, 2, True), (2, 0, False), (0, 2, False)])
+def test_loads_at_once_that_are_not_aligned_are_refused(base: int, offsets: int, aligned: bool) -> None:
+    loads = "".join(f"ld.global.b32 %r{n}, [%rd3 + {4 * n + offsets}];" for n in range(10, 20))
+    with contextlib.nullcontext() if aligned else pytest.raises(IndexError, match="no multiple of 4"):
+        run(f"{REGISTERS} add.s64 %rd3, %rd1, {base}; {loads}", ints(np.arange(9 * THREADS)))
+
+
+def test_of_loads_at_once_one_alone_is_not_aligned() -> None:
+    loads = "".join(f"ld.global.b32 %r{n}, [%rd1 + {4 * n + 2 * (n == 17)}];" for n in range(10, 20))
+    with pytest.raises(IndexError, match="no multiple of 4.*%r17"):
+        run(f"{REGISTERS} {loads}", ints(np.arange(9 * THREADS)))
+
+
+@pytest.mark.parametrize("load", ["ld.global.b32 %r10, [%rd1];", "ld.global.v2.b32 {%r10, %r11}, [%rd3];"])
+def test_a_load_by_some_threads_leaves_the_others_what_they_had(load: str) -> None:
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    start = "mul.wide.u32 %rd4, %r1, 4; add.s64 %rd3, %rd1, %rd4; mov.b32 %r10, %r1; mov.b32 %r11, %r1;"
+    body = f"{start} setp.lt.u32 %p1, %r1, 9; @%p1 {load} st.global.b32 [%rd2], %r10;"
+    run(f"{REGISTERS} {body}", ints(np.full(3 * THREADS, 77)), out)
+    assert words(out).tolist() == [77] * 9 + list(range(9, THREADS))
+
+
+@pytest.mark.parametrize("register", ["%r11", "%r15"])
+def test_a_product_of_what_some_threads_never_wrote_is_refused(register: str) -> None:
+    """Seven products of all threads: of a factor, or from a start, that only some wrote."""
+    written = "".join(f"mov.b32 %r{n}, 0f3F800000;" for n in range(10, 30) if f"%r{n}" != register)
+    many = "".join(f"fma.rn.f32 %r{n}, %r11, %r12, %r{n - 10};" for n in range(23, 30))
+    body = f"{written} setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 {register}, 0f3F800000; {many}"
+    with pytest.raises(Unsupported, match=f"{register}, read before it is written"):
+        run(f"{REGISTERS} {body} st.global.b32 [%rd1], %r25;", ints(np.zeros(THREADS)))
