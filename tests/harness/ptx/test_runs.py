@@ -202,8 +202,8 @@ def test_a_load_by_some_threads_leaves_the_others_what_they_had(load: str) -> No
 @pytest.mark.parametrize("register", ["%r11", "%r15"])
 def test_a_product_of_what_some_threads_never_wrote_is_refused(register: str) -> None:
     """Seven products of all threads: of a factor, or from a start, that only some wrote."""
-    written = "".join(f"mov.b32 %r{n}, 0f3F800000;" for n in range(10, 30) if f"%r{n}" != register)
+    written = "".join(f"mov.b32 %r{n}, %r1;" for n in range(10, 30) if f"%r{n}" != register)
     many = "".join(f"fma.rn.f32 %r{n}, %r11, %r12, %r{n - 10};" for n in range(23, 30))
-    body = f"{written} setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 {register}, 0f3F800000; {many}"
+    body = f"{written} setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 {register}, %r1; {many}"
     with pytest.raises(Unsupported, match=f"{register}, read before it is written"):
         run(f"{REGISTERS} {body} st.global.b32 [%rd1], %r25;", ints(np.zeros(THREADS)))
