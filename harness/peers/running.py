@@ -6,9 +6,9 @@ x and weight are bf16 tensors on the device given to `make`; y is bf16 or fp32, 
 that may change from call to call. Norms that add take `residual` besides. Weights go in as the implementation stores
 them: one that stores w - 1 adds the 1 itself. A chain takes and returns what fingerprint.kinds.KINDS says of `qkv`.
 
-Width and eps are constants inside most norms, as models hold them, so torch.compile compiles anew for each pair and
-shape (about a second on two cores). Given eps as an argument, torch 2.13 does the same; only with dynamic=True does
-eps become an input of the kernel, in fp64, which on a CPU gave equal bits for four values of eps.
+Width and eps are constants inside most norms, as models hold them. torch.compile is called as models call it, without
+`dynamic`: it compiles for the first shape and eps, anew for the first other ones, where they become variables, and
+then only where a size, a stride or a type asks for another kernel.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def bound_once(bind: Bind) -> Norm:
 
 
 def compiled(function: Callable[..., Tensor], options: dict[str, Any] | None) -> Callable[..., Tensor]:
-    """function through Inductor, a graph for each shape; many norms here share their source."""
-    made = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    """function through Inductor; many norms here share their source."""
+    made = torch.compile(function, fullgraph=True, options=options)
     without_limits_of_dynamo()
     return made
 

@@ -159,7 +159,7 @@ def test_a_width_that_is_refused_is_asked_for(tmp_path: Path) -> None:
     answer, count = by_rounds(tmp_path / "own", only_1024, "rmsnorm", sizes=Sizes(width=1024))
     assert answer.status == "identified" and count == 3
     refused = [call["what"] for call in answer.asked if call["result"].startswith("refused: the answer says: no")]
-    assert "[1, 8192]" in refused and "[2, 1024]" not in refused
+    assert "[1, 4096]" in refused and "[2, 1024]" not in refused
 
 
 @pytest.fixture(scope="module")
