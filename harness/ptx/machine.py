@@ -29,8 +29,8 @@ from castpoint.harness.ptx.runs import Loads, Products, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
-TOGETHER = 1 << 13  # elements that instructions of a run leave at once: with more, these do
-SUMMING = 1 << 10  # threads whose products are summed at once
+TOGETHER = 1 << 13  # elements that a run of loads fetches at once: with more, they leave the cache
+SUMMING = 1 << 10  # threads whose products are summed at once, for the same reason
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
@@ -82,8 +82,7 @@ class _Run(Warps):
     def run(self) -> None:
         joints = set(self.program.labels.values())
         joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
-        wide = 2 * self.threads > TOGETHER
-        together = {n: run for n, run in runs(self.program).items() if isinstance(run, Products) or not wide}
+        together = {place: run for place, run in runs(self.program).items() if self._pays(run)}
         prepared, numbers = plain(self.program)
         self.registers |= numbers
         place: int | None = 0
@@ -164,6 +163,11 @@ class _Run(Warps):
 
     # ------------------------------------------------------------ instructions
 
+    def _pays(self, run: Loads | Products) -> bool:
+        """Whether it is faster at once: in wide launches sums of several products are, if they are several too."""
+        several = isinstance(run, Products) and len(run.targets) >= 4 and len(run.levels) > 1
+        return several or 2 * self.threads <= TOGETHER
+
     def _together(self, run: Loads | Products) -> int:
         """A run, by all threads. The place behind it."""
         self.executing = self.everyone
@@ -174,7 +178,7 @@ class _Run(Warps):
             return run.end
         parts = [slice(n, n + SUMMING) for n in range(0, self.threads, SUMMING)] if self.threads > SUMMING else [None]
         found = [summed(self.stacked(run.starts, p), self.stacked(run.factors, p), run.levels) for p in parts]
-        self.put_rows(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
+        self.put_each(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
         return run.end
 
     def _plain(self, step: Plain) -> bool:
@@ -264,7 +268,7 @@ class _Run(Warps):
         if mine is mask:
             there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there
-        self.put_rows(names, extended(found, kind), mask)
+        self.put_each(names, extended(found, kind), mask)
 
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])

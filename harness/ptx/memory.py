@@ -11,6 +11,8 @@ from torch import Tensor
 
 from castpoint.harness.ptx.numbers import UNSIGNED, Array
 
+SHIFTS = {8: 0, 16: 1, 32: 2, 64: 3}  # from an address to an element of so many bits
+
 
 class Global:
     """The storages of CPU tensors, at the addresses where they lie. They must outlive it."""
@@ -54,8 +56,9 @@ class Global:
             elements[places] = values[mine]
 
     def _places(self, addresses: Array, bits: int) -> Iterator[tuple[Array, Any, Array]]:
-        """A storage's elements, which addresses lie there, and where. Raises IndexError for one outside of all."""
-        size, shift = bits // 8, bits.bit_length() - 4
+        """A storage's elements, which addresses lie there (... : all), and where. Raises IndexError for one outside of
+        all storages."""
+        size, shift = bits // 8, SHIFTS[bits]
         if not addresses.size:
             return
         first = int(np.searchsorted(self.starts, addresses.min(), side="right")) - 1
@@ -90,9 +93,9 @@ class Shared:
 
     def _places(self, programs: Array, addresses: Array, bits: int) -> Array:
         size = bits // 8
-        if addresses.size and addresses.astype(np.int64, copy=False).view(np.uint64).max() > self.size - size:
+        if addresses.size and addresses.view(np.uint64).max() > self.size - size:  # as a negative one is too
             raise IndexError(f"an address outside of {self.size} bytes of shared memory")
-        return programs * self.size + addresses >> bits.bit_length() - 4
+        return programs * self.size + addresses >> SHIFTS[bits]
 
 
 def check_aligned(addresses: Array, size: int) -> None:

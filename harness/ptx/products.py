@@ -42,7 +42,7 @@ def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
 
 
 def _mend(total: Array, a: Array, b: Array, c: Array, places: Array) -> None:
-    """Computes sums anew that lie in the middle and are not exact: few, if any, though many lie there."""
+    """Computes sums in the middle anew if one of them is not exact, as is seldom so; fma leaves those that are."""
     product, start, found = a.take(places) * b.take(places), c.take(places), total.take(places)
     rest = found - product
     if (product - (found - rest) != rest - start).any():

@@ -86,8 +86,8 @@ class Threads:
             self.unwritten[name] = self.unwritten[name] & ~mask
         self.registers[name] = np.where(mask, bits, self.registers[name])
 
-    def put_rows(self, names: Sequence[str], rows: Array, mask: Array) -> None:
-        """Bits [names, threads]."""
+    def put_each(self, names: Sequence[str], rows: Array, mask: Array) -> None:
+        """put of each name and its row of bits [names, threads]."""
         if mask is self.everyone and not self.unwritten and "_" not in names:
             self.registers.update(zip(names, rows, strict=True))
             return
@@ -99,8 +99,8 @@ class Threads:
         return values if values.shape == (self.threads,) else np.broadcast_to(values, self.threads)
 
     def stacked(self, names: Sequence[Operand], part: slice | None = None) -> Array:
-        """[names, threads], float32 that registers hold, or of a part of the threads."""
-        with contextlib.suppress(KeyError, IndexError, ValueError):  # one that was never written, a number for all
+        """[names, threads] of float32 that registers hold, or those of a part of the threads."""
+        with contextlib.suppress(KeyError, IndexError, ValueError):  # a number, one never written, one value for all
             found = [self.registers[name] for name in names]
             rows = np.concatenate([each[part] for each in found] if part else found)
             if rows.dtype == np.uint32 and self.unwritten.keys().isdisjoint(names):
