@@ -8,7 +8,7 @@ them: one that stores w - 1 adds the 1 itself. A chain takes and returns what fi
 
 Width and eps are constants inside most norms, as models hold them. torch.compile is called as models call it, without
 `dynamic`: it compiles for the first shape, anew for the first other one, where sizes become variables, and then where
-a constant, a size, a stride or a type asks for another kernel: 10 to 30 times here, about a second each.
+a constant, a size, a stride or a type asks for another kernel.
 """
 
 from __future__ import annotations

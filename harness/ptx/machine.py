@@ -29,8 +29,7 @@ from castpoint.harness.ptx.runs import Loads, Products, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
-TOGETHER = 1 << 13  # elements that a run of loads fetches at once: with more, they leave the cache
-SUMMING = 1 << 10  # threads whose products are summed at once, for the same reason
+TOGETHER = 1 << 13  # elements that a run of loads fetches at once, and twice the threads of a run of products
 BARRIERS = ("bar", "barrier")
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "applypriority")  # to do, since all is done in order
 UNKNOWN = ((1 << 64) - 1, 0, None)  # bits of a register that was never written: NaN, 0, drawn ones
@@ -176,7 +175,8 @@ class _Run(Warps):
             for first in range(0, len(run.instructions), size):
                 self._load(run.instructions[first : first + size], self.everyone)
             return run.end
-        parts = [slice(n, n + SUMMING) for n in range(0, self.threads, SUMMING)] if self.threads > SUMMING else [None]
+        size = TOGETHER // 2
+        parts = [slice(n, n + size) for n in range(0, self.threads, size)] if self.threads > size else [None]
         found = [summed(self.stacked(run.starts, p), self.stacked(run.factors, p), run.levels) for p in parts]
         self.put_each(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
         return run.end

@@ -69,12 +69,11 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("summing", [machine.SUMMING, 24])
+@pytest.mark.parametrize("together", [machine.TOGETHER, 48])
 @pytest.mark.parametrize("name", BODIES)
-def test_products_at_once_are_products_one_by_one(name: str, summing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_at_once_are_products_one_by_one(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all threads, or of 24 and what is left, as in a launch of many."""
-    monkeypatch.setattr(machine, "SUMMING", summing)
-    monkeypatch.setattr(machine, "TOGETHER", machine.TOGETHER if summing > THREADS else THREADS)
+    monkeypatch.setattr(machine, "TOGETHER", together)
     found = 0
     for seed in range(20):
         body = BODIES[name](np.random.default_rng(seed))
