@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -157,7 +156,7 @@ class _Run(Warps):
     def _check_together(self, mask: Array) -> None:
         """That no thread of a program is elsewhere, or passes a barrier by its guard, while others are at it."""
         for threads in (self.active & ~mask, *self.waiting.values()):
-            if np.isin(self.of_program[threads], self.of_program[mask]).any():
+            if threads.any() and np.isin(self.of_program[threads], self.of_program[mask]).any():
                 raise Unsupported("a barrier that not all threads of a program reach together")
 
     # ------------------------------------------------------------ instructions
@@ -241,6 +240,11 @@ class _Run(Warps):
 
     # ------------------------------------------------------------ memory
 
+    def _mine(self, values: Array, mask: Array) -> Array:
+        """Of the threads that execute it."""
+        values = self.each(values)
+        return values if mask is self.everyone else values[mask]
+
     def _ld(self, i: Instruction, mask: Array) -> None:
         if "param" not in i.words:
             self._load([i], mask)
@@ -255,17 +259,16 @@ class _Run(Warps):
         """Loads of one opcode, at offsets from one register."""
         names, kind = [name for i in loads for name in listed(i.operands[0])], loads[0].words[-1]
         size, count = width(kind) // 8, len(names) // len(loads)
-        mine: Any = ... if mask is self.everyone else mask
-        base = self.each(self.bits(loads[0].operands[1].base).astype(np.int64))[mine]
+        base = self._mine(self.bits(loads[0].operands[1].base).astype(np.int64), mask)
         first = np.array([i.operands[1].offset for i in loads])
-        check_aligned(base + first[0], size * count)  # and all, if their distances are multiples too
-        check_aligned(first - first[0], size * count)
         places = base + (first[:, None] + size * np.arange(count)).reshape(-1, 1)
+        check_aligned(places[0], size * count)  # and all, if their distances are multiples too
+        check_aligned(first - first[0], size * count)
         if _space(loads[0]) == "global":
             found = self.memory.load(places, 8 * size)
         else:
-            found = self.shared.load(self.of_program[mine], places, 8 * size)
-        if mine is mask:
+            found = self.shared.load(self._mine(self.of_program, mask), places, 8 * size)
+        if mask is not self.everyone:
             there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there
         self.put_each(names, extended(found, kind), mask)
@@ -273,20 +276,20 @@ class _Run(Warps):
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])
         bits, space = width(i.words[-1]), _space(i)
-        addresses = self.addresses(address)[mask]
+        addresses, starts = self._mine(self.addresses(address), mask), self._mine(self.of_program, mask)
         check_aligned(addresses, bits // 8 * len(sources))
         for n, source in enumerate(sources):
-            values, places = self.each(self.get(source, f"b{bits}"))[mask], addresses + n * bits // 8
+            values, places = self._mine(self.get(source, f"b{bits}"), mask), addresses + n * bits // 8
             if space == "global":
                 self.memory.store(places, values, bits)
             else:
-                self.shared.store(self.of_program[mask], places, values, bits)
+                self.shared.store(starts, places, values, bits)
 
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
-        target, source = (self.addresses(operand)[mask] for operand in i.operands[:2])
+        target, source = (self._mine(self.addresses(operand), mask) for operand in i.operands[:2])
         size, *rest = i.operands[2 : -1 if "L2_cache_hint" in i.words else None]
-        given = self.each(self.get(rest[0] if rest else size, "u32"))[mask]
+        given = self._mine(self.get(rest[0] if rest else size, "u32"), mask)
         check_aligned(target, size)
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
@@ -294,7 +297,7 @@ class _Run(Warps):
         there = given > byte
         words = np.zeros(there.shape, np.uint32)
         words[there] = self.memory.load((source + byte)[there], 32)
-        self.shared.store(self.of_program[mask], target + byte, words, 32)
+        self.shared.store(self._mine(self.of_program, mask), target + byte, words, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those

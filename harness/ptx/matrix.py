@@ -30,25 +30,25 @@ def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
 # ---------------------------------------------------------------- ldmatrix, stmatrix
 
 
-def load(shared: Shared, programs: Array, addresses: Array, count: int, transposed: bool) -> list[Array]:
-    """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. programs, addresses: [W, 32]; threads 8 n to
+def load(shared: Shared, starts: Array, addresses: Array, count: int, transposed: bool) -> list[Array]:
+    """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. starts, addresses: [W, 32]; threads 8 n to
     8 n + 7 name the rows of the n-th."""
     check_aligned(addresses[:, : 8 * count], 16)
     first, warp = 8 * np.arange(count)[:, None, None], np.arange(len(addresses))[:, None]
     if not transposed:
-        return list(shared.load(programs, addresses[warp, first + G] + 4 * T, 32))
+        return list(shared.load(starts, addresses[warp, first + G] + 4 * T, 32))
     places = [addresses[warp, first + row] + 2 * column for row, column in _halves(transposed=True)]
-    low, high = (shared.load(programs, place, 16).astype(np.uint32) for place in places)
+    low, high = (shared.load(starts, place, 16).astype(np.uint32) for place in places)
     return list(low | high << np.uint32(16))
 
 
-def store(shared: Shared, programs: Array, addresses: Array, words: Sequence[Array], transposed: bool) -> None:
+def store(shared: Shared, starts: Array, addresses: Array, words: Sequence[Array], transposed: bool) -> None:
     """stmatrix: the reverse of load."""
     check_aligned(addresses[:, : 8 * len(words)], 16)
     for n, word in enumerate(words):
         for half, (row, column) in enumerate(_halves(transposed)):
             bits = (word >> np.uint32(16 * half)).astype(np.uint16)
-            shared.store(programs, addresses[:, 8 * n + row] + 2 * column, bits, 16)
+            shared.store(starts, addresses[:, 8 * n + row] + 2 * column, bits, 16)
 
 
 def _halves(transposed: bool) -> list[tuple[Array, Array]]:
@@ -80,7 +80,7 @@ def left_of(values: Array) -> Array:
     return values.transpose(2, 1, 3, 0, 4, 5).reshape(values.shape[2], 16, -1)
 
 
-def described(shared: Shared, programs: Array, descriptors: Array, rows: int) -> Array:
+def described(shared: Shared, starts: Array, descriptors: Array, rows: int) -> Array:
     """[groups, rows, 16] of bf16 that matrix descriptors [groups] name, each row contiguous.
 
     Bits 0 to 13: address / 16. 32 to 45: bytes / 16 from eight rows to the next eight. 62 and 63: rows of 128, 64 or 32
@@ -97,7 +97,7 @@ def described(shared: Shared, programs: Array, descriptors: Array, rows: int) ->
     row, byte = np.arange(rows)[:, None], 8 * np.arange(4)
     address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + byte
     address ^= (address >> 7 & line // 16 - 1) << 4
-    words = shared.load(programs[:, None, None], address, 64)
+    words = shared.load(starts[:, None, None], address, 64)
     return read(words.view(np.uint16), "bf16").astype(np.float64)
 
 

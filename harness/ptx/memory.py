@@ -79,23 +79,24 @@ class Global:
 
 
 class Shared:
-    """Bytes of each program of a launch; an address counts from their start."""
+    """Bytes of each program of a launch, those of one at starts; an address counts from there."""
 
     def __init__(self, programs: int, size: int) -> None:
         self.size = max(16, -(-size // 16) * 16)
+        self.starts = np.arange(programs) * self.size
         self.bytes = np.full(programs * self.size, 0xFF, np.uint8)
 
-    def load(self, programs: Array, addresses: Array, bits: int) -> Array:
-        return self.bytes.view(UNSIGNED[bits]).take(self._places(programs, addresses, bits))
+    def load(self, starts: Array, addresses: Array, bits: int) -> Array:
+        return self.bytes.view(UNSIGNED[bits]).take(self._places(starts, addresses, bits))
 
-    def store(self, programs: Array, addresses: Array, values: Array, bits: int) -> None:
-        self.bytes.view(UNSIGNED[bits])[self._places(programs, addresses, bits)] = values
+    def store(self, starts: Array, addresses: Array, values: Array, bits: int) -> None:
+        self.bytes.view(UNSIGNED[bits])[self._places(starts, addresses, bits)] = values
 
-    def _places(self, programs: Array, addresses: Array, bits: int) -> Array:
+    def _places(self, starts: Array, addresses: Array, bits: int) -> Array:
         size = bits // 8
         if addresses.size and addresses.view(np.uint64).max() > self.size - size:  # as a negative one is too
             raise IndexError(f"an address outside of {self.size} bytes of shared memory")
-        return programs * self.size + addresses >> SHIFTS[bits]
+        return starts + addresses >> SHIFTS[bits]
 
 
 def check_aligned(addresses: Array, size: int) -> None:

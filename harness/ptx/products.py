@@ -21,32 +21,41 @@ MIDDLE = np.uint64(0x10000000)  # they, where it lies between two
 
 def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
     """The sums of runs.Products, float32 as starts, [sums, threads], and factors, [factors, threads]."""
-    sums, wide, small = starts.astype(np.float64), factors.astype(np.float64), _any_small(factors)
-    room, single = np.empty((4, *sums.shape)), np.empty(sums.shape, np.float32)  # used again, they stay in the cache
+    wide = factors.astype(np.float64)
+    found = None if _any_small(factors) else _rounded_twice(starts, wide, levels)
+    return _rounded_once(starts, wide, levels) if found is None else found
+
+
+def _rounded_twice(starts: Array, factors: Array, levels: Sequence[Array]) -> Array | None:
+    """None where float64 lies in the middle though the sum does not, as is seldom so."""
+    sums, single = starts.astype(np.float64), np.empty(starts.shape, np.float32)
+    room, flags, middles = np.empty((4, *sums.shape)), np.empty(sums.shape, bool), []  # used again: they stay in cache
     for places in levels:
         count = len(places)
-        a, b, total, left = room[:, :count]
-        for each, factor in zip((a, b), places.T, strict=True):
-            wide.take(factor, axis=0, out=each, mode="clip")  # which no place needs, and which is faster
-        c = sums[:count]
-        if small:
-            total = fma(a, b, c)
-        else:
-            np.add(np.multiply(a, b, out=total), c, out=total)
-            middle = np.bitwise_and(total.view(np.uint64), LEFT, out=left.view(np.uint64)) == MIDDLE
-            if np.count_nonzero(middle):
-                _mend(total, a, b, c, np.flatnonzero(middle))
-        np.copyto(single[:count], total, casting="same_kind")
-        c[:] = single[:count]
-    return sums.astype(np.float32)
+        c, narrow, middle, (a, b, total, left) = sums[:count], single[:count], flags[:count], room[:, :count]
+        factors.take(places[:, 0], 0, a, "clip")  # which no place needs, and which is faster
+        factors.take(places[:, 1], 0, b, "clip")
+        np.add(np.multiply(a, b, total), c, total)
+        np.equal(np.bitwise_and(total.view(np.uint64), LEFT, left.view(np.uint64)), MIDDLE, middle)
+        if np.count_nonzero(middle):
+            found = np.flatnonzero(middle)
+            middles.append([each.take(found) for each in (a, b, c, total)])
+        np.copyto(narrow, total, casting="same_kind")
+        np.copyto(c, narrow)
+    if middles:
+        a, b, c, total = np.concatenate(middles, axis=1)
+        product, rest = a * b, total - a * b
+        if (product - (total - rest) != rest - c).any():
+            return None
+    return single
 
 
-def _mend(total: Array, a: Array, b: Array, c: Array, places: Array) -> None:
-    """Computes sums in the middle anew if one of them is not exact, as is seldom so; fma leaves those that are."""
-    product, start, found = a.take(places) * b.take(places), c.take(places), total.take(places)
-    rest = found - product
-    if (product - (found - rest) != rest - start).any():
-        total.flat[places] = fma(a.take(places), b.take(places), start)
+def _rounded_once(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
+    sums = starts.copy()
+    for places in levels:
+        a, b = factors[places.T]
+        sums[: len(places)] = fma(a, b, sums[: len(places)])
+    return sums
 
 
 def _any_small(factors: Array) -> bool:

@@ -62,7 +62,7 @@ class Warps(Threads):
         self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], mask)
 
     def _places(self, address: Operand, warps: Array) -> list[Array]:
-        """[W, 32] of each thread of these warps: its program, and an address in its shared memory."""
+        """[W, 32] of each thread of these warps: where its shared memory begins, and an address in it."""
         return [each.reshape(-1, 32)[warps] for each in (self.of_program, self.addresses(address))]
 
     def _ldmatrix(self, i: Instruction, mask: Array) -> None:
@@ -91,11 +91,11 @@ class Warps(Threads):
         if len(keep) > 1:
             raise Unsupported("a product to which not all threads add")
         columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
-        programs = self.of_program.reshape(-1, 128)[groups, 0]
+        starts = self.of_program.reshape(-1, 128)[groups, 0]
 
         def described(register: Operand, rows: int) -> Array:
             descriptors = self.each(self.get(register, "b64")).reshape(-1, 128)[groups, 0]
-            return matrix.described(self.shared, programs, descriptors, rows)
+            return matrix.described(self.shared, starts, descriptors, rows)
 
         if isinstance(left, tuple):
             a = matrix.left_of(matrix.pairs(self._rows(left, groups))).reshape(-1, 64, 16)
