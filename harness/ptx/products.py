@@ -1,8 +1,8 @@
 """Products of float32 matrices as a thread computes them, `fma.rn.f32` after `fma.rn.f32`: many sums at once.
 
 In float64 a product of two float32 is exact, so that a sum is rounded twice, to float64 and to float32. That differs
-from one rounding only where float64 lies in the middle between two float32, as seldom happens, or below float32's
-normal numbers: there numbers.fma computes it.
+from one rounding only where float64 lies in the middle between two float32 and the sum does not, as seldom happens, or
+below float32's normal numbers: where a sum of a run does, numbers.fma computes all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def summed(starts: Array, factors: Array, levels: Sequence[Array]) -> Array:
 
 
 def _rounded_twice(starts: Array, factors: Array, levels: Sequence[Array]) -> Array | None:
-    """None where float64 lies in the middle though the sum does not, as is seldom so."""
+    """None where a sum in float64 lies in the middle, and is not exact."""
     sums, single = starts.astype(np.float64), np.empty(starts.shape, np.float32)
     room, flags, middles = np.empty((4, *sums.shape)), np.empty(sums.shape, bool), []  # used again: they stay in cache
     for places in levels:
