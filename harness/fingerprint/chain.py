@@ -64,7 +64,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     rankings = [norm_ranking, *([heads.ranking] if heads else [])]
     share = sum(ranking.share for ranking in rankings) / len(rankings)
     runners = [r.runner_up - r.share for r in rankings if r.runner_up is not None]
-    runner_up = share + max(runners) / len(rankings)
+    runner_up = share + max(runners) / len(rankings) if runners else None
     nearest = _plan_words(norm, heads and heads.left[0], fused_add)
     seen = {"v, which shows the input norm," if heads else "y": (norm, main)}
     for name, q in (("q", True), ("k", False)) if heads and head_calls else ():

@@ -97,8 +97,8 @@ def rounds(rule: Rule) -> int:
 
 @dataclass(frozen=True)
 class Miss:
-    """What a rule leaves unexplained of a call, in elements: false where noise, an approximate root or a sum in another
-    order may be all of it."""
+    """What a rule leaves unexplained of a call, in elements, of those that are wrong, or not zero whatever the rule:
+    false where noise, an approximate root or a sum in another order may be all of it."""
 
     wrong: int
     of: int
@@ -123,7 +123,7 @@ def missed(rule: Rule, call: Call) -> Miss:
             wrong &= round_to(value * factor, rule.out) != call.stored
     share = UNEXPLAINED if call.rows.scales is None else UNEXPLAINED / 16  # of a tie of 4 bits so much less comes near
     why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows), share)
-    return Miss(int(wrong.sum()) if why else 0, int(call.rows.nonzero.sum()), why.strip())
+    return Miss(int(wrong.sum()) if why else 0, int((wrong | call.rows.nonzero).sum()), why.strip())
 
 
 def least_missed(rule: Rule, calls: Sequence[Call]) -> list[Miss]:
@@ -233,19 +233,21 @@ class Ranking:
 
 
 def rank(rules: Sequence[Rule], calls: Sequence[Call]) -> Ranking:
-    """All rules on a few rows of each call, then those near the best on all rows."""
+    """All rules on a few rows of each call, then those near the best, and the best of the others, on all rows."""
     few = [Call(call.rows.first(SAMPLE), call.stored[:SAMPLE], call.dtype) for call in calls]
     rough = mean_shares(rules, few)
     least = max(rough.values()) - 0.1
-    near = [rule for rule in rules if rough[rule] > least]
+    far = sorted((rule for rule in rules if rough[rule] <= least), key=rough.__getitem__)[-1:]
+    near = [rule for rule in rules if rough[rule] > least] + far
     shares = mean_shares(near, calls)
     ordered = sorted(near, key=lambda rule: -shares[rule])
     best = ordered[0]
     if shares[best] < 0.5:  # none is right
         ordered = ordered[:HOPELESS]
     rejected = {rule: shares[rule] for rule in ordered[1:] if rejects(best, rule, few) or rejects(best, rule, calls)}
-    runners_up = rejected.values() or [share for share in rough.values() if share < 1]
-    return Ranking(best, shares[best], max(runners_up, default=None), [r for r in ordered if r not in rejected])
+    runners_up = rejected.values() or [shares[rule] for rule in far if rule != best]
+    left = [rule for rule in ordered if rule not in rejected]
+    return Ranking(best, shares[best], max(runners_up, default=None), left)
 
 
 def classes(rules: Sequence[Rule], calls: Sequence[Call]) -> list[list[Rule]]:

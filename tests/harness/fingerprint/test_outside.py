@@ -48,6 +48,9 @@ def one_column(n: Tensor) -> Tensor:
 OUTSIDERS: dict[str, Norm] = {
     "sum of squares accumulated in bf16": norm_with(mean=bf16_sum),
     "variance over D - 1": norm_with(mean=lambda x: x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)),
+    "variance about the mean": norm_with(
+        mean=lambda x: x.var(-1, correction=0, keepdim=True), normed=lambda n: n.bfloat16().float()
+    ),
     "eps outside the root": norm_with(root=lambda v, eps: 1 / (v.sqrt() + eps)),
     "eps times D": norm_with(root=lambda v, eps: torch.rsqrt(v + 256 * eps)),
     "eps a constant": norm_with(root=lambda v, eps: torch.rsqrt(v + 1e-6)),
@@ -100,6 +103,7 @@ def test_a_kernel_outside_the_family_is_none_of_these(name: str) -> None:
     assert answer.status == "none" and answer.candidates == [], answer
     assert answer.nearest and answer.reason.startswith("none of these: the nearest plan leaves"), answer
     assert MISSING.get(name, "elements differ") in answer.reason, answer.reason
+    assert (answer.runner_up_share_equal or 0.0) <= answer.share_equal
 
 
 def test_norms_that_no_one_plan_can_say_are_none_of_these() -> None:
