@@ -21,7 +21,7 @@ from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.layouts import TURNED, X_ALONE
-from castpoint.harness.fingerprint.questions import EPS, FEWEST, LAYOUTS, MASSIVE, WEIGHTS, Draw
+from castpoint.harness.fingerprint.questions import EPS, LAYOUTS, WEIGHTS, Draw
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, ulp
@@ -52,7 +52,6 @@ GEOMETRIES = (
     (65, Geometry(512, 8, 4, 64)),
     *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )
-LARGEST = Geometry(4096, 1, 1, 64)  # the input norm's normed is at most the root of the channels
 EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
 
 
@@ -97,10 +96,6 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
-    wide = Dense(calls.at(LARGEST), found)
-    draw = dataclasses.replace(draw, weight=wide.weights()[0].float())
-    rows = dict(draw.values(FEWEST, LARGEST.width))[MASSIVE]
-    yield Question("values", f"{MASSIVE}, width {LARGEST.width}", functools.partial(wide.ask, rows.x))
     for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
         scale = 2.0 ** round(math.log2(eps or 1) / 2)
         both = scale if found.head and calls.box.narrow == "bf16" else 1.0  # fp16 would hold few bits of such weights

@@ -70,13 +70,6 @@ def head_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor,
     return q * q_w, k * k_w, v
 
 
-def normed_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
-    hidden = eager_norm(x, torch.ones_like(w), eps, False).clamp(-40, 40) * w
-    proj = (hidden.double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
-    q, k, v = proj.split([heads[0], heads[1], heads[1]], dim=1)
-    return eager_norm(q, q_w, eps, False), eager_norm(k, k_w, eps, False), v
-
-
 def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
     q, _, v = EAGER(*arguments)
     return q, known.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
@@ -122,7 +115,6 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         "with x [1, 1024]",
     ),
     "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),
-    "normed clamped": (normed_clamped, "with one channel of 2^10 to 2^18, width 4096"),
     "x clamped": (lambda x, *rest: EAGER(x.clamp(-1e5, 1e5), *rest), "of q "),
     "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "with eps=1e-05"),
     "a head norm that ignores eps": (
