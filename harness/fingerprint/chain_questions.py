@@ -21,7 +21,7 @@ from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
 from castpoint.harness.fingerprint.layouts import TURNED, X_ALONE
-from castpoint.harness.fingerprint.questions import EPS, LAYOUTS, WEIGHTS, Draw
+from castpoint.harness.fingerprint.questions import ALONE, EPS, FEWEST, LAYOUTS, WEIGHTS, Draw
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, ulp
@@ -52,6 +52,8 @@ GEOMETRIES = (
     (65, Geometry(512, 8, 4, 64)),
     *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
 )
+LARGEST = (Geometry(16384, 1, 1, 64), Geometry(256, 1, 1, 512))  # normed is at most the root of the channels
+LARGE_NORMS = 1024  # times Gaussian weights
 EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
 
 
@@ -93,9 +95,15 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
         yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
     for layout in WEIGHTS:
         yield Question("weights", layout, functools.partial(dense.ask, x, layout=layout))
+    large = dataclasses.replace(dense, norms=LARGE_NORMS)
+    yield Question("weights", f"norms' weights {LARGE_NORMS} times as large", functools.partial(large.ask, x))
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
+    for other in dict.fromkeys((geometry, *LARGEST)):
+        cancelling = Dense(calls.at(other), found, cancelling=True)
+        alone = torch.eye(FEWEST, other.width) * torch.tensor([[1.0], [-3.0], [0.5], [-100.0]])
+        yield Question("values", f"{ALONE}, {other}", functools.partial(cancelling.ask, alone))
     for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
         scale = 2.0 ** round(math.log2(eps or 1) / 2)
         both = scale if found.head and calls.box.narrow == "bf16" else 1.0  # fp16 would hold few bits of such weights
@@ -131,13 +139,14 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
 
 @dataclass(frozen=True)
 class Dense:
-    """Gaussian weights of a geometry, the projection's times scale, and what a plan's envelope leaves unexplained of
-    calls with them. cancelling: each channel's weight is less its neighbour's, so that another order of a sum shows,
-    the last heads of q and k are x's first channels, and the norms' factors ones."""
+    """Gaussian weights of a geometry, the projection's times scale, the norms' times norms, and what a plan's envelope
+    leaves unexplained of calls with them. cancelling: each channel's weight is less its neighbour's, so that another
+    order of a sum shows, the last heads of q and k are x's first channels, and the norms' factors ones."""
 
     calls: ChainCalls
     found: Found
     scale: float = 1.0
+    norms: float = 1.0
     cancelling: bool = False
 
     def x(self, tokens: int) -> Tensor:
@@ -153,7 +162,7 @@ class Dense:
                 heads = [torch.full_like(each, one) for each in heads]
                 for end in (g.heads[0], sum(g.heads)):
                     weight[(end - 1) * g.head_dim : end * g.head_dim] = torch.eye(g.head_dim, g.width)
-        return tuple(map(self.held, (norm, weight * self.scale, *heads)))
+        return tuple(map(self.held, (norm * self.norms, weight * self.scale, *(each * self.norms for each in heads))))
 
     def bias(self) -> Tensor | None:
         """[columns] Gaussian, where the chain takes one; not where it is rounded before that and under a head norm."""

@@ -19,7 +19,7 @@ from castpoint.harness.fingerprint.evidence import Miss, settled
 from castpoint.harness.fingerprint.layouts import HEADS_FIRST, ODD, OFFSET, ROWS, UPDATED, WEIGHTS_OFFSET, X_ALONE
 from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.fingerprint.stores import MOST, round_to
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
 # Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two, facts.COUNTS
@@ -35,6 +35,10 @@ HEAD_SHAPES = (
     *([33, 32, 64], [130, 2, 112], [9, 128, 128], [8, 4, 96], [63, 2, 64], [65, 4, 128], [128, 1, 128]),
     *([257, 1, 64], [4097, 1, 64], [2, 1, 512]),
 )
+# x whose normed, at most the root of the channels, is large: of norms, of norms of heads.
+LARGEST = (([1, 4096], [3, 16384]), ([17, 3, 256], [2, 1, 512]))
+LARGE_WEIGHT = 32  # times one of up to 100
+ALONE = "one channel that is not zero"
 EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
 LAYOUTS = (ROWS, ODD, OFFSET)
 WEIGHTS = (WEIGHTS_OFFSET, UPDATED)
@@ -67,8 +71,15 @@ def questions(
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     for layout in WEIGHTS:
         yield question("weights", layout, draw.gaussian(count, width), layout=layout)
+    in_8_bits = rule.out[:4] in MOST  # which such values would be beyond
+    if not in_8_bits:
+        large = dataclasses.replace(draw, weight=LARGE_WEIGHT * weight)
+        yield question("weights", f"a weight {LARGE_WEIGHT} times as large", large.gaussian(count, width))
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
+    for other in () if in_8_bits else LARGEST[heads]:
+        rows = dict(draw.values(rows_of(other), other[-1]))[ALONE]
+        yield question("values", f"{ALONE}, x {other}", rows, other)
     for value in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
         scale = 2.0 ** round(math.log2(value or 1) / 2)
         yield question("eps", f"{value:g}", draw.gaussian(count, width, scale=scale, eps=value))
@@ -121,7 +132,7 @@ class Draw:
             ("one channel of 30 sigma", spike),
             ("rows scaled by 2^-12 to 2^12", spike * powers[torch.arange(len(x)) % 6, None]),
             ("one channel of 2^10 to 2^18", massive),
-            ("one channel that is not zero", alone),
+            (ALONE, alone),
             ("rows of zeros", gaps),
         ):
             held = rows if self.dtype == "fp32" else round_to(rows, f"{self.dtype}-rne")
@@ -133,6 +144,8 @@ class Draw:
     def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
         weight = probes.weight_of_width(self.weight, x.shape[1])
         residual = probes.gaussian(x.shape, rng, self.dtype, scale) if self.residual else None
+        if residual is not None:  # in three of four rows zero where x is
+            residual[torch.arange(len(x)) % 4 != 2] *= x[torch.arange(len(x)) % 4 != 2] != 0
         rows = Rows(x, weight, eps, x.shape[1], residual, exact=False)
         firm = settled(self.rule, rows).nonzero()[:, 0]
         firm = torch.arange(len(x)) if not len(firm) else firm

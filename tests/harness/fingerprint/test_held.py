@@ -35,6 +35,10 @@ def norm(
     return out(normed(x * torch.rsqrt(mean(x) + eps)) * w.float()).bfloat16()
 
 
+def clamped(most: float) -> Norm:
+    return lambda *a: norm(*a, normed=lambda n: round_to(n.clamp(-most, most), RNE))
+
+
 def changed(x: Tensor, w: Tensor, eps: float, places: slice, factor: float) -> Tensor:
     y = hf(x, w, eps).clone()
     y.view(-1)[places] *= factor
@@ -114,11 +118,10 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
     "the width of Qwen3 14B": ("rmsnorm", where(lambda x: x.shape[-1] == 5120), "with x [5, 5120]"),
     "channels behind a multiple of 16": ("rmsnorm", tail_dropped, "with x [3, 1000]"),
     "x clamped": ("rmsnorm", lambda x, w, eps: hf(x.clamp(-448, 448), w, eps), "with rows scaled by 2^-12 to 2^12"),
-    "normed clamped": (
-        "rmsnorm",
-        lambda *a: norm(*a, normed=lambda n: round_to(n.clamp(-6, 6), RNE)),
-        "with x [1, 4096]",
-    ),
+    "normed clamped": ("rmsnorm", clamped(6), "with x [1, 4096]"),
+    "normed clamped where few reach": ("rmsnorm", clamped(100), "with one channel that is not zero, x [3, 16384]"),
+    "normed of large heads clamped": ("head_norm", clamped(14), "with one channel that is not zero, x [17, 3, 256]"),
+    "a weight clamped": ("rmsnorm", lambda x, w, eps: hf(x, w.clamp(-150, 150), eps), "with a weight 32 times as"),
     "zeros that are none": ("rmsnorm", lambda x, *a: hf(x, *a) + 1e-30 * (x == 0), "[1, 4096] 93.75% of the elements"),
     "squares in fp16": (
         "rmsnorm",

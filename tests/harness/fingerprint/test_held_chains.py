@@ -3,6 +3,8 @@ tokens, layouts, values. Each part of the signature moves."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from castpoint.harness.fingerprint import known
 from castpoint.harness.fingerprint.norm import identify, summary
+from castpoint.harness.fingerprint.questions import ALONE
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.kernels.plan import KEEP
 from castpoint.variants.catalogue import HF, ONE_ROUNDING
@@ -70,6 +73,18 @@ def head_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor,
     return q * q_w, k * k_w, v
 
 
+def normed_clamped(
+    x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int, most: float = 100.0,
+    head_most: float = math.inf,
+) -> object:  # fmt: skip
+    def normed(x: Tensor, w: Tensor, most: float) -> Tensor:
+        return eager_norm(x, torch.ones_like(w), eps, False).clamp(-most, most) * w
+
+    proj = (normed(x, w, most).double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
+    q, k, v = proj.split([heads[0], heads[1], heads[1]], dim=1)
+    return normed(q, q_w, head_most), normed(k, k_w, head_most), v
+
+
 def k_by_another_plan(*arguments: object) -> tuple[Tensor, ...]:
     q, _, v = EAGER(*arguments)
     return q, known.chain(HF.replace(head_normed=KEEP), "eager")(*arguments)[1], v
@@ -115,6 +130,19 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         "with x [1, 1024]",
     ),
     "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),
+    "normed clamped": (normed_clamped, f"with {ALONE}, 16384 channels, 1 and 1 heads of 64"),
+    "normed of a head clamped": (
+        functools.partial(normed_clamped, most=math.inf, head_most=20.0),
+        f"with {ALONE}, 256 channels, 1 and 1 heads of 512",
+    ),
+    "weights of heads clamped": (
+        lambda x, w, weight, q_w, k_w, *rest: EAGER(x, w, weight, q_w.clamp(max=150), k_w.clamp(max=150), *rest),
+        "with norms' weights 1024 times as large",
+    ),
+    "weights of the input norm clamped": (
+        lambda x, w, *rest: EAGER(x, w.clamp(max=150), *rest),
+        "with norms' weights 1024 times as large",
+    ),
     "x clamped": (lambda x, *rest: EAGER(x.clamp(-1e5, 1e5), *rest), "of q "),
     "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "with eps=1e-05"),
     "a head norm that ignores eps": (
