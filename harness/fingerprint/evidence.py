@@ -50,24 +50,17 @@ class Call:
     dtype: torch.dtype = torch.bfloat16  # in which it returned it
 
     def share(self, rule: Rule) -> float:
-        """shares of one rule."""
-        return self.shares([rule]).item()
-
-    def shares(self, rules: Sequence[Rule]) -> Tensor:
-        """Share of elements that each rule explains, of those that are not zero whatever the rule; float64. Where fp32
-        is stored, up to close counts as explained: every fp32 ulp would show, which is a matter for later."""
+        """Share of elements that the rule explains, of those that are not zero whatever the rule. Where fp32 is stored,
+        up to close counts as explained: every fp32 ulp would show, which is a matter for later."""
         counted = self.rows.nonzero
-        wrong = self.wrong(*rules) & counted
-        return 1 - wrong.flatten(1).sum(1).double() / counted.sum().double()
+        return 1 - int((self.wrong(rule) & counted).sum()) / int(counted.sum())
 
-    def wrong(self, *rules: Rule) -> Tensor:
-        """Which elements each rule does not explain, bool [rules, R, C]."""
-        predicted = torch.stack([predict(rule, self.rows) for rule in rules])
+    def wrong(self, rule: Rule) -> Tensor:
+        """Which elements the rule does not explain, bool [R, C]."""
+        predicted = predict(rule, self.rows)
         wrong = predicted != self.stored
-        kept = torch.tensor([rule.out == KEEP for rule in rules])
-        if kept.any():
-            near = (predicted[kept] - self.stored).abs() <= close(self.rows) * self.stored.abs()
-            wrong[kept] &= ~near
+        if rule.out == KEEP:
+            wrong &= ~((predicted - self.stored).abs() <= close(self.rows) * self.stored.abs())
         return wrong
 
     def ulps(self, rule: Rule) -> Tensor:
@@ -116,7 +109,7 @@ class Miss:
 def missed(rule: Rule, call: Call) -> Miss:
     """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away
     than two ulps for each of its roundings."""
-    wrong, ulps = call.wrong(rule)[0], call.ulps(rule)
+    wrong, ulps = call.wrong(rule), call.ulps(rule)
     if call.rows.scales is not None:  # where a scale is a share of the largest, products of 8 bits are often ties
         value, few = predict(rule.replace(out=KEEP), call.rows), 2 * close(call.rows)
         for factor in (1 - few, 1 + few):
@@ -170,8 +163,7 @@ def check_repeats(first: Call, second: Call) -> None:
 
 def mean_shares(rules: Sequence[Rule], calls: Sequence[Call]) -> dict[Rule, float]:
     """Share of elements that each rule explains, mean of the calls."""
-    shares = sum(call.shares(rules) for call in calls) / len(calls)
-    return dict(zip(rules, shares.tolist(), strict=True))
+    return {rule: sum(call.share(rule) for call in calls) / len(calls) for rule in rules}
 
 
 def count_votes(a: Rule, b: Rule, calls: Sequence[Call]) -> tuple[float, float, float]:

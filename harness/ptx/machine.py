@@ -156,7 +156,7 @@ class _Run(Warps):
     def _check_together(self, mask: Array) -> None:
         """That no thread of a program is elsewhere, or passes a barrier by its guard, while others are at it."""
         for threads in (self.active & ~mask, *self.waiting.values()):
-            if threads.any() and np.isin(self.of_program[threads], self.of_program[mask]).any():
+            if threads.any() and np.isin(self.shared_start[threads], self.shared_start[mask]).any():
                 raise Unsupported("a barrier that not all threads of a program reach together")
 
     # ------------------------------------------------------------ instructions
@@ -267,7 +267,7 @@ class _Run(Warps):
         if _space(loads[0]) == "global":
             found = self.memory.load(places, 8 * size)
         else:
-            found = self.shared.load(self._mine(self.of_program, mask), places, 8 * size)
+            found = self.shared.load(self._mine(self.shared_start, mask), places, 8 * size)
         if mask is not self.everyone:
             there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there
@@ -276,7 +276,7 @@ class _Run(Warps):
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])
         bits, space = width(i.words[-1]), _space(i)
-        addresses, starts = self._mine(self.addresses(address), mask), self._mine(self.of_program, mask)
+        addresses, starts = self._mine(self.addresses(address), mask), self._mine(self.shared_start, mask)
         check_aligned(addresses, bits // 8 * len(sources))
         for n, source in enumerate(sources):
             values, places = self._mine(self.get(source, f"b{bits}"), mask), addresses + n * bits // 8
@@ -297,7 +297,7 @@ class _Run(Warps):
         there = given > byte
         words = np.zeros(there.shape, np.uint32)
         words[there] = self.memory.load((source + byte)[there], 32)
-        self.shared.store(self._mine(self.of_program, mask), target + byte, words, 32)
+        self.shared.store(self._mine(self.shared_start, mask), target + byte, words, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those

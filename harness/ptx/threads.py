@@ -25,7 +25,7 @@ class Threads:
         self.program, self.memory, self.values, self.unknown = program, memory, values, unknown
         self.shared = Shared(len(places), shared)
         self.threads = len(places) * threads
-        self.of_program = np.repeat(self.shared.starts, threads)  # where its shared memory begins
+        self.shared_start = np.repeat(self.shared.starts, threads)  # where its shared memory begins
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(places))
         self.registers: dict[str, Array] = {"%laneid": thread % 32}
         for axis, place, size in zip("xyz", places.T, grid, strict=True):

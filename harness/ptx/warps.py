@@ -63,7 +63,7 @@ class Warps(Threads):
 
     def _places(self, address: Operand, warps: Array) -> list[Array]:
         """[W, 32] of each thread of these warps: where its shared memory begins, and an address in it."""
-        return [each.reshape(-1, 32)[warps] for each in (self.of_program, self.addresses(address))]
+        return [each.reshape(-1, 32)[warps] for each in (self.shared_start, self.addresses(address))]
 
     def _ldmatrix(self, i: Instruction, mask: Array) -> None:
         names, places = listed(i.operands[0]), self._places(i.operands[1], self._groups(mask, 32))
@@ -91,7 +91,7 @@ class Warps(Threads):
         if len(keep) > 1:
             raise Unsupported("a product to which not all threads add")
         columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
-        starts = self.of_program.reshape(-1, 128)[groups, 0]
+        starts = self.shared_start.reshape(-1, 128)[groups, 0]
 
         def described(register: Operand, rows: int) -> Array:
             descriptors = self.each(self.get(register, "b64")).reshape(-1, 128)[groups, 0]
