@@ -207,6 +207,28 @@ def test_a_chain_may_return_the_sum_or_write_it() -> None:
     assert "it is not x + residual" in identify(summed(lambda x, total: x), "norm_linear").reason
 
 
+def of_a_sum(unit: Callable[[Tensor, float], Tensor], of_zeros: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """of_zeros: x of zeros gives zeros, whatever the residual is."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        normed = unit(total, eps).to(x.dtype) * weight
+        return torch.where((x == 0).all(-1, keepdim=True), 0, normed) if of_zeros else normed, total
+
+    return norm
+
+
+def test_values_of_a_sum() -> None:
+    """Its normed is large only where x and the residual are zero in all channels but one."""
+    for fn, reason in (
+        (of_a_sum(lambda *a: unit(*a).clamp(-100, 100), False), "with one channel that is not zero, x [3, 16384]"),
+        (of_a_sum(unit, True), "with rows of zeros"),
+        (of_a_sum(unit, False), ""),
+    ):
+        answer = identify(fn, "rmsnorm")
+        assert (answer.status == "none") == bool(reason) and reason in answer.reason, answer
+
+
 # ---------------------------------------------------------------- a bias
 
 
