@@ -54,6 +54,8 @@ GEOMETRIES = (
 )
 LARGEST = (Geometry(16384, 1, 1, 64), Geometry(256, 1, 1, 512))  # normed is at most the root of the channels
 LARGE_NORMS = 1024  # times Gaussian weights
+# Scale and norms of Dense with which hidden and v of bf16 are beyond fp16's 65504.
+LARGE = {"bf16": (256.0, LARGE_NORMS), "fp16": (1.0, 1.0)}
 EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
 
 
@@ -101,7 +103,7 @@ def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Q
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
     for other in dict.fromkeys((geometry, *LARGEST)):
-        cancelling = Dense(calls.at(other), found, cancelling=True)
+        cancelling = Dense(calls.at(other), found, *LARGE[calls.box.narrow], cancelling=True)
         alone = torch.eye(FEWEST, other.width) * torch.tensor([[1.0], [-3.0], [0.5], [-100.0]])
         yield Question("values", f"{ALONE}, {other}", functools.partial(cancelling.ask, alone))
     for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):

@@ -37,7 +37,7 @@ HEAD_SHAPES = (
 )
 # x whose normed, at most the root of the channels, is large: of norms, of norms of heads.
 LARGEST = (([1, 4096], [3, 16384]), ([17, 3, 256], [2, 1, 512]))
-LARGE_WEIGHT = 32  # times one of up to 100
+LARGE_WEIGHT = {"bf16": 1024, "fp16": 32}  # times one of up to 100; a result of bf16 is beyond fp16's 65504 then
 ALONE = "one channel that is not zero"
 EPS = (1e-5, 1e-6, 1.5625e-7, 2.0**-23, 1e-8)  # Llama, Qwen3, GLM, torch's default, Moshi
 LAYOUTS = (ROWS, ODD, OFFSET)
@@ -73,8 +73,9 @@ def questions(
         yield question("weights", layout, draw.gaussian(count, width), layout=layout)
     in_8_bits = rule.out[:4] in MOST  # which such values would be beyond
     if not in_8_bits:
-        large = dataclasses.replace(draw, weight=LARGE_WEIGHT * weight)
-        yield question("weights", f"a weight {LARGE_WEIGHT} times as large", large.gaussian(count, width))
+        times = LARGE_WEIGHT[rule.narrow]
+        large = dataclasses.replace(draw, weight=times * weight)
+        yield question("weights", f"a weight {times} times as large", large.gaussian(count, width))
     for what, rows in draw.values(count, width):
         yield question("values", what, rows)
     for other in () if in_8_bits else LARGEST[heads]:

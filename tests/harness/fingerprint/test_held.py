@@ -121,7 +121,8 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
     "normed clamped": ("rmsnorm", clamped(6), "with x [1, 4096]"),
     "normed clamped where few reach": ("rmsnorm", clamped(100), "with one channel that is not zero, x [3, 16384]"),
     "normed of large heads clamped": ("head_norm", clamped(14), "with one channel that is not zero, x [17, 3, 256]"),
-    "a weight clamped": ("rmsnorm", lambda x, w, eps: hf(x, w.clamp(-150, 150), eps), "with a weight 32 times as"),
+    "a weight clamped": ("rmsnorm", lambda x, w, eps: hf(x, w.clamp(-150, 150), eps), "with a weight 1024 times as"),
+    "y saturated as in fp16": ("rmsnorm", lambda *a: hf(*a).clamp(-65504, 65504), "with a weight 1024 times as"),
     "zeros that are none": ("rmsnorm", lambda x, *a: hf(x, *a) + 1e-30 * (x == 0), "[1, 4096] 93.75% of the elements"),
     "squares in fp16": (
         "rmsnorm",
@@ -135,11 +136,7 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
         lambda x, w, eps: hf(x, w, 1e-6 if 1e-6 < eps < 1e-4 else eps),
         "with eps=1e-05",
     ),
-    "eps a constant": (
-        "rmsnorm",
-        lambda x, w, eps: hf(x, w, 1e-5),
-        "all is explained if it adds 1e-05 whatever eps is",
-    ),
+    "eps a constant": ("rmsnorm", lambda x, w, eps: hf(x, w, 1e-5), "explained if it adds 1e-05 whatever eps is"),
     "eps ignored": ("head_norm", lambda x, w, eps: hf(x, w, 0.0), "all is explained if eps is not used"),
     "eps outside of the root": ("rmsnorm", eps_outside, "all is explained if eps is added to the root, not under it"),
     "eps in the sum": (

@@ -75,12 +75,13 @@ def head_clamped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor,
 
 def normed_clamped(
     x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int, most: float = 100.0,
-    head_most: float = math.inf,
+    head_most: float = math.inf, hidden_most: float = math.inf,
 ) -> object:  # fmt: skip
     def normed(x: Tensor, w: Tensor, most: float) -> Tensor:
         return eager_norm(x, torch.ones_like(w), eps, False).clamp(-most, most) * w
 
-    proj = (normed(x, w, most).double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
+    hidden = normed(x, w, most).clamp(-hidden_most, hidden_most)
+    proj = (hidden.double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
     q, k, v = proj.split([heads[0], heads[1], heads[1]], dim=1)
     return normed(q, q_w, head_most), normed(k, k_w, head_most), v
 
@@ -131,6 +132,14 @@ FAULTS: dict[str, tuple[Chain, str]] = {
     ),
     "strides of x ignored": (packed_rows_ignored, "with rows of a packed buffer"),
     "normed clamped": (normed_clamped, f"with {ALONE}, 16384 channels, 1 and 1 heads of 64"),
+    "hidden saturated as in fp16": (
+        functools.partial(normed_clamped, most=math.inf, hidden_most=65504.0),
+        f"with {ALONE}, 16384 channels, 1 and 1 heads of 64",
+    ),
+    "v saturated as in fp16": (
+        lambda *a: (*EAGER(*a)[:2], EAGER(*a)[2].clamp(-65504, 65504)),
+        f"with {ALONE}, 256 channels, 2 and 1 heads of 128",
+    ),
     "normed of a head clamped": (
         functools.partial(normed_clamped, most=math.inf, head_most=20.0),
         f"with {ALONE}, 256 channels, 1 and 1 heads of 512",
