@@ -22,7 +22,7 @@ from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import MOST, round_to
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
-# Llama (1B to 405B), one that is no multiple of 8, and numbers of tokens on both sides of powers of two, facts.COUNTS
+# Llama (1B to 405B), one that is no multiple of 16, and numbers of tokens on both sides of powers of two, facts.COUNTS
 # among them.
 WIDTHS = (1024, 2048, 4096, 5120, 2560, 3072, 6144, 8192, 16384)
 NORM_SHAPES = (
