@@ -11,6 +11,7 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import Refused, Stale, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.fingerprint.kinds import CHAINS
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, OFFSET
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -19,7 +20,7 @@ CALLED = {  # how a call was changed: the shape of x, or of x and its gate, eps,
     "x": "with x {}",
     "x and gate": "with x and gate {}",
     "eps": "with eps={}",
-    **dict.fromkeys(("memory", "values", "call", "argument", "weights"), "with {}"),
+    **dict.fromkeys(("memory", "values", "call", "argument", "weights", "together"), "with {}"),
 }
 HEAD = ("proj", "head_rstd", "head_normed")  # what a chain without a head norm has not
 SHOWN = 3  # questions that a reason names
@@ -146,7 +147,7 @@ class Question:
 
 def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") -> Answer:
     """The answer, or `none` where it is another function at one of the questions. inputs: what lies in memory."""
-    asked, other, abouts = [*answer.asked], [], set()
+    asked, other, failed = [*answer.asked], [], set()
     for question in questions:
         called = CALLED[question.about].format(question.what)
         try:
@@ -158,24 +159,28 @@ def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") ->
         except Stale as stale:
             result = str(stale)
             other.append(f"{called} {stale}")
-            abouts.add(question.about)
+            failed.add((question.about, question.what))
         except Fault as fault:
             raise Fault(f"{called}: {fault}") from fault
         else:
             result = str(miss) if miss else "same"
             if miss:
                 other.append(f"{called} {miss}")
-                abouts.add(question.about)
+                failed.add((question.about, question.what))
         asked.append({"about": question.about, "what": question.what, "result": result})
     answer = dataclasses.replace(answer, asked=asked)
     if not other:
         return answer
     more = f"; and so at {len(other) - SHOWN} more of {len(asked)} calls" if len(other) > SHOWN else ""
     reason = f"another function than the plan that explains the first calls: {'; '.join(other[:SHOWN])}{more}"
-    if abouts == {"memory"}:
-        reason += (
-            f": it reads {inputs} as if it were contiguous, so let it call contiguous() first, or refuse what is not"
-        )
+    in_memory = {what for about, what in failed if about == "memory"}
+    elsewhere = {what for about, what in failed if about != "together" or CONTIGUOUS in what} - in_memory
+    if in_memory and not elsewhere:
+        if any(OFFSET in layout for layout in in_memory):  # of which contiguous() may make no copy
+            reason += f": it does not read {inputs} from where it begins, so let it clone() a view first, or refuse it"
+        else:
+            reason += f": it reads {inputs} as if it were contiguous, so let it call contiguous() first, or refuse "
+            reason += "what is not"
     return dataclasses.replace(answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason)
 
 
@@ -206,8 +211,11 @@ def by_paths(answers: dict[tuple[str, ...], Answer]) -> Answer:
     answer = there[fullest]
     for given, other in there.items():
         kept = [t | words for words in answer.candidates if (t := _agreeing(words, other.candidates)) is not None]
-        if not kept:
-            reason = f"two functions: with {names[fullest]} and {names[given]} {difference_of(answer, other)}"
+        gates = [each.facts["gate"] for each in (answer, other) if "gate" in each.facts]
+        if not kept or len(set(gates)) > 1:
+            of_both = f" and {names[given]} {difference_of(answer, other)}"
+            how = of_both if not kept else f" {gates[0]}, with {names[given]} {gates[-1]}"
+            reason = f"two functions: with {names[fullest]}{how}"
             return dataclasses.replace(
                 answer, status="none", candidates=[], nearest=answer.candidates[0], reason=reason, asked=asked
             )

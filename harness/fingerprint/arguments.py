@@ -41,6 +41,13 @@ def parameters_of(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(signature_of(fn).parameters)
 
 
+def options_of(fn: Callable[..., Any]) -> str:
+    """What fn, or a module when it is called, takes besides and need not be given, with its default."""
+    parameters = parameters_of(getattr(fn, "forward", fn)).values()
+    told = (p.replace(annotation=p.empty) for p in parameters if p.default is not p.empty and p.name not in MEANING)
+    return ", ".join(map(str, told))
+
+
 def signed(function: Callable[..., Any], names: Iterable[str], optional: dict[str, bool]) -> Callable[..., Any]:
     """function with the signature of those names, and by name alone the others, with a default where they may be left
     out."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.arguments import signature_of
 from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, parameters_told, paths, weightless
-from castpoint.harness.fingerprint.layouts import CONTIGUOUS, HEADS_FIRST, TURNED, UPDATED, inside, laid_out, of_each
-from castpoint.harness.fingerprint.stores import EIGHT_BITS, spread
-from castpoint.harness.fingerprint.sums import Sums
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, UPDATED, inside, laid_out, of_each, of_projection
+from castpoint.harness.fingerprint.stores import EIGHT_BITS, same, spread
+from castpoint.harness.fingerprint.sums import Sums, Totals, totals
 from castpoint.kernels.plan import KEEP
 
 
@@ -79,6 +79,7 @@ class BlackBox:
         self.given, self.way = paths(fn, kind)[0] if given is None else given, way
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
+        self.divided = self.gain = 1.0  # inside, x is so many times what it is given, and the result what it stores
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
         self.residual_dtype = self.dtype
         self.gradients = False  # whether it is called as in training
@@ -133,7 +134,7 @@ class BlackBox:
         """q [T, Hq, Dh], k and v [T, Hkv, Dh], on the CPU."""
         given = (norm_weight, qkv_weight, q_norm_weight, k_norm_weight)
         its_own = [of_each(layout)[1]] * 4
-        its_own[1] = HEADS_FIRST if layout == TURNED else its_own[1]
+        its_own[1] = of_projection(layout)
         weights = [self.as_given(w, its, self.weight_dtype) for w, its in zip(given, its_own, strict=True)]
         residual = torch.zeros_like(x) if residual is None else residual
         bias = torch.zeros(len(qkv_weight)) if bias is None else bias
@@ -181,8 +182,7 @@ class BlackBox:
         owners = [_bits(t if t._base is None else t._base) for t in tensors]  # what lies beside views too
         before = [owner.clone() for owner in owners]
         residual = extra.get("residual")
-        scaled = residual is None or "alpha" in extra  # then its sum is another
-        sums = None if scaled else arguments[0].float() + residual.float()
+        sums = None if residual is None else totals(arguments[0], residual, extra.get("alpha"), self.narrow)
         if self.gradients:
             _require_gradients(arguments, extra)
         try:
@@ -209,7 +209,7 @@ class BlackBox:
         return tuple(output.detach().cpu().clone() for output in outputs)  # it may use the same buffer again
 
     def _of_norm(
-        self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Tensor | None
+        self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor], sums: Totals | None
     ) -> tuple[Any, ...]:
         """(y,), or y in 8 bits and its scales, of what a norm returned, or wrote into x or residual."""
         if outputs[0] is None:
@@ -227,6 +227,8 @@ class BlackBox:
             into = "x" if tensor is x else "residual" if tensor is residual else ""
             if into and tensor.data_ptr() == place:
                 self.manners["y"] = f"is written into {into}"
+            elif into and isinstance(outputs[0], Tensor) and same(tensor, outputs[0].to(tensor.dtype)):
+                self.manners["y"] = f"is returned, and written into {into}"
             elif not into or (into == "x" and sums is None):
                 raise Fault("the callable writes into its inputs, and returns another tensor: give it copies")
             elif sums is not None and not self.sums.note(f"is written into {into}", tensor, sums):
@@ -242,7 +244,7 @@ class BlackBox:
 
     def _of_chain(
         self, outputs: tuple[Any, ...], x: Tensor, residual: Tensor | None, written: list[Tensor],
-        sums: Tensor | None, shapes: list[list[int]],
+        sums: Totals | None, shapes: list[list[int]],
     ) -> tuple[Any, ...]:  # fmt: skip
         """q, k and v by head, of what a chain returned."""
         for tensor in written:

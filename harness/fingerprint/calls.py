@@ -16,6 +16,7 @@ from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.blackbox import BlackBox, Refused
 from castpoint.harness.fingerprint.evidence import Call, check_repeats
 from castpoint.harness.fingerprint.heads import Geometry, HeadRows, head_rows
+from castpoint.harness.fingerprint.probes import READ
 from castpoint.harness.fingerprint.rules import Rows, Rule
 
 Calls = TypeVar("Calls", "NormCalls", "ChainCalls")
@@ -171,12 +172,16 @@ class ChainCalls:
         return Call(rows, v[:, 0].float(), v.dtype)
 
     def qk(
-        self, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False, tokens: int = probes.ROWS
-    ) -> tuple[HeadRows, Call]:
+        self, norm: Rule, rng: torch.Generator, eps: float, biased: bool = False, tokens: int = probes.ROWS,
+        wide: float = 0.0,
+    ) -> tuple[HeadRows, Call]:  # fmt: skip
         """The heads' known input, and what the callable stores of it, [tokens * (Hq + Hkv), READ], beside its rows.
-        More tokens than ROWS begin again, in what is stored alone."""
+        More tokens than ROWS begin again, in what is stored alone. wide: the largest
+        bias, where it is not so small that all sums are exact."""
         g = self.geometry
         given = head_rows(g, rng, eps, self.box.narrow)
+        if wide:
+            given = dataclasses.replace(given, bias=given.bias.sign() * wide / 2.0 ** (torch.arange(READ) % 4))
         q_weight, k_weight = (probes.norm_weight(g.head_dim, rng) for _ in range(2))
         identity = torch.full([g.width], 1.0 - (norm.weight_offset != "none"))
         weight = torch.cat([given.qk_weight, torch.zeros(g.num_kv_heads * g.head_dim, g.width)])

@@ -33,7 +33,8 @@ from castpoint.harness.fingerprint.bounds import (
 )
 from castpoint.harness.fingerprint.capture import Capture, Chain, Norm
 from castpoint.harness.fingerprint.evidence import TELLING, outs
-from castpoint.harness.fingerprint.norm import NORM_WORDS, summary
+from castpoint.harness.fingerprint.norm import summary
+from castpoint.harness.fingerprint.norm_facts import NORM_WORDS
 from castpoint.harness.fingerprint.rules import Rule, norm_rules
 from castpoint.kernels.plan import KEEP, RNE, CastPlan
 from castpoint.variants.catalogue import PLANS

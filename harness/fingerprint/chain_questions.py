@@ -20,8 +20,18 @@ from castpoint.harness.fingerprint.blackbox import Refused
 from castpoint.harness.fingerprint.calls import ChainCalls, in_parts
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, missed, settled
 from castpoint.harness.fingerprint.heads import Geometry
-from castpoint.harness.fingerprint.layouts import TURNED, X_ALONE
-from castpoint.harness.fingerprint.questions import ALONE, EPS, FEWEST, LAYOUTS, WEIGHTS, Draw
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, ODD, OFFSET, SLICED, TURNED, each_alone
+from castpoint.harness.fingerprint.questions import (
+    ALONE,
+    LAYOUTS,
+    SMALL_WEIGHT,
+    WEIGHTS,
+    WIDE_BIAS,
+    Draw,
+    eps_asked,
+    moved,
+    noting,
+)
 from castpoint.harness.fingerprint.rules import Rule
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, ulp
@@ -29,33 +39,44 @@ from castpoint.kernels.plan import KEEP, CastPlan
 from castpoint.variants.envelope import envelope
 from castpoint.variants.problem import Problem
 
-# Tokens and geometry: every width of Qwen3 (0.6B to Coder 480B) and Llama (1B to 405B), head sizes 64 to 512, one to 64
-# heads, one to 16 of k and v; Qwen3 0.6B, Qwen2.5 0.5B and Gemma 3 270M as they are.
+# Tokens and geometry: every width of Qwen3 (0.6B to Coder 480B) and Llama (1B to 405B), SmolLM2's and gpt-oss's, which
+# no 128 divides; head sizes 64 to 512, one to 64 heads, one to 16 of k and v; Qwen3 0.6B, Qwen2.5 0.5B, SmolLM2 and
+# Gemma 3 270M as they are; many tokens of wide rows, and of many heads.
 GEOMETRIES = (
     (1, Geometry(1024, 16, 8, 128)),
-    (3, Geometry(2048, 4, 2, 64)),
+    (3, Geometry(2048, 2, 1, 128)),
     (5, Geometry(2560, 5, 1, 80)),
-    (7, Geometry(4096, 2, 2, 96)),
-    (17, Geometry(5120, 3, 1, 128)),
+    (7, Geometry(4096, 1, 1, 128)),
+    (17, Geometry(5120, 1, 1, 128)),
     (2, Geometry(3072, 1, 1, 256)),
-    (9, Geometry(6144, 1, 1, 128)),
-    (4, Geometry(8192, 2, 1, 64)),
+    (9, Geometry(6144, 1, 1, 64)),
+    (4, Geometry(8192, 1, 1, 64)),
     (3, Geometry(16384, 1, 1, 64)),
+    (10, Geometry(1536, 1, 1, 64)),
     (33, Geometry(896, 14, 2, 64)),
-    (130, Geometry(640, 4, 1, 256)),
-    (600, Geometry(256, 2, 1, 128)),
-    (2049, Geometry(256, 1, 1, 64)),
+    (32, Geometry(576, 9, 3, 64)),
+    (16, Geometry(960, 15, 5, 64)),
+    (36, Geometry(640, 4, 1, 256)),
+    (100, Geometry(2880, 1, 1, 64)),
+    (600, Geometry(256, 2, 1, 64)),
     (2, Geometry(256, 64, 8, 128)),
-    (100, Geometry(1536, 2, 2, 128)),
     (8, Geometry(256, 16, 16, 64)),
+    (6, Geometry(256, 40, 10, 64)),
+    (63, Geometry(256, 7, 7, 64)),
+    (65, Geometry(256, 16, 4, 64)),
+    (12, Geometry(256, 2, 2, 96)),
+    (11, Geometry(256, 2, 1, 160)),
+    (5, Geometry(512, 1, 1, 192)),
     (2, Geometry(256, 1, 1, 512)),
-    (65, Geometry(512, 8, 4, 64)),
-    *((tokens, Geometry(256, 2, 1, 64)) for tokens in (63, 128, 257)),
+    (257, Geometry(256, 3, 1, 64)),
+    (128, Geometry(128, 6, 6, 64)),
+    *((tokens, Geometry(128, 1, 1, 64)) for tokens in (256, 512, 1024, 2049)),
 )
+COLUMNS = ((5, Geometry(512, 1, 1, 24)), (70, Geometry(256, 1, 1, 37)))  # few, and no multiple of 16, without heads
 LARGEST = (Geometry(16384, 1, 1, 64), Geometry(256, 1, 1, 512))  # normed is at most the root of the channels
 LARGE_NORMS = 1024  # times Gaussian weights
 # Scale and norms of Dense with which hidden and v of bf16 are beyond fp16's 65504.
-LARGE = {"bf16": (256.0, LARGE_NORMS), "fp16": (1.0, 1.0)}
+LARGE = {"bf16": (256.0, (LARGE_NORMS,)), "fp16": (1.0, (1.0,))}
 EXACT = 1 << 19  # weights up to which a geometry is asked exactly too
 
 
@@ -86,37 +107,47 @@ class Envelope(CastPlan):
 
 def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Question]:
     base = (probes.ROWS, calls.geometry)
-    for tokens, geometry in dict.fromkeys((base, *GEOMETRIES)):
-        outputs = str(geometry).partition(", ")[2] if found.head else f"{geometry.columns} columns"
-        what = f"[{tokens}, {geometry.width}], {outputs}"
-        yield Question("x", what, functools.partial(_at, calls.at(geometry), found, tokens))
     tokens, geometry = base
-    dense = Dense(calls, found)
+    dense, taken = Dense(calls, found), {CONTIGUOUS: None}
     x = dense.x(tokens)
-    for layout in (*LAYOUTS, *([X_ALONE] if calls.box.takes("residual") else [])):
-        yield Question("memory", layout, functools.partial(dense.ask, x, layout=layout))
+    for layout in (*LAYOUTS, *(each_alone("the residual") if calls.box.takes("residual") else [])):
+        yield Question("memory", layout, functools.partial(noting, taken, layout, functools.partial(dense.ask, x)))
+    for i, (count, other) in enumerate(dict.fromkeys((base, *GEOMETRIES, *(() if found.head else COLUMNS)))):
+        outputs = str(other).partition(", ")[2] if found.head else f"{other.columns} columns"
+        # in other layouts a Triton kernel is compiled again for each geometry
+        aligned = {layout: None for layout in taken if layout != ODD and OFFSET not in layout}
+        what, eps, scale, layout = moved(i, aligned, sizes)
+        there = dataclasses.replace(dense, calls=calls.at(other), scale=dense.beside(scale))
+        ask = functools.partial(_at, there, count, scale, eps, layout)
+        yield Question("x", f"[{count}, {other.width}], {outputs}{what}", ask)
     for layout in WEIGHTS:
         yield Question("weights", layout, functools.partial(dense.ask, x, layout=layout))
-    large = dataclasses.replace(dense, norms=LARGE_NORMS)
-    yield Question("weights", f"norms' weights {LARGE_NORMS} times as large", functools.partial(large.ask, x))
+    few = (0.0, SMALL_WEIGHT[calls.box.narrow])
+    for what, norms in ((f"{LARGE_NORMS} times as large", (LARGE_NORMS,)), ("of zeros and near it", few)):
+        other = dataclasses.replace(dense, norms=norms)
+        yield Question("weights", f"norms' weights {what}", functools.partial(other.ask, x))
+    if dense.bias() is not None:
+        wide = dataclasses.replace(dense, wide=WIDE_BIAS)
+        yield Question("argument", f"a bias {WIDE_BIAS} times as large", functools.partial(wide.ask, x))
+    if dense.of_v_alone:
+        ask = functools.partial(_biased_heads, calls, found)
+        yield Question("argument", f"a bias of up to {WIDE_BIAS} in q and k", ask)
     draw = Draw(found.norm, dense.weights()[0].float(), False, calls.box.narrow)
     for what, rows in draw.values(tokens, geometry.width):
         yield Question("values", what, functools.partial(dense.ask, rows.x))
     for other in dict.fromkeys((geometry, *LARGEST)):
         cancelling = Dense(calls.at(other), found, *LARGE[calls.box.narrow], cancelling=True)
-        alone = torch.eye(FEWEST, other.width) * torch.tensor([[1.0], [-3.0], [0.5], [-100.0]])
+        alone = torch.eye(4, other.width) * torch.tensor([[1.0], [-3.0], [0.5], [-100.0]])
         yield Question("values", f"{ALONE}, {other}", functools.partial(cancelling.ask, alone))
-    for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
-        scale = 2.0 ** round(math.log2(eps or 1) / 2)
-        both = scale if found.head and calls.box.narrow == "bf16" else 1.0  # fp16 would hold few bits of such weights
-        small = dataclasses.replace(dense, scale=both)
-        yield Question("eps", f"{eps:g}", functools.partial(small.ask, x * scale, eps=eps))
+    for what, eps, scale in eps_asked(sizes):
+        small = dataclasses.replace(dense, scale=dense.beside(scale))
+        yield Question("eps", what, functools.partial(small.ask, x * scale, eps=eps))
 
 
-def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
-    """What is left unexplained of dense rows there, or else of exact ones."""
-    geometry, dense = calls.geometry, Dense(calls, found)
-    miss = dense.ask(dense.x(tokens))
+def _at(dense: Dense, tokens: int, scale: float, eps: float, layout: str) -> Miss:
+    """What is left unexplained of dense rows there, which lie so, or else of exact ones."""
+    calls, found, geometry = dense.calls, dense.found, dense.calls.geometry
+    miss = dense.ask(dense.x(tokens) * scale, layout, eps)
     if (miss and not calls.box.in_rounds) or geometry.columns * geometry.width > EXACT:
         return miss  # in rounds its answer, and so miss, may not be there yet
     rng = torch.Generator().manual_seed(1)
@@ -139,17 +170,34 @@ def _at(calls: ChainCalls, found: Found, tokens: int) -> Miss:
     return dataclasses.replace(miss, why=f"{miss.why} in q and k" if miss.why else "in q and k") if miss else miss
 
 
+def _biased_heads(calls: ChainCalls, found: Found) -> Miss:
+    """What is left unexplained of q and k with a large bias, which is added to what is rounded."""
+    assert found.head is not None
+    rng = torch.Generator().manual_seed(1)
+    given, call = calls.qk(found.norm, rng, probes.EPS_SMALL, biased=True, wide=WIDE_BIAS)
+    rows = dataclasses.replace(given.with_bias(call.rows, round_to(given.proj, found.head.x)), exact=False)
+    firm = settled(found.head, rows)
+    return missed(found.head, Call(rows.of(firm.nonzero()[:, 0]), call.stored[firm], call.dtype))
+
+
 @dataclass(frozen=True)
 class Dense:
-    """Gaussian weights of a geometry, the projection's times scale, the norms' times norms, and what a plan's envelope
-    leaves unexplained of calls with them. cancelling: each channel's weight is less its neighbour's, so that another
-    order of a sum shows, the last heads of q and k are x's first channels, and the norms' factors ones."""
+    """Gaussian weights of a geometry, the projection's times scale, the norms' times norms in turn, every other bias
+    times wide, and what a plan's envelope leaves unexplained of calls with them. cancelling: each channel's weight is
+    less its neighbour's, so that another order of a sum shows, the last heads of q and k are x's first channels, and
+    the norms' factors ones."""
 
     calls: ChainCalls
     found: Found
     scale: float = 1.0
-    norms: float = 1.0
+    norms: tuple[float, ...] = (1.0,)
+    wide: float = 1.0
     cancelling: bool = False
+
+    def beside(self, scale: float) -> float:
+        """The scale with which a head norm's eps weighs as the first one's does beside x of that size."""
+        half = self.calls.box.narrow == "fp16"  # which would hold few bits of such weights
+        return scale if self.found.head and not half else 1.0
 
     def x(self, tokens: int) -> Tensor:
         rng = torch.Generator().manual_seed(tokens)
@@ -164,14 +212,23 @@ class Dense:
                 heads = [torch.full_like(each, one) for each in heads]
                 for end in (g.heads[0], sum(g.heads)):
                     weight[(end - 1) * g.head_dim : end * g.head_dim] = torch.eye(g.head_dim, g.width)
-        return tuple(map(self.held, (norm * self.norms, weight * self.scale, *(each * self.norms for each in heads))))
+        norms = [w * torch.tensor(self.norms)[torch.arange(len(w)) % len(self.norms)] for w in (norm, *heads)]
+        return tuple(map(self.held, (norms[0], weight * self.scale, *norms[1:])))
+
+    @property
+    def of_v_alone(self) -> bool:
+        """Whether a bias is added to what is rounded, under a head norm, which an envelope does not know."""
+        return self.found.head is not None and self.found.words.get("bias") == "after"
 
     def bias(self) -> Tensor | None:
-        """[columns] Gaussian, where the chain takes one; not where it is rounded before that and under a head norm."""
-        if "bias" not in self.found.words or (self.found.head and self.found.words["bias"] == "after"):
+        """[columns] Gaussian, where the chain takes one."""
+        if "bias" not in self.found.words:
             return None
-        rng = torch.Generator().manual_seed(6)
-        return self.held(torch.randn(self.calls.geometry.columns, generator=rng) * self.scale).float()
+        bias = torch.randn(self.calls.geometry.columns, generator=torch.Generator().manual_seed(6)) * self.scale
+        bias[1::2] *= self.wide
+        if self.of_v_alone:
+            bias[: sum(self.calls.geometry.heads) * self.calls.geometry.head_dim] = 0
+        return self.held(bias).float()
 
     def held(self, value: Tensor) -> Tensor:
         """bf16 values; of a kernel in fp16 those that both types have, since problems are of bf16."""
@@ -200,10 +257,14 @@ class Dense:
         return Miss(0, 1)
 
     def stored(self, x: Tensor, eps: float, layout: str = "contiguous", finite: bool = True) -> dict[str, Tensor]:
-        """Of x as it is, or as the sum of 2 x and a residual -x, of large ones of halves: exact in both types."""
+        """Of x as it is, or as the sum of 2 x and a residual -x, or of -x and 2 x; in fp16 of halves where x is large.
+        Both types hold all of these."""
         norm, weight, q_norm, k_norm = self.weights()
         heads, box, bias = self.calls.geometry.heads, self.calls.box, self.bias()
-        residual = torch.where(x.abs() > 1e4, x / 2, -x) if box.takes("residual") else torch.zeros_like(x)
+        residual = torch.zeros_like(x)
+        if box.takes("residual"):
+            residual = torch.where((x.abs() > 1e4) & (box.narrow == "fp16"), x / 2, -x)
+            residual = torch.where(x.sum(1, keepdim=True) < 0, x - residual, residual)
 
         def ask(part: Tensor) -> tuple[Tensor, ...]:
             given = (x[part] - residual[part], norm, weight, q_norm, k_norm, eps, *heads, residual[part], bias)
@@ -246,13 +307,11 @@ def chain_facts(calls: ChainCalls, found: Found) -> dict[str, str]:
 
         with contextlib.suppress(Refused):
             said = facts.all_facts(stored, dense.ask, x, calls.tokens, calls.box.narrow, 4 * kinds)
-            turned, large = (
-                functools.partial(dense.ask, x, TURNED),
-                functools.partial(dense.ask, x, eps=probes.EPS_LARGE),
-            )
+            large = functools.partial(dense.ask, x, eps=probes.EPS_LARGE)
             if found.head and kinds < 3 and said["batch invariant"].startswith("yes"):
                 said["batch invariant"] += "; the order of the head norms' sums was not asked"
-            said["transposed weight"] = facts.as_it_lies(turned)
+            for name, layout in (("transposed weight", TURNED), ("sliced weight", SLICED)):
+                said[name] = facts.as_it_lies(functools.partial(dense.ask, x, layout))
             return said | {"with gradients": facts.gradients(calls.box, large)}
     return {}
 

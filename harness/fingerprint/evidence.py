@@ -96,13 +96,14 @@ class Miss:
     wrong: int
     of: int
     why: str = ""
+    what: str = "elements"
 
     def __bool__(self) -> bool:
         return self.wrong > 0
 
     def __str__(self) -> str:
-        share = f"{self.wrong / self.of:.2%} of the elements differ"
-        share = share if self.wrong > self.of / 10_000 else f"{self.wrong} of {self.of} elements differ"
+        share = f"{self.wrong / self.of:.2%} of the {self.what} differ"
+        share = share if self.wrong > self.of / 10_000 else f"{self.wrong} of {self.of} {self.what} differ"
         return share + (f", {self.why}" if self.why else "")
 
 
@@ -191,9 +192,10 @@ def rejects(a: Rule, b: Rule, calls: Sequence[Call]) -> bool:
 
 
 def concentrated(wrong: Tensor) -> str:
-    """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED of it; empty if nowhere."""
-    for name, shares in (("row", wrong.double().mean(1)), ("column", wrong.double().mean(0))):
-        if shares.max() > CONCENTRATED:
+    """Where wrong [R, C] gathers in one row or column, more than CONCENTRATED and TELLING of it; empty if nowhere."""
+    for name, dim in (("row", 1), ("column", 0)):
+        shares = wrong.double().mean(dim)
+        if shares.max() > max(CONCENTRATED, TELLING / wrong.shape[dim]):
             return f"they gather in {name} {int(shares.argmax())} of {len(shares)}, {shares.max():.0%} of it"
     return ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,14 +16,15 @@ from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, close, missed, rounds
-from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, Draw
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, OFFSET, alone
+from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, NORM_SHAPES, WIDE_BIAS, Draw
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import ENDS, round_to, storages, ulp
+from castpoint.harness.fingerprint.stores import ENDS, round_to, ulp
+from castpoint.harness.fingerprint.sums import scaled
 from castpoint.kernels.plan import KEEP
 
 ALPHA = 0.22  # of a scaled sum, as Granite's residual multiplier
-WIDE, WIDE_HEADS = [5, 5120], [3, 5, 256]  # shapes of x at which it is asked too
 
 
 def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> Iterator[Question]:
@@ -35,17 +35,20 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
             ask = functools.partial(_by_heads, draw, asked, shape)
             yield Question("values", f"another weight for each head, x {shape}", ask)
     there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
-    wide = WIDE if asked.heads is None else WIDE_HEADS
-    for shape, at in ((asked.shape(probes.ROWS), ""), (wide, f", x {wide}")):
+    own, plain = asked.shape(probes.ROWS), main.scales is None
+    for shape in (own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES)):
+        at = "" if shape == own else f", x {shape}"
         if draw.residual and "alpha" in there:
             ask = functools.partial(_scaled_sum, rule, asked, main, shape)
             yield Question("argument", f"alpha={ALPHA}{at}", ask)
-        if "bias" in there and main.scales is None:
-            yield Question("argument", f"a bias{at}", functools.partial(_biased, draw, asked, shape))
-        if "out" in there and main.scales is None:
+        if "bias" in there and plain:
+            yield Question("argument", f"a bias{at}", functools.partial(_biased, draw, asked, shape, CONTIGUOUS))
+        if "out" in there and plain:
             rows = draw.gaussian(math.prod(shape[:-1]), shape[-1])
             ask = functools.partial(_given, rule, asked, rows, shape, out=True)
             yield Question("argument", f"out given{at}", ask)
+    if "bias" in there and plain:
+        yield Question("memory", alone("the bias", OFFSET), functools.partial(_biased, draw, asked, own, OFFSET))
     if "apart" in there and main.scales is None:
         shape = asked.shape(probes.ROWS)
         rows = draw.gaussian(math.prod(shape[:-1]), asked.width)
@@ -63,11 +66,12 @@ def _given(rule: Rule, asked: NormCalls, rows: Rows, shape: list[int], **more: A
     return missed(rule, asked.at(rows, shape, **more))
 
 
-def _biased(draw: Draw, asked: NormCalls, shape: list[int]) -> Miss:
+def _biased(draw: Draw, asked: NormCalls, shape: list[int], layout: str) -> Miss:
     """What is left unexplained with a bias that is not zero; whether it is added before the last rounding is noted."""
     rule, rows = draw.rule, draw.gaussian(math.prod(shape[:-1]), shape[-1])
     bias = probes.gaussian([shape[-1]], torch.Generator().manual_seed(10), rule.narrow)
-    call = asked.at(rows, shape, bias=asked.box.as_given(bias, "contiguous", asked.box.dtype))
+    bias[1::2] *= WIDE_BIAS
+    call = asked.at(rows, shape, bias=asked.box.as_given(bias, layout, asked.box.dtype))
     value = predict(rule.replace(out=KEEP), rows)
     size = torch.maximum(value.abs(), bias.abs()).double()
     unit = ulp(size, rule.narrow) if rule.out != KEEP or rounds(rule) else size * close(rows)
@@ -114,9 +118,10 @@ def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows, shape: list[int]) -> M
     rows = Rows(x, probes.weight_of_width(main.weight, shape[-1]), main.eps, shape[-1], residual, exact=False)
     call = asked.at(rows, shape, alpha=ALPHA)
     misses: dict[str, Miss] = {}
-    for name, word in itertools.product(("x", "residual"), storages(rule.narrow)):
-        given = dataclasses.replace(rows, **{name: round_to(getattr(rows, name) * ALPHA, word)})
-        misses[f"{name} * alpha is {word} before the sum"] = missed(rule, Call(given, call.stored, call.dtype))
+    for name, other in (("x", "residual"), ("residual", "x")):
+        for word, total in scaled(getattr(rows, name), getattr(rows, other), ALPHA, rule.narrow).items():
+            given = dataclasses.replace(rows, x=total, residual=torch.zeros_like(total))
+            misses[f"{name} * alpha is {word} before the sum"] = missed(rule, Call(given, call.stored, call.dtype))
     if left := [said for said, miss in misses.items() if not miss]:
         asked.box.manners["alpha"] = " or ".join(left)
     return min(misses.values(), key=lambda miss: miss.wrong)

@@ -17,12 +17,13 @@ from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Miss, missed, outs
 from castpoint.harness.fingerprint.layouts import GAPS
 from castpoint.harness.fingerprint.rules import Rows, Rule
-from castpoint.harness.fingerprint.stores import round_to, storages
+from castpoint.harness.fingerprint.stores import round_to, same, storages
 
 COUNTS = (1, 2, 3, 7, 8, 9, 17, 33, 63, 65, 128, 257, 600)
 WINDOW = 8  # rows that are asked at least with each count
 Stored = Callable[[Tensor, bool], Tensor]  # what is stored of x [T, D], [T, ...], and whether that must be finite
 Missing = Callable[[Tensor, str, float], Miss]  # what the plan leaves unexplained of x [T, D], a layout and eps
+THE_SAME = "the same"
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
 
 
@@ -50,11 +51,11 @@ def batch(stored: Stored, x: Tensor, tokens: int | None = None, window: int = WI
     for count in () if tokens else COUNTS:
         calls = [(torch.arange(count) + start) % len(x) for start in range(0, window, count)]
         try:
-            same = all([_same(stored(x[rows], True), alone[rows]) for rows in calls])  # all are asked, in rounds too
+            equal = all([same(stored(x[rows], True), alone[rows]) for rows in calls])  # all are asked, in rounds too
         except Refused:
             continue
         tried.append(f"{count}")
-        other += [] if same else [f"with {count} rows"]
+        other += [] if equal else [f"with {count} rows"]
     odd = torch.arange(len(x)) % 2 == 1
     turned, beside, nan = x.roll(7, 0), x.clone(), x.clone()
     beside[odd] = x[odd].roll(1, 0) * 3
@@ -64,8 +65,8 @@ def batch(stored: Stored, x: Tensor, tokens: int | None = None, window: int = WI
         ("beside other rows", beside, alone, ~odd),
         ("beside rows of NaN", nan, alone, ~odd),
     ):
-        same = _same(stored(given, given is not nan)[kept], expected[kept])
-        other += [] if same else [what]
+        equal = same(stored(given, given is not nan)[kept], expected[kept])
+        other += [] if equal else [what]
     if other:
         return f"no: a row of {width} has other bits {', '.join(other)} than among {len(x)}"
     counts = f"with {', '.join(tried)} rows, " if tried else ""
@@ -101,15 +102,28 @@ def rows_near_a_tie(
     return 2 * x, 4 * gap  # twice, so that no result is its x, as if nothing were written in place
 
 
-def scales(v: Tensor, given: Tensor, most: float) -> str:
-    """How large the largest result of each row is, or of each part of a row that has a scale of its own, beside what 8
-    bits hold; v: results divided by their scales, given: the scales, [R, D]."""
+def largest(v: Tensor, given: Tensor) -> Tensor:
+    """The largest result of each row, or of each part of a row that has a scale of its own, of those that are not zero;
+    v: results divided by their scales, given: the scales, [R, D]."""
     parts = torch.cat([torch.zeros(len(v), 1), given.diff(dim=1) != 0], dim=1).cumsum(1).long()
-    largest = torch.zeros_like(v).scatter_reduce(1, parts, v.abs(), "amax")
-    largest = largest[largest > 0]
-    low, high = (f"{float(end):.3g}" for end in (largest.min(), largest.max()))
+    found = torch.zeros_like(v).scatter_reduce(1, parts, v.abs(), "amax")
+    return found[found > 0]
+
+
+def scales(found: Tensor, most: float) -> str:
+    """How large the largest results are beside what 8 bits hold."""
+    low, high = (f"{float(end):.3g}" for end in (found.min(), found.max()))
     said = f"the largest result is {low}{'' if low == high else f' to {high}'} times its scale"
-    return f"{said}: beyond {most:g} it is cut" if largest.max() > 1.1 * most else said
+    return f"{said}: beyond {most:g} it is cut" if found.max() > 1.1 * most else said
+
+
+def other_scales(found: Tensor, first: Tensor) -> Miss:
+    """Where the largest results are beyond the largest of the first calls, or where those are all alike, others."""
+    low, high = first.min() / 1.01, first.max() * 1.01
+    wrong = (found > high) | ((found < low) & (high < 1.05 * low))
+    far = found[wrong].max() if wrong.any() else 0.0
+    why = f"the largest result is {far:.3g} times its scale, at the first calls {first.max():.3g} times"
+    return Miss(int(wrong.sum()), len(found), why, "scales")
 
 
 def nan(stored: Stored, width: int, tokens: int | None = None) -> str:
@@ -135,15 +149,20 @@ def gradients(box: BlackBox, miss: Callable[[], Miss]) -> str:
     if box.way.files:
         return "not asked: a file holds no gradients"
     box.gradients, box.cut_off = True, False
+    said = tried(miss)
+    box.gradients = False
+    return f"{said}, but the result has none" if said == THE_SAME and box.cut_off else said
+
+
+def tried(ask: Callable[[], Miss]) -> str:
+    """What it does at a call that it need not take."""
     try:
-        found = miss()
+        miss = ask()
+    except Unasked as why:
+        return f"not asked: {why}"
     except Fault as fault:
         return f"refused: {fault}"
-    finally:
-        box.gradients = False
-    if found:
-        return f"another function, {found}"
-    return "the same, but the result has none" if box.cut_off else "the same"
+    return f"another function, {miss}" if miss else THE_SAME
 
 
 def as_it_lies(ask: Callable[[], Miss]) -> str:
@@ -211,7 +230,3 @@ def fp32_residual(rule: Rule, asked: NormCalls, weight: Tensor, names: dict[str,
 
 def _gaussian(rows: int, width: int) -> Tensor:
     return probes.gaussian([rows, width], torch.Generator().manual_seed(3))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(nan=7e37), b.nan_to_num(nan=7e37))

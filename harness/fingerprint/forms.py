@@ -25,7 +25,7 @@ from castpoint.harness.fingerprint.arguments import LEFT_OUT, MADE, MEANING, NAM
 from castpoint.harness.fingerprint.blackbox import BlackBox, Unasked
 from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, OPTIONAL
 from castpoint.harness.fingerprint.modules import of_class, of_module
-from castpoint.harness.fingerprint.sums import Sums
+from castpoint.harness.fingerprint.sums import Sums, totals
 from castpoint.harness.peers.running import from_jax, to_jax
 from castpoint.kernels.plan import RNE
 
@@ -89,12 +89,13 @@ def adapted(fn: Callable[..., Any], call: str = "") -> Callable[..., Any]:
     def function(
         *arguments: Any, residual: Tensor | None = None, gate: Tensor | None = None, alpha: float = 1.0,
         quant_scale: float = QUANT_SCALE, bias: Tensor | None = None, out: bool = False, apart: bool = False,
+        over: bool = False,
     ) -> Any:  # fmt: skip
         values = dict(zip(names, arguments, strict=True)) | {"residual": residual, "gate": gate, "alpha": alpha}
         values |= _made(fn, form, values["x"], quant_scale, apart) | {
             name: None for name in absent if name != "out" or not out
         }
-        values |= {} if bias is None else {"bias": bias}
+        values |= ({} if bias is None else {"bias": bias}) | ({"out": values["x"]} if over else {})
         made = _stored(form.call(fn, values), values["out"])
         if residual is not None and "residual_out" in form.names:
             made = (*(made if isinstance(made, tuple | list) else (made,)), values["residual_out"])
@@ -241,7 +242,7 @@ def _is_sum(value: Any, x: Tensor, residual: Tensor) -> bool:
     """Whether that is x, into which the sum was written, or x + residual in one of the ways in which sums are held."""
     if not isinstance(value, Tensor) or value.shape != x.shape:
         return False
-    return value.data_ptr() == x.data_ptr() or Sums("bf16", RNE).is_one(value, x.float() + residual.float())
+    return value.data_ptr() == x.data_ptr() or Sums("bf16", RNE).is_one(value, totals(x, residual, None, "bf16"))
 
 
 EXAMPLE = "give --call 'fn(out, x, w, eps)', with x, w, eps, residual, out and constants"
@@ -330,5 +331,5 @@ def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:
     defaults = {MEANING.get(name): p.default is not p.empty for name, p in parameters_of(fn).items()}
     defaults |= {MEANING.get(name): default for name, default, _ in arguments(fn)}
     made = {name: True for name in ("quant_scale", "bias") if name in form.names}
-    made |= {"apart": True} if "out" in form.names else {}
+    made |= {"apart": True, "over": True} if "out" in form.names else {}
     return {name: defaults.get(name, False) for name in NAMED if name in form.names} | made

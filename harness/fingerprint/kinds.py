@@ -86,8 +86,10 @@ OPTIONAL = (
 
 
 def paths(fn: Callable[..., Any], kind: str) -> list[tuple[str, ...]]:
-    """Which of OPTIONAL fn is called with: what it must have, and that with each of the others by itself."""
+    """Which of OPTIONAL fn is called with: what it must have, and that with each of the others by itself; of a norm all
+    of them too, since a gate may be another with a residual."""
     parameters = signature_of(fn).parameters
     there = [name for name in OPTIONAL[kind] if name in parameters]
     must = tuple(name for name in there if parameters[name].default is inspect.Parameter.empty)
-    return [must, *((*must, name) for name in there if name not in must)]
+    others = [(*must, name) for name in there if name not in must]
+    return [must, *others, *([tuple(there)] if len(others) > 1 and kind not in CHAINS else [])]

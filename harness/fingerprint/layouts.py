@@ -10,28 +10,46 @@ from torch import Tensor
 CONTIGUOUS = "contiguous"
 ROWS = "rows of a packed buffer"  # as k in what a qkv projection returns
 ODD = "rows of an odd stride"
-OFFSET = "an offset of one element"
-WEIGHTS_OFFSET = "the weight alone at an offset of one element"
+OFFSET = "a view at an offset of one element"
 HEADS_FIRST = "heads before tokens in memory"
 GAPS = "channels apart"  # the last stride is not one
-X_ALONE = "x alone as rows of a packed buffer"
-ROOM = "room behind it"  # of a contiguous residual then, where a kernel that takes x's strides for its own ends
+ROOM = "room behind it"  # of what is contiguous where another tensor is not, and a kernel may take that one's strides
 TURNED = "the projection's weight as the transpose of what lies in memory"
+SLICED = "the projection's weight as columns of a wider one"
 UPDATED = "a weight that is written to between two calls"  # as when a trainer's weights come in place
+
+
+def alone(who: str, layout: str) -> str:
+    """That layout of x, of the weight, or of what else is given."""
+    return f"{who} alone as {layout}"
+
+
+def each_alone(other: str) -> list[str]:
+    """Layouts of x and of another input of its shape, one of them contiguous."""
+    return [alone(who, layout) for who in ("x", other) for layout in (ROWS, OFFSET)]
+
+
+WEIGHTS_OFFSET = alone("the weight", OFFSET)
 
 
 def of_each(layout: str) -> tuple[str, str, str]:
     """The layouts of x, of the weights and of what else is given."""
-    if layout == X_ALONE:
-        return ROWS, CONTIGUOUS, ROOM
-    if layout == WEIGHTS_OFFSET:
-        return CONTIGUOUS, OFFSET, CONTIGUOUS
-    return layout, layout if layout == OFFSET else CONTIGUOUS, layout
+    who, _, its_own = layout.rpartition(" alone as ")
+    if not who:
+        return layout, layout if layout == OFFSET else CONTIGUOUS, layout
+    if who == "the weight":
+        return CONTIGUOUS, its_own, CONTIGUOUS
+    return (its_own, CONTIGUOUS, ROOM) if who == "x" else (ROOM, CONTIGUOUS, its_own)
+
+
+def of_projection(layout: str) -> str:
+    """The layout of a projection's weight."""
+    return {TURNED: HEADS_FIRST, SLICED: ROWS}.get(layout, of_each(layout)[1])
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
     """value, contiguous, as a view of a larger buffer whose other elements are numbers like its own."""
-    if layout in (CONTIGUOUS, UPDATED, TURNED):
+    if layout in (CONTIGUOUS, UPDATED, TURNED, SLICED):
         return value
     if layout == ROWS:
         buffer = torch.cat([value.roll(1, 0), value, value.roll(1, 0)], dim=1)

@@ -29,14 +29,18 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
     parameters = parameters_of(module.forward)
     named = {str(MEANING.get(own)): own for own in parameters if MEANING.get(own) in NAMED}
 
+    others: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # in place of its own weight
+
     def function(*arguments: Any, **extra: Tensor) -> Any:
         x, *weights, eps = arguments
-        held = {name: weights[0]} if name else {}
-        own_weight = _tensors(module).get(name)
-        if own_weight is not None and (own_weight.shape, own_weight.dtype) == (weights[0].shape, weights[0].dtype):
+        held = {}
+        if name:
+            own_weight, key = _tensors(module)[name], (weights[0].shape, weights[0].dtype)
+            if (own_weight.shape, own_weight.dtype) != key:
+                own_weight = others.setdefault(key, torch.empty_like(weights[0]))
+                held = {name: own_weight.requires_grad_(weights[0].requires_grad)}
             with torch.no_grad():
                 own_weight.copy_(weights[0])  # as weights reach a module, which may count how often they did
-            held = {}
         with _with_eps(module, eps), _of_its_width(own, x):
             return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 

@@ -21,12 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
 from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
-from castpoint.harness.fingerprint.arguments import parameters_of
+from castpoint.harness.fingerprint.arguments import options_of
 from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way
 from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain import chain
@@ -45,22 +44,23 @@ from castpoint.harness.fingerprint.extra_questions import extra_questions
 from castpoint.harness.fingerprint.forms import as_kind, in_a_batch
 from castpoint.harness.fingerprint.gated import Found, gated
 from castpoint.harness.fingerprint.kinds import CHAINS, paths
-from castpoint.harness.fingerprint.layouts import CONTIGUOUS
 from castpoint.harness.fingerprint.missing import missing_word
+from castpoint.harness.fingerprint.norm_facts import (
+    IN_8_BITS,
+    NORM_WORDS,
+    fixed_scale,
+    largest_of,
+    norm_facts,
+    results_of,
+)
 from castpoint.harness.fingerprint.questions import WIDTHS, questions
-from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules, predict
+from castpoint.harness.fingerprint.rules import Rows, Rule, arithmetic, norm_rules
 from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
-from castpoint.harness.fingerprint.stores import MOST, storages
+from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.harness.runs.environment import one_thread_but, without_limits_of_dynamo
 from castpoint.kernels.plan import KEEP
-
-# A rule's words, as a plan calls them.
-NORM_WORDS = {
-    "rmsnorm": {"rstd": "rstd", "normed": "normed", "out": "hidden"},
-    "head_norm": {"rstd": "head_rstd", "normed": "head_normed", "out": "out"},
-}
 
 FEW = 0.97  # share explained, from which on ties may be what is left
 
@@ -81,20 +81,29 @@ def identify(
         from castpoint.harness.fingerprint import rope  # which asks q's and k's norms here
 
         return rope.identify(fn, device, sizes, call)
+    options = "" if call else options_of(fn)
     try:
         if beyond := sizes.beyond(kind):
             raise Fault(beyond)
         fn = as_kind(fn, kind, call)
     except Fault as fault:
         return Answer("error", reason=str(fault))
-    asked = [BlackBox(fn, kind, device, given, sizes.dtype, way) for given in paths(fn, kind)]
     answers: dict[tuple[str, ...], Answer] = {}
-    for box in asked:
-        with contextlib.suppress(Pending):
-            answers[box.given] = _guarded(box, sizes)
-    if len(answers) < len(asked):
+    refused: set[str] = set()
+    pending = False
+    for given in paths(fn, kind):
+        if refused & set(given):
+            continue
+        try:
+            answers[given] = _guarded(BlackBox(fn, kind, device, given, sizes.dtype, way), sizes)
+            refused |= set(given[-1:]) if answers[given].status == "refused" else set()
+        except Pending:
+            pending = True
+    if pending:
         raise Pending
     answer = by_paths(answers)
+    if answer.candidates and options:
+        answer = dataclasses.replace(answer, facts=answer.facts | {"not asked": f"{options}, as it is by default"})
     seconds = round(time.perf_counter() - start, 2)
     return dataclasses.replace(answer, plans=plans_of(answer, kind), seconds=seconds)
 
@@ -129,6 +138,8 @@ def summary(answer: Answer) -> str:
         lines.append(f"explains {answer.share_equal:.3%} of the elements{other}; {answer.seconds:g} s")
     for about in dict.fromkeys(call["about"] for call in answer.asked):
         whats = [call["what"] for call in answer.asked if call["about"] == about and call["result"] == "same"]
+        if about == "together":  # x's shape, layout, eps and weight: each is listed by itself
+            whats = [f"{len(whats)} calls at which several of these are moved"] if whats else []
         lines += [f"the same with {about}: {'; '.join(dict.fromkeys(whats))}"] if whats else []
     for result in dict.fromkeys(call["result"] for call in answer.asked if call["result"].startswith("refused")):
         whats = [f"{call['about']} {call['what']}" for call in answer.asked if call["result"] == result]
@@ -182,19 +193,29 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     if rule is None:
         return answer, None
 
+    first, other = (call.rows.scales for call in main)
+    dynamic = first is not None and not torch.equal(first, other)  # whose scales follow the results
+    largest = largest_of(rule, main[0].rows) if dynamic else None
+    most = 8 * results_of(rule, main[0]) if dynamic else 0.0  # beyond which a scale may have an end
+
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
         parts = torch.arange(len(rows.x)).split(math.prod((shape or [len(rows.x), 1])[:-1]))
-        return max((missed(rule, asked.call(rows.of(part), layout, shape)) for part in parts), key=lambda m: m.wrong)
+        calls = [asked.call(rows.of(part), layout, shape) for part in parts]
+        misses = [missed(rule, call) for call in calls]
+        if largest is not None and shape is not None and not any(misses):
+            alike = [call for call in calls if results_of(rule, call) < most]
+            misses += [facts.other_scales(largest_of(rule, call.rows), largest) for call in alike]
+        return max(misses, key=lambda miss: miss.wrong)
 
     answer = dataclasses.replace(answer, asked=refused)
     rows = main[0].rows
-    every = questions(rule, rows.weight, asked.shape(probes.ROWS), sizes, box.takes("residual"), ask)
+    every = questions(rule, rows.weight, asked, sizes, fixed_scale(box), ask)
     answer = held_to(
         answer,
         itertools.chain(every, extra_questions(rule, asked, rows, sizes)),
         "x or residual" if box.takes("residual") else "x",
     )
-    said = _facts(rule, asked, rows, sizes)
+    said = norm_facts(rule, asked, rows, sizes)
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
     return dataclasses.replace(answer, candidates=candidates, facts=said), rule
@@ -247,47 +268,5 @@ def _named(box: BlackBox, main: list[Call], several: bool, rule: Rule) -> dict[s
     ways = ("int8-rne", "int8-rna")
     if rule.out in ways and not all(rejects(rule, rule.replace(out=way), main) for way in ways if way != rule.out):
         words["out"] = " or ".join(ways)
-    return {name if eight else NORM_WORDS[box.kind].get(name, name): word for name, word in words.items()}
-
-
-def _facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
-    box = asked.box
-    try:
-        said = _facts_at(rule, asked if asked.heads else dataclasses.replace(asked, width=1024), main.weight, sizes)
-    except Refused:
-        said = _facts_at(rule, asked, main.weight, sizes)
-    if main.scales is not None and "quant_scale" not in parameters_of(box.fn):
-        divided = predict(rule.replace(out=KEEP), main)
-        said["scales"] = facts.scales(divided, main.scales, MOST[rule.out[:4]])
-    if box.a_weight_a_head:
-        said["weight"] = "[H, Dh], one for each head"
-    if box.takes("residual") and box.dtype != torch.float32 and main.scales is None:
-        said["fp32 residual"] = facts.fp32_residual(rule, asked, main.weight, NORM_WORDS[box.kind])
-    if box.weightless:
-        return box.manners | said
-    return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
-
-
-def _facts_at(rule: Rule, asked: NormCalls, weight: Tensor, sizes: Sizes) -> dict[str, str]:
-    box = asked.box
-
-    rng = torch.Generator().manual_seed(3)
-    count, first = asked.tokens or probes.ROWS, next((w for w in (rule.rstd, rule.normed, rule.out) if w != KEEP), KEEP)
-    tied, eps = facts.rows_near_a_tie(
-        asked.width, rng, math.ceil(count / 2), sizes.narrow, 0.0 if first.endswith("-rtz") else 0.5
-    )
-    x = torch.cat([tied, probes.gaussian([count // 2, asked.width], rng, sizes.narrow)])
-
-    def rows_of(x: Tensor, weight: Tensor, eps: float) -> Rows:
-        return Rows(x.to(box.dtype).float(), weight, eps, asked.width, exact=False)
-
-    def stored(x: Tensor, finite: bool) -> Tensor:
-        rows = rows_of(x.repeat_interleave(asked.heads or 1, 0), torch.ones(asked.width), eps)
-        return asked.at(rows, [len(x), *asked.shape(1)[1:]], finite=finite).stored.reshape(len(x), -1)
-
-    def missing(x: Tensor, layout: str, eps: float) -> Miss:
-        return missed(rule, asked.call(rows_of(x, probes.weight_of_width(weight, asked.width), eps), layout))
-
-    said = facts.all_facts(stored, missing, x, asked.tokens, sizes.narrow)
-    said["with gradients"] = facts.gradients(box, functools.partial(missing, x, CONTIGUOUS, probes.EPS_LARGE))
-    return said
+    names = (IN_8_BITS if eight else NORM_WORDS)[box.kind]
+    return {names.get(name, name): word for name, word in words.items()}

@@ -18,6 +18,7 @@ from castpoint.harness.fingerprint import arguments, forms
 from castpoint.harness.fingerprint.blackbox import Refused, Unasked
 from castpoint.harness.fingerprint.forms import Form, Name
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS, GAPS, HEADS_FIRST, ODD, OFFSET, ROWS, inside, laid_out
+from castpoint.harness.fingerprint.stores import same
 from castpoint.harness.fingerprint.turns import Turn
 
 ALIASES = {
@@ -53,6 +54,7 @@ EXAMPLE = (
 TABLES = ("cos", "cos_sin_cache")
 VIEWS = "views of a packed qkv"
 ANGLES = "cos and sin, or three rows of positions, as views of a wider buffer"
+TABLE_OFFSET = "cos and sin as views at an offset of one element"
 APART = "positions apart, and rows of a wider table"
 LAYOUTS = (VIEWS, ODD, OFFSET, HEADS_FIRST)
 PACKED_LAYOUTS = (ROWS, ODD, OFFSET)
@@ -125,7 +127,9 @@ class Pair:
         if layout == APART:
             given = [name for name in ("positions", *TABLES, "sin") if name in values]
             values |= {name: laid_out(values[name], GAPS if name == "positions" else ROWS) for name in given}
-        layout = CONTIGUOUS if layout in (ANGLES, APART) else layout
+        if layout == TABLE_OFFSET:
+            values |= {name: laid_out(values[name], OFFSET) for name in (*TABLES, "sin") if name in values}
+        layout = CONTIGUOUS if layout in (ANGLES, APART, TABLE_OFFSET) else layout
         v = torch.empty(0)
         if self.packed:
             v = (k * 3).roll(1, 0).contiguous()
@@ -143,7 +147,7 @@ class Pair:
         result = self.form.call(self.fn, values)
         outputs = self._outputs(result, values, q, k, v)
         pairs = list(zip(owners, before, strict=True))
-        if self.packed and not _equal(here, v):
+        if self.packed and not same(here, v):
             raise Fault("the callable changes v in qkv, which passes through")
         if any(_beside(owner, old, [*outputs, q, k]) for owner, old in pairs):
             raise Fault("the callable writes beside q and k, into what it is given: give it copies")
@@ -228,17 +232,13 @@ def _check_v(output: Tensor, v: Tensor) -> None:
     if output.dtype != v.dtype or output.shape not in (v.shape, v.flatten(1).shape):
         said, expected = (f"{list(value.shape)} of {value.dtype}" for value in (output, v))
         raise Fault(f"the callable returned v as {said}, expected {expected}")
-    if not _equal(output.reshape(v.shape), v):
+    if not same(output.reshape(v.shape), v):
         raise Fault("the callable changes v, which passes through")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or torch.equal(a.nan_to_num(nan=7e4), b.nan_to_num(nan=7e4))
 
 
 def _beside(owner: Tensor, old: Tensor, views: Iterable[Tensor]) -> bool:
     """Whether owner was written to outside of those of its views."""
-    if _equal(owner, old):
+    if same(owner, old):
         return False
     beside = ~inside(owner, views)
-    return not _equal(old[beside], owner[beside])
+    return not same(old[beside], owner[beside])

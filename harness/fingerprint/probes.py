@@ -32,6 +32,7 @@ ROWS = 64  # of every call, so that a callable that compiles for a shape compile
 EPS_SMALL, EPS_LARGE = 1e-6, 0.7  # the second weighs as much as the variance, and is no fp32 number
 VARYING = 8  # channels whose sizes change from row to row of the pool that is searched; the others change places
 POOL = 1 << 17
+FINE = 3  # channels of 12 bits, 2048 to 2100
 EPS_TRIED, BOUNDARIES = 32, 1 << 12
 LOOKED_AT = 1 << 14  # rows of the pool whose elements are compared
 # bf16 w of 2^-16 to 2^-4: 1 + w has 11 to 24 bits, so that products of three factors are not exact in fp32.
@@ -68,8 +69,16 @@ def norm_rows(
     width: int, rng: torch.Generator, *, residual: bool = False, count: int = ROWS, narrow: str = "bf16"
 ) -> Rows:
     """General rows, eps EPS_SMALL. A third are made of numbers whose squares narrow rounds up, a third down, for the
-    statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels."""
+    statistics; with a residual, x + residual has 9 bits, one too many for bf16, in 64 channels, or 12 bits in FINE
+    channels, which is what fp16 cannot hold, and 24 bits can of the sum of squares."""
     held = filled(width)
+    if residual and narrow == "fp16":
+        x, rest = integers(1, 64, [count, held], rng), torch.zeros(count, held)
+        fine = torch.rand(count, held, generator=rng).argsort(1)[:, :FINE]
+        x.scatter_(1, fine, 2 * integers(1024, 1045, [count, FINE], rng))
+        rest.scatter_(1, fine, 2 * integers(0, 4, [count, FINE], rng).abs() + 1)
+        scale = 2.0 ** torch.randint(-12, -5, [count, 1], generator=rng)
+        return Rows(x * scale, norm_weight(held, rng), EPS_SMALL, width, rest * scale)
     if residual:
         x, rest = 2 * integers(128, 256, [count, held], rng), integers(1, 64, [count, held], rng)
         places = torch.rand(count, held, generator=rng).argsort(1) < min(64, held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import pairs
 from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.evidence import CLOSE, Miss, beyond, rounds
-from castpoint.harness.fingerprint.questions import EPS, Draw
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS
+from castpoint.harness.fingerprint.questions import Draw, eps_asked, moved, noting
 from castpoint.harness.fingerprint.rope_calls import THETAS, TOP, Case, First
 from castpoint.harness.fingerprint.rules import Rows, Rule
 from castpoint.harness.fingerprint.stores import round_to
@@ -28,7 +28,10 @@ GEOMETRIES = (
     *((1, 16, 8, 128), (7, 2, 1, 64), (33, 5, 1, 96), (33, 3, 3, 256), (600, 16, 8, 128), (7, 16, 8, 256)),
     *((1, 5, 1, 64), (600, 3, 3, 64), (33, 16, 8, 96), (7, 2, 1, 128), (1, 3, 3, 256), (2049, 2, 1, 96)),
     *((2, 64, 8, 128), (8, 16, 16, 64), (63, 4, 2, 128), (65, 4, 2, 128), (128, 2, 1, 128), (257, 2, 1, 128)),
+    *((4, 40, 10, 128), (16, 10, 5, 128), (32, 12, 6, 128), (256, 7, 7, 128), (512, 3, 1, 128), (1024, 1, 1, 128)),
+    *((16, 5, 5, 192), (32, 6, 6, 160), (4, 7, 7, 64), (256, 1, 1, 64), (512, 10, 10, 64), (1024, 1, 1, 64)),
 )
+ATTENTION = 1.25  # a table's factor, as YaRN's
 TOPS = (40_000, 131_071)  # positions, beyond 15 bits, and the last of public models
 Drawn = Callable[[Draw, int, int], Rows]  # so many rows of that width
 Shape = tuple[int, int, int, int]  # of GEOMETRIES
@@ -97,6 +100,9 @@ class Held:
             for weight, count in zip((given.q.weight, given.k.weight), heads, strict=True)
         )
         turn = kernel.turn(size, kernel.positions(tokens, changes.pop("top", TOP), seed=tokens), theta)
+        if turn is not None and turn.table is not None:
+            narrow = kernel.manner.table
+            turn = dataclasses.replace(turn, table=(turn.table * changes.pop("attention", 1.0)).to(narrow).float())
         case = Case(q, k, (heads[0], heads[1]), turn, **changes)
         way = self.way if turn is None or not self.whole else dataclasses.replace(self.way, rotary=turn.rotary)
         if not case.neox:
@@ -112,19 +118,25 @@ class Held:
 
 def rope_questions(held: Held) -> Iterator[Question]:
     kernel, case = held.first.kernel, held.first.case
-    pair, sizes, head_dim = kernel.pair, kernel.sizes, case.x.shape[-1]
-    for tokens, many, few, size in GEOMETRIES:
+    pair, sizes, head_dim, taken = kernel.pair, kernel.sizes, case.x.shape[-1], {CONTIGUOUS: None}
+    for layout in pairs.PACKED_LAYOUTS if pair.packed else pairs.LAYOUTS:
+        ask = functools.partial(_as_laid, held, Draw.gaussian, None)
+        yield Question("memory", layout, functools.partial(noting, taken, layout, ask))
+    for i, (tokens, many, few, size) in enumerate(GEOMETRIES):
         if size == head_dim or (held.whole and "rotary_dim" not in pair.fixed):
             tokens = sizes.tokens or tokens
-            what = f"q [{tokens}, {many}, {size}], k [{tokens}, {few}, {size}]"
-            yield held.question("call", what, Draw.mixed, (tokens, many, few, size))
-    for layout in pairs.PACKED_LAYOUTS if pair.packed else pairs.LAYOUTS:
-        yield held.question("memory", layout, layout=layout)
+            what, shape = f"q [{tokens}, {many}, {size}], k [{tokens}, {few}, {size}]", (tokens, many, few, size)
+            if i % 2 == 0:
+                yield held.question("call", what, Draw.mixed, shape)
+                continue
+            more, eps, scale, layout = moved(i, taken, sizes)
+            draw, top = functools.partial(Draw.gaussian, scale=scale, eps=eps), TOPS[0] if many >= 8 else TOP
+            more += f", positions up to {top:,}" if case.turn is not None else ""
+            yield Question("call", f"{what}{more}", functools.partial(_as_laid, held, draw, shape, layout, top=top))
     for what in (what for what, _ in Draw(held.rule, case.q.weight, False).values(8, head_dim)):
         yield held.question("values", what, functools.partial(_values, what))
-    for eps in dict.fromkeys((*(() if sizes.eps is None else (sizes.eps,)), *EPS)):
-        scale = 2.0 ** round(math.log2(eps or 1) / 2)
-        yield held.question("eps", f"{eps:g}", functools.partial(Draw.gaussian, scale=scale, eps=eps))
+    for what, eps, scale in eps_asked(sizes):
+        yield held.question("eps", what, functools.partial(Draw.gaussian, scale=scale, eps=eps))
     if case.turn is None:
         return
     for top in TOPS:
@@ -133,8 +145,15 @@ def rope_questions(held: Held) -> Iterator[Question]:
         yield held.question("call", f"base {theta:g}", theta=theta)
     if pair.takes("cos", "mrope_section"):
         yield held.question("argument", pairs.ANGLES, layout=pairs.ANGLES)
+    if pair.takes("cos", "cos_sin_cache"):
+        yield held.question("argument", pairs.TABLE_OFFSET, layout=pairs.TABLE_OFFSET)
+        yield held.question("argument", f"cos and sin times {ATTENTION}", attention=ATTENTION)
     if pair.takes("is_neox", "interleaved"):
         yield held.question("argument", "is_neox=False", neox=False)
+
+
+def _as_laid(held: Held, draw: Drawn, shape: Shape | None, layout: str, **changes: Any) -> Miss:
+    return held.ask(draw, shape, None, layout=layout, **changes)
 
 
 def _values(what: str, draw: Draw, count: int, width: int) -> Rows:

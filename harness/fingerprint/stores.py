@@ -4,6 +4,7 @@ to even, int8 also with ties away from zero or truncated; what is too large is t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ def ulp(size: Tensor, storage: str) -> Tensor:
         storage[:4], (8, 2.0**-133)
     )
     return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - bits).clamp(min=least)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether both are tensors of the same numbers, NaN where that is."""
+    alike = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
+    return alike and torch.equal(*(value.nan_to_num(nan=7e37) for value in (a, b)))
 
 
 def spread(scales: object, shape: list[int]) -> Tensor:

@@ -9,8 +9,24 @@ import torch
 from torch import Tensor
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.fingerprint.stores import round_to, same, storages
 from castpoint.kernels.plan import KEEP
+
+Totals = list[Tensor]  # fp32, of x's shape; of a scaled sum each that it may be
+
+
+def totals(x: Tensor, residual: Tensor, alpha: float | None, narrow: str) -> Totals:
+    """x + residual, or where one of them is multiplied by alpha, the sum for each way to hold the product."""
+    if alpha is None:
+        return [x.float() + residual.float()]
+    return [made for by in (0, 1) for made in scaled((x, residual)[by], (residual, x)[by], alpha, narrow).values()]
+
+
+def scaled(value: Tensor, other: Tensor, alpha: float, narrow: str) -> dict[str, Tensor]:
+    """value * alpha + other in fp32, by how the product is held: storages, or `not rounded`, as fma has it."""
+    product, factor = value.float() * alpha, torch.tensor(alpha).double()
+    found = {word: round_to(product, word) + other.float() for word in storages(narrow)}
+    return found | {"not rounded": (value.double() * factor + other.double()).float()}
 
 
 class Sums:
@@ -27,26 +43,26 @@ class Sums:
     def __str__(self) -> str:
         return self.done + (f" as {self.left[0]}" if self.left[0] != self.usual else "")
 
-    def note(self, done: str, value: Tensor, sums: Tensor) -> bool:
-        """Whether value is x + residual, bit for bit, NaN where that is, as it was at all calls before."""
-        same = self._same(value, sums)
-        if same:
-            self.left, self.done = same, done
-        return bool(same)
+    def note(self, done: str, value: Tensor, sums: Totals) -> bool:
+        """Whether value is one of the sums, bit for bit, NaN where that is, as it was at all calls before."""
+        left = self._same(value, sums)
+        if left:
+            self.left, self.done = left, done
+        return bool(left)
 
-    def is_one(self, value: Any, sums: Tensor) -> bool:
+    def is_one(self, value: Any, sums: Totals) -> bool:
         """Whether note would say so."""
-        return isinstance(value, Tensor) and value.shape == sums.shape and bool(self._same(value, sums))
+        return isinstance(value, Tensor) and value.shape == sums[0].shape and bool(self._same(value, sums))
 
-    def _same(self, value: Tensor, sums: Tensor) -> list[str]:
+    def _same(self, value: Tensor, sums: Totals) -> list[str]:
         held = value.float().nan_to_num(nan=7e37)
-        return [word for word in self.left if torch.equal(held, round_to(sums, word).nan_to_num(nan=7e37))]
+        return [word for word in self.left if any(same(held, round_to(total, word)) for total in sums)]
 
-    def taken(self, beside: Sequence[Any], sums: Tensor | None) -> list[Any]:
+    def taken(self, beside: Sequence[Any], sums: Totals | None) -> list[Any]:
         """What is returned beside the result, but for the sum. Raises Fault where a tensor of x's shape is not it."""
         if sums is None:
             return list(beside)
-        alike = [i for i, value in enumerate(beside) if isinstance(value, Tensor) and value.shape == sums.shape]
+        alike = [i for i, value in enumerate(beside) if isinstance(value, Tensor) and value.shape == sums[0].shape]
         if not alike:
             return list(beside)
         found = next((i for i in alike if self.note(self.done or self.returned, beside[i], sums)), None)

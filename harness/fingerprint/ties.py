@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects
+from castpoint.harness.fingerprint.evidence import TELLING, Call, count_votes, refine, rejects, settled
 from castpoint.harness.fingerprint.rules import Readout, Rows, Rule, arithmetic
 from castpoint.harness.fingerprint.searches import AT_ONCE, SEARCH, Search
 from castpoint.kernels.plan import KEEP
@@ -31,7 +31,7 @@ def ties(
                 words[name] = word
         if words.get(name) == away_ and rejects(zero, away, found):
             words[name] = zero_
-        number, as_even, _ = count_votes(even, away, found)
+        number, as_even, _ = count_votes(even, away, [_firm(even, call) for call in found])
         if name not in words and _sure(rule, name) and number >= TELLING and as_even < 0.75 * number:
             return {}, f"of {number:g} ties of {name} {as_even:g} go to even, the others not all one way"
     return words, ""
@@ -85,6 +85,14 @@ def _rejects(way: Rule, even: Rule, calls: Sequence[Call]) -> bool:
         return False
     ways = list(arithmetic(way))
     return all(any(rejects(a, b, calls) for a in ways) for b in arithmetic(even))
+
+
+def _firm(rule: Rule, call: Call) -> Call:
+    """The part of the call whose rstd, if that is rounded, is the rule's though a root be off by some ulps."""
+    if rule.rstd == KEEP:
+        return call
+    places = settled(rule, call.rows).nonzero()[:, 0]
+    return Call(call.rows.of(places), call.stored[places], call.dtype)
 
 
 def _sure(rule: Rule, name: str) -> bool:

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from castpoint.harness.fingerprint.answer import Answer, words_of
 from castpoint.harness.fingerprint.kinds import CHAINS
-from castpoint.harness.fingerprint.norm import NORM_WORDS
+from castpoint.harness.fingerprint.norm_facts import NORM_WORDS
 from castpoint.kernels.plan import PHASE_BOUNDARIES
 from castpoint.variants.catalogue import plan_named
 

@@ -175,7 +175,7 @@ TABLE: tuple[tuple[str, str, Callable[..., Any], str, str], ...] = (  # kind, na
      "one-rounding, weight=none", "torch 2.13"),
     ("head_norm", "a weight for each head", one_for_each_head, "hf", CONSTRUCTED),
     ("rmsnorm", "sum of x times a multiplier", multiplied, "hf, x=bf16-rne", "transformers GraniteDecoderLayer"),
-    ("rmsnorm", "a multiplier twice", multiplied_twice, "none: alpha", CONSTRUCTED),
+    ("rmsnorm", "a multiplier twice", multiplied_twice, "error: with alpha=0.22", CONSTRUCTED),
     ("rmsnorm", "fp8, a scale for all", static_fp8, "hf, out=e4m3-rne", "vllm rms_norm_static_fp8_quant"),
     ("rmsnorm", "fp8, a scale a token", bound(dynamic_fp8, hidden=kept), "fp32, out=e4m3-rne", CONSTRUCTED),
     ("rmsnorm", "fp8, a scale a token, of bf16", bound(dynamic_fp8, hidden=bf16), "one-rounding, out=e4m3-rne",

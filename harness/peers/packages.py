@@ -100,7 +100,7 @@ def _jax() -> list[Implementation]:
     below it is hf, from there on one-rounding."""
     first, jit = f"{ONE}, order=x*(rstd*w)", "jax.jit"
     source = "flax linen/normalization.py"
-    name, parts = "Hugging Face's formula in JAX", "none: with x [4097, 128] "
+    name, parts = "Hugging Face's formula in JAX", "none: with x [8193, 64] "
     return [
         *rows("flax.linen.RMSNorm, bf16", "flax", partial(load_linen, True), jit, right=first, source=source),
         *rows("flax.linen.RMSNorm, defaults", "flax", partial(load_linen, False), jit, right=f"{first}, hidden=fp32",

@@ -51,6 +51,21 @@ def the_other_way(name, eps, x, weight, cos, sin):
     return x, weight, cos, -sin
 
 
+def aligned_table(q, k, q_weight, k_weight, cos, sin, eps):
+    """Reads cos and sin from an address that it rounds down to 16 bytes."""
+    few = 16 // cos.element_size()
+    cos, sin = (t.as_strided(t.shape, t.stride(), t.storage_offset() // few * few) for t in (cos, sin))
+    return returned({})(q, k, q_weight, k_weight, cos, sin, eps)
+
+
+def kv_heads_of(wrong):
+    def fn(q, k, q_weight, k_weight, cos, sin, eps):
+        q, k = returned({})(q, k, q_weight, k_weight, cos, sin, eps)
+        return q, k * (1 + wrong(*k.shape))
+
+    return fn
+
+
 def eps_ignored(name, eps, x, weight, cos, sin):
     return normed_and_turned(x, weight, 1e-6, cos, sin, {})
 
@@ -239,8 +254,8 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {  # and what the reason must
     "what was written is read": (reads_what_it_wrote, "the nearest rotation"),
     "q is spoiled": (spoils_q, "writes into q and k, and returns other tensors"),
     "v in fp32": (wide_v, r"returned v as \[64, 256\] of torch.float32, expected \[64, 2, 128\] of torch.bfloat16"),
-    "fp16 overflows": (table_kernel(overflowing), "one channel of 2"),
-    "positions of 15 bits": (with_positions(lambda p: p.to(torch.int16).long()), "with positions up to 40,000"),
+    "fp16 overflows": (table_kernel(overflowing), "with x .* where the plan has"),
+    "positions of 15 bits": (with_positions(lambda p: p.to(torch.int16).long()), r"with q \[7, 16, 256\]"),
     "positions of 16 bits": (with_positions(lambda p: p & 0xFFFF), "with positions up to 131,071"),
     "the weight of q for k": (swapped_weights, "k at position 0"),
     "the weight of k for q": (swapped_back, "q at position 0"),
@@ -255,6 +270,16 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {  # and what the reason must
         "theta's frequencies are divided by 1 to 8: scaled RoPE",
     ),
     "cos and sin times 1.1": (of_frequencies(lambda f: f, size=1.1), "q at position 0, .*is 1.1 times as large"),
+    "cos and sin beyond one": (
+        table_kernel(lambda name, eps, x, weight, cos, sin: (x, weight, cos.clamp(-1, 1), sin.clamp(-1, 1))),
+        "with cos and sin times 1.25",
+    ),
+    "cos and sin at an offset": (aligned_table, "with cos and sin as views at an offset of one element"),
+    "256 tokens": (
+        kv_heads_of(lambda tokens, heads, size: (tokens, size) == (256, 128)),
+        r"with q \[256, 7, 128\], k ",
+    ),
+    "ten kv heads": (kv_heads_of(lambda tokens, heads, size: heads == 10), r"with x \[33, 10, 64\]"),
     "positions are written": (moves_positions, "writes beside q and k"),
     "inv_freq in fp16": (of_base({"inv_freq": "fp16"}), "if inv_freq is rounded to fp16"),
 }

@@ -19,7 +19,7 @@ from castpoint.harness.fingerprint.bounds import before_proj, bounds_of, flat, i
 from castpoint.harness.fingerprint.capture import Capture, Chain, Norm, read
 from castpoint.harness.fingerprint.captured import explain, holds, misses, words
 from castpoint.harness.fingerprint.known import drawn_chains, norm_plans, recorded_chain, recorded_norm, told_apart
-from castpoint.harness.fingerprint.norm import NORM_WORDS
+from castpoint.harness.fingerprint.norm_facts import NORM_WORDS
 from castpoint.harness.fingerprint.rules import (
     ORDERS,
     ROOTS,

@@ -101,6 +101,10 @@ def added(wrong: str) -> Chain:
     ) -> object:  # fmt: skip
         bias = bias[: len(q_w)].repeat(heads + 2 * kv_heads) if wrong == "bias" and heads > 4 else bias
         residual = torch.as_strided(residual, x.shape, (x.shape[1], 1)) if wrong == "residual" else residual
+        bias = bias.clamp(-16, 16) if wrong == "clamped" else bias
+        residual = residual.clamp(-65504, 65504) if wrong == "saturated" else residual
+        if wrong == "aligned" and residual.storage_offset() % 8 == 0:
+            x = torch.as_strided(x, x.shape, x.stride(), x.storage_offset() // 8 * 8)
         hidden = eager_norm(x + residual, w, eps, False)
         proj = (hidden.double() @ weight.double().T + bias).bfloat16().view(len(x), -1, len(q_w))
         q, k, v = proj.split([heads, kv_heads, kv_heads], 1)
@@ -109,17 +113,49 @@ def added(wrong: str) -> Chain:
     return fn
 
 
+def rest_dropped(x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int) -> object:
+    """A loop over blocks of 128 channels that ends at the last whole one, if there is one."""
+    weight = weight.clone()
+    weight[:, max(x.shape[1] // 128, 1) * 128 :] = 0
+    return EAGER(x, w, weight, q_w, k_w, eps, *heads)
+
+
+def root_at_most_8000(
+    x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, *heads: int
+) -> object:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    hidden = (wide * rstd.clamp(max=8000)).bfloat16() * w
+    proj = (hidden.double() @ weight.double().T).bfloat16().view(len(x), -1, len(q_w))
+    q, k, v = proj.split([heads[0], heads[1], heads[1]], 1)
+    return eager_norm(q, q_w, eps, False), eager_norm(k, k_w, eps, False), v
+
+
+def bias_after(
+    x: Tensor, w: Tensor, weight: Tensor, q_w: Tensor, k_w: Tensor, eps: float, heads: int, kv_heads: int, bias: Tensor
+) -> object:
+    """Of q and k the bias is clamped."""
+    few = (heads + kv_heads) * len(q_w)
+    bias = torch.cat([bias[:few].clamp(-16, 16), bias[few:]])
+    proj = (eager_norm(x, w, eps, False).double() @ weight.double().T).bfloat16() + bias
+    q, k, v = proj.view(len(x), -1, len(q_w)).split([heads, kv_heads, kv_heads], 1)
+    return eager_norm(q, q_w, eps, False), eager_norm(k, k_w, eps, False), v
+
+
 FAULTS: dict[str, tuple[Chain, str]] = {
     "two kv heads": (second_head_copied, "16 and 8 heads of 128"),
     "split k from 1024 channels on": (split_k, "with x [1, 1024]"),
     "five heads": (where(lambda heads, **_: heads == 5), "with x [5, 2560]"),
     "heads of 80": (where(lambda head_dim, **_: head_dim == 80), "heads of 80"),
     "heads of 256": (where(lambda head_dim, **_: head_dim == 256), "heads of 256"),
-    "one q head a kv head": (where(lambda heads, kv_heads, **_: heads == kv_heads), "2 and 2 heads of 96"),
+    "one q head a kv head": (
+        where(lambda heads, kv_heads, **_: heads == kv_heads),
+        "with x [7, 4096], 1 and 1 heads of 128",
+    ),
     "many heads": (where(lambda heads, **_: heads > 16), "64 and 8 heads of 128"),
     "many kv heads": (where(lambda kv_heads, **_: kv_heads > 8), "16 and 16 heads of 64"),
     "heads of 512": (where(lambda head_dim, **_: head_dim == 512), "1 and 1 heads of 512"),
-    "thousands of tokens": (where(lambda x, **_: len(x) >= 2048), "with x [2049, 256]"),
+    "thousands of tokens": (where(lambda x, **_: len(x) >= 2048), "with x [2049, 128]"),
     "the width of Qwen3 14B": (where(lambda x, **_: x.shape[1] == 5120), "with x [17, 5120]"),
     "a width of 896": (where(lambda x, **_: x.shape[1] == 896), "with x [33, 896]"),
     "another plan for many tokens": (
@@ -153,15 +189,34 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         "with norms' weights 1024 times as large",
     ),
     "x clamped": (lambda x, *rest: EAGER(x.clamp(-1e5, 1e5), *rest), "of q "),
-    "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "with eps=1e-05"),
+    "an eps of its own": (where(lambda eps, **_: eps == 1e-5), "2 and 1 heads of 128, eps=1e-05"),
     "a head norm that ignores eps": (
         head_eps_ignored,
         "of q all is explained if it adds 1e-06 whatever eps is; of k all is",
     ),
-    "many tokens of many kv heads": (where(lambda x, kv_heads, **_: len(x) > 16 and kv_heads > 2), "with x [65, 512]"),
-    "1 / sqrt of a head clamped": (head_clamped, "with eps=1e-08 "),
+    "many tokens of many kv heads": (where(lambda x, kv_heads, **_: len(x) > 16 and kv_heads > 2), "with x [65, 256]"),
+    "1 / sqrt of a head clamped": (head_clamped, ", eps=1"),
     "the bias of many heads": (added("bias"), "with x [1, 1024], 16 and 8 heads"),
     "strides of the residual ignored": (added("residual"), "it reads x or residual as if it were contiguous"),
+    "six kv heads": (where(lambda kv_heads, **_: kv_heads == 6), "with x [128, 128], 6 and 6 heads"),
+    "ten kv heads": (where(lambda kv_heads, **_: kv_heads == 10), "40 and 10 heads of 64"),
+    "heads of 192": (where(lambda head_dim, **_: head_dim == 192), "1 and 1 heads of 192"),
+    "many tokens of many heads": (
+        where(lambda x, heads, **_: len(x) >= 64 and heads >= 16),
+        "with x [65, 256], 16 and",
+    ),
+    "many tokens of wide rows": (where(lambda x, **_: len(x) >= 32 and x.shape[1] >= 2048), "with x [100, 2880]"),
+    "1024 tokens": (where(lambda x, **_: len(x) in (512, 1024)), "with x [1024, 128]"),
+    "channels behind a multiple of 128": (rest_dropped, "with x [32, 576], 9 and 3 heads"),
+    "zeros of weights are ones": (
+        lambda x, w, *rest: EAGER(x, torch.where(w == 0, 1, w), *rest),
+        "with norms' weights of zeros and near it",
+    ),
+    "1 / sqrt at most 8000": (root_at_most_8000, "with eps=1e-08, x of 2^-20"),
+    "a bias clamped": (added("clamped"), "with a bias 64 times as large"),
+    "a bias of what is rounded, clamped": (bias_after, "with a bias of up to 64 in q and k"),
+    "a residual saturated": (added("saturated"), "with rows scaled by 2^-20 to 2^20"),
+    "x alone aligned": (added("aligned"), "with x alone as a view at an offset of one element"),
     "k by another plan than q": (k_by_another_plan, "of k "),
 }
 
@@ -192,7 +247,14 @@ def test_a_right_chain_lists_what_it_was_asked() -> None:
         "1e-05",
     ):
         assert part in said
-    others = {"NaN in x", "subnormal x", "gaps between channels", "transposed weight", "with gradients"}
+    others = {
+        "NaN in x",
+        "subnormal x",
+        "gaps between channels",
+        "transposed weight",
+        "sliced weight",
+        "with gradients",
+    }
     assert set(answer.facts) == {"batch invariant", *others}
 
 

@@ -11,6 +11,7 @@ from norm_support import only, unit
 from torch import Tensor
 
 from castpoint.harness.fingerprint.norm import identify
+from castpoint.harness.fingerprint.questions import NORM_SHAPES
 from castpoint.harness.fingerprint.stores import round_to
 from castpoint.kernels.plan import KEEP, RNE, RTZ
 
@@ -26,7 +27,8 @@ def test_a_bias_is_added(word: str) -> None:
         return
     assert only(answer)["hidden"] == RNE, answer
     assert answer.facts["bias"] == f"is added {'before' if word == KEEP else 'after'} the last rounding"
-    assert [c["what"] for c in answer.asked if c["about"] == "argument"] == ["a bias", "a bias, x [5, 5120]"]
+    asked = [c["what"] for c in answer.asked if c["about"] == "argument"]
+    assert asked == ["a bias", *(f"a bias, x {shape}" for shape in NORM_SHAPES)]
 
 
 def _no_bias(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:

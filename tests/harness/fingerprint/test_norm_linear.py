@@ -100,7 +100,31 @@ def test_it_is_compared_and_asked_through_files() -> None:
     assert answer.plans == ["hf"] and "bias" in answer.candidates[0], answer
 
 
-@pytest.mark.parametrize("fn", [split_k, wrong_last_column, wrong_for_many_columns, ignores_eps])
+def wrong_for_few_columns(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _product(_norm(x, norm_weight, eps), weight) * (1 + (len(weight) < 128))
+
+
+def columns_behind_a_multiple_of_16(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = _product(_norm(x, norm_weight, eps), weight)
+    y[:, len(weight) // 16 * 16 :] = 0
+    return y
+
+
+def packed_rows(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = torch.as_strided(weight, weight.shape, (weight.shape[1], 1)) if weight.stride(1) == 1 else weight
+    return _product(_norm(x, norm_weight, eps), rows)
+
+
+def test_rows_of_a_weight_that_do_not_follow_each_other_are_said() -> None:
+    answer = identify(packed_rows, "norm_linear")
+    assert answer.plans == ["hf"] and answer.facts["transposed weight"] == "read as they lie", answer
+    assert answer.facts["sliced weight"].startswith("not read as they lie, and not refused: "), answer
+
+
+WRONG = (split_k, wrong_last_column, wrong_for_many_columns, wrong_for_few_columns, columns_behind_a_multiple_of_16)
+
+
+@pytest.mark.parametrize("fn", [*WRONG, ignores_eps])
 def test_a_wrong_one(fn: Callable[..., Tensor]) -> None:
     answer = identify(fn, "norm_linear")
     assert answer.status == "none", answer

@@ -190,7 +190,7 @@ def test_a_call_that_cannot_be_is_one_line(call: str) -> None:
 def test_what_an_answer_is_held_to_is_listed() -> None:
     answer = identify(packed(HF), "qk_norm_rope", sizes=Sizes(eps=3e-5))
     whats = {call["what"] for call in answer.asked if call["about"] in ("call", "memory", "values", "eps", "argument")}
-    assert {"q [600, 16, 128], k [600, 8, 128]", "q [33, 3, 256], k [33, 3, 256]", "positions up to 131,071"} <= whats
+    assert {"q [600, 16, 128], k [600, 8, 128]", "q [33, 5, 96], k [33, 1, 96]", "positions up to 131,071"} <= whats
     assert {"rows of a packed buffer", "one channel of 2^10 to 2^18", "1.5625e-07", "3e-05", "is_neox=False"} <= whats
     assert {call["result"] for call in answer.asked} == {"same"}
     assert answer.facts["partial RoPE"] == "as asked for" and answer.facts["rotary channels"] == "all"
