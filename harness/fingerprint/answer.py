@@ -11,7 +11,7 @@ from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint.blackbox import Refused, Stale, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.fingerprint.kinds import CHAINS
-from castpoint.harness.fingerprint.layouts import CONTIGUOUS, OFFSET
+from castpoint.harness.fingerprint.layouts import ALONE_AS, CONTIGUOUS, OFFSET
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -176,6 +176,8 @@ def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") ->
     in_memory = {what for about, what in failed if about == "memory"}
     elsewhere = {what for about, what in failed if about != "together" or CONTIGUOUS in what} - in_memory
     if in_memory and not elsewhere:
+        lone = sorted({layout.rpartition(ALONE_AS)[0] for layout in in_memory})
+        inputs = " or ".join(lone) if all(lone) else inputs
         if any(OFFSET in layout for layout in in_memory):  # of which contiguous() may make no copy
             reason += f": it does not read {inputs} from where it begins, so let it clone() a view first, or refuse it"
         else:

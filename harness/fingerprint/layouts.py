@@ -16,12 +16,13 @@ GAPS = "channels apart"  # the last stride is not one
 ROOM = "room behind it"  # of what is contiguous where another tensor is not, and a kernel may take that one's strides
 TURNED = "the projection's weight as the transpose of what lies in memory"
 SLICED = "the projection's weight as columns of a wider one"
+ALONE_AS = " alone as "
 UPDATED = "a weight that is written to between two calls"  # as when a trainer's weights come in place
 
 
 def alone(who: str, layout: str) -> str:
     """That layout of x, of the weight, or of what else is given."""
-    return f"{who} alone as {layout}"
+    return f"{who}{ALONE_AS}{layout}"
 
 
 def each_alone(other: str) -> list[str]:
@@ -34,7 +35,7 @@ WEIGHTS_OFFSET = alone("the weight", OFFSET)
 
 def of_each(layout: str) -> tuple[str, str, str]:
     """The layouts of x, of the weights and of what else is given."""
-    who, _, its_own = layout.rpartition(" alone as ")
+    who, _, its_own = layout.rpartition(ALONE_AS)
     if not who:
         return layout, layout if layout == OFFSET else CONTIGUOUS, layout
     if who == "the weight":

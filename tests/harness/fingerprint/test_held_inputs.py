@@ -157,7 +157,7 @@ GATED = {
     "gate alone": (
         lambda x, weight, gate, eps: by_gate(x, weight, gate if x.storage_offset() % 8 else aligned(gate), eps),
         "none",
-        "it does not read x or gate from where it begins, so let it clone() a view first",
+        "it does not read the gate from where it begins, so let it clone() a view first",
     ),
 }
 

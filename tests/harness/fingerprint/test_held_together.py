@@ -92,7 +92,7 @@ BIASES = {
     "of wide rows": (lambda bias, x: bias * (torch.arange(len(bias)) < 6144), "with a bias, x [8, 8192]"),
     "16 bytes at once": (
         lambda bias, x: torch.as_strided(bias, bias.shape, bias.stride(), bias.storage_offset() // 8 * 8),
-        "with the bias alone as a view at an offset of one element",
+        "it does not read the bias from where it begins",
     ),
 }
 
