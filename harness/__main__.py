@@ -278,7 +278,7 @@ def study(
     survey: fingerprints of public implementations that are installed. cases: what moved boundaries did to public
     engines, measured here beside what was claimed. gates: which of the lab's checks, and of other people's tolerances,
     see which planted fault. streams: what massive tokens change (a quarter of an hour). confusion: fingerprints of the
-    lab's own plans (half an hour). systems: those of five reports, rebuilt: parallel (tensor parallel), jax, engine
+    lab's own plans (over an hour). systems: those of five reports, rebuilt: parallel (tensor parallel), jax, engine
     (paged KV cache, any plan inside), four-bit (llama.cpp's weights). claims: what the reports said, with verdicts.
     """
     systems = steps.SYSTEMS if name == "systems" else (name,) if name in (*steps.SYSTEMS, "claims") else ()

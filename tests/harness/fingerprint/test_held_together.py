@@ -11,8 +11,10 @@ from norm_support import unit
 from torch import Tensor
 from torch.nn import functional
 
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS
 from castpoint.harness.fingerprint.norm import identify
-from castpoint.harness.fingerprint.sizes import Sizes
+from castpoint.harness.fingerprint.questions import EPS, LAYOUTS, moved
+from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.variants.eager import eager_norm
 
 
@@ -264,6 +266,17 @@ def test_a_gate_beside_8_bits_is_said_not_to_be_asked() -> None:
     assert answer.status == "error" and answer.reason.startswith("a gate beside a result of 8 bits is not asked"), (
         answer
     )
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def test_each_eps_and_each_layout_in_as_few_pairs_as_hold_them() -> None:
+    """torch.compile makes a program of each pair, for a second or more."""
+    taken = dict.fromkeys((CONTIGUOUS, *LAYOUTS))
+    asked = {(eps, layout) for _, eps, _, layout in (moved(i, taken, ANY) for i in range(40))}
+    assert len(asked) == max(len(EPS), len(taken))
+    assert {eps for eps, _ in asked} == set(EPS) and {layout for _, layout in asked} == set(taken)
 
 
 # ---------------------------------------------------------------- what is said
