@@ -126,11 +126,10 @@ def noting(taken: dict[str, None], layout: str, ask: Callable[[str], Miss]) -> M
 
 def moved(i: int, taken: dict[str, None], sizes: Sizes) -> tuple[str, float, float, str]:
     """The i-th of eps and of the layouts that it takes, together: what to say of them, eps, the standard deviation of x
-    beside which it weighs, and the layout. A compiled function is compiled again for each pair of them: no more pairs
-    than have each in one."""
-    turn = i % max(len(EPS), len(taken))
-    _, eps, scale = [*eps_asked(sizes)][turn % len(EPS)]
-    layout = [*taken][turn % len(taken)]
+    beside which it weighs, and the layout. In few pairs: a compiled function is compiled again for each."""
+    _, eps, scale = [*eps_asked(sizes)][i % len(EPS)]
+    period = len(EPS) * math.ceil(len(taken) / len(EPS))
+    layout = [*taken][i % period % len(taken)]
     return f", eps={eps:g}, {layout}", eps, scale, layout
 
 

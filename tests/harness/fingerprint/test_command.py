@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import command, failure
 
+from castpoint.harness.fingerprint import command as command_module
 from castpoint.harness.fingerprint.answer import Answer
 from castpoint.harness.fingerprint.command import from_command
 from castpoint.harness.fingerprint.process import identify_command
@@ -26,7 +27,7 @@ FILES = "{input} {output}"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C program, and one that is wrong for a single token."""
+    """The C program, also with its calls counted, and one that is wrong for a single token."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     assert compiler, "the tests need a C compiler, as the lab does"
     folder, source = tmp_path_factory.mktemp("c"), (PROGRAMS / "norm.c").read_text()
@@ -36,6 +37,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "norm.c").write_text(source)
     for name in ("norm", "wrong"):
         subprocess.run([compiler, "-O2", "-o", folder / name, folder / f"{name}.c", "-lm"], check=True)
+    (folder / "counted").write_text(f'#!/bin/sh\necho >> {folder / "calls"}\nexec {folder / "norm"} "$@"\n')
+    (folder / "counted").chmod(0o755)
     return folder
 
 
@@ -44,10 +47,12 @@ def results(answer: Answer, about: str) -> dict[str, str]:
 
 
 def test_a_program_in_c_is_what_it_is_and_layouts_are_not_asked(built: Path) -> None:
-    done = command("identify", "--kind", "rmsnorm", "--command", f"{built / 'norm'} {FILES}", "--json")
+    done = command("identify", "--kind", "rmsnorm", "--command", f"{built / 'counted'} {FILES}", "--json")
     assert done.returncode == 0, done.stderr
     answer = Answer(**json.loads(done.stdout))
     assert answer.status == "identified" and answer.plans == ["hf"], answer
+    calls = len((built / "calls").read_text().splitlines())
+    assert f"(some {round(calls, -1)} times;" in Path(command_module.__file__).with_name("README.md").read_text()
     assert not results(answer, "memory") and {*map(str, NORM_SHAPES)} <= results(answer, "x").keys()
     assert answer.facts["gaps between channels"].startswith("not asked: a file holds numbers")
     assert results(answer, "argument") == {

@@ -271,11 +271,12 @@ def test_a_gate_beside_8_bits_is_said_not_to_be_asked() -> None:
 # ---------------------------------------------------------------- what it costs
 
 
-def test_each_eps_and_each_layout_in_as_few_pairs_as_hold_them() -> None:
+@pytest.mark.parametrize(("more", "pairs"), [(0, len(EPS)), (1, len(EPS)), (3, 2 * len(EPS))])
+def test_each_eps_and_each_layout_in_few_pairs(more: int, pairs: int) -> None:
     """torch.compile makes a program of each pair, for a second or more."""
-    taken = dict.fromkeys((CONTIGUOUS, *LAYOUTS))
+    taken = dict.fromkeys((CONTIGUOUS, *LAYOUTS, *map(str, range(more))))
     asked = {(eps, layout) for _, eps, _, layout in (moved(i, taken, ANY) for i in range(40))}
-    assert len(asked) == max(len(EPS), len(taken))
+    assert len(asked) == pairs
     assert {eps for eps, _ in asked} == set(EPS) and {layout for _, layout in asked} == set(taken)
 
 

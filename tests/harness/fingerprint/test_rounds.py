@@ -122,6 +122,11 @@ def same(answer: Answer, direct: Answer) -> bool:
     return asked[0] == asked[1] and facts[0] == facts[1] and bare[0] == bare[1]
 
 
+CHAIN = known.chain(HF, "eager")
+README = Path(rounds.__file__).with_name("README.md")
+SAID = {plain: "{} for a norm", norm: "({} where it adds a residual)", CHAIN: "{} for a chain"}
+
+
 @pytest.mark.parametrize(
     ("fn", "kind", "optional", "status"),
     [
@@ -132,7 +137,7 @@ def same(answer: Answer, direct: Answer) -> bool:
         (plain, "head_norm", (), "identified"),
         (norm, "rmsnorm", ("residual",), "identified"),
         (fused, "rmsnorm", ("residual",), "identified"),
-        (known.chain(HF, "eager"), "qkv", (), "identified"),
+        (CHAIN, "qkv", (), "identified"),
         (linear, "norm_linear", (), "identified"),
     ],
     ids=["norm", "in float64", "wrong", "rstd", "head norm", "optional residual", "residual", "chain", "projection"],
@@ -145,6 +150,9 @@ def test_rounds_answer_as_direct_calls_do(
     assert not [call for call in answer.asked if call["about"] == "memory"]
     assert answer.facts["gaps between channels"].startswith("not asked")
     assert answer.facts.get("gate", "").startswith("not asked") == (kind in ("rmsnorm", "head_norm"))
+    if fn in SAID and kind != "head_norm":
+        size = sum(path.stat().st_size for path in tmp_path.rglob("round-?/???.safetensors"))
+        assert SAID[fn].format(f"{size / 1e6:.0f} MB") in README.read_text()
 
 
 def test_the_example_of_the_folder_runs_and_is_identified(tmp_path: Path) -> None:
