@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class BlackBox:
         self.weightless = kind not in CHAINS and weightless(fn)
         self.a_weight_a_head = False  # whether a head norm is given weights [H, Dh]
         self.divided = self.gain = 1.0  # inside, x is so many times what it is given, and the result what it stores
+        self.group = 0  # channels that have one scale, of its first call
         self.manners: dict[str, str] = {}  # what it does with its inputs, in words
         self.residual_dtype = self.dtype
         self.gradients = False  # whether it is called as in training
@@ -202,6 +204,8 @@ class BlackBox:
         else:
             outputs = self._of_chain(outputs, arguments[0], residual, written, sums, shapes)
         self._check_beside(written, before, owners, tensors)
+        if residual is not None and sums is not None:
+            self.sums.hold(arguments[0], residual, sums)
         if self.sums.done:
             self.manners["x + residual"] = str(self.sums)
         self._check(outputs[: len(shapes)], shapes, finite)
@@ -237,9 +241,13 @@ class BlackBox:
                 )
         y, rest = outputs[0], self.sums.taken(outputs[1:], sums)
         eight = isinstance(y, Tensor) and y.dtype in EIGHT_BITS and list(y.shape) == list(x.shape)
-        scales = [spread(next(iter(rest), None), list(x.shape))] if eight else []
-        for other in (each for each in rest[len(scales) :] if isinstance(each, Tensor)):
-            self.manners["beside y"] = f"{other.dtype} of {other.ndim} dimensions, which is not looked at"
+        given = next(iter(rest), None)
+        scales = [spread(given, list(x.shape), self.group)] if eight else []
+        if eight and not self.group and given is not None:
+            self.group = x.shape[-1] // parts if (parts := given.numel() // math.prod(x.shape[:-1])) > 1 else 0
+        if beside := [f"{o.dtype} of {o.ndim} dimensions" for o in rest[len(scales) :] if isinstance(o, Tensor)]:
+            are = "is" if len(beside) == 1 else "are"
+            self.manners["beside y"] = f"{' and '.join(beside)}, which {are} not looked at"
         return (y, *scales)
 
     def _of_chain(

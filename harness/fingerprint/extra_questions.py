@@ -17,13 +17,14 @@ from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, close, missed, rounds
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS, OFFSET, alone
-from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, NORM_SHAPES, WIDE_BIAS, Draw
+from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, NORM_SHAPES, WIDE_BIAS, Draw, moved
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import ENDS, round_to, ulp
 from castpoint.harness.fingerprint.sums import scaled
 from castpoint.kernels.plan import KEEP
 
+ODD_SCALE = 4 * (1 + 2**-8 - 2**-14)  # of which bf16 keeps least
 ALPHA = 0.22  # of a scaled sum, as Granite's residual multiplier
 
 
@@ -36,28 +37,30 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
             yield Question("values", f"another weight for each head, x {shape}", ask)
     there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
     own, plain = asked.shape(probes.ROWS), main.scales is None
-    for shape in (own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES)):
-        at = "" if shape == own else f", x {shape}"
+    for i, shape in enumerate((own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES))):
+        _, eps, scale, _ = moved(i, {CONTIGUOUS: None}, sizes)
+        at = f"{'' if shape == own else f', x {shape}'}, eps={eps:g}"
+        rows = draw.gaussian(math.prod(shape[:-1]), shape[-1], scale=scale, eps=eps)
         if draw.residual and "alpha" in there:
-            ask = functools.partial(_scaled_sum, rule, asked, main, shape)
+            ask = functools.partial(_scaled_sum, rule, asked, rows, shape)
             yield Question("argument", f"alpha={ALPHA}{at}", ask)
         if "bias" in there and plain:
-            yield Question("argument", f"a bias{at}", functools.partial(_biased, draw, asked, shape, CONTIGUOUS))
+            yield Question("argument", f"a bias{at}", functools.partial(_biased, rule, asked, rows, shape, CONTIGUOUS))
         if "out" in there and plain:
-            rows = draw.gaussian(math.prod(shape[:-1]), shape[-1])
             ask = functools.partial(_given, rule, asked, rows, shape, out=True)
             yield Question("argument", f"out given{at}", ask)
+    rows = draw.gaussian(math.prod(own[:-1]), asked.width)
     if "bias" in there and plain:
-        yield Question("memory", alone("the bias", OFFSET), functools.partial(_biased, draw, asked, own, OFFSET))
-    if "apart" in there and main.scales is None:
-        shape = asked.shape(probes.ROWS)
-        rows = draw.gaussian(math.prod(shape[:-1]), asked.width)
+        yield Question("memory", alone("the bias", OFFSET), functools.partial(_biased, rule, asked, rows, own, OFFSET))
+    if "apart" in there and plain:
         for given in ({"apart": True},) if "out" not in there else ({"out": True, "apart": True}, {"out": True}):
-            ask = functools.partial(_given, rule, asked, rows, shape, layout=LAYOUTS[0], **given)
+            ask = functools.partial(_given, rule, asked, rows, own, layout=LAYOUTS[0], **given)
             yield Question("memory", f"{LAYOUTS[0]}, out {'contiguous' if 'apart' in given else 'too'}", ask)
-    if "bias" in there and main.scales is not None:
+    if "bias" in there and not plain:
         asked.box.manners["bias"] = "not asked: it is zero"
     if "quant_scale" in there:
+        ask = functools.partial(_given, rule, asked, main, asked.shape(len(main.x)), quant_scale=ODD_SCALE)
+        yield Question("argument", f"scale={ODD_SCALE:g}", ask)
         scale = 2.0 ** -round(math.log2(ENDS[rule.out[:4]]))
         yield Question("argument", f"scale={scale:g}", lambda: _beyond_8_bits(rule, asked, main, scale))
 
@@ -66,9 +69,8 @@ def _given(rule: Rule, asked: NormCalls, rows: Rows, shape: list[int], **more: A
     return missed(rule, asked.at(rows, shape, **more))
 
 
-def _biased(draw: Draw, asked: NormCalls, shape: list[int], layout: str) -> Miss:
+def _biased(rule: Rule, asked: NormCalls, rows: Rows, shape: list[int], layout: str) -> Miss:
     """What is left unexplained with a bias that is not zero; whether it is added before the last rounding is noted."""
-    rule, rows = draw.rule, draw.gaussian(math.prod(shape[:-1]), shape[-1])
     bias = probes.gaussian([shape[-1]], torch.Generator().manual_seed(10), rule.narrow)
     bias[1::2] *= WIDE_BIAS
     call = asked.at(rows, shape, bias=asked.box.as_given(bias, layout, asked.box.dtype))
@@ -110,12 +112,9 @@ def _beyond_8_bits(rule: Rule, asked: NormCalls, main: Rows, scale: float) -> Mi
     return missed(rule, call)
 
 
-def _scaled_sum(rule: Rule, asked: NormCalls, main: Rows, shape: list[int]) -> Miss:
-    """What is left unexplained of rows where x or the residual is multiplied by ALPHA before they are added; which one,
-    and how the product is held, is noted."""
-    rng = torch.Generator().manual_seed(8)
-    x, residual = (probes.gaussian([math.prod(shape[:-1]), shape[-1]], rng, rule.narrow) for _ in range(2))
-    rows = Rows(x, probes.weight_of_width(main.weight, shape[-1]), main.eps, shape[-1], residual, exact=False)
+def _scaled_sum(rule: Rule, asked: NormCalls, rows: Rows, shape: list[int]) -> Miss:
+    """What is left unexplained of the rows where x or the residual is multiplied by ALPHA before they are added; which
+    one, and how the product is held, is noted."""
     call = asked.at(rows, shape, alpha=ALPHA)
     misses: dict[str, Miss] = {}
     for name, other in (("x", "residual"), ("residual", "x")):

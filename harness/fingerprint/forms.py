@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from triton.runtime.jit import KernelInterface
 
 from castpoint.harness.compiled.loading import Fault
-from castpoint.harness.fingerprint.arguments import LEFT_OUT, MADE, MEANING, NAMED, parameters_of, signed
+from castpoint.harness.fingerprint.arguments import (
+    LEFT_OUT,
+    MADE,
+    MEANING,
+    NAMED,
+    meaning_of,
+    parameters_of,
+    signed,
+    weights_in,
+)
 from castpoint.harness.fingerprint.blackbox import BlackBox, Unasked
 from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, OPTIONAL
 from castpoint.harness.fingerprint.modules import of_class, of_module
@@ -121,7 +130,7 @@ def _stored(result: Any, out: Tensor | None) -> Any:
         return result if out is None else out
     y, *rest = result if isinstance(result, tuple | list) else (result,)
     if isinstance(y, Tensor) and y.data_ptr() != out.data_ptr() and out.float().isnan().all():
-        raise Fault("the callable returns a tensor and leaves its argument out as it is")
+        raise Fault(f"the callable returns a tensor and leaves as it is what was taken for an output: {EXAMPLE}")
     rest = rest if isinstance(y, Tensor) and y.shape == out.shape else [y, *rest]
     return (out, *rest) if rest else out
 
@@ -257,13 +266,13 @@ def form_of(call: str, meaning: dict[str, str] = MEANING, example: str = EXAMPLE
     if not isinstance(tree, ast.Call) or any(k.arg is None for k in tree.keywords):
         raise Fault(f"{call!r} is no call: {example}")
 
-    weighted = _weighted(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    weights = weights_in(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
     def part(node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
             if node.id not in meaning:
                 raise Fault(f"{call!r} has {node.id}, which is nothing that a norm takes: {example}")
-            return Name(str(_meaning(node.id, weighted, meaning)))
+            return Name(str(meaning_of(node.id, weights, meaning)))
         if isinstance(value := getattr(torch, ast.unparse(node).removeprefix("torch."), None), torch.dtype):
             return value
         with contextlib.suppress(ValueError):
@@ -292,38 +301,43 @@ def arguments(fn: Callable[..., Any]) -> list[tuple[str, bool, bool]]:
 
 
 def _by_names(fn: Callable[..., Any]) -> Form | None:
-    """The form that the names of fn's arguments tell; None where it may be called (x, weight, eps)."""
+    """The form that the names of fn's arguments tell; None where it may be called (x, weight, eps). Raises Fault where
+    it may not, and they do not tell how."""
     parts = arguments(fn)
-    weighted, absent = _weighted(name for name, _, _ in parts), _may_be_left_out(fn)
+    weights, absent = weights_in(name for name, _, _ in parts), _may_be_left_out(fn)
     told: list[tuple[str, str | None, bool, bool]] = []
     for name, default, named in parts:
-        meaning = _meaning(name, weighted)
+        meaning = meaning_of(name, weights)
         again = meaning in [other for _, other, _, _ in told]  # `weights=None` beside `weight`
         again = again or (meaning in MADE and meaning not in absent)
         told.append((name, None if default and again else meaning, default, named))
     meanings = [meaning for _, meaning, _, _ in told]
     if not {"x", "eps"} <= set(meanings) or meanings.count("weight") > 1:
-        return None
+        return _unless_elsewhere(parts, meanings)
     plain = meanings[:3] == ["x", "weight", "eps"] and not any(named for _, _, _, named in told[:3])
     plain = plain and parts[0][0] in parameters_of(fn)  # else nobody but its schema tells what it takes
     if plain and all(name == "residual" or (default and meaning is None) for name, meaning, default, _ in told[3:]):
         return None
     if any(meaning is None and not default for _, meaning, default, _ in told):
-        return None
+        return _unless_elsewhere(parts, meanings)
     used = [(name, Name(str(meaning)), named) for name, meaning, default, named in told if meaning]
     skipped = any(meaning is None and not named for _, meaning, _, named in told)
     places = () if skipped else tuple(part for _, part, named in used if not named)
     return Form(places, {name: part for name, part, named in used if named or skipped})
 
 
-def _weighted(names: Iterable[str]) -> bool:
-    """Whether one of the names is the weight, whatever `scale` is."""
-    return any(MEANING.get(name) == "weight" and name != "scale" for name in names)
-
-
-def _meaning(name: str, weighted: bool, meaning: dict[str, str] = MEANING) -> str | None:
-    """What an argument of that name is; `scale` is flax's weight, and beside a weight what is stored is divided by."""
-    return "quant_scale" if weighted and name == "scale" else meaning.get(name)
+def _unless_elsewhere(parts: list[tuple[str, bool, bool]], meanings: list[str | None]) -> None:
+    """Raises Fault where a name that is known lies elsewhere than in a call (x, weight, eps)."""
+    places = dict(zip(("x", "weight", "eps"), range(3), strict=True))
+    if elsewhere := [i for i, meaning in enumerate(meanings) if meaning in places and places[meaning] != i]:
+        unknown = [
+            name for (name, default, _), meaning in zip(parts, meanings, strict=True) if not (meaning or default)
+        ]
+        what = f"{unknown[0]} is no name that is known" if unknown else "several of its names are a weight's"
+        raise Fault(
+            f"it takes ({', '.join(name for name, _, _ in parts)}): {what}, and {parts[elsewhere[0]][0]} is no "
+            f"{('first', 'second', 'third')[places[str(meanings[elsewhere[0]])]]} argument: {EXAMPLE}"
+        )
 
 
 def _optional(fn: Callable[..., Any], form: Form) -> dict[str, bool]:

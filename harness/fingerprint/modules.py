@@ -22,7 +22,7 @@ WIDTH = 256  # of the module by which a class is known
 
 def of_module(module: nn.Module) -> Callable[..., Any]:
     """Raises Fault for a module that holds several weights, or no eps."""
-    name = _weight_of(module)
+    name, bias = _weight_of(module)
     names = ("x", "weight", "eps") if name else ("x", "eps")
 
     own = len(_tensors(module)[name]) if name else None
@@ -41,11 +41,14 @@ def of_module(module: nn.Module) -> Callable[..., Any]:
                 held = {name: own_weight.requires_grad_(weights[0].requires_grad)}
             with torch.no_grad():
                 own_weight.copy_(weights[0])  # as weights reach a module, which may count how often they did
+        if bias:
+            given = extra.pop("bias", None)
+            held[bias] = x.new_zeros(x.shape[-1]) if given is None else given
         with _with_eps(module, eps), _of_its_width(own, x):
             return functional_call(module, held, (x,), {named[meaning]: value for meaning, value in extra.items()})
 
     optional = {meaning: parameters[own].default is not inspect.Parameter.empty for meaning, own in named.items()}
-    return signed(function, names, optional)
+    return signed(function, names, optional | ({"bias": True} if bias else {}))
 
 
 def of_class(kind: type[nn.Module]) -> Callable[..., Any]:
@@ -91,33 +94,38 @@ def _of_its_width(own: int | None, x: Tensor) -> Iterator[None]:
         raise RuntimeError(f"{error}; its own weight has {own} channels: give {way}") from error
 
 
-def _weight_of(module: nn.Module) -> str:
-    """The name of its weight, a parameter or a buffer; empty where it holds no numbers, but an eps."""
+def _weight_of(module: nn.Module) -> tuple[str, str]:
+    """The name of its weight, a parameter or a buffer, empty where it holds an eps alone; that of its bias."""
     vectors = [name for name, value in module.named_parameters() if value.ndim == 1]
     vectors = vectors or [name for name, value in module.named_buffers() if value.ndim == 1]
     others = [name for name, value in {**vars(module), **_tensors(module)}.items() if isinstance(value, Tensor)]
     if not others and any(isinstance(getattr(module, name, None), float) for name in ALIASES["eps"]):
-        return ""
+        return "", ""
+    biases = [name for name in vectors if MEANING.get(name.rpartition(".")[2]) == "bias"] if len(vectors) == 2 else []
+    vectors = [name for name in vectors if name not in biases or len(biases) > 1]
     if not vectors and others:
         raise Fault(f"{type(module).__name__} holds {others[0]}, which is no parameter or buffer of one dimension")
     if len(vectors) != 1:
         held = ", ".join(vectors) or "none"
         raise Fault(f"{type(module).__name__} holds {len(vectors)} weights of one dimension ({held}), a norm holds one")
-    return vectors[0]
+    return vectors[0], "".join(biases)
 
 
 @contextlib.contextmanager
 def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
-    """The module with that eps, wherever it keeps its own."""
-    name = next((name for name in ALIASES["eps"] if isinstance(getattr(module, name, None), float)), None)
-    if name is None:
+    """The module with that eps, wherever it, or one that it is made of, keeps its own."""
+    places = [(part, name) for part in module.modules() for name in ALIASES["eps"] if hasattr(part, name)]
+    kept = [(part, name, getattr(part, name)) for part, name in places if isinstance(getattr(part, name), float)]
+    if not kept:
         why = f"keeps no eps that can be set: {', '.join(ALIASES['eps'])}"
-        if unset := [f"{name}={value}" for name, value in vars(module).items() if name in ALIASES["eps"]]:
-            why = f"has {unset[0]}: make it with a number"
+        if places:
+            part, name = places[0]
+            why = f"has {name}={getattr(part, name)}: make it with a number"
         raise Fault(f"{type(module).__name__} {why}")
-    own = getattr(module, name)
-    setattr(module, name, eps)
+    for part, name, _ in kept:
+        setattr(part, name, eps)
     try:
         yield
     finally:
-        setattr(module, name, own)
+        for part, name, own in kept:
+            setattr(part, name, own)

@@ -27,7 +27,7 @@ from castpoint.kernels.plan import KEEP
 GEOMETRIES = (
     *((1, 16, 8, 128), (7, 2, 1, 64), (33, 5, 1, 96), (33, 3, 3, 256), (600, 16, 8, 128), (7, 16, 8, 256)),
     *((1, 5, 1, 64), (600, 3, 3, 64), (33, 16, 8, 96), (7, 2, 1, 128), (1, 3, 3, 256), (2049, 2, 1, 96)),
-    *((2, 64, 8, 128), (8, 16, 16, 64), (63, 4, 2, 128), (65, 4, 2, 128), (128, 2, 1, 128), (257, 2, 1, 128)),
+    *((2, 64, 8, 128), (8, 16, 16, 64), (63, 4, 2, 128), (65, 4, 2, 128), (128, 4, 2, 256), (257, 2, 1, 128)),
     *((4, 40, 10, 128), (16, 10, 5, 128), (32, 12, 6, 128), (256, 7, 7, 128), (512, 3, 1, 128), (1024, 1, 1, 128)),
     *((16, 5, 5, 192), (32, 6, 6, 160), (4, 7, 7, 64), (256, 1, 1, 64), (512, 10, 10, 64), (1024, 1, 1, 64)),
 )
@@ -149,7 +149,11 @@ def rope_questions(held: Held) -> Iterator[Question]:
         yield held.question("argument", pairs.TABLE_OFFSET, layout=pairs.TABLE_OFFSET)
         yield held.question("argument", f"cos and sin times {ATTENTION}", attention=ATTENTION)
     if pair.takes("is_neox", "interleaved"):
-        yield held.question("argument", "is_neox=False", neox=False)
+        for i, shape in enumerate((None, *(shape for shape in GEOMETRIES[4::6] if held.whole or shape[3] == head_dim))):
+            _, eps, scale, _ = moved(i, taken, sizes)
+            at = "" if shape is None else f", q [{shape[0]}, {shape[1]}, {shape[3]}], eps={eps:g}"
+            draw = functools.partial(Draw.gaussian, scale=scale, eps=eps) if shape else Draw.gaussian
+            yield held.question("argument", f"is_neox=False{at}", draw, shape, neox=False)
 
 
 def _as_laid(held: Held, draw: Drawn, shape: Shape | None, layout: str, **changes: Any) -> Miss:

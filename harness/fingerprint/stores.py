@@ -73,19 +73,23 @@ def same(a: Any, b: Any) -> bool:
     return alike and torch.equal(*(value.nan_to_num(nan=7e37) for value in (a, b)))
 
 
-def spread(scales: object, shape: list[int]) -> Tensor:
+def spread(scales: object, shape: list[int], size: int = 0) -> Tensor:
     """What each element of that shape was divided by, fp32: one number, one a row, or one for each equal part of a
-    row; ones where nothing was returned. Raises Fault for anything else."""
+    row, or for each of that size, the last one cut short; ones where nothing was returned. Raises Fault for anything
+    else."""
     if scales is None:
         return torch.ones(shape)
     rows, width = math.prod(shape[:-1]), shape[-1]
     count = scales.numel() if isinstance(scales, Tensor) and scales.dtype == torch.float32 else 0
     if count == 1:
         return scales.reshape(1).expand(shape)
-    if not count or count % rows or width % (count // rows):
+    parts = count // rows
+    size = size if size and -(-width // size) == parts else max(width // max(parts, 1), 1)
+    if not count or count % rows or -(-width // size) != parts:
         what = f"a tensor {list(scales.shape)} of {scales.dtype}" if isinstance(scales, Tensor) else str(scales)
         raise Fault(
-            f"beside {shape} in 8 bits the callable returned {what}: expected scales in fp32, one for all or [T, 1]"
+            f"beside {shape} in 8 bits the callable returned {what}: expected scales in fp32: one for all, [T, 1] or "
+            "[T, groups]"
         )
     scales = torch.where(scales == 0, 1, scales)  # of rows of zeros
-    return scales.reshape(rows, -1).repeat_interleave(width // (count // rows), -1).reshape(shape)
+    return scales.reshape(rows, -1).repeat_interleave(size, -1)[:, :width].reshape(shape)

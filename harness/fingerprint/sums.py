@@ -39,6 +39,7 @@ class Sums:
         ways = (KEEP, *(f"{to}-{way}" for to in ("bf16", "fp16") for way in ("rne", "rtz", "rna")))
         self.left = sorted(ways, key=lambda word: (word != usual, narrow not in word))
         self.usual, self.done = usual, ""
+        self.seen = self.left_out = False  # whether the last call did so; whether one before did not
 
     def __str__(self) -> str:
         return self.done + (f" as {self.left[0]}" if self.left[0] != self.usual else "")
@@ -47,8 +48,17 @@ class Sums:
         """Whether value is one of the sums, bit for bit, NaN where that is, as it was at all calls before."""
         left = self._same(value, sums)
         if left:
-            self.left, self.done = left, done
+            self.left, self.done, self.seen = left, done, True
         return bool(left)
+
+    def hold(self, x: Tensor, residual: Tensor, sums: Totals) -> None:
+        """After a call: raises Fault where it did with the sum what another one did not. What it leaves as it is may be
+        the sum."""
+        there = self.seen or any(self.is_one(value, sums) for value in (x, residual))
+        if self.done and (self.left_out or not there):
+            at = "other calls, at this one not" if not there else "this call, at others not"
+            raise Fault(f"x + residual {self.done} at {at}")
+        self.left_out, self.seen = self.left_out or not there, False
 
     def is_one(self, value: Any, sums: Totals) -> bool:
         """Whether note would say so."""
