@@ -38,9 +38,10 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
     there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
     own, plain = asked.shape(probes.ROWS), main.scales is None
     for i, shape in enumerate((own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES))):
-        _, eps, scale, _ = moved(i, {CONTIGUOUS: None}, sizes)
-        at = f"{'' if shape == own else f', x {shape}'}, eps={eps:g}"
-        rows = draw.gaussian(math.prod(shape[:-1]), shape[-1], scale=scale, eps=eps)
+        what, eps, scale, _ = moved(i, {CONTIGUOUS: None}, sizes)
+        at = f", x {shape}{what.removesuffix(f', {CONTIGUOUS}')}" if i else ""
+        drawn = functools.partial(draw.gaussian, math.prod(shape[:-1]), shape[-1])
+        rows = drawn(scale=scale, eps=eps) if i else drawn()
         if draw.residual and "alpha" in there:
             ask = functools.partial(_scaled_sum, rule, asked, rows, shape)
             yield Question("argument", f"alpha={ALPHA}{at}", ask)

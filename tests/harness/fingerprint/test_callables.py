@@ -63,8 +63,8 @@ VERDICTS = {
     "dies": "the callable ended its process (SIGKILL)",
     "hangs": "no answer within 8 s: the callable hangs, or needs a longer --time-limit",
     "missing": "cannot be imported: AttributeError",
-    "other": "the callable takes (x, mask, weight, eps), it must take fn(x, weight, eps) -> y; x, y [T, D]: "
-    "wrap it in one",
+    "other": "it takes (x, mask, weight, eps): mask is no name that is known, and weight is no second argument: give "
+    "--call 'fn(out, x, w, eps)'",
     "number": "is of type int, which cannot be called",
 }
 

@@ -237,7 +237,10 @@ def test_modules_and_classes_that_are_no_norm_are_told_so() -> None:
 
     assert re.search(r"Two is a class that is made by \(size, groups, eps\)", identify(Two, "rmsnorm").reason)
     assert "holds 0 weights of one dimension (none)" in identify(nn.Identity(), "rmsnorm").reason
-    assert "holds 2 weights of one dimension (weight, bias)" in identify(nn.LayerNorm(8), "rmsnorm").reason
+    two = nn.RMSNorm(256, eps=1e-6)
+    two.gain = nn.Parameter(torch.ones(256))
+    assert "holds 2 weights of one dimension (weight, gain)" in identify(two, "rmsnorm").reason
+    assert "it is LayerNorm" in identify(nn.LayerNorm(256), "rmsnorm").reason
 
     class Elsewhere(nn.Module):
         def __init__(self, size: int, eps: float = 1e-6) -> None:

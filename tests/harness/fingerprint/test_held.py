@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[str, Norm, str]] = {
     ),
     "one token": ("rmsnorm", where(lambda x: len(x) == 1), "with x [1, 4096]"),
     "one head of one token": ("head_norm", where(lambda x: x.shape[:2] == (1, 1)), "with x [1, 1, 128]"),
-    "65 to 512 tokens": ("rmsnorm", where(lambda x: 64 < len(x) <= 512), "with x [100, 4096]"),
+    "65 to 512 tokens": ("rmsnorm", where(lambda x: 64 < len(x) <= 512), "with x [100, 6144]"),
     "7 tokens": ("rmsnorm", where(lambda x: len(x) in (7, 13)), "with x [7, 2560] "),
     "heads of 80": ("head_norm", where(lambda x: x.shape[-1] == 80), "with x [2, 8, 80]"),
     "thousands of tokens": ("rmsnorm", where(lambda x: len(x) >= 2048), "with x [2049, 128]"),

@@ -96,7 +96,7 @@ def gated(pick: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 GATES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "of the next row": (lambda z: z.roll(1, 0) if len(z) in (100, 600) else z, "gate [100, 4096]"),
+    "of the next row": (lambda z: z.roll(1, 0) if len(z) in (100, 600) else z, "gate [100, 6144]"),
     "of one token": (lambda z: z.flip(-1) if len(z) == 1 else z, "gate [1, 4096]"),
     "of wide rows": (lambda z: z.flip(-1) if z.shape[-1] > 8192 else z, "gate [3, 16384]"),
     "of 65 rows": (lambda z: z.flip(-1) if len(z) == 65 else z, "gate [65, "),

@@ -205,7 +205,7 @@ FAULTS: dict[str, tuple[Chain, str]] = {
         where(lambda x, heads, **_: len(x) >= 64 and heads >= 16),
         "with x [65, 256], 16 and",
     ),
-    "many tokens of wide rows": (where(lambda x, **_: len(x) >= 32 and x.shape[1] >= 2048), "with x [100, 2880]"),
+    "many tokens of wide rows": (where(lambda x, **_: len(x) >= 32 and x.shape[1] >= 2048), "with x [130, 2880]"),
     "1024 tokens": (where(lambda x, **_: len(x) in (512, 1024)), "with x [1024, 128]"),
     "channels behind a multiple of 128": (rest_dropped, "with x [32, 576], 9 and 3 heads"),
     "zeros of weights are ones": (

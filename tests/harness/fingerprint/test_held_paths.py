@@ -194,7 +194,12 @@ def divided(out: Tensor, input: Tensor, weight: Tensor, scale: Tensor, epsilon: 
 
 @pytest.mark.parametrize(
     ("fn", "what"),
-    [(biased, "with a bias, "), (scaled, "with alpha="), (given, "with out given, "), (divided, "with scale=4.01")],
+    [
+        (biased, "with a bias, x "),
+        (scaled, "with alpha=0.22, x "),
+        (given, "with out given, x "),
+        (divided, "with scale=4.01"),
+    ],
 )
 def test_a_path_of_an_argument_with_an_eps_or_a_scale_of_its_own(fn: Callable[..., Any], what: str) -> None:
     answer = identify(fn, "rmsnorm")

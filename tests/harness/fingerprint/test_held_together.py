@@ -146,7 +146,7 @@ def of_narrow_rows(x: Tensor, weight: Tensor, eps: float, residual: Tensor, alph
             "with alpha=0.22: the callable returns a tensor of x's shape beside its result, and it is not x",
         ),
         (another_in_place, "with alpha=0.22: the callable writes into residual what is not x + residual"),
-        (of_narrow_rows, "with alpha=0.22, x [8, 8192] "),
+        (of_narrow_rows, "with alpha=0.22, x [8, 8192], eps="),
     ],
 )
 def test_a_scaled_sum_that_is_another(fn: Callable[..., object], said: str) -> None:

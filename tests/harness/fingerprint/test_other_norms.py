@@ -263,7 +263,7 @@ def test_wrong_in_8_bits() -> None:
 
     for fn in (other_scale, fp16_before, truncated):
         assert identify(fn, "rmsnorm").status == "none", fn.__name__
-    assert "expected scales in fp32, one for all or [T, 1]" in identify(no_scale, "rmsnorm").reason
+    assert "expected scales in fp32: one for all, [T, 1] or [T, groups]" in identify(no_scale, "rmsnorm").reason
 
 
 # ---------------------------------------------------------------- JAX
