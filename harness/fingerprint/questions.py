@@ -17,6 +17,7 @@ from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Miss, settled
+from castpoint.harness.fingerprint.forms import QUANT_SCALE
 from castpoint.harness.fingerprint.layouts import (
     CONTIGUOUS,
     HEADS_FIRST,
@@ -27,9 +28,10 @@ from castpoint.harness.fingerprint.layouts import (
     WEIGHTS_OFFSET,
     each_alone,
 )
-from castpoint.harness.fingerprint.rules import Rows, Rule
+from castpoint.harness.fingerprint.rules import Rows, Rule, predict
 from castpoint.harness.fingerprint.sizes import Sizes
-from castpoint.harness.fingerprint.stores import round_to
+from castpoint.harness.fingerprint.stores import ENDS, round_to
+from castpoint.kernels.plan import KEEP
 
 # Kernels dispatch on the number of tokens and on the width. Together: every width of Qwen3 (0.6B to Coder 480B) and
 # Llama (1B to 405B), some that are no multiple of 8, 16 or 1024, powers of two of tokens and numbers on both sides of
@@ -72,7 +74,8 @@ def questions(rule: Rule, weight: Tensor, asked: NormCalls, sizes: Sizes, fixed:
     results are divided by a scale that is given, so that large ones are beyond 8 bits."""
     box, shape, width, heads = asked.box, asked.shape(probes.ROWS), asked.width, asked.heads is not None
     residual, taken = box.takes("residual"), {CONTIGUOUS: None}
-    draw = Draw(rule, weight, residual, sizes.dtype, box.divided)
+    most = ENDS[rule.out[:4]] * QUANT_SCALE if fixed else math.inf
+    draw = Draw(rule, weight, residual, sizes.dtype, box.divided, most=most)
     count = max(probes.ROWS, math.prod(shape[:-1]))
 
     def question(
@@ -155,6 +158,7 @@ class Draw:
     dtype: str = "bf16"  # of x
     divided: float = 1.0  # x by so much is what dtype holds
     gain: float = 1.0  # weights are by so much smaller
+    most: float = math.inf  # no row has a larger result, if there are such rows
 
     def gaussian(self, count: int, width: int, *, scale: float = 1.0, eps: float = probes.EPS_SMALL) -> Rows:
         """Gaussian rows of that standard deviation, whose sums are rounded."""
@@ -210,7 +214,10 @@ class Draw:
             turned = torch.arange(len(x))[:, None] % 2 == 1
             x, residual = torch.where(turned, residual, x), torch.where(turned, x, residual)
         rows = Rows(x, weight, eps, x.shape[1], residual, exact=False)
-        firm = settled(self.rule, rows).nonzero()[:, 0]
+        firm = settled(self.rule, rows)
+        if self.most < math.inf:
+            firm &= predict(self.rule.replace(out=KEEP), rows).abs().amax(1) <= self.most
+        firm = firm.nonzero()[:, 0]
         firm = torch.arange(len(x)) if not len(firm) else firm
         chosen = firm[torch.arange(count) % len(firm)]
         return dataclasses.replace(rows, x=x[chosen], residual=None if residual is None else residual[chosen])
