@@ -115,7 +115,8 @@ def _weight_of(module: nn.Module) -> tuple[str, str]:
 def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
     """The module with that eps, wherever it, or one that it is made of, keeps its own."""
     places = [(part, name) for part in module.modules() for name in ALIASES["eps"] if hasattr(part, name)]
-    kept = [(part, name, getattr(part, name)) for part, name in places if isinstance(getattr(part, name), float)]
+    own = [(part, name) for part, name in places if not isinstance(getattr(type(part), name, None), property)]
+    kept = [(part, name, getattr(part, name)) for part, name in own if isinstance(getattr(part, name), float)]
     if not kept:
         why = f"keeps no eps that can be set: {', '.join(ALIASES['eps'])}"
         if places:
@@ -127,5 +128,5 @@ def _with_eps(module: nn.Module, eps: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, name, own in kept:
-            setattr(part, name, own)
+        for part, name, eps_before in kept:
+            setattr(part, name, eps_before)

@@ -282,6 +282,10 @@ class Biased(nn.Module):
         self._eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
+    @property
+    def eps(self) -> float:
+        return self._eps
+
     def forward(self, x: Tensor) -> Tensor:
         return (unit(x, self._eps) * self.weight.float() + self.bias.float()).to(x.dtype)
 
