@@ -16,6 +16,7 @@ from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.calls import NormCalls
 from castpoint.harness.fingerprint.evidence import Call, Miss, beyond, close, missed, rounds
+from castpoint.harness.fingerprint.forms import QUANT_SCALE
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS, OFFSET, alone
 from castpoint.harness.fingerprint.questions import HEAD_SHAPES, LAYOUTS, NORM_SHAPES, WIDE_BIAS, Draw, moved
 from castpoint.harness.fingerprint.rules import Rows, Rule, predict
@@ -24,7 +25,7 @@ from castpoint.harness.fingerprint.stores import ENDS, round_to, ulp
 from castpoint.harness.fingerprint.sums import scaled
 from castpoint.kernels.plan import KEEP
 
-ODD_SCALE = 4 * (1 + 2**-8 - 2**-14)  # of which bf16 keeps least
+ODD_SCALE = QUANT_SCALE * (1 + 2**-8 - 2**-14)  # which bf16 rounds to QUANT_SCALE, by all but half of its step
 ALPHA = 0.22  # of a scaled sum, as Granite's residual multiplier
 
 

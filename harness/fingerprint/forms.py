@@ -330,10 +330,10 @@ def _unless_elsewhere(parts: list[tuple[str, bool, bool]], meanings: list[str | 
     """Raises Fault where a name that is known lies elsewhere than in a call (x, weight, eps)."""
     places = dict(zip(("x", "weight", "eps"), range(3), strict=True))
     if elsewhere := [i for i, meaning in enumerate(meanings) if meaning in places and places[meaning] != i]:
-        unknown = [
-            name for (name, default, _), meaning in zip(parts, meanings, strict=True) if not (meaning or default)
-        ]
-        what = f"{unknown[0]} is no name that is known" if unknown else "several of its names are a weight's"
+        unknown = [part[0] for part, meaning in zip(parts, meanings, strict=True) if not (meaning or part[1])]
+        lacking = [name for name in ("x", "eps") if name not in meanings]
+        what = "several of its names are a weight's" if not lacking else f"none is {' or '.join(lacking)}"
+        what = f"{unknown[0]} is no name that is known" if unknown else what
         raise Fault(
             f"it takes ({', '.join(name for name, _, _ in parts)}): {what}, and {parts[elsewhere[0]][0]} is no "
             f"{('first', 'second', 'third')[places[str(meanings[elsewhere[0]])]]} argument: {EXAMPLE}"

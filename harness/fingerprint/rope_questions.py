@@ -149,6 +149,7 @@ def rope_questions(held: Held) -> Iterator[Question]:
         yield held.question("argument", pairs.TABLE_OFFSET, layout=pairs.TABLE_OFFSET)
         yield held.question("argument", f"cos and sin times {ATTENTION}", attention=ATTENTION)
     if pair.takes("is_neox", "interleaved"):
+        # of few and of many tokens, among them 16 heads
         for i, shape in enumerate((None, *(shape for shape in GEOMETRIES[4::6] if held.whole or shape[3] == head_dim))):
             _, eps, scale, _ = moved(i, taken, sizes)
             at = "" if shape is None else f", q [{shape[0]}, {shape[1]}, {shape[3]}], eps={eps:g}"

@@ -319,10 +319,19 @@ def test_the_bias_of_a_module_is_asked() -> None:
     assert "with a bias" in identify(Shifted, "rmsnorm").reason
 
 
-@pytest.mark.parametrize("names", ["x, delta, weight, eps", "hidden_states, gating, weight, eps", "x, w, weight, eps"])
-def test_names_that_lie_elsewhere_and_do_not_tell_are_said(names: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ("x, delta, weight, eps", "delta is no name that is known, and weight is no second argument"),
+        ("hidden_states, gating, weight, eps", "gating is no name that is known"),
+        ("x, w, weight, eps", "several of its names are a weight's"),
+        ("gamma, x", "none is eps, and gamma is no second argument"),
+        ("weight, eps", "none is x, "),
+    ],
+)
+def test_names_that_lie_elsewhere_and_do_not_tell_are_said(names: str, what: str) -> None:
     scope: dict[str, Any] = {}
     exec(f"def fn({names}): return x", scope)  # noqa: S102
     answer = identify(scope["fn"], "rmsnorm")
-    assert answer.status == "error" and answer.reason.startswith(f"it takes ({names}): "), answer
+    assert answer.status == "error" and answer.reason.startswith(f"it takes ({names}): {what}"), answer
     assert answer.reason.endswith("give --call 'fn(out, x, w, eps)', with x, w, eps, residual, out and constants")
