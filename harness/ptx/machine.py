@@ -259,15 +259,16 @@ class _Run(Warps):
         """Loads of one opcode, at offsets from one register."""
         names, kind = [name for i in loads for name in listed(i.operands[0])], loads[0].words[-1]
         size, count = width(kind) // 8, len(names) // len(loads)
-        base = self._mine(self.bits(loads[0].operands[1].base).astype(np.int64), mask)
-        first = np.array([i.operands[1].offset for i in loads])
-        places = base + (first[:, None] + size * np.arange(count)).reshape(-1, 1)
-        check_aligned(places[0], size * count)  # and all, if their distances are multiples too
-        check_aligned(first - first[0], size * count)
+        first = loads[0].operands[1]
+        base = self._mine(self.bits(first.base).astype(np.int64), mask) + first.offset
+        offsets = np.array([i.operands[1].offset - first.offset for i in loads])
+        check_aligned(base, size * count)  # and all, if their distances are multiples too
+        check_aligned(offsets, size * count)
+        offsets = (offsets[:, None] + size * np.arange(count)).ravel()
         if _space(loads[0]) == "global":
-            found = self.memory.load(places, 8 * size)
+            found = self.memory.load_each(base, offsets, 8 * size)
         else:
-            found = self.shared.load(self._mine(self.shared_start, mask), places, 8 * size)
+            found = self.shared.load_each(self._mine(self.shared_start, mask), base, offsets, 8 * size)
         if mask is not self.everyone:
             there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
             found[:, mask] = there

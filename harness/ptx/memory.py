@@ -50,6 +50,15 @@ class Global:
             found[mine] = elements[places]
         return found
 
+    def load_each(self, base: Array, offsets: Array, bits: int) -> Array:
+        """[offsets, base] what load finds at each offset, a multiple of the elements' size, from each base."""
+        first, last = base.min() + offsets.min(), base.max() + offsets.max()
+        owner = int(np.searchsorted(self.starts, first, side="right")) - 1
+        if owner < 0 or last + bits // 8 > self.ends[owner]:  # seldom
+            return self.load(base + offsets[:, None], bits)
+        places = base - self.aligned[owner] >> SHIFTS[bits]
+        return self._elements(owner, bits).take(places + (offsets >> SHIFTS[bits])[:, None])
+
     def store(self, addresses: Array, values: Array, bits: int) -> None:
         """Where threads write to one address, the last one's value stays."""
         for elements, mine, places in self._places(addresses, bits):
@@ -89,14 +98,23 @@ class Shared:
     def load(self, starts: Array, addresses: Array, bits: int) -> Array:
         return self.bytes.view(UNSIGNED[bits]).take(self._places(starts, addresses, bits))
 
+    def load_each(self, starts: Array, base: Array, offsets: Array, bits: int) -> Array:
+        """[offsets, base] what load finds at each offset, a multiple of the elements' size, from each base."""
+        self._check(base.min() + offsets.min(), base.max() + offsets.max(), bits)
+        places = starts + base >> SHIFTS[bits]
+        return self.bytes.view(UNSIGNED[bits]).take(places + (offsets >> SHIFTS[bits])[:, None])
+
     def store(self, starts: Array, addresses: Array, values: Array, bits: int) -> None:
         self.bytes.view(UNSIGNED[bits])[self._places(starts, addresses, bits)] = values
 
     def _places(self, starts: Array, addresses: Array, bits: int) -> Array:
-        size = bits // 8
-        if addresses.size and addresses.view(np.uint64).max() > self.size - size:  # as a negative one is too
-            raise IndexError(f"an address outside of {self.size} bytes of shared memory")
+        if addresses.size:
+            self._check(addresses.min(), addresses.max(), bits)
         return starts + addresses >> SHIFTS[bits]
+
+    def _check(self, first: int, last: int, bits: int) -> None:
+        if first < 0 or last > self.size - bits // 8:
+            raise IndexError(f"an address outside of {self.size} bytes of shared memory")
 
 
 def check_aligned(addresses: Array, size: int) -> None:

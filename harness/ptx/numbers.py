@@ -69,7 +69,7 @@ def extended(bits: Array, kind: str) -> Array:
     """Bits of that type, cut to its width, as a wider register holds them: signed ones with their sign."""
     if kind[0] == "s":
         return read(bits, kind).astype(np.int64).view(np.uint64)
-    return bits.astype(UNSIGNED[width(kind)])
+    return bits.astype(UNSIGNED[width(kind)], copy=False)
 
 
 def bf16_bits(values: Array) -> Array:
