@@ -110,13 +110,15 @@ class Miss:
 def missed(rule: Rule, call: Call) -> Miss:
     """What the rule leaves unexplained: too many elements, some that gather in a row or column, or one farther away
     than two ulps for each of its roundings."""
-    wrong, ulps = call.wrong(rule), call.ulps(rule)
+    wrong = call.wrong(rule)
+    if not wrong.any():
+        return Miss(0, int(call.rows.nonzero.sum()))
     if call.rows.scales is not None:  # where a scale is a share of the largest, products of 8 bits are often ties
         value, few = predict(rule.replace(out=KEEP), call.rows), 2 * close(call.rows)
         for factor in (1 - few, 1 + few):
             wrong &= round_to(value * factor, rule.out) != call.stored
     share = UNEXPLAINED if call.rows.scales is None else UNEXPLAINED / 16  # of a tie of 4 bits so much less comes near
-    why = beyond(wrong, ulps, 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows), share)
+    why = beyond(wrong, call.ulps(rule), 2 * max(rounds(rule), 1), call.stored, predict(rule, call.rows), share)
     return Miss(int(wrong.sum()) if why else 0, int((wrong | call.rows.nonzero).sum()), why.strip())
 
 
