@@ -203,7 +203,7 @@ class Draw:
         return x if self.dtype == "fp32" else round_to(x / self.divided, f"{self.dtype}-rne") * self.divided
 
     def _drawn(self, count: int, width: int) -> int:
-        return max(min(count, max(64, DRAWN // width)), min(64, DRAWN // width), 8)
+        return max(count, min(64, DRAWN // width), 8)
 
     def _settled(self, x: Tensor, count: int, eps: float, rng: torch.Generator, scale: float = 1.0) -> Rows:
         weight = probes.weight_of_width(self.weight, x.shape[1])
@@ -219,7 +219,5 @@ class Draw:
             firm &= predict(self.rule.replace(out=KEEP), rows).abs().amax(1) <= self.most
         firm = firm.nonzero()[:, 0]
         firm = torch.arange(len(x)) if not len(firm) else firm
-        chosen = firm[
-            torch.randint(0, len(firm), [count], generator=rng) if count > len(x) else torch.arange(count) % len(firm)
-        ]
+        chosen = firm[torch.arange(count) % len(firm)]
         return dataclasses.replace(rows, x=x[chosen], residual=None if residual is None else residual[chosen])
