@@ -1,7 +1,9 @@
 """The fingerprint names plans whose answer is known, and would not if its rows or its predictions were wrong."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,19 @@ def right(answer: Answer, plan: CastPlan, kind: str, source: str) -> bool:
     return planted.items() <= words.items() and all(v in words[k].split(" or ") for k, v in fp32.items())
 
 
+def quick(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, which refuses what takes long where it is interpreted: such calls are left out. PTX of the same
+    kernels is asked at all sizes in the confusion table."""
+
+    @functools.wraps(kernel)
+    def refusing(x: Tensor, *rest: Any) -> Any:
+        if x.numel() > 1 << 15:
+            raise ValueError("large")
+        return kernel(x, *rest)
+
+    return refusing
+
+
 def test_the_spread_has_every_word_of_every_boundary() -> None:
     for name, words in known.expected(SPREAD[0], "rmsnorm").items():
         assert {known.expected(plan, "rmsnorm")[name] for plan in SPREAD} == {
@@ -43,9 +58,9 @@ def test_a_norm_is_named_by_its_spec_its_kernel_and_with_noise(plan: CastPlan) -
     subjects = {
         "spec": ("rmsnorm", known.spec_norm(plan)),
         "spec with noise": ("rmsnorm", known.with_noise(known.spec_norm(plan))),
-        "triton": ("head_norm", known.triton_head_norm(plan)),
+        "triton": ("head_norm", quick(known.triton_head_norm(plan))),
     }
-    if SPREAD.index(plan) != 5:  # interpreted, the kernel takes twenty seconds: the fullest plan alone
+    if SPREAD.index(plan) != 5:  # the fullest plan alone
         del subjects["triton"]
     for source, (kind, fn) in subjects.items():
         answer = identify(fn, kind)
@@ -63,7 +78,7 @@ def test_a_chain_is_named_by_its_spec(name: str) -> None:
 @pytest.mark.parametrize("name", ["hf", "fp32-tf32x3"])
 def test_a_chain_is_named_by_its_kernel(name: str) -> None:
     plan = PLANS[name].plan
-    answer = identify(known.chain(plan, "triton"), "qkv")
+    answer = identify(quick(known.chain(plan, "triton")), "qkv")
     assert right(answer, plan, "qkv", "triton"), answer
 
 
