@@ -52,9 +52,8 @@ class Global:
 
     def load_each(self, base: Array, offsets: Array, bits: int) -> Array:
         """[offsets, base] what load finds at each offset, a multiple of the elements' size, from each base."""
-        first, last = base.min() + offsets.min(), base.max() + offsets.max()
-        owner = int(np.searchsorted(self.starts, first, side="right")) - 1
-        if owner < 0 or last + bits // 8 > self.ends[owner]:  # seldom
+        owner = self._owner(base.min() + offsets.min(), base.max() + offsets.max(), bits)
+        if owner is None:
             return self.load(base + offsets[:, None], bits)
         places = base - self.aligned[owner] >> SHIFTS[bits]
         return self._elements(owner, bits).take(places + (offsets >> SHIFTS[bits])[:, None])
@@ -70,8 +69,8 @@ class Global:
         size, shift = bits // 8, SHIFTS[bits]
         if not addresses.size:
             return
-        first = int(np.searchsorted(self.starts, addresses.min(), side="right")) - 1
-        if first >= 0 and addresses.max() + size <= self.ends[first]:  # as nearly always
+        first = self._owner(addresses.min(), addresses.max(), bits)
+        if first is not None:
             yield self._elements(first, bits), ..., addresses - self.aligned[first] >> shift
             return
         owner = np.searchsorted(self.starts, addresses, side="right") - 1
@@ -81,6 +80,11 @@ class Global:
         for each in np.unique(owner).tolist():
             mine = owner == each
             yield self._elements(each, bits), mine, addresses[mine] - self.aligned[each] >> shift
+
+    def _owner(self, first: int, last: int, bits: int) -> int | None:
+        """The storage in which all elements from first to last lie, as nearly always; None where there is none."""
+        owner = int(np.searchsorted(self.starts, first, side="right")) - 1
+        return owner if owner >= 0 and last + bits // 8 <= self.ends[owner] else None
 
     def _elements(self, storage: int, bits: int) -> Array:
         size, view = bits // 8, self.bytes[storage]

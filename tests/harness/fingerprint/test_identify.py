@@ -34,8 +34,8 @@ def right(answer: Answer, plan: CastPlan, kind: str, source: str) -> bool:
 
 
 def quick(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, which refuses what takes long where it is interpreted: such calls are left out. PTX of the same
-    kernels is asked at all sizes in the confusion table."""
+    """The kernel, which refuses what takes long where it is interpreted: such calls are left out. PTX of every
+    named chain and a tenth of all norms is asked at all sizes in the confusion table."""
 
     @functools.wraps(kernel)
     def refusing(x: Tensor, *rest: Any) -> Any:
