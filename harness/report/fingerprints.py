@@ -133,7 +133,7 @@ def confusion_section(frame: pd.DataFrame) -> str:
     said = "".join(f" Error, {count} times: {reason}." for reason, count in errors.items())
     return (
         "## The fingerprint on plans it should know\n\nEach plan of a single norm, and chains, as a black box "
-        f"(`castpoint study confusion`); noise moves one element in a thousand by an ulp. Seconds count what Triton "
+        "(`castpoint study confusion`); noise moves one element in a thousand by an ulp. Seconds count what Triton "
         f"compiles, all of it where its cache is empty.{said}\n\n"
         f"{markdown(confusion_summary(frame))}\n\nPlanted word against the word answered; `a or b`: several candidates "
         f"were left.\n\n{markdown(confusion_table(frame))}"
