@@ -65,7 +65,11 @@ def check_target(target: str) -> None:
 
 
 class _Driver:
-    """What Triton's runtime asks a driver for."""
+    """What Triton's runtime asks a driver for.
+
+    ptxas runs at every compilation though nobody reads its binary: what it refuses runs nowhere. To leave it out by
+    Triton's hook for stages would spoil the cache for real launches: Triton 3.6 has the hook, its cache's key has not.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = TARGETS[target]
