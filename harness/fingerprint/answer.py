@@ -12,6 +12,7 @@ from castpoint.harness.fingerprint.blackbox import Refused, Stale, Unasked
 from castpoint.harness.fingerprint.evidence import Miss
 from castpoint.harness.fingerprint.kinds import CHAINS
 from castpoint.harness.fingerprint.layouts import ALONE_AS, CONTIGUOUS, OFFSET
+from castpoint.harness.ptx.ahead import compiled_ahead
 from castpoint.harness.runs.errors import UserError, mistakes
 from castpoint.kernels.plan import OPTIONAL, PHASE_BOUNDARIES, CastPlan
 from castpoint.variants.catalogue import PLANS, plan_named
@@ -148,7 +149,7 @@ class Question:
 def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") -> Answer:
     """The answer, or `none` where it is another function at one of the questions. inputs: what lies in memory."""
     asked, other, failed = [*answer.asked], [], set()
-    for question in questions:
+    for question in compiled_ahead(questions, lambda question: question.ask()):
         called = CALLED[question.about].format(question.what)
         try:
             miss = question.ask()

@@ -19,6 +19,8 @@ from castpoint.harness.ptx.program import parse
 from castpoint.harness.runs.errors import UserError
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H200
+launches = 0  # that were run by this process
+compiles_only = False  # whether this process runs none
 
 
 @contextmanager
@@ -101,6 +103,10 @@ class _Driver:
         threads = metadata.num_warps * metadata.warp_size
 
         def run(*values: Any) -> None:
+            global launches
+            if compiles_only:
+                return
+            launches += 1
             arguments = values[9:]
             launch(program, values[:3], threads, metadata.shared, [arguments[n] for n in passed])
 
