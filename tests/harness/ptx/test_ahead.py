@@ -25,12 +25,13 @@ def no_process() -> int:
 
 
 def asked_ahead(folder: Path) -> Callable[[int], object]:
-    """What the other process does with a question: it fails, prints, and leaves a file that says when."""
+    """What the other process, which only compiles, does with a question: a file that says when, a line, a failure."""
 
     def ask(question: int) -> None:
+        assert driver.compiles_only
         (folder / str(question)).write_text(str(time.monotonic_ns()))
         print("not to be seen", flush=True)
-        raise RuntimeError(f"{driver.compiles_only=}")
+        raise RuntimeError("of results that mean nothing")
 
     return ask
 
