@@ -153,9 +153,9 @@ def limits(run: dict[str, Any], speed: pd.DataFrame) -> str:
             f"{regime} at {', '.join(f'{t:.0f}' for t in tokens)} tokens" for regime, tokens in at.items()
         )
     rate = ceilings.get("fp32_flops_per_s")
-    fp32 = f" and {rate / 1e12:.2f} TFLOP/s fp32" if rate else ""
+    fp32 = f" and {rate / 1e12:.3g} TFLOP/s fp32" if rate else ""
     return (
-        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.2f} "
+        f"Measured in the same run: {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copy, {ceilings['bf16_flops_per_s'] / 1e12:.3g} "
         f"TFLOP/s bf16{fp32} matmul; the roofline takes the faster. {regimes}. "
         f"Load average over the minute before, this run's own sweeps included: {run['load_average']:.1f} on "
         f"{run['environment']['threads']} threads; a second busy process multiplies CPU times."

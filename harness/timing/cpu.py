@@ -20,6 +20,7 @@ from castpoint.harness.problems.geometry import Work, chain_work
 from castpoint.variants.problem import Problem
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 50
+LONG_S = 0.02  # of a matmul of 512 x 512; one of 2048 x 2048 takes 64 times as long, or more
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,23 @@ def keep_freed_memory() -> None:
 
 def measure_ceilings() -> Ceilings:
     """Medians of a large copy and of large square matmuls on random data, on the CPU."""
-    size, n = 1 << 28, 2048
+    size = 1 << 28
     source = torch.randint(-128, 127, (size,), dtype=torch.int8)
     target = torch.empty_like(source)
     copy_s = _median_s(partial(target.copy_, source))
     del source, target
-    rates = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    return Ceilings(2 * size / copy_s, _matmul_flops_per_s(torch.bfloat16), _matmul_flops_per_s(torch.float32))
+
+
+def _matmul_flops_per_s(dtype: torch.dtype) -> float:
+    """Of matrices of 2048 x 2048, or of smaller ones where those would take long: 60 s a matmul where PyTorch has no
+    fast bf16 for the CPU, at a quarter of the rate of those of 512."""
+    for n in (512, 2048):
         a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-        rates[dtype] = 2 * n**3 / _median_s(partial(torch.mm, a, b))
-    return Ceilings(2 * size / copy_s, rates[torch.bfloat16], rates[torch.float32])
+        seconds = _median_s(partial(torch.mm, a, b))
+        if seconds > LONG_S:
+            break
+    return 2 * n**3 / seconds
 
 
 def interleaved_times(arms: dict[str, Callable[[], object]], budget_s: float) -> dict[str, list[float]]:

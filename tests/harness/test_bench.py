@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from fake_cuda import FakeCuda
 
 import castpoint.harness.accuracy.sweep
+import castpoint.harness.timing.cpu
 import castpoint.harness.timing.sweep
 from castpoint.harness.accuracy.machines import Machines
 from castpoint.harness.accuracy.sweep import problem_at, sweep_kernels, sweep_precision
@@ -129,6 +131,23 @@ def test_bytes_and_flops_by_hand() -> None:
     slow_memory, slow_matmul = Ceilings(1e6, 1e15, 1e12), Ceilings(1e15, 1e6, 2e6)
     assert slow_memory.floor_s(work) == work.bytes / 1e6
     assert slow_matmul.floor_s(work) == work.flops / 2e6
+
+
+@pytest.mark.parametrize(("flops_per_s", "largest"), [(2.0**30, 512), (2.0**37, 2048)])
+def test_a_matmul_that_would_take_a_minute_is_measured_on_smaller_matrices(
+    flops_per_s: float, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where PyTorch has no fast bf16 for the CPU, and where it has."""
+    cpu, sizes = castpoint.harness.timing.cpu, []
+
+    def median_s(matmul: partial) -> float:
+        a, b = matmul.args
+        assert a.dtype == b.dtype == torch.bfloat16 and a.shape == b.shape
+        sizes.append(len(a))
+        return 2 * len(a) ** 3 / flops_per_s
+
+    monkeypatch.setattr(cpu, "_median_s", median_s)
+    assert cpu._matmul_flops_per_s(torch.bfloat16) == flops_per_s and sizes[-1] == largest
 
 
 def test_report_and_plots_are_drawn_from_the_records(run: Path) -> None:
