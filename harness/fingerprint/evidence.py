@@ -52,8 +52,7 @@ class Call:
     def share(self, rule: Rule) -> float:
         """Share of elements that the rule explains, of those that are not zero whatever the rule. Where fp32 is stored,
         up to close counts as explained: every fp32 ulp would show, which is a matter for later."""
-        counted = self.rows.nonzero
-        return 1 - int((self.wrong(rule) & counted).sum()) / int(counted.sum())
+        return 1 - int((self.wrong(rule) & self.rows.nonzero).sum()) / self.rows.counted
 
     def wrong(self, rule: Rule) -> Tensor:
         """Which elements the rule does not explain, bool [R, C]."""

@@ -38,7 +38,8 @@ def extra_questions(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> I
             yield Question("values", f"another weight for each head, x {shape}", ask)
     there, draw = parameters_of(asked.box.fn), Draw(rule, main.weight, asked.box.takes("residual"), sizes.dtype)
     own, plain = asked.shape(probes.ROWS), main.scales is None
-    for i, shape in enumerate((own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES))):
+    shapes = (own, *map(list, NORM_SHAPES if asked.heads is None else HEAD_SHAPES))
+    for i, shape in enumerate(shapes if {"alpha", "bias", "out"} & {*there} else ()):
         what, eps, scale, _ = moved(i, {CONTIGUOUS: None}, sizes)
         at = f", x {shape}{what.removesuffix(f', {CONTIGUOUS}')}" if i else ""
         drawn = functools.partial(draw.gaussian, math.prod(shape[:-1]), shape[-1])

@@ -147,6 +147,13 @@ def rows_of(shape: list[int]) -> int:
     return at_once * math.ceil(FEWEST / at_once)
 
 
+@functools.lru_cache(maxsize=128)  # of up to 5 MB: another path, and k's norm beside q's, are asked the same
+def _gaussian(count: int, width: int, seed: int, dtype: str, scale: float) -> tuple[Tensor, Tensor]:
+    """Gaussian rows, to be read only, and the state of the generator that drew them."""
+    rng = torch.Generator().manual_seed(seed)
+    return probes.gaussian([count, width], rng, dtype, scale), rng.get_state()
+
+
 @dataclass(frozen=True)
 class Draw:
     """Rows on which an error of a few fp32 ulps, in the mean or the root, leaves what the rule rounds of them as it is.
@@ -162,15 +169,14 @@ class Draw:
 
     def gaussian(self, count: int, width: int, *, scale: float = 1.0, eps: float = probes.EPS_SMALL) -> Rows:
         """Gaussian rows of that standard deviation, whose sums are rounded."""
-        rng = torch.Generator().manual_seed(count * width)
-        x = probes.gaussian([self._drawn(count, width), width], rng, self.dtype, scale)
+        x, rng = self._gaussian(count, width, count * width, scale)
         return self._settled(self._held(x), count, eps, rng, scale)
 
     def mixed(self, count: int, width: int) -> Rows:
         """Gaussian rows, and after each one whose sums are exact in any order: of its squares bf16 rounds most up or
         down, which a sum of many Gaussian ones would hide."""
-        rng = torch.Generator().manual_seed(count * width + 1)
-        x = self._held(probes.gaussian([self._drawn(count, width), width], rng, self.dtype))
+        x, rng = self._gaussian(count, width, count * width + 1)
+        x = self._held(x).clone()
         exact = probes.norm_rows(width, rng, count=min(2 * len(x), EXACT), narrow=self.rule.narrow).x
         biased = exact[torch.arange(len(exact)) % 3 > 0]
         x[1::2] = pad(biased[torch.arange(len(x) // 2) % len(biased)], (0, width - exact.shape[1]))
@@ -201,6 +207,10 @@ class Draw:
     def _held(self, x: Tensor) -> Tensor:
         """x, where it is given divided."""
         return x if self.dtype == "fp32" else round_to(x / self.divided, f"{self.dtype}-rne") * self.divided
+
+    def _gaussian(self, count: int, width: int, seed: int, scale: float = 1.0) -> tuple[Tensor, torch.Generator]:
+        x, state = _gaussian(self._drawn(count, width), width, seed, self.dtype, scale)
+        return x, torch.Generator().set_state(state)
 
     def _drawn(self, count: int, width: int) -> int:
         return max(count, min(64, DRAWN // width), 8)

@@ -128,6 +128,10 @@ class Rows:
         return there[:, self.readout.channel] | (there[:, self.readout.other] & (self.readout.second != 0))
 
     @functools.cached_property
+    def counted(self) -> int:
+        return int(self.nonzero.sum())
+
+    @functools.cached_property
     def _kept(self) -> dict[tuple[object, ...], Any]:
         return {}
 
@@ -197,10 +201,14 @@ def factor_of(rule: Rule, rows: Rows) -> Tensor:
 
 def applied_weight(rule: Rule, rows: Rows) -> Tensor:
     """fp32 of the weight's shape: w, or 1 + w; ones where there is none."""
-    if rule.weight == "none":
-        return torch.ones_like(rows.weight)
-    weight = round_to(rows.weight, rule.weight)
-    return weight if rule.weight_offset == "none" else round_to(1 + weight, rule.weight_offset)
+
+    def make() -> Tensor:
+        if rule.weight == "none":
+            return torch.ones_like(rows.weight)
+        weight = round_to(rows.weight, rule.weight)
+        return weight if rule.weight_offset == "none" else round_to(1 + weight, rule.weight_offset)
+
+    return rows.remembered(("weight", rule.weight, rule.weight_offset), make)
 
 
 def predict(rule: Rule, rows: Rows, factor: Tensor | None = None) -> Tensor:

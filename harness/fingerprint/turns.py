@@ -81,14 +81,19 @@ def _with_room(table: Tensor) -> Tensor:
     return torch.cat([table.flatten(), table.flatten().flip(0)])[: table.numel()].view(table.shape)
 
 
+@functools.lru_cache(maxsize=16)
+def _table(count: int, half: int) -> Tensor:
+    angles = 2 * math.pi * torch.rand(count, half, generator=torch.Generator().manual_seed(0))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 def drawn(
     manner: Manner, positions: Tensor, rotary: int, *, theta: float, table: bool, section: bool, woven: bool
 ) -> Turn:
     """The turn of those positions."""
     half, held = rotary // 2, None
     if table:
-        angles = 2 * math.pi * torch.rand(int(positions.max()) + 1, half, generator=torch.Generator().manual_seed(0))
-        held = torch.cat([angles.cos(), angles.sin()], dim=1).to(manner.table).float()
+        held = _table(int(positions.max()) + 1, half).to(manner.table).float()
     third = half * 5 // 16  # 24, 20, 20 of 64, as Qwen3-VL's
     return Turn(positions, rotary, theta, held, manner, (half - 2 * third, third, third) if section else None, woven)
 
