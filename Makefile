@@ -52,7 +52,7 @@ models: $(READY)  ## fetch Gemma 3 270M and Qwen2.5-Coder 0.5B, real models, int
 	$(BIN)/castpoint model qwen2.5-coder-0.5b-instruct --fetch-only
 
 test-real: models  ## check that a model with a variant attached says what it should, on Gemma 3 270M
-	$(BIN)/pytest -q tests/real -o addopts="" $(ARGS)
+	$(BIN)/pytest -q tests/real -o addopts="" -n auto --maxprocesses 2 --dist loadfile $(ARGS)
 
 gpu:  ## all that wants a CUDA device, with $(PYTHON) as it is: nothing is set up; ARGS='--minutes 9', and it goes on
 	$(PYTHON) -m castpoint gpu $(WHERE) $(ARGS)

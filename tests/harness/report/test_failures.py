@@ -60,6 +60,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cases, "CASES", [case, fails])
     patch.setattr(execute, "kernel_checks", lambda: [("hf", None, Check.EXACT, False, 2)])
     patch.setattr(execute, "tile_checks", lambda: [])
+    patch.setattr(execute, "block_checks", lambda: [])
     patch.setattr(checks, "run_triton", failing(len, lambda plan, problem: True, "no launch"))
     four_bit = study.four_bit
     patch.setattr(study, "four_bit", lambda model: failing(four_bit(model), lambda: True, "no quantiser"))
