@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ from castpoint.harness.fingerprint.evidence import (
     rank,
     rejects,
 )
+from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.heads import Geometry, HeadRows
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.rules import Readout, Rule, arithmetic, norm_rules, projected_rules
@@ -35,6 +37,8 @@ from castpoint.harness.fingerprint.searches import SEARCH, Search
 from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
+from castpoint.harness.ptx import driver
+from castpoint.harness.ptx.ahead import made_beside
 from castpoint.kernels.plan import KEEP
 
 EPS_HALF = 0.75  # for EPS_LARGE in fp16, where x cannot be so large that eps is nothing: x makes up for it
@@ -43,6 +47,7 @@ HEAD_WORDS = {"rstd": "head_rstd", "normed": "head_normed"}  # of a head's rule,
 
 def chain(box: BlackBox, sizes: Sizes) -> Answer:
     """The fingerprint of a black box of kind qkv. Raises Fault for what the callable does wrong."""
+    before = driver.launches
     calls, main, refused = _first_calls(box, sizes)
     fused_add, rng = box.takes("residual"), torch.Generator().manual_seed(1)
     words = storages(box.narrow)
@@ -87,8 +92,11 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
         groups = [[{**words, "bias": word} for words in group] for group in groups]
     answer = dataclasses.replace(answer_of(groups, share, runner_up, evidence), asked=refused)
     found = Found(*pairs[0][0], groups[0][0])
-    answer = held_to(answer, chain_questions(calls, found, sizes), "x or residual" if box.takes("residual") else "x")
-    return dataclasses.replace(answer, facts=box.manners | chain_facts(calls, found))
+    with made_beside(partial(noted, box, partial(chain_facts, calls, found)), before) as made:
+        inputs = "x or residual" if box.takes("residual") else "x"
+        answer = held_to(answer, chain_questions(calls, found, sizes), inputs)
+        said = made()
+    return dataclasses.replace(answer, facts=box.manners | said)
 
 
 @dataclass(frozen=True)

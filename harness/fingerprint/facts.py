@@ -27,6 +27,13 @@ THE_SAME = "the same"
 TINY = 1e-12  # eps that makes a normal number of what is left of a subnormal one
 
 
+def noted(box: BlackBox, make: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What make says, behind those of the box's manners that its calls alone showed."""
+    before = dict(box.manners)
+    said = make()
+    return {name: text for name, text in box.manners.items() if before.get(name) != text} | said
+
+
 def all_facts(
     stored: Stored, missing: Missing, x: Tensor, tokens: int | None, narrow: str = "bf16", window: int = WINDOW
 ) -> dict[str, str]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ from castpoint.harness.fingerprint.searches import SEARCH
 from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
+from castpoint.harness.ptx import driver
+from castpoint.harness.ptx.ahead import made_beside
 from castpoint.harness.runs.environment import one_thread_but, without_limits_of_dynamo
 from castpoint.kernels.plan import KEEP
 
@@ -188,6 +190,7 @@ def _norm(box: BlackBox, sizes: Sizes) -> Answer:
 
 def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     """The answer, and the rule that it was held to: none where no call explained one."""
+    before = driver.launches
     asked, main, refused = _first_calls(box, sizes)
     answer, rule = _decided(asked, main, sizes)
     if rule is None:
@@ -210,12 +213,11 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     answer = dataclasses.replace(answer, asked=refused)
     rows = main[0].rows
     every = questions(rule, rows.weight, asked, sizes, fixed_scale(box), ask)
-    answer = held_to(
-        answer,
-        itertools.chain(every, extra_questions(rule, asked, rows, sizes)),
-        "x or residual" if box.takes("residual") else "x",
-    )
-    said = norm_facts(rule, asked, rows, sizes)
+    every = itertools.chain(every, extra_questions(rule, asked, rows, sizes))
+    with made_beside(partial(facts.noted, box, partial(norm_facts, rule, asked, rows, sizes)), before) as made:
+        answer = held_to(answer, every, "x or residual" if box.takes("residual") else "x")
+        said = made()
+    said = box.manners | said
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
     return dataclasses.replace(answer, candidates=candidates, facts=said), rule
@@ -230,12 +232,12 @@ def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, 
         outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow,
         hiddens=words if eight else words[:1], weightless=asked.box.weightless,
     )  # fmt: skip
-    named = functools.partial(_named, asked.box, main, several)
+    named = partial(_named, asked.box, main, several)
     ranking = rank(rules, main)
     tied, unexplained = ties(ranking.best, main)
     best, *left = with_ties([r for r in ranking.left if r.out == ranking.best.out or not eight], tied)
     misses = least_missed(best, main)
-    none = functools.partial(none_of_these, named(best), ranking.share, ranking.runner_up)
+    none = partial(none_of_these, named(best), ranking.share, ranking.runner_up)
     if any(misses):
         ways = unexplained if ranking.share > FEW else ""
         return none(missing_word(best, main, NORM_WORDS[asked.box.kind]) or ways or by_eps(misses, main)), None

@@ -54,8 +54,8 @@ def norm_facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[s
     if box.takes("residual") and box.dtype != torch.float32 and main.scales is None:
         said["fp32 residual"] = facts.fp32_residual(rule, asked, main.weight, NORM_WORDS[box.kind])
     if box.weightless:
-        return box.manners | said
-    return box.manners | said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
+        return said
+    return said | {"fp32 weights": facts.fp32_weights(rule, main, asked, NORM_WORDS[box.kind])}
 
 
 def fixed_scale(box: BlackBox) -> bool:

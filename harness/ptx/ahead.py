@@ -1,14 +1,18 @@
-"""What Triton compiles, compiled ahead by another process: of a first answer it is more than half."""
+"""Forks of this process on other cores: one compiles ahead what Triton will be asked for, of a first answer more than
+half; one makes a part of the answer meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+import torch
 
 from castpoint.harness.ptx import driver
 
@@ -38,12 +42,49 @@ def compiled_ahead(questions: Iterable[T], ask: Callable[[T], object]) -> Iterat
             os.waitpid(other, 0)
 
 
+@contextlib.contextmanager
+def made_beside(make: Callable[[], T], before: int) -> Iterator[Callable[[], T]]:
+    """What make returns, for pickle to hold, when the function that is given is called. Where ptx.driver runs what is
+    asked, so that it has more launches than before, a fork of this process makes it meanwhile, on another core, and
+    is waited for; where it fails, it is made here."""
+    if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
+        yield make
+        return
+    reading, writing = os.pipe()
+    if not (other := os.fork()):
+        _hand_back(make, writing)
+    os.close(writing)
+    try:
+        with open(reading, "rb") as found:
+            yield lambda: pickle.loads(made) if (made := found.read()) else make()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+
+
+def _by_itself() -> None:
+    """A fork says nothing, and has none of the threads that PyTorch began: it would wait for them for ever."""
+    sys.stdout = sys.stderr = nowhere = open(os.devnull, "w")
+    os.dup2(nowhere.fileno(), 1)
+    os.dup2(nowhere.fileno(), 2)
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda count: None
+
+
+def _hand_back(make: Callable[[], object], writing: int) -> None:
+    """Never returns."""
+    try:
+        _by_itself()
+        with contextlib.suppress(Exception), open(writing, "wb") as found:
+            found.write(pickle.dumps(make()))
+    finally:
+        os._exit(0)
+
+
 def _compile(questions: list[T], ask: Callable[[T], object], begun: mmap.mmap) -> None:
     """Never returns."""
     try:
-        sys.stdout = sys.stderr = nowhere = open(os.devnull, "w")
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+        _by_itself()
         driver.compiles_only = True
         while len(questions) > int.from_bytes(begun[:]):
             with contextlib.suppress(Exception):  # of results that mean nothing

@@ -1,15 +1,23 @@
-"""Another process compiles ahead: from the last question back, until both meet, and nothing of it stays."""
+"""Another process compiles ahead: from the last question back, until both meet, and nothing of it stays. Another makes
+what is said besides, which is the same as if it were made here."""
 
+import dataclasses
+import functools
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from castpoint.harness.fingerprint.facts import noted
+from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.ptx import driver
-from castpoint.harness.ptx.ahead import compiled_ahead
+from castpoint.harness.ptx.ahead import compiled_ahead, made_beside
+from castpoint.variants.eager import eager_norm
 
 QUESTIONS = range(6)
 
@@ -112,3 +120,113 @@ def test_a_process_that_only_compiles_runs_no_launch(
     metadata = SimpleNamespace(hash="", name="kernel", num_warps=1, warp_size=32, shared=0)
     driver._Driver("sm_90").launcher_cls(source, metadata)(1, 1, 1, *[None] * 6, "x")
     assert len(ran) == driver.launches == (not only)
+
+
+# ---------------------------------------------------------------- made beside
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """A fork that waits for a thread which it has not would wait for ever, and we for it."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_another_process_makes_it_meanwhile(capfd: pytest.CaptureFixture[str]) -> None:
+    def make() -> int:
+        print("not to be seen", flush=True)
+        return os.getpid()
+
+    driver.launches = 1
+    with made_beside(make, 0) as made:
+        assert made() != os.getpid()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_has_no_threads_to_wait_for(two_threads: None, alarm: None) -> None:
+    """torch.set_num_threads(2) is what the fingerprint does before it calls what it asks."""
+
+    def make() -> float:
+        torch.set_num_threads(2)
+        return torch.ones(1 << 22).exp().sum().item()
+
+    driver.launches, here = 1, make()
+    with made_beside(make, 0) as made:
+        assert made() == pytest.approx(here, rel=1e-6)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("launches", "cores"), [(0, {0, 1}), (1, {0})])
+def test_where_nothing_is_launched_or_on_one_core_it_is_made_here(
+    launches: int, cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fork", no_process)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    driver.launches = launches
+    with made_beside(os.getpid, 0) as made:
+        assert made() == os.getpid()
+
+
+def test_what_fails_there_is_made_here() -> None:
+    def make() -> int:
+        if os.getpid() != here:
+            raise RuntimeError("not here")
+        return here
+
+    driver.launches, here = 1, os.getpid()
+    with made_beside(make, 0) as made:
+        assert made() == here
+
+
+def test_a_fault_leaves_no_process_that_makes(alarm: None) -> None:
+    driver.launches = 1
+    with pytest.raises(ZeroDivisionError), made_beside(functools.partial(time.sleep, 600), 0):
+        raise ZeroDivisionError
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_what_was_known_before_is_not_said_again() -> None:
+    """It may be known better by then: the other process has it as it was when it began."""
+    box = SimpleNamespace(manners={"y": "is returned", "x": "is kept"})
+
+    def make() -> dict[str, str]:
+        box.manners |= {"x": "is written over", "result": "lies there"}
+        return {"subnormal x": "counts"}
+
+    assert noted(box, make) == {"x": "is written over", "result": "lies there", "subnormal x": "counts"}
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "qkv"])
+def test_the_answer_is_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what would be launched, if the processes were one core's, and with both of them."""
+
+    def noting_who() -> None:
+        driver.launches += 1
+        (tmp_path / str(os.getpid())).touch()
+
+    def norm(x, weight, eps, bias):
+        noting_who()
+        return eager_norm(x, weight, eps, False) + bias
+
+    def chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads):
+        noting_who()
+        proj = torch.nn.functional.linear(eager_norm(x, norm_weight, eps, False), qkv_weight)
+        heads = proj.unflatten(1, (num_q_heads + 2 * num_kv_heads, -1))
+        q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+        return eager_norm(q, q_norm_weight, eps, False), eager_norm(k, k_norm_weight, eps, False), v
+
+    fn = norm if kind == "rmsnorm" else chain
+    together = identify(fn, kind)
+    assert together.status == "identified", together
+    assert len([*tmp_path.iterdir()]) == 3, "one that compiles, one that makes the facts, and this one"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    monkeypatch.setattr(os, "fork", no_process)
+    assert dataclasses.replace(identify(fn, kind), seconds=together.seconds) == together
