@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,77 +41,100 @@ UNARY: dict[str, Callable[[Array], Array]] = {  # of floats
 SINGLE: dict[str, np.ufunc] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}  # of float32, correctly rounded
 # of integers, whether they have a sign or not
 MODULAR: dict[str, np.ufunc] = {**LOGIC, "add": np.add, "sub": np.subtract, "mul": np.multiply}
-INTEGER: dict[str, np.ufunc] = {**MODULAR, "min": np.minimum, "max": np.maximum}
+INTEGER: dict[str, np.ufunc] = {**MODULAR, "min": np.minimum, "max": np.maximum, "abs": np.absolute}
 WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-@functools.cache
+class Operation(NamedTuple):
+    """function: of its sources' values, which numbers.read makes of their bits and of these kinds, a kind a source.
+    result: what it gives, `pred` or the kind of bits that a register holds then."""
+
+    function: Callable[..., Array]
+    kinds: tuple[str, ...]
+    result: str
+
+
 def operation(words: tuple[str, ...]) -> Callable[..., Array]:
     """What an opcode makes of its sources' bits, in their order: bits, or a predicate. Predicates are bool."""
+    function, kinds, _ = of_values(words)
+    return lambda *sources: function(*map(read, sources, kinds))
+
+
+@functools.cache
+def of_values(words: tuple[str, ...]) -> Operation:
     name, kind = words[0], words[-1]
-    integer = kind[0] in "bus" and kind[1:].isdigit()
-    if kind == "pred":
-        return {"mov": _truth, "not": lambda a: ~_truth(a)}.get(name) or functools.partial(_of_truths, LOGIC[name])
     if name == "setp":
-        order = COMPARE.get(UNSIGNED_ORDER.get(words[1], words[1]))
-        found = functools.partial(_of_words, order, kind) if integer else functools.partial(_compared, words, kind)
-        return (lambda a, b, more: LOGIC[words[2]](found(a, b), _truth(more))) if words[2] in LOGIC else found
-    if name == "selp":
-        return functools.partial(_selected, f"b{width(kind)}")
-    if name == "mov":
-        return functools.partial(read, kind=f"b{width(kind)}")
+        return _comparison(words, kind)
     if name == "cvt":
-        return functools.partial(_converted, words, kind, words[-2])
-    if name == "mad" and "wide" in words:
-        product = operation(("mul", "wide", kind))
-        return lambda a, b, c: product(a, b) + read(c, "u64")
-    if name in SINGLE and kind == "f32" and "ftz" not in words:
-        return functools.partial(_of_singles, SINGLE[name])
-    if name in MODULAR and integer and not {"wide", "hi"} & set(words):
-        return functools.partial(_of_words, MODULAR[name], f"b{width(kind)}")
-    return lambda *operands: _arithmetic(words, kind, operands)
-
-
-def _truth(bits: Array) -> Array:
-    """A predicate, which may be a number."""
-    return bits.astype(bool, copy=False)
-
-
-def _of_truths(function: Binary, a: Array, b: Array) -> Array:
-    return function(_truth(a), _truth(b))
-
-
-def _of_words(function: Binary, kind: str, a: Array, b: Array) -> Array:
-    return function(read(a, kind), read(b, kind))
-
-
-def _of_singles(function: Binary, a: Array, b: Array) -> Array:
-    return bits_of(function(read(a, "f32"), read(b, "f32")), "f32")
-
-
-def _selected(kind: str, a: Array, b: Array, chosen: Array) -> Array:
-    return np.where(chosen, read(a, kind), read(b, kind))
-
-
-def _arithmetic(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
-    """Bits of add, mul, fma, ... of operands, bits of that type (`bf16x2`: two of them)."""
+        to = words[-2]
+        result = "b64" if to[0] == "s" else f"b{32 if to.endswith('x2') else width(to)}"
+        return Operation(functools.partial(_converted, words, kind, to), (kind, kind), result)
+    if kind == "pred":
+        return Operation({"mov": _same, "not": np.logical_not}.get(name) or LOGIC[name], ("pred", "pred"), "pred")
     if kind.endswith("x2"):
-        half = kind.removesuffix("x2")
-        shift = np.uint32(width(half))
-        halves = [[bits.astype(np.uint32) >> shift * np.uint32(n) for bits in operands] for n in (0, 1)]
-        low, high = (_arithmetic(words, half, each) for each in halves)
-        return low.astype(np.uint32) | high.astype(np.uint32) << shift
-    if kind in ("f32", "bf16"):
-        return _of_floats(words, kind, operands)
-    return _of_integers(words, kind, operands)
-
-
-def _of_floats(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
-    ftz, name = "ftz" in words, words[0]
+        half = operation((*words[:-1], kind.removesuffix("x2")))
+        return Operation(functools.partial(_by_halves, half), ("b32",) * 3, "b32")
+    bits = f"b{width(kind)}"
+    if name == "mov":
+        return Operation(_same, (bits,), bits)
+    if name == "selp":
+        return Operation(lambda a, b, chosen: np.where(chosen, a, b), (bits, bits, "pred"), bits)
+    if kind[0] in "bus" and kind != "bf16":
+        return _of_integers(words, kind, bits)
     if name in ("neg", "abs", "copysign"):  # of bits: a NaN keeps its own
-        bits = _signed(name, kind, operands)
-        return _flushed_bits(bits) if ftz else bits
-    values = [flushed(value) if ftz else value for value in (read(bits, kind) for bits in operands)]
+        return Operation(functools.partial(_signed, words, width(kind)), (bits,) * 2, bits)
+    if name in SINGLE and kind == "f32" and "ftz" not in words:
+        exact = SINGLE[name]
+        return Operation(lambda a, b: bits_of(exact(a, b), "f32"), (kind,) * 2, bits)
+    return Operation(lambda *values: _of_floats(words, kind, values), (kind,) * 3, bits)
+
+
+def _comparison(words: Sequence[str], kind: str) -> Operation:
+    found: Binary = functools.partial(_compared, words)
+    if kind[0] in "bus" and kind != "bf16":
+        found = COMPARE[UNSIGNED_ORDER.get(words[1], words[1])]
+    if (logic := LOGIC.get(words[2])) is None:
+        return Operation(found, (kind, kind), "pred")
+    return Operation(lambda a, b, more: logic(found(a, b), more), (kind, kind, "pred"), "pred")
+
+
+def _of_integers(words: Sequence[str], kind: str, bits: str) -> Operation:
+    """bits: the kind of as many without a type."""
+    name, word = words[0], UNSIGNED[width(kind)]
+    if "wide" in words or "hi" in words:
+        product = functools.partial(_long_product, words, width(kind))
+        if name == "mad":
+            return Operation(lambda a, b, c: product(a, b) + c, (kind, kind, "u64"), "b64")
+        return Operation(product, (kind, kind), "b64" if "wide" in words else bits)
+    if name in MODULAR:
+        return Operation(MODULAR[name], (bits, bits), bits)
+    if name in ("shl", "shr"):
+        return Operation(functools.partial(_shifted, name, width(kind)), (kind, "u32"), bits)
+    if name == "bfe":
+        return Operation(functools.partial(_field, word), (kind, "u8", "u8"), bits)
+    function: Callable[..., Array] = {
+        "mad": lambda a, b, c: a * b + c, "not": np.invert, "neg": np.negative, "prmt": _permuted, "lop3": _table,
+    }.get(name)  # fmt: skip
+    if function:
+        return Operation(function, (bits,) * 4, bits)
+    signed = functools.partial(_divided, name) if name in ("div", "rem") else INTEGER[name]
+    return Operation(lambda *values: np.asarray(signed(*values)).astype(word, copy=False), (kind, kind), bits)
+
+
+def _same(bits: Array) -> Array:
+    return bits
+
+
+def _by_halves(half: Callable[..., Array], *operands: Array) -> Array:
+    """An instruction of 16 bits on both halves of registers."""
+    low, high = (half(*(bits >> np.uint32(shift) for bits in operands)) for shift in (0, 16))
+    return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+
+def _of_floats(words: Sequence[str], kind: str, values: Sequence[Array]) -> Array:
+    ftz, name = "ftz" in words, words[0]
+    if ftz:
+        values = [flushed(value) for value in values]
     if name in UNARY:
         result = UNARY[name](*values)
     elif name == "fma":
@@ -139,13 +163,13 @@ def _flushed_bits(bits: Array) -> Array:
     return np.where(bits & np.uint32(0x7F800000) == 0, bits & np.uint32(0x80000000), bits)
 
 
-def _signed(name: str, kind: str, operands: Sequence[Array]) -> Array:
-    word = UNSIGNED[width(kind)]
-    sign = word(1 << width(kind) - 1)
-    bits = operands[0].astype(word)
-    if name == "copysign":  # the sign of the first, all else of the second
-        return bits & sign | operands[1].astype(word) & ~sign
-    return bits ^ sign if name == "neg" else bits & ~sign
+def _signed(words: Sequence[str], size: int, a: Array, b: Array | None = None) -> Array:
+    name, word = words[0], UNSIGNED[size]
+    sign = word(1 << size - 1)
+    if b is not None:  # copysign: the sign of the first, all else of the second
+        return a & sign | b & ~sign
+    bits = a ^ sign if name == "neg" else a & ~sign
+    return _flushed_bits(bits) if "ftz" in words else bits
 
 
 def _extreme(words: Sequence[str], a: Array, b: Array) -> Array:
@@ -159,32 +183,6 @@ def _extreme(words: Sequence[str], a: Array, b: Array) -> Array:
     return np.where((a == 0) & (b == 0), zero, (larger if words[0] == "max" else smaller)(a, b))
 
 
-def _of_integers(words: Sequence[str], kind: str, operands: Sequence[Array]) -> Array:
-    name, bits = words[0], width(kind)
-    if name in ("shl", "shr"):
-        return _shifted(name, read(operands[0], kind), read(operands[1], "u32"), bits)
-    if name == "bfe":
-        start, count = (read(operand, "u8") for operand in operands[1:])
-        return _field(read(operands[0], kind), start, count).astype(UNSIGNED[bits])
-    values = [read(operand, kind) for operand in operands]
-    a = values[0]
-    if "wide" in words or "hi" in words:
-        result = _long_product(words, bits, *values)
-    elif name == "prmt":
-        result = _permuted(*values)
-    elif name == "lop3":
-        result = _table(*values)
-    elif name in ("div", "rem"):
-        result = _divided(name, *values)
-    elif name == "mad":
-        result = a * values[1] + values[2]
-    elif name in ("not", "neg", "abs"):
-        result = {"not": np.invert, "neg": np.negative, "abs": np.abs}[name](a)
-    else:
-        result = INTEGER[name](*values)
-    return np.asarray(result) if "wide" in words else np.asarray(result).astype(UNSIGNED[bits], copy=False)
-
-
 def _long_product(words: Sequence[str], bits: int, a: Array, b: Array) -> Array:
     """mul.wide and mul.hi."""
     if bits == 64:
@@ -192,7 +190,7 @@ def _long_product(words: Sequence[str], bits: int, a: Array, b: Array) -> Array:
         return np.asarray(exact).astype(np.uint64)
     long = (SIGNED if a.dtype.kind == "i" else UNSIGNED)[64]
     product = a.astype(long) * b.astype(long)
-    return product.view(np.uint64) if "wide" in words else product >> long(bits)
+    return product.view(np.uint64) if "wide" in words else (product >> long(bits)).astype(UNSIGNED[bits])
 
 
 def _divided(name: str, a: Array, b: Array) -> Array:
@@ -205,7 +203,7 @@ def _divided(name: str, a: Array, b: Array) -> Array:
     return quotient if name == "div" else a.astype(np.uint64) - quotient * b.astype(np.uint64)
 
 
-def _shifted(name: str, a: Array, by: Array, bits: int) -> Array:
+def _shifted(name: str, bits: int, a: Array, by: Array) -> Array:
     """Shifts by the type's width or more give zeros, or copies of the sign."""
     if by.ndim == 0 and by < bits:
         one = a.dtype.type(by)
@@ -216,16 +214,16 @@ def _shifted(name: str, a: Array, by: Array, bits: int) -> Array:
     return (moved if kept else np.where(by >= bits, a.dtype.type(0), moved)).astype(UNSIGNED[bits])
 
 
-def _field(a: Array, start: Array, count: Array) -> Array:
-    """bfe: so many bits from that one on, of a with its sign, or zeros, before it."""
+def _field(word: type[np.generic], a: Array, start: Array, count: Array) -> Array:
+    """bfe, as that word: so many bits from that one on, of a with its sign, or zeros, before it."""
     if start.ndim == count.ndim == 0 and a.dtype.kind == "u" and start < 8 * a.itemsize and count < 8 * a.itemsize:
         return a >> a.dtype.type(start) & a.dtype.type((1 << int(count)) - 1)
     wide = a.astype((SIGNED if a.dtype.kind == "i" else UNSIGNED)[64])
-    word = wide.dtype.type
-    first, size = np.minimum(start, 63).astype(word), np.minimum(count, 64).astype(word)
-    moved = wide >> first if a.dtype.kind == "i" else np.where(start > 63, word(0), wide >> first)
-    left = np.minimum(word(64) - size, word(63))
-    return np.where(size == 0, word(0), moved << left >> left)
+    long = wide.dtype.type
+    first, size = np.minimum(start, 63).astype(long), np.minimum(count, 64).astype(long)
+    moved = wide >> first if a.dtype.kind == "i" else np.where(start > 63, long(0), wide >> first)
+    left = np.minimum(long(64) - size, long(63))
+    return np.where(size == 0, long(0), moved << left >> left).astype(word)
 
 
 def _permuted(a: Array, b: Array, choice: Array) -> Array:
@@ -253,16 +251,14 @@ def _table(a: Array, b: Array, c: Array, table: Array) -> Array:
     return result
 
 
-def _converted(words: Sequence[str], of: str, to: str, *operands: Array) -> Array:
+def _converted(words: Sequence[str], of: str, to: str, values: Array, low: Array | None = None) -> Array:
     """cvt; integers keep their sign in a wider register. Of two operands the first becomes the upper half."""
-    if to.endswith("x2"):
-        high, low = (_converted(words, of, to.removesuffix("x2"), bits).astype(np.uint32) for bits in operands)
-        return low | high << np.uint32(16)
-    (bits,) = operands
-    values = read(bits, of)
+    if low is not None:
+        both = [_converted(words, of, to.removesuffix("x2"), each).astype(np.uint32) for each in (values, low)]
+        return both[1] | both[0] << np.uint32(16)
     if values.dtype.kind in "iu":
         if to[0] in "us":
-            return extended(extended(bits, of), to)
+            return extended(values.astype(np.int64).view(np.uint64) if values.dtype.kind == "i" else values, to)
         return bits_of(values.astype(np.float64 if to == "bf16" else np.float32), to)
     values = flushed(values) if "ftz" in words else values
     whole = [WHOLE[word] for word in words if word in WHOLE]
@@ -272,7 +268,7 @@ def _converted(words: Sequence[str], of: str, to: str, *operands: Array) -> Arra
     if "sat" in words:  # NaN, and zeros of both signs, become 0
         values = np.where(values > 0, np.minimum(values, np.float32(1)), np.float32(0))
     if "rz" in words:
-        return np.where(np.isnan(values), NAN, values.view(np.uint32)).astype(np.uint32) >> np.uint32(16)
+        return (np.where(np.isnan(values), NAN, values.view(np.uint32)) >> np.uint32(16)).astype(np.uint16)
     return bits_of(values, to)
 
 
@@ -287,9 +283,9 @@ def _whole_number(values: Array, to: str) -> Array:
     return extended(np.where(np.isnan(values), none, found), to)
 
 
-def _compared(words: Sequence[str], kind: str, a: Array, b: Array) -> Array:
+def _compared(words: Sequence[str], a: Array, b: Array) -> Array:
     """setp's first word on floats. Ordered relations are false of a NaN, unordered ones (`ltu`) true."""
-    relation, a, b = words[1], read(a, kind), read(b, kind)
+    relation = words[1]
     if "ftz" in words:
         a, b = flushed(a), flushed(b)
     unordered = np.isnan(a) | np.isnan(b)

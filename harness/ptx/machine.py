@@ -19,9 +19,9 @@ import numpy as np
 from torch import Tensor
 
 from castpoint.harness.ptx.arithmetic import operation
+from castpoint.harness.ptx.blocks import Block, blocks
 from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
-from castpoint.harness.ptx.plain import Plain, plain
 from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import Instruction, Operand, Program, declared, listed
 from castpoint.harness.ptx.runs import Loads, Products, runs
@@ -81,8 +81,7 @@ class _Run(Warps):
         joints = set(self.program.labels.values())
         joints |= {n + 1 for n, i in enumerate(self.program.instructions) if i.words[0] == "bra"}
         together = {place: run for place, run in runs(self.program).items() if self._pays(run)}
-        prepared, numbers = plain(self.program)
-        self.registers |= numbers
+        computing = blocks(self.program)
         place: int | None = 0
         with np.errstate(all="ignore"):
             while place is not None:
@@ -95,8 +94,8 @@ class _Run(Warps):
                     with contextlib.suppress(IndexError):  # one by one it says which
                         place = self._together(together[place])
                         continue
-                if (step := prepared[place]) and self._plain(step):
-                    place += 1
+                if place in computing and self._computed(computing[place]):
+                    place = computing[place].end
                     continue
                 instruction = self.program.instructions[place]
                 try:
@@ -180,21 +179,16 @@ class _Run(Warps):
         self.put_each(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
         return run.end
 
-    def _plain(self, step: Plain) -> bool:
-        """Whether it was executed here: not where it reads a register that was never written, or what is none."""
-        target, function, sources = step
+    def _computed(self, block: Block) -> bool:
+        """Whether it was executed here: not where it reads a register that was never written."""
         registers, unwritten = self.registers, self.unwritten
-        if unwritten and not unwritten.keys().isdisjoint(sources):
-            if any((unwritten[source] & self.active).any() for source in sources if source in unwritten):
-                return False
+        if unwritten and any((unwritten[name] & self.active).any() for name in block.reads if name in unwritten):
+            return False
         try:
-            values = [registers[source] for source in sources]
+            sources = [registers[name] for name in block.reads]
         except KeyError:
             return False
-        if self.active is self.everyone and target not in unwritten:
-            registers[target] = function(*values)
-        else:
-            self.put(target, function(*values), self.active)
+        self.put_each(block.writes, block.function(*sources), self.active)
         return True
 
     def _execute(self, i: Instruction, mask: Array) -> None:

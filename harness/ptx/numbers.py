@@ -37,13 +37,15 @@ def width(kind: str) -> int:
 @functools.cache
 def _forms(kind: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Of a type's bits, and of its values."""
+    if kind == "pred":
+        return np.dtype(bool), np.dtype(bool)
     unsigned = UNSIGNED[width(kind)]
     signed = SIGNED[width(kind)] if kind[0] == "s" else unsigned
     return np.dtype(unsigned), np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, signed))
 
 
 def read(bits: Array, kind: str) -> Array:
-    """Bits, of the type's width or wider, as values; bf16 and f16 as float32."""
+    """Bits, of the type's width or wider, as values; bf16 and f16 as float32, a predicate as bool."""
     word, form = _forms(kind)
     if bits.dtype is not word:
         bits = bits.astype(word, copy=False)
