@@ -205,9 +205,6 @@ def _divided(name: str, a: Array, b: Array) -> Array:
 
 def _shifted(name: str, bits: int, a: Array, by: Array) -> Array:
     """Shifts by the type's width or more give zeros, or copies of the sign."""
-    if by.ndim == 0 and by < bits:
-        one = a.dtype.type(by)
-        return (a << one if name == "shl" else a >> one).astype(UNSIGNED[bits], copy=False)
     most = np.minimum(by, np.uint32(bits - 1)).astype(a.dtype)
     moved = np.left_shift(a, most) if name == "shl" else np.right_shift(a, most)
     kept = name == "shr" and a.dtype.kind == "i"
@@ -216,8 +213,6 @@ def _shifted(name: str, bits: int, a: Array, by: Array) -> Array:
 
 def _field(word: type[np.generic], a: Array, start: Array, count: Array) -> Array:
     """bfe, as that word: so many bits from that one on, of a with its sign, or zeros, before it."""
-    if start.ndim == count.ndim == 0 and a.dtype.kind == "u" and start < 8 * a.itemsize and count < 8 * a.itemsize:
-        return a >> a.dtype.type(start) & a.dtype.type((1 << int(count)) - 1)
     wide = a.astype((SIGNED if a.dtype.kind == "i" else UNSIGNED)[64])
     long = wide.dtype.type
     first, size = np.minimum(start, 63).astype(long), np.minimum(count, 64).astype(long)
@@ -232,10 +227,6 @@ def _permuted(a: Array, b: Array, choice: Array) -> Array:
     result = np.uint32(0)
     for n in range(4):
         nibble = choice >> np.uint32(4 * n) & np.uint32(15)
-        if choice.ndim == 0 and nibble < 8:
-            byte = (b if nibble & 4 else a) >> np.uint32(8 * (nibble & 3)) & np.uint32(255)
-            result = result | byte << np.uint32(8 * n)
-            continue
         byte = (both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)).astype(np.uint32)
         signs = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
         result = result | np.where(nibble & np.uint32(8), signs, byte) << np.uint32(8 * n)

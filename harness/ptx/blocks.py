@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castpoint.harness.ptx.arithmetic import of_values
-from castpoint.harness.ptx.numbers import Array, read, width
+from castpoint.harness.ptx.numbers import UNSIGNED, Array, read, width
 from castpoint.harness.ptx.program import Instruction, Operand, Program
 from castpoint.harness.ptx.runs import runs
 
@@ -77,10 +77,30 @@ class _Text:
     def write(self, i: Instruction) -> None:
         function, kinds, result = of_values(i.words)
         given = [self._source(operand, kind) for operand, kind in zip(i.operands[1:], kinds, strict=False)]
+        sources, variables = zip(*given, strict=True)
         variable = f"v{len(self.lines)}"
-        text = f"{variable} = {self.named(function)}({', '.join(text for text, _ in given)})"
-        self.lines.append((text, [name for _, name in given if name]))
+        text = self._by_numbers(i, sources) or f"{self.named(function)}({', '.join(sources)})"
+        self.lines.append((f"{variable} = {text}", [name for name in variables if name]))
         self.values[i.operands[0]] = variable, result
+
+    def _by_numbers(self, i: Instruction, sources: Sequence[str]) -> str:
+        """A shift, a field or bytes by numbers that the text has, shorter than for any; empty where it is none."""
+        name, kind = i.words[0], i.words[-1]
+        numbers = i.operands[-_BY_NUMBERS.get(name, 1) :]
+        if name not in _BY_NUMBERS or kind[0] == "s" or not all(isinstance(number, int) for number in numbers):
+            return ""
+
+        def word(value: int) -> str:
+            return self.named(UNSIGNED[width(kind)](value))
+
+        if name == "prmt":
+            moved = [(sources[n], "<<" if by > 0 else ">>", by, mask) for n, by, mask in _moves(numbers[0])]
+            return " | ".join(f"({bits} {way} {word(abs(by))} & {word(mask)})" for bits, way, by, mask in moved)
+        if not all(0 <= number < width(kind) for number in numbers):
+            return ""
+        if name == "bfe":
+            return f"{sources[0]} >> {word(numbers[0])} & {word((1 << numbers[1]) - 1)}"
+        return f"{sources[0]} {'<<' if name == 'shl' else '>>'} {word(numbers[0])}"
 
     def _source(self, operand: Operand, kind: str) -> tuple[str, str | None]:
         """A source as text, and the variable in it."""
@@ -95,6 +115,19 @@ class _Text:
         if held and kind in _VIEWS and width(held) == width(kind):
             return f"{variable}.view({kind})", variable
         return f"read({variable}, {kind!r})", variable
+
+
+def _moves(choice: int) -> Iterator[tuple[int, int, int]]:
+    """What prmt takes: of which source, moved up by how many bits, those that this mask has. None of one that copies
+    signs."""
+    found: Counter[tuple[int, int]] = Counter()
+    for n in () if choice & 0x8888 else range(4):
+        byte = choice >> 4 * n & 7
+        found[byte // 4, 8 * (n - byte % 4)] += 0xFF << 8 * n
+    yield from ((*place, mask) for place, mask in found.items())
+
+
+_BY_NUMBERS = {"shl": 1, "shr": 1, "bfe": 2, "prmt": 1}  # and how many
 
 
 _VIEWS = {"f32": np.float32, "s16": np.int16, "s32": np.int32, "s64": np.int64}  # that have the bits' width

@@ -289,9 +289,12 @@ class _Run(Warps):
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
         byte = np.arange(0, size, 4)[:, None]
-        there = given > byte
-        words = np.zeros(there.shape, np.uint32)
-        words[there] = self.memory.load((source + byte)[there], 32)
+        if (given == size).all():
+            words = self.memory.load(source + byte, 32)
+        else:
+            there = given > byte
+            words = np.zeros(there.shape, np.uint32)
+            words[there] = self.memory.load((source + byte)[there], 32)
         self.shared.store(self._mine(self.shared_start, mask), target + byte, words, 32)
 
     def _atom(self, i: Instruction, mask: Array) -> None:

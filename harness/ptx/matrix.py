@@ -7,6 +7,7 @@ once: exact where the sums are. A tensor core truncates instead (conformance/ten
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +21,13 @@ G, T = LANE // 4, LANE % 4
 
 def shuffle(values: Array, lanes: Array, mode: str) -> tuple[Array, Array]:
     """[W, 32] values of other threads, and whether there is one: `idx` of the one that lanes name, `bfly` of the
-    exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own."""
+    exclusive or with lanes, `up` of the one so many before; a thread without one keeps its own. lanes: [W, 32], or
+    one for all."""
     lanes = lanes.astype(np.int64) & 31
     source = {"idx": lanes, "bfly": LANE ^ lanes, "up": LANE - lanes}[mode]
     there = (source >= 0) & (source < 32)
-    return np.take_along_axis(values, np.where(there, source, LANE), 1), there
+    source = np.where(there, source, LANE)
+    return (values[:, source] if source.ndim == 1 else np.take_along_axis(values, source, 1)), there
 
 
 # ---------------------------------------------------------------- ldmatrix, stmatrix
@@ -34,10 +37,10 @@ def load(shared: Shared, starts: Array, addresses: Array, count: int, transposed
     """ldmatrix: count matrices of 8 x 8 halves, a register [W, 32] each. starts, addresses: [W, 32]; threads 8 n to
     8 n + 7 name the rows of the n-th."""
     check_aligned(addresses[:, : 8 * count], 16)
-    first, warp = 8 * np.arange(count)[:, None, None], np.arange(len(addresses))[:, None]
+    matrices = addresses.reshape(-1, 4, 8).swapaxes(0, 1)[:count]
     if not transposed:
-        return list(shared.load(starts, addresses[warp, first + G] + 4 * T, 32))
-    places = [addresses[warp, first + row] + 2 * column for row, column in _halves(transposed=True)]
+        return list(shared.load(starts, matrices[..., G] + 4 * T, 32))
+    places = [matrices[..., row] + 2 * column for row, column in _halves(transposed=True)]
     low, high = (shared.load(starts, place, 16).astype(np.uint32) for place in places)
     return list(low | high << np.uint32(16))
 
@@ -81,24 +84,25 @@ def left_of(values: Array) -> Array:
 
 
 def described(shared: Shared, starts: Array, descriptors: Array, rows: int) -> Array:
-    """[groups, rows, 16] of bf16 that matrix descriptors [groups] name, each row contiguous.
+    """[groups, rows, 16] of bf16 that matrix descriptors [groups] name, each row contiguous."""
+    addresses = np.stack([_addresses(descriptor, rows) for descriptor in descriptors.tolist()])
+    words = shared.load(starts[:, None, None], addresses, 64)
+    return read(words.view(np.uint16), "bf16").astype(np.float64)
+
+
+@functools.lru_cache(512)
+def _addresses(descriptor: int, rows: int) -> Array:
+    """[rows, 4] of each eight bytes of a matrix.
 
     Bits 0 to 13: address / 16. 32 to 45: bytes / 16 from eight rows to the next eight. 62 and 63: rows of 128, 64 or 32
     bytes, whose parts of 16 bytes are exchanged by the address bits three above their number.
     """
-
-    def field(low: int, bits: int) -> Array:
-        return (descriptors >> np.uint64(low) & np.uint64((1 << bits) - 1)).astype(np.int64)[:, None, None]
-
-    swizzle = field(62, 2)
-    if (swizzle == 0).any() or field(49, 3).any():
+    if not descriptor >> 62 or descriptor >> 49 & 7:
         raise Unsupported("a matrix descriptor without swizzle, or with a base offset")
-    line = 256 >> swizzle
+    line = 256 >> (descriptor >> 62)
     row, byte = np.arange(rows)[:, None], 8 * np.arange(4)
-    address = 16 * field(0, 14) + row // 8 * 16 * field(32, 14) + row % 8 * line + byte
-    address ^= (address >> 7 & line // 16 - 1) << 4
-    words = shared.load(starts[:, None, None], address, 64)
-    return read(words.view(np.uint16), "bf16").astype(np.float64)
+    address = 16 * (descriptor & 0x3FFF) + row // 8 * 16 * (descriptor >> 32 & 0x3FFF) + row % 8 * line + byte
+    return address ^ (address >> 7 & line // 16 - 1) << 4
 
 
 def pairs(words: Sequence[Array]) -> Array:

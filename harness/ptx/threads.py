@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -73,30 +73,31 @@ class Threads:
         return ~self.bits(operand[1:]) if operand.startswith("!") else self.bits(operand)
 
     def put(self, name: str, bits: Array, mask: Array) -> None:
-        if name == "_":
-            return
-        if mask is self.everyone or mask.all():
-            self.unwritten.pop(name, None)
-            self.registers[name] = bits
-            return
-        if name not in self.registers:
-            self._start(name)
-            self.registers[name] = self.registers[name].astype(bits.dtype)
-        if name in self.unwritten:
-            self.unwritten[name] = self.unwritten[name] & ~mask
-        self.registers[name] = np.where(mask, bits, self.registers[name])
+        self.put_each((name,), (bits,), mask)
 
-    def put_each(self, names: Sequence[str], rows: Array, mask: Array) -> None:
-        """put of each name and its row of bits [names, threads]."""
-        if mask is self.everyone and not self.unwritten and "_" not in names:
-            self.registers.update(zip(names, rows, strict=True))
+    def put_each(self, names: Sequence[str], found: Iterable[Array], mask: Array) -> None:
+        """Bits into registers, of those threads; `_` is none."""
+        registers, unwritten = self.registers, self.unwritten
+        if mask is self.everyone or mask.all():
+            registers.update(zip(names, found, strict=True))
+            if unwritten:
+                for name in names:
+                    unwritten.pop(name, None)
             return
-        for name, row in zip(names, rows, strict=True):
-            self.put(name, row, mask)
+        others = ~mask
+        for name, bits in zip(names, found, strict=True):
+            if name == "_":
+                continue
+            if name not in registers:
+                self._start(name)
+                registers[name] = registers[name].astype(bits.dtype)
+            if name in unwritten:
+                unwritten[name] = unwritten[name] & others
+            registers[name] = np.where(mask, bits, registers[name])
 
     def each(self, values: Array) -> Array:
         """An element a thread."""
-        return values if values.shape == (self.threads,) else np.broadcast_to(values, self.threads)
+        return values if values.shape == (self.threads,) else np.full(self.threads, values)
 
     def stacked(self, names: Sequence[Operand], part: slice | None = None) -> Array:
         """[names, threads] of float32 that registers hold, or those of a part of the threads."""

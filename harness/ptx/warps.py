@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,42 +17,44 @@ from castpoint.harness.ptx.threads import Threads
 class Warps(Threads):
     """A method an instruction, called with the threads that execute it."""
 
-    def _groups(self, mask: Array, size: int) -> Array:
-        """Which groups of that many threads take part. Raises Unsupported where one does in part."""
+    def _groups(self, mask: Array, size: int) -> Any:
+        """Which groups of that many threads take part, ... for all. Raises Unsupported where one does in part."""
+        if mask is self.everyone:
+            return ...
         groups = mask.reshape(-1, size)
         if (groups.any(1) != groups.all(1)).any():
             raise Unsupported("a part of a warp at an instruction of whole warps")
         return groups[:, 0]
 
-    def _whole(self, i: Instruction, mask: Array) -> Array:
+    def _whole(self, i: Instruction, mask: Array) -> Any:
         """Warps that take part in an instruction whose last operand says which threads do: all, or it is refused."""
-        if (self.each(self.get(i.operands[-1], "u32"))[mask] != np.uint32(0xFFFFFFFF)).any():
+        if i.operands[-1] not in (-1, 0xFFFFFFFF) and (self.each(self.get(i.operands[-1], "u32"))[mask] != np.uint32(0xFFFFFFFF)).any():
             raise Unsupported("an instruction of parts of a warp")
         return self._groups(mask, 32)
 
-    def _rows(self, names: Sequence[Operand], groups: Array) -> list[Array]:
+    def _rows(self, names: Sequence[Operand], groups: Any, size: int = 32) -> list[Array]:
         """Registers as [groups, threads], those that take part."""
-        rows = [self.each(self.get(name, "b32")).reshape(len(groups), -1) for name in names]
-        return rows if groups.all() else [row[groups] for row in rows]
+        return [self.each(self.get(name, "b32")).reshape(-1, size)[groups] for name in names]
 
     def _put_rows(self, names: Sequence[str], words: Sequence[Array], mask: Array) -> None:
-        for name, word in zip(names, words, strict=True):
-            bits = word.reshape(-1)
-            if mask is not self.everyone:
-                bits = np.zeros(self.threads, np.uint32)
-                bits[mask] = word.reshape(-1)
-            self.put(name, bits, mask)
+        found = [word.reshape(-1) for word in words]
+        if mask is not self.everyone:
+            there, found = found, np.zeros((len(found), self.threads), np.uint32)
+            found[:, mask] = there
+        self.put_each(names, found, mask)
 
     def _shfl(self, i: Instruction, mask: Array) -> None:
         groups = self._whole(i, mask)
         if i.operands[3] != (0 if i.words[2] == "up" else 31):
             raise Unsupported("shfl within parts of a warp")
         name, _, inside = i.operands[0].partition("|")
-        found, there = matrix.shuffle(*self._rows(i.operands[1:3], groups), i.words[2])
+        values, by = self._rows(i.operands[1:2], groups)[0], i.operands[2]
+        lanes = self.get(by, "b32") if isinstance(by, int) else self._rows([by], groups)[0]
+        found, there = matrix.shuffle(values, lanes, i.words[2])
         self._put_rows([name], [found], mask)
         if inside:
             reached = np.zeros(self.threads, bool)
-            reached[mask] = there.reshape(-1)
+            reached[mask] = np.broadcast_to(there, found.shape).reshape(-1)
             self.put(inside, reached, mask)
 
     def _redux(self, i: Instruction, mask: Array) -> None:
@@ -61,7 +64,7 @@ class Warps(Threads):
         found = INTEGER[i.words[2]].reduce(read(values, kind), axis=1, keepdims=True, dtype=read(values, kind).dtype)
         self._put_rows([i.operands[0]], [np.broadcast_to(found, values.shape).astype(np.uint32)], mask)
 
-    def _places(self, address: Operand, warps: Array) -> list[Array]:
+    def _places(self, address: Operand, warps: Any) -> list[Array]:
         """[W, 32] of each thread of these warps: where its shared memory begins, and an address in it."""
         return [each.reshape(-1, 32)[warps] for each in (self.shared_start, self.addresses(address))]
 
@@ -98,9 +101,9 @@ class Warps(Threads):
             return matrix.described(self.shared, starts, descriptors, rows)
 
         if isinstance(left, tuple):
-            a = matrix.left_of(matrix.pairs(self._rows(left, groups))).reshape(-1, 64, 16)
+            a = matrix.left_of(matrix.pairs(self._rows(left, groups, 128))).reshape(-1, 64, 16)
         else:
             a = described(left, 64)
         b = described(right, columns)
-        words = matrix.wgmma(a, b, self._rows(accumulators, groups) if keep[0] else None, columns)
+        words = matrix.wgmma(a, b, self._rows(accumulators, groups, 128) if keep[0] else None, columns)
         self._put_rows(accumulators, words, mask)
