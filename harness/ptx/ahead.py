@@ -63,7 +63,9 @@ def made_beside(make: Callable[[], T], before: int) -> Iterator[Callable[[], T]]
 
 
 def _by_itself() -> None:
-    """A fork says nothing, and has none of the threads that PyTorch began: it would wait for them for ever."""
+    """A fork says nothing, takes no time from this process, and has none of the threads that PyTorch began: it would
+    wait for them for ever."""
+    os.nice(5)
     sys.stdout = sys.stderr = nowhere = open(os.devnull, "w")
     os.dup2(nowhere.fileno(), 1)
     os.dup2(nowhere.fileno(), 2)

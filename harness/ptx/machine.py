@@ -288,14 +288,13 @@ class _Run(Warps):
         check_aligned(target, size)
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
-        byte = np.arange(0, size, 4)[:, None]
-        if (given == size).all():
-            words = self.memory.load(source + byte, 32)
-        else:
-            there = given > byte
-            words = np.zeros(there.shape, np.uint32)
-            words[there] = self.memory.load((source + byte)[there], 32)
-        self.shared.store(self._mine(self.shared_start, mask), target + byte, words, 32)
+        every = (given == size).all()
+        bits = 64 if every and size > 4 else 32
+        byte = np.arange(0, size, bits // 8)[:, None]
+        there = ... if every else given > byte
+        words = np.zeros((len(byte), len(target)), UNSIGNED[bits])
+        words[there] = self.memory.load((source + byte)[there], bits)
+        self.shared.store(self._mine(self.shared_start, mask), target + byte, words, bits)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those

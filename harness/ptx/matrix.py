@@ -67,14 +67,16 @@ def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -
     values_of, warps = (pairs if kind == "bf16" else tf32), len(c[0])
     right = values_of(b).reshape(2, warps, 8, 4, -1).transpose(1, 2, 0, 3, 4).reshape(warps, 8, -1)
     total = left_of(values_of(a)) @ right.swapaxes(1, 2)
-    return _added(np.stack(c), total.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, warps, 32))
+    parts = total.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, warps, 32)
+    return bits_of(read(np.stack(c), "f32") + parts, "f32")
 
 
-def wgmma(a: Array, b: Array, c: Sequence[Array] | None, columns: int) -> Sequence[Array]:
-    """Accumulators [groups, 128] of a [groups, 64, 16] and b [groups, columns, 16]; c None: they start at zero."""
+def wgmma(a: Array, b: Array, c: Array | None, columns: int) -> Sequence[Array]:
+    """Accumulators [groups, 128] of a [groups, 64, 16], b [groups, columns, 16] and what they were, float32 [columns /
+    2, groups, 128]; c None: they start at zero."""
     total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 2, 8, columns // 8, 4, 2)  # a warp holds 16 rows
     parts = total.transpose(4, 2, 6, 0, 1, 3, 5).reshape(columns // 2, -1, 128)
-    return _added(np.zeros(parts.shape, np.uint32) if c is None else np.stack(c), parts)
+    return bits_of(parts + np.float32(0) if c is None else c + parts, "f32")
 
 
 def left_of(values: Array) -> Array:
@@ -114,7 +116,3 @@ def pairs(words: Sequence[Array]) -> Array:
 def tf32(words: Sequence[Array]) -> Array:
     """The one tf32 value of each register, as float64: its low 13 bits are not read."""
     return read(np.stack(words) & np.uint32(0xFFFFE000), "f32").astype(np.float64)[..., None]
-
-
-def _added(words: Array, total: Array) -> Array:
-    return bits_of(read(words, "f32") + total, "f32")

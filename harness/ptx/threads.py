@@ -34,6 +34,7 @@ class Threads:
             self.registers[f"%ctaid.{axis}"] = place.astype(np.uint32).repeat(threads)
             self.registers[f"%nctaid.{axis}"] = np.uint32(size)
         self.everyone = np.ones(self.threads, bool)
+        self.start = np.full(self.threads, unknown or 0, np.uint64)
         self.active = self.everyone  # threads that are at this place
         self.waiting: dict[int, Array] = {}  # threads that are at others
         self.executing = self.active  # threads that execute the instruction
@@ -57,12 +58,11 @@ class Threads:
         kind = declared(name, self.program.registers)
         if kind is None:
             raise Unsupported(name)
+        bits = self.start
         if self.unknown is None:
             bits = np.random.default_rng(list(name.encode())).integers(0, 1 << 64, self.threads, np.uint64)
-        else:
-            bits = np.full(self.threads, self.unknown, np.uint64)
         self.registers[name] = bits & np.uint64(1) == 1 if kind == "pred" else bits
-        self.unwritten[name] = np.ones(self.threads, bool)
+        self.unwritten[name] = self.everyone
 
     def get(self, operand: Operand, kind: str) -> Array:
         return read(self.bits(operand), kind)

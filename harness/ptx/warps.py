@@ -90,8 +90,8 @@ class Warps(Threads):
             raise Unsupported("wgmma with signs")
         if any(signs[2:]):
             raise Unsupported("wgmma of a transposed matrix")
-        keep = np.unique(self.each(self.predicate(keep))[mask])
-        if len(keep) > 1:
+        counts = self.each(self.predicate(keep))[mask]
+        if (counts != counts[0]).any():
             raise Unsupported("a product to which not all threads add")
         columns = int(i.words[4].removeprefix("m64n").removesuffix("k16"))
         starts = self.shared_start.reshape(-1, 128)[groups, 0]
@@ -105,5 +105,5 @@ class Warps(Threads):
         else:
             a = described(left, 64)
         b = described(right, columns)
-        words = matrix.wgmma(a, b, self._rows(accumulators, groups, 128) if keep[0] else None, columns)
-        self._put_rows(accumulators, words, mask)
+        c = self.stacked(accumulators).reshape(len(accumulators), -1, 128)[:, groups] if counts[0] else None
+        self._put_rows(accumulators, matrix.wgmma(a, b, c, columns), mask)
