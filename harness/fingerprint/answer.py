@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,10 +146,15 @@ class Question:
     ask: Callable[[], Miss]
 
 
+def ahead(questions: Iterable[Question]) -> Iterator[Question]:
+    """The questions, which another core prepares."""
+    return compiled_ahead(questions, lambda question: question.ask())
+
+
 def held_to(answer: Answer, questions: Iterable[Question], inputs: str = "x") -> Answer:
     """The answer, or `none` where it is another function at one of the questions. inputs: what lies in memory."""
     asked, other, failed = [*answer.asked], [], set()
-    for question in compiled_ahead(questions, lambda question: question.ask()):
+    for question in questions:
         called = CALLED[question.about].format(question.what)
         try:
             miss = question.ask()

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.answer import Answer, answer_of, difference, held_to, none_of_these
+from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, difference, held_to, none_of_these
 from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.calls import KEPT, ChainCalls, first_taken, keeps_weight
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
@@ -31,6 +31,7 @@ from castpoint.harness.fingerprint.evidence import (
 )
 from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.heads import Geometry, HeadRows
+from castpoint.harness.fingerprint.layouts import CONTIGUOUS, ROWS
 from castpoint.harness.fingerprint.missing import missing_word
 from castpoint.harness.fingerprint.rules import Readout, Rule, arithmetic, norm_rules, projected_rules
 from castpoint.harness.fingerprint.searches import SEARCH, Search
@@ -38,7 +39,7 @@ from castpoint.harness.fingerprint.sizes import Sizes
 from castpoint.harness.fingerprint.stores import round_to, storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.harness.ptx import driver
-from castpoint.harness.ptx.ahead import made_beside
+from castpoint.harness.ptx.ahead import compiling, made_beside
 from castpoint.kernels.plan import KEEP
 
 EPS_HALF = 0.75  # for EPS_LARGE in fp16, where x cannot be so large that eps is nothing: x makes up for it
@@ -49,6 +50,27 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     """The fingerprint of a black box of kind qkv. Raises Fault for what the callable does wrong."""
     before = driver.launches
     calls, main, refused = _first_calls(box, sizes)
+    guess = partial(chain_questions, calls, _any_plan(box, main[0]), sizes, (CONTIGUOUS, ROWS))
+    with compiling(guess, lambda question: question.ask(), before) as asked:
+        return _answered(calls, main, refused, sizes, before, asked)
+
+
+def _any_plan(box: BlackBox, call: Call) -> Found:
+    """Of the form of the call. Its questions have the shapes of those about the plan that it is."""
+    stored = outs(call.dtype, box.narrow)
+    norm = projected_rules(outs=stored, narrow=box.narrow)[0]
+    head = norm_rules(outs=stored, narrow=box.narrow)[0] if box.kind == "qkv" else None
+    bias = {"bias": "before"} if box.takes("bias") else {}
+    return Found(norm, head, _plan_words(norm, head, box.takes("residual")) | bias)
+
+
+def _answered(
+    calls: ChainCalls, main: list[Call], refused: list[dict[str, str]], sizes: Sizes, before: int,
+    asked: Callable[[Iterable[Question]], Iterator[Question]],
+) -> Answer:  # fmt: skip
+    """What the calls and others say. asked: gives the questions that it is held to, and says so to who prepares them;
+    before: launches before all."""
+    box = calls.box
     fused_add, rng = box.takes("residual"), torch.Generator().manual_seed(1)
     words = storages(box.narrow)
     xs = words if fused_add else words[1:2]
@@ -94,7 +116,7 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     found = Found(*pairs[0][0], groups[0][0])
     with made_beside(partial(noted, box, partial(chain_facts, calls, found)), before) as made:
         inputs = "x or residual" if box.takes("residual") else "x"
-        answer = held_to(answer, chain_questions(calls, found, sizes), inputs)
+        answer = held_to(answer, asked(chain_questions(calls, found, sizes)), inputs)
         said = made()
     return dataclasses.replace(answer, facts=box.manners | said)
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,10 +105,13 @@ class Envelope(CastPlan):
         pass
 
 
-def chain_questions(calls: ChainCalls, found: Found, sizes: Sizes) -> Iterator[Question]:
+def chain_questions(
+    calls: ChainCalls, found: Found, sizes: Sizes, known: Sequence[str] = (CONTIGUOUS,)
+) -> Iterator[Question]:
+    """known: layouts that it takes, before it is asked for others."""
     base = (probes.ROWS, calls.geometry)
     tokens, geometry = base
-    dense, taken = Dense(calls, found), {CONTIGUOUS: None}
+    dense, taken = Dense(calls, found), dict.fromkeys(known)
     x = dense.x(tokens)
     for layout in (*LAYOUTS, *(each_alone("the residual") if calls.box.takes("residual") else [])):
         yield Question("memory", layout, functools.partial(noting, taken, layout, functools.partial(dense.ask, x)))

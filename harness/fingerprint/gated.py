@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
-from castpoint.harness.fingerprint.answer import Answer, Question, difference, held_to, merged, none_of_these
+from castpoint.harness.fingerprint.answer import Answer, Question, ahead, difference, held_to, merged, none_of_these
 from castpoint.harness.fingerprint.arguments import parameters_of
 from castpoint.harness.fingerprint.blackbox import BlackBox
 from castpoint.harness.fingerprint.calls import NormCalls, first_of, in_parts
@@ -101,7 +101,7 @@ def gated(ways: list[NormCalls], sizes: Sizes, identified: Callable[[BlackBox], 
         answer = dataclasses.replace(answer, status="undecided", reason=f"undecided between {differ}")
     candidates = [words | more for words in answer.candidates for more in found]
     answer = dataclasses.replace(answer, candidates=candidates)
-    answer = held_to(answer, _questions(asked, sizes, rule, gate, left[0][0], rows), "x or gate")
+    answer = held_to(answer, ahead(_questions(asked, sizes, rule, gate, left[0][0], rows)), "x or gate")
     said = {name: text for name, text in answer.facts.items() if not (gate.first and name == "subnormal x")}
     return dataclasses.replace(answer, facts={"gate": str(gate), **said})
 

@@ -24,7 +24,7 @@ import torch
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
-from castpoint.harness.fingerprint.answer import Answer, answer_of, by_paths, held_to, none_of_these, plans_of
+from castpoint.harness.fingerprint.answer import Answer, ahead, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.arguments import options_of
 from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way
 from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
@@ -215,7 +215,7 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     every = questions(rule, rows.weight, asked, sizes, fixed_scale(box), ask)
     every = itertools.chain(every, extra_questions(rule, asked, rows, sizes))
     with made_beside(partial(facts.noted, box, partial(norm_facts, rule, asked, rows, sizes)), before) as made:
-        answer = held_to(answer, every, "x or residual" if box.takes("residual") else "x")
+        answer = held_to(answer, ahead(every), "x or residual" if box.takes("residual") else "x")
         said = made()
     said = box.manners | said
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))

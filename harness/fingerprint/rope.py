@@ -21,6 +21,7 @@ from castpoint.harness.fingerprint import norm, pairs
 from castpoint.harness.fingerprint.answer import (
     Answer,
     agree,
+    ahead,
     answer_of,
     difference,
     held_to,
@@ -85,7 +86,7 @@ def _answer(pair: Pair, sizes: Sizes) -> Answer:
     best = groups[0][0]
     answer = dataclasses.replace(answer, asked=alone.asked, facts=_facts(first, alone, rule, best))
     questions = rope_questions(Held(first, rule, best))
-    return answer if miss else held_to(answer, questions, "qkv" if pair.packed else "q or k")
+    return answer if miss else held_to(answer, ahead(questions), "qkv" if pair.packed else "q or k")
 
 
 def _norms(first: First) -> Answer:

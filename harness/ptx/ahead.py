@@ -19,27 +19,41 @@ from castpoint.harness.ptx import driver
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def compiling(
+    questions: Callable[[], Iterable[T]], ask: Callable[[T], object], before: int
+) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+    """Where ptx.driver runs what is asked, so that it has more launches than before, a fork of this process asks the
+    questions, on another core, from the last one back. Its launches do nothing but compile into Triton's cache, where
+    this process finds them; it hands back nothing else, and is not waited for. This process asks what it is about to
+    through the function that is given, until both meet."""
+    if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
+        yield iter
+        return
+    with mmap.mmap(-1, 8) as begun:  # how many this process has begun
+
+        def asked(questions: Iterable[T]) -> Iterator[T]:
+            for n, question in enumerate(questions, 1):
+                begun[:] = n.to_bytes(8)
+                yield question
+
+        if not (other := os.fork()):
+            _compile(questions, ask, begun)
+        try:
+            yield asked
+        finally:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+
+
 def compiled_ahead(questions: Iterable[T], ask: Callable[[T], object]) -> Iterator[T]:
-    """The questions, which the caller asks. Where the first launches what ptx.driver runs, a fork of this process asks
-    the others too, on another core, from the last one back until both meet. Its launches do nothing but compile into
-    Triton's cache, where this process finds them; it hands back nothing else, and is not waited for."""
+    """The questions, which the caller asks, behind the first one as compiling has it."""
     questions, before = iter(questions), driver.launches
     for question in questions:
         yield question
         break
-    if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
-        yield from questions
-        return
-    with mmap.mmap(-1, 8) as begun:  # how many of the others this process has begun
-        if not (other := os.fork()):
-            _compile([*questions], ask, begun)
-        try:
-            for n, question in enumerate(questions, 1):
-                begun[:] = n.to_bytes(8)
-                yield question
-        finally:
-            os.kill(other, signal.SIGKILL)
-            os.waitpid(other, 0)
+    with compiling(lambda: questions, ask, before) as asked:
+        yield from asked(questions)
 
 
 @contextlib.contextmanager
@@ -62,10 +76,10 @@ def made_beside(make: Callable[[], T], before: int) -> Iterator[Callable[[], T]]
         os.waitpid(other, 0)
 
 
-def _by_itself() -> None:
-    """A fork says nothing, takes no time from this process, and has none of the threads that PyTorch began: it would
-    wait for them for ever."""
-    os.nice(5)
+def _by_itself(nice: int) -> None:
+    """A fork says nothing, lets others go first, and has none of the threads that PyTorch began: it would wait for them
+    for ever."""
+    os.nice(nice)
     sys.stdout = sys.stderr = nowhere = open(os.devnull, "w")
     os.dup2(nowhere.fileno(), 1)
     os.dup2(nowhere.fileno(), 2)
@@ -76,20 +90,21 @@ def _by_itself() -> None:
 def _hand_back(make: Callable[[], object], writing: int) -> None:
     """Never returns."""
     try:
-        _by_itself()
+        _by_itself(15)
         with contextlib.suppress(Exception), open(writing, "wb") as found:
             found.write(pickle.dumps(make()))
     finally:
         os._exit(0)
 
 
-def _compile(questions: list[T], ask: Callable[[T], object], begun: mmap.mmap) -> None:
+def _compile(questions: Callable[[], Iterable[T]], ask: Callable[[T], object], begun: mmap.mmap) -> None:
     """Never returns."""
     try:
-        _by_itself()
+        _by_itself(5)  # it goes before one that makes: what both need is compiled once then
         driver.compiles_only = True
-        while len(questions) > int.from_bytes(begun[:]):
+        left = [*questions()]
+        while len(left) > int.from_bytes(begun[:]):
             with contextlib.suppress(Exception):  # of results that mean nothing
-                ask(questions.pop())
+                ask(left.pop())
     finally:
         os._exit(0)

@@ -28,7 +28,8 @@ class Warps(Threads):
 
     def _whole(self, i: Instruction, mask: Array) -> Any:
         """Warps that take part in an instruction whose last operand says which threads do: all, or it is refused."""
-        if i.operands[-1] not in (-1, 0xFFFFFFFF) and (self.each(self.get(i.operands[-1], "u32"))[mask] != np.uint32(0xFFFFFFFF)).any():
+        lanes = i.operands[-1]
+        if lanes not in (-1, 0xFFFFFFFF) and (self.each(self.get(lanes, "u32"))[mask] != np.uint32(0xFFFFFFFF)).any():
             raise Unsupported("an instruction of parts of a warp")
         return self._groups(mask, 32)
 
