@@ -14,7 +14,7 @@ import numpy as np
 
 from castpoint.harness.ptx.arithmetic import of_values
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, read, width
-from castpoint.harness.ptx.program import Instruction, Operand, Program
+from castpoint.harness.ptx.program import Instruction, Program
 from castpoint.harness.ptx.runs import runs
 
 # all that only compute but div and rem, which are refused where a thread divides by zero
@@ -23,6 +23,10 @@ NAMES = frozenset(
     "sqrt sub xor".split()
 )
 _REGISTER = re.compile(r"%[\w.]+")
+_WORDS = ("b16", "b32", "b64", "u16", "u32", "u64")  # types that are bits as registers hold them
+_VIEWS = {"f32": np.float32, "s16": np.int16, "s32": np.int32, "s64": np.int64}  # other types, of as many bits
+_BY_NUMBERS = {"shl": 1, "shr": 1, "bfe": 2, "prmt": 1}  # whose last operands, so many, are mostly numbers
+Step = tuple[Any, ...]  # the words of an instruction, and its operands: names r0, r1, ... and numbers
 
 
 class Block(NamedTuple):
@@ -42,12 +46,11 @@ def blocks(program: Program) -> dict[int, Block]:
     at_once = runs(program)
     borders = {*program.labels.values(), *at_once, *(run.end for run in at_once.values())}
     found, start = {}, 0
-    for place, i in enumerate([*program.instructions, None]):
-        if i is None or place in borders or not _only_computes(i):
-            if inside := program.instructions[start:place]:
-                found[start] = _block(inside, place, named)
+    for place, computes in enumerate([*map(_only_computes, program.instructions), False]):
+        if (place in borders or not computes) and start < place:
+            found[start] = _block(program.instructions[start:place], place, named)
             start = place
-        if i is not None and not _only_computes(i):
+        if not computes:
             start = place + 1
     return found
 
@@ -56,42 +59,94 @@ def _only_computes(i: Instruction) -> bool:
     """No guard, no list of registers, not the opposite of a predicate, no name of memory."""
     if i.guard or i.refusal or i.words[0] not in NAMES or not isinstance(i.operands[0], str):
         return False
-    return all(isinstance(o, int) or isinstance(o, str) and o.startswith("%") for o in i.operands[1:])
+    return all(isinstance(o, int) or isinstance(o, str) and o[0] == "%" for o in i.operands[1:])
+
+
+def _block(inside: Sequence[Instruction], end: int, named: Counter[str]) -> Block:
+    """named: how often the program names each register."""
+    names: dict[str, str] = {}  # by which a function's text calls the registers
+    steps = tuple(
+        (i.words, *(names.setdefault(o, f"r{len(names)}") if isinstance(o, str) else o for o in i.operands))
+        for i in inside
+    )
+    here = Counter(operand for i in inside for operand in i.operands)
+    elsewhere = tuple(name for register, name in names.items() if named[register] > here[register])
+    function, *both = _function(steps, elsewhere)
+    registers = {name: register for register, name in names.items()}
+    return Block(end, function, *(tuple(map(registers.__getitem__, each)) for each in both))
+
+
+@functools.lru_cache(4096)  # most are alike: a compiler writes the same again for each part of a tile
+def _function(
+    steps: Sequence[Step], elsewhere: Sequence[str]
+) -> tuple[Callable[..., Sequence[Array]], list[str], list[str]]:
+    """A function of steps, what it reads and what it writes. elsewhere: what other steps name too."""
+    text = _Text()
+    lines = [text.line(*step) for step in steps]
+    written = dict.fromkeys(step[1] for step in steps)
+    writes = [name for name in written if name in elsewhere or name in text.reads]
+    body = "\n ".join(_forgetting(lines, steps, {*text.reads, *writes}))
+    results = "".join(f"{name}, " for name in writes)
+    exec(f"def function({', '.join(text.reads)}):\n {body}\n return ({results})", text.names)
+    return text.names["function"], text.reads, writes
+
+
+def _forgetting(lines: Sequence[str], steps: Sequence[Step], kept: set[str]) -> Iterator[str]:
+    """Each line, and behind it those names forgotten that nobody reads any more, so that memory is used again."""
+    last = {name: n for n, step in enumerate(steps) for name in step[1:] if isinstance(name, str) and name not in kept}
+    ends: dict[int, list[str]] = {}
+    for name, n in last.items():
+        ends.setdefault(n, []).append(name)
+    for n, line in enumerate(lines):
+        yield line
+        yield from (f"del {name}" for name in ends.get(n, ()))
 
 
 @dataclass
 class _Text:
-    """A function that is being written. names: what its lines call by name; values: of registers, the variable that
-    holds each and its kind, None where it may have more bits."""
+    """Of a function. names: what it calls by name beside registers; kinds: of the bits that registers hold, None where
+    they may have more; reads: registers that are read before they are written."""
 
     names: dict[str, Any] = field(default_factory=lambda: {"read": read, **_VIEWS})
-    values: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    kinds: dict[str, str | None] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
-    lines: list[tuple[str, list[str]]] = field(default_factory=list)  # and variables that each reads
 
-    def named(self, value: object) -> str:
+    def line(self, words: tuple[str, ...], target: str, *operands: str | int) -> str:
+        function, kinds, result = of_values(words)
+        sources = [self._source(operand, kind) for operand, kind in zip(operands, kinds, strict=False)]
+        text = self._by_numbers(words, operands, sources) or f"{self._named(function)}({', '.join(sources)})"
+        self.kinds[target] = result
+        return f"{target} = {text}"
+
+    def _named(self, value: object) -> str:
         name = f"n{len(self.names)}"
         self.names[name] = value
         return name
 
-    def write(self, i: Instruction) -> None:
-        function, kinds, result = of_values(i.words)
-        given = [self._source(operand, kind) for operand, kind in zip(i.operands[1:], kinds, strict=False)]
-        sources, variables = zip(*given, strict=True)
-        variable = f"v{len(self.lines)}"
-        text = self._by_numbers(i, sources) or f"{self.named(function)}({', '.join(sources)})"
-        self.lines.append((f"{variable} = {text}", [name for name in variables if name]))
-        self.values[i.operands[0]] = variable, result
+    def _source(self, operand: str | int, kind: str) -> str:
+        """As numbers.read makes it of that kind."""
+        if isinstance(operand, int):
+            return self._named(read(np.uint64(operand & (1 << 64) - 1), kind))
+        if operand not in self.kinds:
+            self.kinds[operand] = None
+            self.reads.append(operand)
+        held = self.kinds[operand]
+        alike = held and "pred" not in (held, kind) and width(held) == width(kind)
+        if held == kind or alike and kind in _WORDS:
+            return operand
+        if alike and kind in _VIEWS:
+            return f"{operand}.view({kind})"
+        return f"read({operand}, {kind!r})"
 
-    def _by_numbers(self, i: Instruction, sources: Sequence[str]) -> str:
-        """A shift, a field or bytes by numbers that the text has, shorter than for any; empty where it is none."""
-        name, kind = i.words[0], i.words[-1]
-        numbers = i.operands[-_BY_NUMBERS.get(name, 1) :]
+    def _by_numbers(self, words: Sequence[str], operands: Sequence[str | int], sources: Sequence[str]) -> str:
+        """A shift, a field or bytes by numbers, shorter than by any; empty where it is none."""
+        name, kind = words[0], words[-1]
+        numbers = operands[-_BY_NUMBERS.get(name, 1) :]
         if name not in _BY_NUMBERS or kind[0] == "s" or not all(isinstance(number, int) for number in numbers):
             return ""
 
         def word(value: int) -> str:
-            return self.named(UNSIGNED[width(kind)](value))
+            return self._named(UNSIGNED[width(kind)](value))
 
         if name == "prmt":
             moved = [(sources[n], "<<" if by > 0 else ">>", by, mask) for n, by, mask in _moves(numbers[0])]
@@ -102,20 +157,6 @@ class _Text:
             return f"{sources[0]} >> {word(numbers[0])} & {word((1 << numbers[1]) - 1)}"
         return f"{sources[0]} {'<<' if name == 'shl' else '>>'} {word(numbers[0])}"
 
-    def _source(self, operand: Operand, kind: str) -> tuple[str, str | None]:
-        """A source as text, and the variable in it."""
-        if isinstance(operand, int):
-            return self.named(read(np.uint64(operand & (1 << 64) - 1), kind)), None
-        if operand not in self.values:
-            self.values[operand] = f"a{len(self.reads)}", None
-            self.reads.append(operand)
-        variable, held = self.values[operand]
-        if held == kind or held and held != "pred" and kind != "pred" and width(held) == width(kind) and kind in _SAME:
-            return variable, variable
-        if held and kind in _VIEWS and width(held) == width(kind):
-            return f"{variable}.view({kind})", variable
-        return f"read({variable}, {kind!r})", variable
-
 
 def _moves(choice: int) -> Iterator[tuple[int, int, int]]:
     """What prmt takes: of which source, moved up by how many bits, those that this mask has. None of one that copies
@@ -125,36 +166,3 @@ def _moves(choice: int) -> Iterator[tuple[int, int, int]]:
         byte = choice >> 4 * n & 7
         found[byte // 4, 8 * (n - byte % 4)] += 0xFF << 8 * n
     yield from ((*place, mask) for place, mask in found.items())
-
-
-_BY_NUMBERS = {"shl": 1, "shr": 1, "bfe": 2, "prmt": 1}  # and how many
-
-
-_VIEWS = {"f32": np.float32, "s16": np.int16, "s32": np.int32, "s64": np.int64}  # that have the bits' width
-_SAME = ("b16", "b32", "b64", "u16", "u32", "u64")
-
-
-def _block(inside: Sequence[Instruction], end: int, named: Counter[str]) -> Block:
-    """named: how often the program names each register."""
-    text = _Text()
-    for i in inside:
-        text.write(i)
-    here = Counter(name for i in inside for name in _REGISTER.findall(i.text))
-    writes = [name for name in {i.operands[0]: None for i in inside} if named[name] > here[name] or name in text.reads]
-    kept = [text.values[name][0] for name in writes]
-    body = "\n ".join(_lines(text.lines, {*kept, *(f"a{n}" for n in range(len(text.reads)))}))
-    arguments = ", ".join(f"a{n}" for n in range(len(text.reads)))
-    exec(f"def function({arguments}):\n {body}\n return ({''.join(f'{name}, ' for name in kept)})", text.names)
-    return Block(end, text.names["function"], tuple(text.reads), tuple(writes))
-
-
-def _lines(lines: Sequence[tuple[str, Sequence[str]]], kept: set[str]) -> Iterator[str]:
-    """Each line, and behind it those variables forgotten that nobody reads any more, so that memory is used again."""
-    last = {variable: n for n, (_, variables) in enumerate(lines) for variable in (f"v{n}", *variables)}
-    ends: dict[int, list[str]] = {}
-    for variable, n in last.items():
-        if variable not in kept:
-            ends.setdefault(n, []).append(variable)
-    for n, (text, _) in enumerate(lines):
-        yield text
-        yield from (f"del {variable}" for variable in ends.get(n, ()))

@@ -116,6 +116,7 @@ def _kind(operand: Operand, registers: dict[str, str]) -> str:
     return "n" if operand.startswith("!") else "p"
 
 
+@functools.lru_cache(1 << 14)
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return tuple(_operand(part.strip()) for part in text.strip("{} ").split(","))
