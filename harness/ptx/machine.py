@@ -24,7 +24,7 @@ from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
 from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import Instruction, Operand, Program, declared, listed
-from castpoint.harness.ptx.runs import Loads, Products, runs
+from castpoint.harness.ptx.runs import Loads, Matrices, Products, Run, runs
 from castpoint.harness.ptx.warps import Warps
 
 THREADS = 1 << 15  # in step: with more, registers leave the cache
@@ -160,18 +160,24 @@ class _Run(Warps):
 
     # ------------------------------------------------------------ instructions
 
-    def _pays(self, run: Loads | Products) -> bool:
+    def _pays(self, run: Run) -> bool:
         """Whether it is faster at once: in wide launches sums of several products are, if they are several too."""
         several = isinstance(run, Products) and len(run.targets) >= 4 and len(run.levels) > 1
         return several or 2 * self.threads <= TOGETHER
 
-    def _together(self, run: Loads | Products) -> int:
+    def _together(self, run: Run) -> int:
         """A run, by all threads. The place behind it."""
         self.executing = self.everyone
         if isinstance(run, Loads):
             size = TOGETHER // self.threads
+            for part in run.parts:
+                for first in range(0, len(part), size):
+                    self._load(part[first : first + size], self.everyone)
+            return run.end
+        if isinstance(run, Matrices):
+            size = max(1, TOGETHER // self.threads)
             for first in range(0, len(run.instructions), size):
-                self._load(run.instructions[first : first + size], self.everyone)
+                self._multiply(run.instructions[first : first + size])
             return run.end
         size = TOGETHER // 2
         parts = [slice(n, n + size) for n in range(0, self.threads, size)] if self.threads > size else [None]

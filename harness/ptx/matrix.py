@@ -62,16 +62,17 @@ def _halves(transposed: bool) -> list[tuple[Array, Array]]:
 # ---------------------------------------------------------------- products
 
 
-def mma(kind: str, a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> Sequence[Array]:
-    """Accumulators [W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A by rows and B by columns."""
-    values_of, warps = (pairs if kind == "bf16" else tf32), len(c[0])
+def mma(kind: str, a: Array, b: Array, c: Array) -> Array:
+    """Accumulators [4, W, 32] of m16n8k16 in bf16 or m16n8k8 in tf32, A [4, W, 32] by rows and B [2, W, 32] by columns,
+    and what they were; float32."""
+    values_of, warps = (pairs if kind == "bf16" else tf32), c.shape[1]
     right = values_of(b).reshape(2, warps, 8, 4, -1).transpose(1, 2, 0, 3, 4).reshape(warps, 8, -1)
     total = left_of(values_of(a)) @ right.swapaxes(1, 2)
     parts = total.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, warps, 32)
-    return bits_of(read(np.stack(c), "f32") + parts, "f32")
+    return bits_of(c + parts, "f32")
 
 
-def wgmma(a: Array, b: Array, c: Array | None, columns: int) -> Sequence[Array]:
+def wgmma(a: Array, b: Array, c: Array | None, columns: int) -> Array:
     """Accumulators [groups, 128] of a [groups, 64, 16], b [groups, columns, 16] and what they were, float32 [columns /
     2, groups, 128]; c None: they start at zero."""
     total = (a @ b.swapaxes(1, 2)).reshape(len(a), 4, 2, 8, columns // 8, 4, 2)  # a warp holds 16 rows
@@ -107,12 +108,11 @@ def _addresses(descriptor: int, rows: int) -> Array:
     return address ^ (address >> 7 & line // 16 - 1) << 4
 
 
-def pairs(words: Sequence[Array]) -> Array:
+def pairs(words: Array) -> Array:
     """The two bf16 values of each register, the lower half's first, as float64."""
-    words = np.stack(words)
     return read(words.view(np.uint16), "bf16").astype(np.float64).reshape(*words.shape, 2)
 
 
-def tf32(words: Sequence[Array]) -> Array:
+def tf32(words: Array) -> Array:
     """The one tf32 value of each register, as float64: its low 13 bits are not read."""
-    return read(np.stack(words) & np.uint32(0xFFFFE000), "f32").astype(np.float64)[..., None]
+    return read(words.view(np.uint32) & np.uint32(0xFFFFE000), "f32").astype(np.float64)[..., None]

@@ -1,7 +1,8 @@
-"""Instructions in a row that are executed many at once: loads from one address on, and products of float32 matrices.
+"""Instructions in a row that are executed many at once: loads, products of matrices by warps, and products of float32
+matrices by threads.
 
 What they leave is what they leave one after the other: in a run, no register is written twice, or after another
-instruction has read it.
+instruction has read it, and but for the sums of Products none is read behind the one that writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ _NAME = re.compile(r"%\w+")
 
 @dataclass(frozen=True)
 class Loads:
-    """Of one opcode, at offsets from one register. end: the place behind it."""
+    """Of one opcode, at offsets from so many registers as there are parts. end: the place behind it."""
+
+    parts: tuple[tuple[Instruction, ...], ...]
+    end: int
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """mma of one opcode. end: the place behind it."""
 
     instructions: tuple[Instruction, ...]
     end: int
@@ -43,40 +52,53 @@ class Products:
     end: int
 
 
+Run = Loads | Matrices | Products
+
+
 @functools.lru_cache(64)
-def runs(program: Program) -> dict[int, Loads | Products]:
+def runs(program: Program) -> dict[int, Run]:
     """Runs that begin at these places; none goes on past a label, where a loop may come back."""
-    found: dict[int, Loads | Products] = {}
+    found: dict[int, Run] = {}
     labels, instructions = set(program.labels.values()), program.instructions
     named = Counter(name for i in instructions for name in _NAME.findall(i.text))
-    start, before, touched = 0, (), set[Operand]()
+    start, before, read, written = 0, (), set[Operand](), set[Operand]()
     for place, kind in enumerate([*map(_kind, instructions), ()]):
-        if place in labels or kind != before or kind and touched & set(_written(instructions[place])):
+        reads, writes = (_read(instructions[place]), _written(instructions[place])) if kind else (set(), set())
+        if place in labels or kind != before or writes & (read | written) or kind != FMA and reads & written:
             if before and place - start >= SHORTEST:
-                inside = instructions[start:place]
-                run = _products(inside, place, named) if before == FMA else Loads(inside, place)
+                run = _run(before, instructions[start:place], place, named)
                 found |= {start: run} if run else {}
-            start, before, touched = place, kind, set()
-        if kind:
-            touched |= {*_written(instructions[place]), *_read(instructions[place])}
+            start, before, read, written = place, kind, set(), set()
+        read |= reads
+        written |= writes
     return found
 
 
-def _kind(i: Instruction) -> tuple[object, ...]:
+def _run(kind: Sequence[str], inside: Sequence[Instruction], end: int, named: Counter[str]) -> Run | None:
+    if kind == FMA:
+        return _products(inside, end, named)
+    if kind[0] == "mma":
+        return Matrices(tuple(inside), end)
+    bases = dict.fromkeys(i.operands[1].base for i in inside)
+    return Loads(tuple(tuple(i for i in inside if i.operands[1].base == base) for base in bases), end)
+
+
+def _kind(i: Instruction) -> tuple[str, ...]:
     """Alike for what may share a run; empty for what is in none."""
     if i.guard or i.refusal:
         return ()
-    if i.words[0] == "ld" and "param" not in i.words:
-        return i.words, *_read(i)
+    if i.words[0] == "ld" and "param" not in i.words or i.words[0] == "mma":
+        return i.words
     return i.words if i.words == FMA else ()
 
 
-def _written(i: Instruction) -> tuple[Operand, ...]:
-    return tuple(name for name in listed(i.operands[0]) if name != "_")
+def _written(i: Instruction) -> set[Operand]:
+    return {name for name in listed(i.operands[0]) if name != "_"}
 
 
-def _read(i: Instruction) -> tuple[Operand, ...]:
-    return tuple(part.base if isinstance(part, Address) else part for part in i.operands[1:])
+def _read(i: Instruction) -> set[Operand]:
+    parts = (part for operand in i.operands[1:] for part in listed(operand))
+    return {part.base if isinstance(part, Address) else part for part in parts}
 
 
 def _products(found: Sequence[Instruction], end: int, named: Counter[str]) -> Products | None:

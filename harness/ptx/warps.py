@@ -37,6 +37,10 @@ class Warps(Threads):
         """Registers as [groups, threads], those that take part."""
         return [self.each(self.get(name, "b32")).reshape(-1, size)[groups] for name in names]
 
+    def _values(self, names: Sequence[Operand], groups: Any, size: int = 32) -> Array:
+        """Registers as [names, groups, threads] of float32, groups that take part."""
+        return self.stacked(names).reshape(len(names), -1, size)[:, groups]
+
     def _put_rows(self, names: Sequence[str], words: Sequence[Array], mask: Array) -> None:
         found = [word.reshape(-1) for word in words]
         if mask is not self.everyone:
@@ -80,8 +84,15 @@ class Warps(Threads):
 
     def _mma(self, i: Instruction, mask: Array) -> None:
         groups = self._groups(mask, 32)
-        a, b, c = (self._rows(names, groups) for names in i.operands[1:])
+        a, b, c = (self._values(names, groups) for names in i.operands[1:])
         self._put_rows(i.operands[0], matrix.mma(i.words[-2], a, b, c), mask)
+
+    def _multiply(self, products: Sequence[Instruction]) -> None:
+        """mma of one opcode by all warps, none of which reads what another writes: one of so many times the warps."""
+        lists = zip(*(i.operands for i in products), strict=True)  # of each operand, that of every instruction
+        targets, *sources = ([name for part in zip(*each, strict=True) for name in part] for each in lists)
+        a, b, c = (self._values(names, ...).reshape(len(names) // len(products), -1, 32) for names in sources)
+        self.put_each(targets, matrix.mma(products[0].words[-2], a, b, c).reshape(len(targets), -1), self.everyone)
 
     def _wgmma(self, i: Instruction, mask: Array) -> None:
         """mma_async: its operands are accumulators, A, B, whether the accumulators count, signs, transpositions."""
@@ -102,9 +113,9 @@ class Warps(Threads):
             return matrix.described(self.shared, starts, descriptors, rows)
 
         if isinstance(left, tuple):
-            a = matrix.left_of(matrix.pairs(self._rows(left, groups, 128))).reshape(-1, 64, 16)
+            a = matrix.left_of(matrix.pairs(self._values(left, groups, 128))).reshape(-1, 64, 16)
         else:
             a = described(left, 64)
         b = described(right, columns)
-        c = self.stacked(accumulators).reshape(len(accumulators), -1, 128)[:, groups] if counts[0] else None
+        c = self._values(accumulators, groups, 128) if counts[0] else None
         self._put_rows(accumulators, matrix.wgmma(a, b, c, columns), mask)
