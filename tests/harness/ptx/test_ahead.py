@@ -1,18 +1,21 @@
 """Another process compiles ahead: from the last question back, until both meet, and nothing of it stays. Another makes
 what is said besides, which is the same as if it were made here."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from castpoint.harness.fingerprint import chain
+from castpoint.harness.fingerprint.answer import Question
 from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.ptx import driver
@@ -251,3 +254,45 @@ def test_the_answer_is_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(os, "fork", no_process)
     assert dataclasses.replace(identify(fn, kind), seconds=together.seconds) == together
+
+
+def linear_chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads, bias=None):
+    proj = torch.nn.functional.linear(eager_norm(x, norm_weight, eps, False), qkv_weight, bias)
+    q, k, v = proj.unflatten(1, (num_q_heads + 2 * num_kv_heads, -1)).split([num_q_heads, *[num_kv_heads] * 2], dim=1)
+    return eager_norm(q, q_norm_weight, eps, False), eager_norm(k, k_norm_weight, eps, False), v
+
+
+def added_chain(x, residual, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads):
+    x = x + residual
+    return linear_chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads)
+
+
+def norm_linear(x, weight, linear_weight, eps):
+    return torch.nn.functional.linear(eager_norm(x, weight, eps, False), linear_weight)
+
+
+@pytest.mark.parametrize("fn, kind", [(linear_chain, "qkv"), (added_chain, "qkv"), (norm_linear, "norm_linear")])
+def test_what_is_compiled_ahead_is_what_is_asked(fn: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the plan is known: of every question the shapes, and but for those of a residual the layouts."""
+    guessed, real = [], []
+
+    @contextlib.contextmanager
+    def listing(questions: Callable[[], Iterable[Question]], ask: Callable, before: int) -> Iterator[Callable]:
+        guessed.extend(questions())
+
+        def asked(questions: Iterable[Question]) -> Iterator[Question]:
+            for question in questions:
+                real.append(question)
+                yield question
+
+        yield asked
+
+    monkeypatch.setattr(chain, "compiling", listing)
+    answer = identify(fn, kind)
+    assert answer.status == "identified", answer
+    assert len(real) > 30
+
+    def shown(question: Question) -> tuple[str, str]:
+        return question.about, question.what.split(", eps")[0] if fn is added_chain else question.what
+
+    assert [*map(shown, guessed)] == [*map(shown, real)]

@@ -206,3 +206,31 @@ def test_a_product_of_what_some_threads_never_wrote_is_refused(register: str) ->
     body = f"{written} setp.lt.u32 %p1, %r1, 9; @%p1 mov.b32 {register}, %r1; {many}"
     with pytest.raises(Unsupported, match=f"{register}, read before it is written"):
         run(f"{REGISTERS} {body} st.global.b32 [%rd1], %r25;", ints(np.zeros(THREADS)))
+
+
+MMA = {"bf16": "m16n8k16.row.col.f32.bf16.bf16.f32", "tf32": "m16n8k8.row.col.f32.tf32.tf32.f32"}
+
+
+@pytest.mark.parametrize("kind", MMA)
+@pytest.mark.parametrize("together", [machine.TOGETHER, 2 * THREADS])
+def test_matrices_at_once_are_matrices_one_by_one(kind: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four accumulators in turn, seldom written elsewhere than where they were, or read as a factor."""
+    monkeypatch.setattr(machine, "TOGETHER", together)
+    found = 0
+    for seed in range(20):
+        rng, lines = np.random.default_rng(seed), []
+        for n in range(40):
+            a, b = 10 + rng.permutation(4), 10 + rng.permutation(4)[:2]
+            c, d = (14 + 4 * ((n + (rng.random() < part)) % 4) + np.arange(4) for part in (0, 0.1))
+            a[0] = 14 + 4 * rng.integers(4) if rng.random() < 0.05 else a[0]
+            lists = (f"{{{', '.join(f'%r{register}' for register in each)}}}" for each in (d, a, b, c))
+            lines.append(f"mma.sync.aligned.{MMA[kind]} {', '.join(lists)};")
+            lines += ["mov.b32 %r10, %r20;"] if n == 21 else []
+        values = np.random.default_rng(seed).standard_normal(10 * THREADS).astype(np.float32)
+        body = "\n".join(lines)
+        found += len(runs(parse(kernel(f"{REGISTERS} {body}", 2))))
+        monkeypatch.setattr(machine, "runs", runs)
+        at_once = stored(body, values)
+        monkeypatch.setattr(machine, "runs", lambda program: {})
+        assert np.array_equal(at_once, stored(body, values)), seed
+    assert found > 5
