@@ -4,6 +4,7 @@ whether one plan says both, where the bias is added, and what it is held to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from functools import partial
 
 import torch
 
+from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import probes
 from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, difference, held_to, none_of_these
 from castpoint.harness.fingerprint.blackbox import BlackBox
@@ -19,6 +21,7 @@ from castpoint.harness.fingerprint.calls import KEPT, ChainCalls, first_taken, k
 from castpoint.harness.fingerprint.chain_questions import GEOMETRIES, Found, chain_facts, chain_questions
 from castpoint.harness.fingerprint.evidence import (
     Call,
+    Miss,
     Ranking,
     by_eps,
     check_repeats,
@@ -114,11 +117,32 @@ def _answered(
         groups = [[{**words, "bias": word} for words in group] for group in groups]
     answer = dataclasses.replace(answer_of(groups, share, runner_up, evidence), asked=refused)
     found = Found(*pairs[0][0], groups[0][0])
-    with made_beside(partial(noted, box, partial(chain_facts, calls, found)), before) as made:
+    make = partial(noted, box, partial(chain_facts, calls, found))
+    with made_beside(make, before, partial(_the_same, calls, found, sizes)) as beside:
         inputs = "x or residual" if box.takes("residual") else "x"
-        answer = held_to(answer, asked(chain_questions(calls, found, sizes)), inputs)
-        said = made()
+        questions = beside.asked(asked(chain_questions(calls, found, sizes)))
+        answer = held_to(answer, _known(questions, beside.more), inputs)
+        said = beside.made()
     return dataclasses.replace(answer, facts=box.manners | said)
+
+
+def _the_same(calls: ChainCalls, found: Found, sizes: Sizes, begun: Callable[[], int]) -> Iterator[tuple[str, str]]:
+    """Questions, from the last one back to those that were begun elsewhere, of which nothing is left unexplained, nor
+    said besides. None where a residual is added: what a call says of that counts later."""
+    box = calls.box
+    every = [*chain_questions(calls, found, sizes, (CONTIGUOUS, ROWS))]
+    while len(every) > begun() and every[-1].about != "memory" and not box.takes("residual"):
+        question, manners = every.pop(), dict(box.manners)
+        with contextlib.suppress(Fault):
+            if not question.ask() and box.manners == manners:
+                yield question.about, question.what
+
+
+def _known(questions: Iterable[Question], same: Callable[[], set[tuple[str, str]]]) -> Iterator[Question]:
+    """The questions, those answered which are known to be the same."""
+    for question in questions:
+        known = (question.about, question.what) in same()
+        yield dataclasses.replace(question, ask=lambda: Miss(0, 1)) if known else question
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,9 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     rows = main[0].rows
     every = questions(rule, rows.weight, asked, sizes, fixed_scale(box), ask)
     every = itertools.chain(every, extra_questions(rule, asked, rows, sizes))
-    with made_beside(partial(facts.noted, box, partial(norm_facts, rule, asked, rows, sizes)), before) as made:
+    with made_beside(partial(facts.noted, box, partial(norm_facts, rule, asked, rows, sizes)), before) as beside:
         answer = held_to(answer, ahead(every), "x or residual" if box.takes("residual") else "x")
-        said = made()
+        said = beside.made()
     said = box.manners | said
     word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
     candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]

@@ -5,18 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import multiprocessing.connection
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from castpoint.harness.ptx import driver
 
 T = TypeVar("T")
+
+
+def _counted(begun: mmap.mmap, questions: Iterable[T]) -> Iterator[T]:
+    """The questions, where begun holds how many."""
+    for n, question in enumerate(questions, 1):
+        begun[:] = n.to_bytes(8)
+        yield question
 
 
 @contextlib.contextmanager
@@ -30,17 +39,11 @@ def compiling(
     if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
         yield iter
         return
-    with mmap.mmap(-1, 8) as begun:  # how many this process has begun
-
-        def asked(questions: Iterable[T]) -> Iterator[T]:
-            for n, question in enumerate(questions, 1):
-                begun[:] = n.to_bytes(8)
-                yield question
-
+    with mmap.mmap(-1, 8) as begun:
         if not (other := os.fork()):
             _compile(questions, ask, begun)
         try:
-            yield asked
+            yield partial(_counted, begun)
         finally:
             os.kill(other, signal.SIGKILL)
             os.waitpid(other, 0)
@@ -56,24 +59,50 @@ def compiled_ahead(questions: Iterable[T], ask: Callable[[T], object]) -> Iterat
         yield from asked(questions)
 
 
+@dataclass
+class Beside(Generic[T]):
+    """made: what is made elsewhere, once it is there, or else here; more: what was found there until now; asked: gives
+    questions, so that it is known there how many were begun."""
+
+    made: Callable[[], T]
+    more: Callable[[], set[Any]]
+    asked: Callable[[Iterable[Any]], Iterator[Any]] = iter
+
+
 @contextlib.contextmanager
-def made_beside(make: Callable[[], T], before: int) -> Iterator[Callable[[], T]]:
-    """What make returns, for pickle to hold, when the function that is given is called. Where ptx.driver runs what is
-    asked, so that it has more launches than before, a fork of this process makes it meanwhile, on another core, and
-    is waited for; where it fails, it is made here."""
+def made_beside(
+    make: Callable[[], T], before: int, more: Callable[[Callable[[], int]], Iterable[Any]] = lambda begun: ()
+) -> Iterator[Beside[T]]:
+    """Where ptx.driver runs what is asked, so that it has more launches than before, a fork of this process makes
+    something meanwhile, on another core, and is waited for; where it fails, it is made here. Then it finds more, for
+    which it is told how many questions were begun here, and is not waited for."""
     if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
-        yield make
+        yield Beside(make, set)
         return
-    reading, writing = os.pipe()
-    if not (other := os.fork()):
-        _hand_back(make, writing)
-    os.close(writing)
-    try:
-        with open(reading, "rb") as found:
-            yield lambda: pickle.loads(made) if (made := found.read()) else make()
-    finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    with mmap.mmap(-1, 8) as begun:
+        if not (other := os.fork()):
+            _hand_back(make, partial(more, lambda: int.from_bytes(begun[:])), writing)
+        writing.close()
+        made, found = list[T](), set[Any]()
+
+        def read(wait: bool) -> set[Any]:
+            with contextlib.suppress(EOFError):
+                while reading.poll(None if wait and not made else 0):
+                    is_made, value = reading.recv()
+                    made.append(value) if is_made else found.add(value)
+            return found
+
+        def get() -> T:
+            read(wait=True)
+            return made[0] if made else make()
+
+        try:
+            yield Beside(get, partial(read, False), partial(_counted, begun))
+        finally:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+            reading.close()
 
 
 def _by_itself(nice: int) -> None:
@@ -87,12 +116,16 @@ def _by_itself(nice: int) -> None:
     torch.set_num_threads = lambda count: None
 
 
-def _hand_back(make: Callable[[], object], writing: int) -> None:
+def _hand_back(
+    make: Callable[[], object], more: Callable[[], Iterable[object]], writing: multiprocessing.connection.Connection
+) -> None:
     """Never returns."""
     try:
         _by_itself(15)
-        with contextlib.suppress(Exception), open(writing, "wb") as found:
-            found.write(pickle.dumps(make()))
+        with contextlib.suppress(Exception), writing:
+            writing.send((True, make()))
+            for found in more():
+                writing.send((False, found))
     finally:
         os._exit(0)
 

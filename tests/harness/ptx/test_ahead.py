@@ -169,8 +169,8 @@ def test_another_process_makes_it_meanwhile(capfd: pytest.CaptureFixture[str]) -
         return os.getpid()
 
     driver.launches = 1
-    with made_beside(make, 0) as made:
-        assert made() != os.getpid()
+    with made_beside(make, 0) as beside:
+        assert beside.made() != os.getpid()
     assert capfd.readouterr() == ("", "")
 
 
@@ -182,8 +182,8 @@ def test_it_has_no_threads_to_wait_for(two_threads: None, alarm: None) -> None:
         return torch.ones(1 << 22).exp().sum().item()
 
     driver.launches, here = 1, make()
-    with made_beside(make, 0) as made:
-        assert made() == pytest.approx(here, rel=1e-6)
+    with made_beside(make, 0) as beside:
+        assert beside.made() == pytest.approx(here, rel=1e-6)
     assert torch.get_num_threads() == 2
 
 
@@ -194,8 +194,8 @@ def test_where_nothing_is_launched_or_on_one_core_it_is_made_here(
     monkeypatch.setattr(os, "fork", no_process)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
     driver.launches = launches
-    with made_beside(os.getpid, 0) as made:
-        assert made() == os.getpid()
+    with made_beside(os.getpid, 0) as beside:
+        assert beside.made() == os.getpid()
 
 
 def test_what_fails_there_is_made_here() -> None:
@@ -205,8 +205,8 @@ def test_what_fails_there_is_made_here() -> None:
         return here
 
     driver.launches, here = 1, os.getpid()
-    with made_beside(make, 0) as made:
-        assert made() == here
+    with made_beside(make, 0) as beside:
+        assert beside.made() == here
 
 
 def test_a_fault_leaves_no_process_that_makes(alarm: None, forks: list[int]) -> None:
