@@ -12,6 +12,7 @@ branch run apart, those behind first, and join where they meet.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -247,7 +248,7 @@ class _Run(Warps):
 
     def _ld(self, i: Instruction, mask: Array) -> None:
         if "param" not in i.words:
-            self._load([i], mask)
+            self._load((i,), mask)
             return
         name, address, kind = i.operands[0], i.operands[1], i.words[-1]
         given = self.values.get(address.base)
@@ -255,16 +256,13 @@ class _Run(Warps):
             raise Unsupported("other bits than the first of a parameter")
         self.put(*listed(name), extended(given, kind), mask)
 
-    def _load(self, loads: Sequence[Instruction], mask: Array) -> None:
+    def _load(self, loads: tuple[Instruction, ...], mask: Array) -> None:
         """Loads of one opcode, at offsets from one register."""
-        names, kind = [name for i in loads for name in listed(i.operands[0])], loads[0].words[-1]
-        size, count = width(kind) // 8, len(names) // len(loads)
-        first = loads[0].operands[1]
+        names, offsets = _parts(loads)
+        kind, first = loads[0].words[-1], loads[0].operands[1]
+        size = width(kind) // 8
         base = self._mine(self.bits(first.base).astype(np.int64), mask) + first.offset
-        offsets = np.array([i.operands[1].offset - first.offset for i in loads])
-        check_aligned(base, size * count)  # and all, if their distances are multiples too
-        check_aligned(offsets, size * count)
-        offsets = (offsets[:, None] + size * np.arange(count)).ravel()
+        check_aligned(base, size * len(names) // len(loads))
         if _space(loads[0]) == "global":
             found = self.memory.load_each(base, offsets, 8 * size)
         else:
@@ -277,14 +275,14 @@ class _Run(Warps):
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])
         bits, space = width(i.words[-1]), _space(i)
-        addresses, starts = self._mine(self.addresses(address), mask), self._mine(self.shared_start, mask)
+        addresses = self._mine(self.addresses(address), mask)
         check_aligned(addresses, bits // 8 * len(sources))
-        for n, source in enumerate(sources):
-            values, places = self._mine(self.get(source, f"b{bits}"), mask), addresses + n * bits // 8
-            if space == "global":
-                self.memory.store(places, values, bits)
-            else:
-                self.shared.store(starts, places, values, bits)
+        places = addresses + bits // 8 * np.arange(len(sources))[:, None]
+        values = np.stack([self._mine(self.get(source, f"b{bits}"), mask) for source in sources])
+        if space == "global":
+            self.memory.store(places, values, bits)
+        else:
+            self.shared.store(self._mine(self.shared_start, mask), places, values, bits)
 
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
@@ -318,6 +316,16 @@ class _Run(Warps):
             self.put(i.operands[0], old, mask)
 
     _red = _atom
+
+
+@functools.lru_cache(4096)
+def _parts(loads: tuple[Instruction, ...]) -> tuple[list[str], Array]:
+    """What loads from one register write, and how many bytes behind the first one's address each lies. Raises
+    IndexError where these are no multiples of what one reads: all are aligned if the first one is."""
+    size, names = width(loads[0].words[-1]) // 8, [listed(i.operands[0]) for i in loads]
+    offsets = np.array([i.operands[1].offset - loads[0].operands[1].offset for i in loads])
+    check_aligned(offsets, size * len(names[0]))
+    return [*itertools.chain(*names)], (offsets[:, None] + size * np.arange(len(names[0]))).ravel()
 
 
 def _space(i: Instruction) -> str:

@@ -29,7 +29,7 @@ class Address:
 Operand = str | int | Address | tuple["str | int", ...]  # a register or name, bits, memory, a list of registers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instruction:
     """words: the opcode in its parts, `ld`, `global`, `v4`, `b32`. guard: the predicate, or None; unless: negated.
     refusal: why it cannot be executed, or None."""

@@ -19,7 +19,7 @@ from castpoint.harness.ptx.numbers import Array
 from castpoint.harness.ptx.program import Address, Instruction, Operand, Program, listed
 
 FMA = ("fma", "rn", "f32")
-SHORTEST = 4  # that is worth it
+SHORTEST = {"fma": 4, "ld": 2, "mma": 2}  # that is worth it
 _NAME = re.compile(r"%\w+")
 
 
@@ -65,7 +65,7 @@ def runs(program: Program) -> dict[int, Run]:
     for place, kind in enumerate([*map(_kind, instructions), ()]):
         reads, writes = (_read(instructions[place]), _written(instructions[place])) if kind else (set(), set())
         if place in labels or kind != before or writes & (read | written) or kind != FMA and reads & written:
-            if before and place - start >= SHORTEST:
+            if before and place - start >= SHORTEST[before[0]]:
                 run = _run(before, instructions[start:place], place, named)
                 found |= {start: run} if run else {}
             start, before, read, written = place, kind, set(), set()
