@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,7 @@ from castpoint.harness.ptx.blocks import Block, blocks
 from castpoint.harness.ptx.memory import Global, check_aligned
 from castpoint.harness.ptx.numbers import UNSIGNED, Array, Unsupported, bits_of, extended, read, width
 from castpoint.harness.ptx.products import summed
-from castpoint.harness.ptx.program import Instruction, Operand, Program, declared, listed
+from castpoint.harness.ptx.program import Address, Instruction, Operand, Program, declared, listed
 from castpoint.harness.ptx.runs import Loads, Matrices, Products, Run, runs
 from castpoint.harness.ptx.warps import Warps
 
@@ -246,6 +246,18 @@ class _Run(Warps):
         values = self.each(values)
         return values if mask is self.everyone else values[mask]
 
+    def _shared(self, i: Hashable, address: Address, bits: int, mask: Array, found: Callable[[], Array]) -> Array:
+        """Where elements of shared memory lie whose addresses are found, from that address on. Of all threads they are
+        found once while its register is the same: most are in a loop that does not change it."""
+        register = self.registers.get(address.base)
+        known, places = self.places.get((i, bits), (None, None))
+        if register is not None and known is register and mask is self.everyone:
+            return places
+        places = self.shared.places(self._mine(self.shared_start, mask), found(), bits)
+        if mask is self.everyone and address.base not in self.unwritten and 2 * self.threads <= TOGETHER:
+            self.places[i, bits] = register, places
+        return places
+
     def _ld(self, i: Instruction, mask: Array) -> None:
         if "param" not in i.words:
             self._load((i,), mask)
@@ -260,45 +272,58 @@ class _Run(Warps):
         """Loads of one opcode, at offsets from one register."""
         names, offsets = _parts(loads)
         kind, first = loads[0].words[-1], loads[0].operands[1]
-        size = width(kind) // 8
-        base = self._mine(self.bits(first.base).astype(np.int64), mask) + first.offset
-        check_aligned(base, size * len(names) // len(loads))
+        bits = width(kind)
+
+        def base() -> Array:
+            addresses = self._mine(self.addresses(first), mask)
+            check_aligned(addresses, bits // 8 * len(names) // len(loads))
+            return addresses
+
         if _space(loads[0]) == "global":
-            found = self.memory.load_each(base, offsets, 8 * size)
+            found = self.memory.load_each(base(), offsets, bits)
         else:
-            found = self.shared.load_each(self._mine(self.shared_start, mask), base, offsets, 8 * size)
+            places = self._shared(loads, first, bits, mask, lambda: base() + offsets[:, None])
+            found = self.shared.take(places, bits)
         if mask is not self.everyone:
-            there, found = found, np.zeros((len(names), self.threads), UNSIGNED[8 * size])
+            there, found = found, np.zeros((len(names), self.threads), UNSIGNED[bits])
             found[:, mask] = there
         self.put_each(names, extended(found, kind), mask)
 
     def _st(self, i: Instruction, mask: Array) -> None:
         address, sources = i.operands[0], listed(i.operands[1])
         bits, space = width(i.words[-1]), _space(i)
-        addresses = self._mine(self.addresses(address), mask)
-        check_aligned(addresses, bits // 8 * len(sources))
-        places = addresses + bits // 8 * np.arange(len(sources))[:, None]
+
+        def addresses() -> Array:
+            first = self._mine(self.addresses(address), mask)
+            check_aligned(first, bits // 8 * len(sources))
+            return first + bits // 8 * np.arange(len(sources))[:, None]
+
         values = np.stack([self._mine(self.get(source, f"b{bits}"), mask) for source in sources])
         if space == "global":
-            self.memory.store(places, values, bits)
+            self.memory.store(addresses(), values, bits)
         else:
-            self.shared.store(self._mine(self.shared_start, mask), places, values, bits)
+            self.shared.put(self._shared(i, address, bits, mask, addresses), values, bits)
 
     def _cp(self, i: Instruction, mask: Array) -> None:
         """cp.async: so many bytes to shared memory, of them the first from global memory, the rest zeros."""
-        target, source = (self._mine(self.addresses(operand), mask) for operand in i.operands[:2])
+        target, source = i.operands[0], self._mine(self.addresses(i.operands[1]), mask)
         size, *rest = i.operands[2 : -1 if "L2_cache_hint" in i.words else None]
         given = self._mine(self.get(rest[0] if rest else size, "u32"), mask)
-        check_aligned(target, size)
         check_aligned(source[given > 0], size)
         check_aligned(given, 4)
         every = (given == size).all()
         bits = 64 if every and size > 4 else 32
         byte = np.arange(0, size, bits // 8)[:, None]
         there = ... if every else given > byte
-        words = np.zeros((len(byte), len(target)), UNSIGNED[bits])
+        words = np.zeros((len(byte), len(source)), UNSIGNED[bits])
         words[there] = self.memory.load((source + byte)[there], bits)
-        self.shared.store(self._mine(self.shared_start, mask), target + byte, words, bits)
+
+        def addresses() -> Array:
+            first = self._mine(self.addresses(target), mask)
+            check_aligned(first, size)
+            return first + byte
+
+        self.shared.put(self._shared(i, target, bits, mask, addresses), words, bits)
 
     def _atom(self, i: Instruction, mask: Array) -> None:
         """Sums of 32 bits in global memory, thread after thread in the order of programs; a GPU takes any order. Those

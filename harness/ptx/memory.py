@@ -100,18 +100,20 @@ class Shared:
         self.bytes = np.full(programs * self.size, 0xFF, np.uint8)
 
     def load(self, starts: Array, addresses: Array, bits: int) -> Array:
-        return self.bytes.view(UNSIGNED[bits]).take(self._places(starts, addresses, bits))
+        return self.take(self.places(starts, addresses, bits), bits)
 
-    def load_each(self, starts: Array, base: Array, offsets: Array, bits: int) -> Array:
-        """[offsets, base] what load finds at each offset, a multiple of the elements' size, from each base."""
-        self._check(base.min() + offsets.min(), base.max() + offsets.max(), bits)
-        places = starts + base >> SHIFTS[bits]
-        return self.bytes.view(UNSIGNED[bits]).take(places + (offsets >> SHIFTS[bits])[:, None])
+    def take(self, places: Array, bits: int) -> Array:
+        """The elements at these places."""
+        return self.bytes.view(UNSIGNED[bits]).take(places)
 
     def store(self, starts: Array, addresses: Array, values: Array, bits: int) -> None:
-        self.bytes.view(UNSIGNED[bits])[self._places(starts, addresses, bits)] = values
+        self.put(self.places(starts, addresses, bits), values, bits)
 
-    def _places(self, starts: Array, addresses: Array, bits: int) -> Array:
+    def put(self, places: Array, values: Array, bits: int) -> None:
+        self.bytes.view(UNSIGNED[bits])[places] = values
+
+    def places(self, starts: Array, addresses: Array, bits: int) -> Array:
+        """Of elements, counted from the first program's first one. Raises IndexError for one outside."""
         if addresses.size:
             self._check(addresses.min(), addresses.max(), bits)
         return starts + addresses >> SHIFTS[bits]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Threads:
         self.waiting: dict[int, Array] = {}  # threads that are at others
         self.executing = self.active  # threads that execute the instruction
         self.unwritten: dict[str, Array] = {}  # threads for which a register that others wrote is not
+        self.places: dict[Hashable, tuple[Array, Array]] = {}  # of shared memory, and the register that they are from
         self.guessed: set[str] = set()  # registers that were read and never written
 
     def bits(self, operand: Operand) -> Array:
