@@ -33,7 +33,7 @@ class Accesses(Threads):
         if register is not None and known is register and mask is self.everyone:
             return places
         places = self.shared.places(self._mine(self.shared_start, mask), found(), bits)
-        if mask is self.everyone and address.base not in self.unwritten and self.threads <= REMEMBERED:
+        if mask is self.everyone and self.threads <= REMEMBERED:
             self.places[i, bits] = register, places
         return places
 

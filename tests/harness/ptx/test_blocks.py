@@ -83,7 +83,7 @@ BODIES = {
     $L__one:
         {drawn(rng, 30)}
     $L__end:
-        {drawn(rng, 10)}""",
+        {drawn(rng, 10)} bar.sync 0;""",
     "in a loop": lambda rng: f"""
         mov.b32 %r3, 0;
     $L__in:

@@ -6,7 +6,7 @@ import torch
 from ptx_isa import REGISTERS, definition, whole, width
 from ptx_support import ints, run, words
 
-from castpoint.harness.ptx import isa
+from castpoint.harness.ptx import accesses, isa
 
 BYTES = np.random.default_rng(3).integers(0, 256, (8, 32), np.uint8)  # a row a thread
 LISTS = {"v2": 2, "v4": 4}
@@ -92,22 +92,66 @@ def test_parameters():
         assert out.item() & (1 << 64) - 1 == whole(out.data_ptr(), kind) & (1 << 64) - 1, opcode
 
 
-@pytest.mark.parametrize("given", [None, 0, 4, 16])
-def test_copies(given: int | None):
+@pytest.mark.parametrize(
+    "size, given", [(16, None), (16, 0), (16, 4), (16, 12), (16, 16), (8, None), (8, 4), (4, None), (4, 0), (4, 4)]
+)
+def test_copies(size: int, given: int | None):
     """The first bytes are the source's, the others zeros; waiting for them changes nothing."""
     for opcode in opcodes("cp"):
         if "wait" in opcode or "commit" in opcode:
             continue
-        size = "" if given is None else ", %r5"
+        count = "" if given is None else ", %r5"
         policy = ", %rd7" * ("L2_cache_hint" in opcode)
         out = of_bytes(np.zeros((8, 32), np.uint8))
-        body = f"{START} {TO_SHARED} mov.b32 %r5, {given or 0}; {written(opcode)} [%r3], [%rd1 + 16], 16{size}{policy};"
+        copy = f"{written(opcode)} [%r3], [%rd1 + 16], {size}{count}{policy};"
+        body = f"{START} {TO_SHARED} mov.b32 %r5, {given or 0}; {copy}"
         body += f"cp.async.commit_group; cp.async.wait_group 0; cp.async.wait_all; {TO_GLOBAL}"
         run(body, of_bytes(BYTES), out, threads=8, shared=256)
-        expected, copied = BYTES.copy(), 16 if given is None else given
-        expected[:, :16] = 0
+        expected, copied = BYTES.copy(), size if given is None else given
+        expected[:, :size] = 0
         expected[:, :copied] = BYTES[:, 16 : 16 + copied]
         assert np.array_equal(out.numpy(), expected), opcode
+
+
+def test_shared_memory_is_where_the_register_says_each_time(monkeypatch: pytest.MonkeyPatch):
+    """In a loop that changes it now and then, copies more each time, and which some threads leave: as if nothing were
+    remembered of the time before."""
+    body = f"""
+        {START} {TO_SHARED} mov.b32 %r4, %r3; mov.b32 %r20, 0; mov.b32 %r21, 1; bar.sync 0;
+    $L__in:
+        and.b32 %r22, %r20, 2; setp.eq.b32 %p1, %r22, 0; @%p1 xor.b32 %r3, %r3, 8;
+        ld.shared.v2.b32 {{%r23, %r24}}, [%r3]; mad.lo.s32 %r21, %r21, 3, %r23; add.s32 %r21, %r21, %r24;
+        st.shared.v2.b32 [%r3 + 16], {{%r21, %r20}};
+        mul.lo.s32 %r25, %r20, 4; min.s32 %r25, %r25, 16; cp.async.cg.shared.global [%r4], [%rd1 + 16], 16, %r25;
+        add.s32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 3; setp.lt.u32 %p3, %r1, 5; or.pred %p2, %p2, %p3;
+        setp.lt.u32 %p3, %r20, 7; and.pred %p2, %p2, %p3; @%p2 bra $L__in; {TO_GLOBAL}"""
+
+    def result() -> np.ndarray:
+        out = of_bytes(np.zeros((8, 32), np.uint8))
+        run(f".reg .b32 %r<30>; {body}", of_bytes(BYTES), out, threads=8, shared=256)
+        return out.numpy()
+
+    remembered = result()
+    monkeypatch.setattr(accesses, "REMEMBERED", 0)
+    assert np.array_equal(remembered, result())
+    assert len(np.unique(remembered[:, 16:20])) > 8
+
+
+@pytest.mark.parametrize(
+    "access, size",
+    [
+        ("ld.shared.b32 %r5, [%r3 + 2];", 4),
+        ("ld.global.v2.b32 {%r5, %r6}, [%rd1 + 4];", 8),
+        ("st.shared.b32 [%r3 + 2], %r1;", 4),
+        ("st.shared.v2.b32 [%r3 + 4], {%r1, %r1};", 8),
+        ("st.global.b32 [%rd2 + 2], %r1;", 4),
+        ("cp.async.cg.shared.global [%r3 + 8], [%rd1], 16;", 16),
+        ("cp.async.cg.shared.global [%r3], [%rd1 + 8], 16;", 16),
+    ],
+)
+def test_what_is_not_aligned_is_refused(access: str, size: int):
+    with pytest.raises(IndexError, match=f"{size} bytes at an address that is no multiple of {size}"):
+        run(f"{START} {access}", of_bytes(BYTES), of_bytes(BYTES), threads=8, shared=256)
 
 
 def test_sums_in_memory():
