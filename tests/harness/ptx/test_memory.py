@@ -122,9 +122,9 @@ def test_shared_memory_is_where_the_register_says_each_time(monkeypatch: pytest.
         and.b32 %r22, %r20, 2; setp.eq.b32 %p1, %r22, 0; @%p1 xor.b32 %r3, %r3, 8;
         ld.shared.v2.b32 {{%r23, %r24}}, [%r3]; mad.lo.s32 %r21, %r21, 3, %r23; add.s32 %r21, %r21, %r24;
         st.shared.v2.b32 [%r3 + 16], {{%r21, %r20}};
-        mul.lo.s32 %r25, %r20, 4; min.s32 %r25, %r25, 16; cp.async.cg.shared.global [%r4], [%rd1 + 16], 16, %r25;
-        add.s32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 3; setp.lt.u32 %p3, %r1, 5; or.pred %p2, %p2, %p3;
-        setp.lt.u32 %p3, %r20, 7; and.pred %p2, %p2, %p3; @%p2 bra $L__in; {TO_GLOBAL}"""
+        mul.lo.s32 %r25, %r20, 8; min.s32 %r25, %r25, 16; cp.async.cg.shared.global [%r4], [%rd1 + 16], 16, %r25;
+        add.s32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 4; setp.lt.u32 %p3, %r1, 5; or.pred %p2, %p2, %p3;
+        setp.lt.u32 %p3, %r20, 8; and.pred %p2, %p2, %p3; @%p2 bra $L__in; {TO_GLOBAL}"""
 
     def result() -> np.ndarray:
         out = of_bytes(np.zeros((8, 32), np.uint8))
