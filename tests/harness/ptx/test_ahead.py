@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from castpoint.harness.fingerprint import chain
-from castpoint.harness.fingerprint.answer import Question
+from castpoint.harness.fingerprint.answer import Answer, Question
 from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.norm import identify
 from castpoint.harness.ptx import driver
@@ -227,9 +227,10 @@ def test_what_was_known_before_is_not_said_again() -> None:
     assert noted(box, make) == {"x": "is written over", "result": "lies there", "subnormal x": "counts"}
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "qkv"])
-def test_the_answer_is_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what would be launched, if the processes were one core's, and with both of them."""
+@pytest.mark.parametrize("what", ["a norm", "a chain", "a chain that is another at the end", "a chain that refuses"])
+def test_the_answer_is_the_same(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what would be launched, if the processes were one core's, and with both of them; and fewer calls are made
+    here of a chain. Its last questions are of an eps of 1e-8."""
 
     def noting_who() -> None:
         driver.launches += 1
@@ -242,18 +243,58 @@ def test_the_answer_is_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
     def chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads):
         noting_who()
-        proj = torch.nn.functional.linear(eager_norm(x, norm_weight, eps, False), qkv_weight)
-        heads = proj.unflatten(1, (num_q_heads + 2 * num_kv_heads, -1))
-        q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
-        return eager_norm(q, q_norm_weight, eps, False), eager_norm(k, k_norm_weight, eps, False), v
+        if eps == 1e-8 and "refuses" in what:
+            raise ValueError("too small")
+        eps *= 3 if eps == 1e-8 and "another" in what else 1
+        return linear_chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads)
 
-    fn = norm if kind == "rmsnorm" else chain
-    together = identify(fn, kind)
-    assert together.status == "identified", together
+    def count(fn: Callable, kind: str) -> tuple[Answer, int]:
+        before = driver.launches
+        answer = identify(fn, kind)
+        return dataclasses.replace(answer, seconds=0.0), driver.launches - before
+
+    asked = (norm, "rmsnorm") if what == "a norm" else (chain, "qkv")
+    together, calls = count(*asked)
+    assert together.status == ("none" if "another" in what else "identified"), together
     assert len([*tmp_path.iterdir()]) == 2, "one that makes the facts, and this one"
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(os, "fork", no_process)
-    assert dataclasses.replace(identify(fn, kind), seconds=together.seconds) == together
+    alone, of_both = count(*asked)
+    assert alone == together
+    assert calls < of_both
+
+
+def test_more_is_found_until_both_meet(forks: list[int]) -> None:
+    """What is made, then from the last question back; of what fails nothing is known, nor what would come behind."""
+
+    def more(begun: Callable[[], int]) -> Iterator[int]:
+        for question in reversed(QUESTIONS):
+            until(lambda: begun() >= 2)
+            if question < begun():
+                return
+            yield question
+
+    driver.launches = 1
+    with made_beside(os.getpid, 0, more) as beside:
+        asked = []
+        for question in beside.asked(QUESTIONS):
+            asked.append(question)
+            if question == 1:
+                until(lambda: beside.more() == {2, 3, 4, 5})
+        assert asked == [*QUESTIONS] and beside.made() == forks[0]
+    check_ended(forks)
+
+
+def test_what_fails_behind_leaves_what_was_made() -> None:
+    def more(begun: Callable[[], int]) -> Iterator[int]:
+        yield 5
+        raise ZeroDivisionError
+
+    driver.launches = 1
+    with made_beside(os.getpid, 0, more) as beside:
+        until(lambda: beside.more() == {5})
+        assert beside.made() != os.getpid()
+        assert beside.more() == {5}
 
 
 def linear_chain(x, norm_weight, eps, qkv_weight, q_norm_weight, k_norm_weight, num_q_heads, num_kv_heads, bias=None):
