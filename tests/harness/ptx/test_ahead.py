@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from castpoint.harness.fingerprint import chain
+from castpoint.harness.fingerprint import chain as fingerprint_chain
 from castpoint.harness.fingerprint.answer import Answer, Question
 from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.norm import identify
@@ -253,6 +253,15 @@ def test_the_answer_is_the_same(what: str, tmp_path: Path, monkeypatch: pytest.M
         answer = identify(fn, kind)
         return dataclasses.replace(answer, seconds=0.0), driver.launches - before
 
+    def waiting(questions: Iterable[Question], same: Callable[[], set]) -> Iterator[Question]:
+        if driver.launches and len(os.sched_getaffinity(0)) > 1:
+            until(lambda: len(same()) > 3)
+        yield from known(questions, same)
+
+    known = fingerprint_chain._known
+    if what.startswith("a chain that"):  # the other process comes to its questions before any is asked here
+        monkeypatch.setattr(fingerprint_chain, "chain_facts", lambda calls, found: {})
+        monkeypatch.setattr(fingerprint_chain, "_known", waiting)
     asked = (norm, "rmsnorm") if what == "a norm" else (chain, "qkv")
     together, calls = count(*asked)
     assert together.status == ("none" if "another" in what else "identified"), together
@@ -328,7 +337,7 @@ def test_what_is_compiled_ahead_is_what_is_asked(fn: Callable, kind: str, monkey
 
         yield asked
 
-    monkeypatch.setattr(chain, "compiling", listing)
+    monkeypatch.setattr(fingerprint_chain, "compiling", listing)
     answer = identify(fn, kind)
     assert answer.status == "identified", answer
     assert len(real) > 30
