@@ -28,6 +28,23 @@ def _counted(begun: mmap.mmap, questions: Iterable[T]) -> Iterator[T]:
         yield question
 
 
+def _has_other_core(before: int) -> bool:
+    """Whether ptx.driver runs what is asked, so that it has more launches than before, and another process may."""
+    return driver.launches != before and len(os.sched_getaffinity(0)) > 1
+
+
+@contextlib.contextmanager
+def _forked(run: Callable[[], None]) -> Iterator[None]:
+    """A fork of this process runs what never returns, until the end of the context."""
+    if not (other := os.fork()):
+        run()
+    try:
+        yield
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+
+
 @contextlib.contextmanager
 def compiling(
     questions: Callable[[], Iterable[T]], ask: Callable[[T], object], before: int
@@ -36,17 +53,11 @@ def compiling(
     questions, on another core, from the last one back. Its launches do nothing but compile into Triton's cache, where
     this process finds them; it hands back nothing else, and is not waited for. This process asks what it is about to
     through the function that is given, until both meet."""
-    if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
+    if not _has_other_core(before):
         yield iter
         return
-    with mmap.mmap(-1, 8) as begun:
-        if not (other := os.fork()):
-            _compile(questions, ask, begun)
-        try:
-            yield partial(_counted, begun)
-        finally:
-            os.kill(other, signal.SIGKILL)
-            os.waitpid(other, 0)
+    with mmap.mmap(-1, 8) as begun, _forked(partial(_compile, questions, ask, begun)):
+        yield partial(_counted, begun)
 
 
 def compiled_ahead(questions: Iterable[T], ask: Callable[[T], object]) -> Iterator[T]:
@@ -76,33 +87,28 @@ def made_beside(
     """Where ptx.driver runs what is asked, so that it has more launches than before, a fork of this process makes
     something meanwhile, on another core, and is waited for; where it fails, it is made here. Then it finds more, for
     which it is told how many questions were begun here, and is not waited for."""
-    if driver.launches == before or len(os.sched_getaffinity(0)) == 1:
+    if not _has_other_core(before):
         yield Beside(make, set)
         return
     reading, writing = multiprocessing.Pipe(duplex=False)
-    with mmap.mmap(-1, 8) as begun:
-        if not (other := os.fork()):
-            _hand_back(make, partial(more, lambda: int.from_bytes(begun[:])), writing)
-        writing.close()
-        made, found = list[T](), set[Any]()
+    with reading, mmap.mmap(-1, 8) as begun:
+        others = partial(more, lambda: int.from_bytes(begun[:]))
+        with _forked(partial(_hand_back, make, others, writing)):
+            writing.close()
+            made, found = list[T](), set[Any]()
 
-        def read(wait: bool) -> set[Any]:
-            with contextlib.suppress(EOFError):
-                while reading.poll(None if wait and not made else 0):
-                    is_made, value = reading.recv()
-                    made.append(value) if is_made else found.add(value)
-            return found
+            def read(wait: bool) -> set[Any]:
+                with contextlib.suppress(EOFError):
+                    while reading.poll(None if wait and not made else 0):
+                        is_made, value = reading.recv()
+                        made.append(value) if is_made else found.add(value)
+                return found
 
-        def get() -> T:
-            read(wait=True)
-            return made[0] if made else make()
+            def get() -> T:
+                read(wait=True)
+                return made[0] if made else make()
 
-        try:
             yield Beside(get, partial(read, False), partial(_counted, begun))
-        finally:
-            os.kill(other, signal.SIGKILL)
-            os.waitpid(other, 0)
-            reading.close()
 
 
 def _by_itself(nice: int) -> None:

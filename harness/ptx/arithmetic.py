@@ -46,8 +46,8 @@ WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 class Operation(NamedTuple):
-    """function: of its sources' values, which numbers.read makes of their bits and of these kinds, a kind a source.
-    result: what it gives, `pred` or the kind of bits that a register holds then."""
+    """function: of its sources' values, which numbers.read makes of their bits and of these kinds, one a source, and
+    some left over. result: what it gives, `pred` or the kind of bits that a register holds then."""
 
     function: Callable[..., Array]
     kinds: tuple[str, ...]
@@ -62,6 +62,7 @@ def operation(words: tuple[str, ...]) -> Callable[..., Array]:
 
 @functools.cache
 def of_values(words: tuple[str, ...]) -> Operation:
+    """An opcode of isa.TABLE."""
     name, kind = words[0], words[-1]
     if name == "setp":
         return _comparison(words, kind)

@@ -10,7 +10,9 @@ from ptx_isa import definition
 from ptx_support import THREADS, ints, kernel, run, words
 
 from castpoint.harness.ptx import isa, machine
+from castpoint.harness.ptx.arithmetic import of_values
 from castpoint.harness.ptx.blocks import NAMES, Block, blocks
+from castpoint.harness.ptx.numbers import UNSIGNED, Unsupported, read, width
 from castpoint.harness.ptx.program import Program, parse
 
 OPCODES = sorted({opcode for opcode in isa.opcodes() if opcode.split(".")[0] in NAMES and definition(opcode)})
@@ -153,7 +155,7 @@ def test_by_numbers_it_is_what_the_isa_says(opcode: str) -> None:
 
 def test_a_block_reads_what_was_never_written_as_one_by_one_does() -> None:
     """Refused where what it stores depends on it, with its name."""
-    with pytest.raises(Exception, match="%r33, read before it is written"):
+    with pytest.raises(Unsupported, match="%r33, read before it is written"):
         run(
             f"{DECLARED} add.s32 %r30, %r1, 1; add.s32 %r31, %r33, %r30; st.global.b32 [%rd1], %r31;",
             ints(np.zeros(THREADS)),
@@ -167,6 +169,16 @@ def test_a_register_of_one_block_keeps_what_it_had_when_that_comes_again() -> No
     out = ints(np.zeros(THREADS))
     run(f"{DECLARED} mov.b32 %r3, 0;\n$L__in:\n{loop} add.s32 %r30, %r24, 5; {last}", out)
     assert words(out).tolist() == [20] * THREADS
+
+
+def test_what_an_opcode_gives_is_known_beforehand() -> None:
+    bits = np.array([0, 1, 0x3F80, 0x7FC0, 0x3F800000, 0x7F800001, 1 << 63], np.uint64)
+    for opcode, given in itertools.product(OPCODES, (bits, bits[1])):  # of threads, and of what is one for all
+        function, kinds, result = of_values(tuple(opcode.split(".")))
+        values = [read(given, kind) for kind, _ in zip(kinds, definition(opcode).takes, strict=False)]
+        values[3:] = [np.uint32(150)] * len(values[3:])  # the table of lop3
+        with np.errstate(all="ignore"):
+            assert function(*values).dtype == (np.bool_ if result == "pred" else UNSIGNED[width(result)]), opcode
 
 
 def test_blocks_that_are_alike_are_one_function() -> None:
