@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 
 from castpoint.harness.compiled.loading import Fault
 from castpoint.harness.fingerprint import facts, probes
-from castpoint.harness.fingerprint.answer import Answer, ahead, answer_of, by_paths, held_to, none_of_these, plans_of
+from castpoint.harness.fingerprint.answer import Answer, Question, answer_of, by_paths, held_to, none_of_these, plans_of
 from castpoint.harness.fingerprint.arguments import options_of
 from castpoint.harness.fingerprint.blackbox import DIRECT, BlackBox, Pending, Refused, Way
 from castpoint.harness.fingerprint.calls import KEPT, NormCalls, first_taken, keeps_weight
@@ -60,7 +59,7 @@ from castpoint.harness.fingerprint.sizes import ANY, Sizes
 from castpoint.harness.fingerprint.stores import storages
 from castpoint.harness.fingerprint.ties import all_at_once, refined, ties, with_ties
 from castpoint.harness.ptx import driver
-from castpoint.harness.ptx.ahead import made_beside
+from castpoint.harness.ptx.ahead import compiling, made_beside
 from castpoint.harness.runs.environment import one_thread_but, without_limits_of_dynamo
 from castpoint.kernels.plan import KEEP
 
@@ -192,13 +191,30 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     """The answer, and the rule that it was held to: none where no call explained one."""
     before = driver.launches
     asked, main, refused = _first_calls(box, sizes)
-    answer, rule = _decided(asked, main, sizes)
-    if rule is None:
-        return answer, None
+    guess = partial(_questions, _rules(asked, main, sizes)[0], asked, main, sizes, True)  # of the same shapes
+    with compiling(guess, lambda question: question.ask(), before) as prepared:
+        answer, rule = _decided(asked, main, sizes)
+        if rule is None:
+            return answer, None
+        answer = dataclasses.replace(answer, asked=refused)
+        every = prepared(_questions(rule, asked, main, sizes))
+        facts_of = partial(norm_facts, rule, asked, main[0].rows, sizes)
+        with made_beside(partial(facts.noted, box, facts_of), before) as beside:
+            answer = held_to(answer, every, "x or residual" if box.takes("residual") else "x")
+            said = beside.made()
+    said = box.manners | said
+    word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
+    candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
+    return dataclasses.replace(answer, candidates=candidates, facts=said), rule
 
-    first, other = (call.rows.scales for call in main)
-    dynamic = first is not None and not torch.equal(first, other)  # whose scales follow the results
-    largest = largest_of(rule, main[0].rows) if dynamic else None
+
+def _questions(
+    rule: Rule, asked: NormCalls, main: list[Call], sizes: Sizes, takes_all: bool = False
+) -> Iterator[Question]:
+    """All that it is held to, which the calls found to be the rule. takes_all: of questions."""
+    rows, other = (call.rows for call in main)
+    dynamic = rows.scales is not None and not torch.equal(rows.scales, other.scales)  # whose scales follow the results
+    largest = largest_of(rule, rows) if dynamic else None
     most = 8 * results_of(rule, main[0]) if dynamic else 0.0  # beyond which a scale may have an end
 
     def ask(rows: Rows, shape: list[int] | None, layout: str) -> Miss:
@@ -210,30 +226,29 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
             misses += [facts.other_scales(largest_of(rule, call.rows), largest) for call in alike]
         return max(misses, key=lambda miss: miss.wrong)
 
-    answer = dataclasses.replace(answer, asked=refused)
-    rows = main[0].rows
-    every = questions(rule, rows.weight, asked, sizes, fixed_scale(box), ask)
-    every = itertools.chain(every, extra_questions(rule, asked, rows, sizes))
-    with made_beside(partial(facts.noted, box, partial(norm_facts, rule, asked, rows, sizes)), before) as beside:
-        answer = held_to(answer, ahead(every), "x or residual" if box.takes("residual") else "x")
-        said = beside.made()
-    said = box.manners | said
-    word = re.match(r"weight=(\S+?)(,|$)", said.get("fp32 weights", ""))
-    candidates = [{**words, "weight": word[1]} if word else words for words in answer.candidates]
-    return dataclasses.replace(answer, candidates=candidates, facts=said), rule
+    yield from questions(rule, rows.weight, asked, sizes, fixed_scale(asked.box), ask, takes_all)
+    yield from extra_questions(rule, asked, rows, sizes)
+
+
+def _rules(asked: NormCalls, main: list[Call], sizes: Sizes) -> list[Rule]:
+    """The family of what stores what the calls show."""
+    words, eight = storages(sizes.narrow), main[0].rows.scales is not None
+    return norm_rules(
+        outs=outs(main[0].dtype, sizes.narrow), xs=words if _several(asked, sizes) else words[1:2], narrow=sizes.narrow,
+        hiddens=words if eight else words[:1], weightless=asked.box.weightless,
+    )  # fmt: skip
+
+
+def _several(asked: NormCalls, sizes: Sizes) -> bool:
+    """Whether x may be rounded before it is normalised: a sum is, and x that is wider."""
+    return asked.box.takes("residual") or sizes.dtype == "fp32"
 
 
 def _decided(asked: NormCalls, main: list[Call], sizes: Sizes) -> tuple[Answer, Rule | None]:
     """The answer of the deciding calls, and the rule that it is held to: none where the answer is none."""
-    several = asked.box.takes("residual") or sizes.dtype == "fp32"
-    narrow = sizes.narrow
-    words, eight = storages(narrow), main[0].rows.scales is not None
-    rules = norm_rules(
-        outs=outs(main[0].dtype, narrow), xs=words if several else words[1:2], narrow=narrow,
-        hiddens=words if eight else words[:1], weightless=asked.box.weightless,
-    )  # fmt: skip
-    named = partial(_named, asked.box, main, several)
-    ranking = rank(rules, main)
+    eight = main[0].rows.scales is not None
+    named = partial(_named, asked.box, main, _several(asked, sizes))
+    ranking = rank(_rules(asked, main, sizes), main)
     tied, unexplained = ties(ranking.best, main)
     best, *left = with_ties([r for r in ranking.left if r.out == ranking.best.out or not eight], tied)
     misses = least_missed(best, main)

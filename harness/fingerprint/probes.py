@@ -164,14 +164,15 @@ def telling_rows(
 def _telling_pairs(rules: Sequence[Rule], eps: float) -> int:
     """Pairs of a bf16 variance, 2^-6 to 2^7, and a bf16 value of which two rules store another normed."""
     variance = (torch.arange(128, 256)[:, None] * 2.0 ** torch.arange(-13, 0)).double().reshape(-1, 1)
-    agree = torch.ones(variance.shape, dtype=torch.bool)
-    normed = []
-    for rule in rules:
-        factor = scalar(rule, variance, eps)
-        agree &= factor == two_step(rule, variance, eps)
-        normed.append(round_to(scaled(rule, torch.arange(128, 256).float(), factor), rule.normed))
-    differ = torch.stack([other != normed[0] for other in normed]).any(0)
-    return int((differ & agree).sum())
+    factors = torch.stack([scalar(rule, variance, eps) for rule in rules])
+    told = (factors == torch.stack([two_step(rule, variance, eps) for rule in rules])).all(0)
+    if len({(rule.root == "sqrt", rule.normed) for rule in rules}) == 1:  # then only another factor tells
+        told &= (factors != factors[0]).any(0)
+    values, chosen = torch.arange(128, 256).float(), told.flatten()
+    normed = [
+        round_to(scaled(rule, values, factor[chosen]), rule.normed) for rule, factor in zip(rules, factors, strict=True)
+    ]
+    return int(torch.stack([other != normed[0] for other in normed]).any(0).sum())
 
 
 def _boundary_rows(rules: Sequence[Rule], width: int, rng: torch.Generator) -> Rows | None:

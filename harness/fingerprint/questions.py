@@ -69,11 +69,16 @@ Ask = Callable[
 ]  # rows, given as x of that shape (None: of the first), in that layout
 
 
-def questions(rule: Rule, weight: Tensor, asked: NormCalls, sizes: Sizes, fixed: bool, ask: Ask) -> Iterator[Question]:
+def questions(
+    rule: Rule, weight: Tensor, asked: NormCalls, sizes: Sizes, fixed: bool, ask: Ask, takes_all: bool = False
+) -> Iterator[Question]:
     """All that a norm, as it is asked, is held to which was found to be the rule with that weight [D]. fixed: its
-    results are divided by a scale that is given, so that large ones are beyond 8 bits."""
+    results are divided by a scale that is given, so that large ones are beyond 8 bits. takes_all: every layout is
+    thought to be taken before it is asked for."""
     box, shape, width, heads = asked.box, asked.shape(probes.ROWS), asked.width, asked.heads is not None
-    residual, taken = box.takes("residual"), {CONTIGUOUS: None}
+    residual = box.takes("residual")
+    layouts = (*LAYOUTS, *([HEADS_FIRST] if heads else []), *(each_alone("the residual") if residual else []))
+    taken = dict.fromkeys((CONTIGUOUS, *layouts) if takes_all else (CONTIGUOUS,))
     most = ENDS[rule.out[:4]] * QUANT_SCALE if fixed else math.inf
     draw = Draw(rule, weight, residual, sizes.dtype, box.divided, most=most)
     count = max(probes.ROWS, math.prod(shape[:-1]))
@@ -84,7 +89,7 @@ def questions(rule: Rule, weight: Tensor, asked: NormCalls, sizes: Sizes, fixed:
         return Question(about, what, functools.partial(noting, taken, layout, functools.partial(ask, rows, shape)))
 
     yield question("x", str(shape), draw.mixed(count, width))
-    for layout in (*LAYOUTS, *([HEADS_FIRST] if heads else []), *(each_alone("the residual") if residual else [])):
+    for layout in layouts:
         yield question("memory", layout, draw.gaussian(count, width), layout=layout)
     grids = box.device != "cpu"  # where a program is no function's loop, nor run thread by thread
     for i, other in enumerate((*(HEAD_SHAPES if heads else NORM_SHAPES), *([LONGEST[heads]] if grids else []))):

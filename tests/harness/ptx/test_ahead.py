@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from castpoint.harness.fingerprint import chain as fingerprint_chain
+from castpoint.harness.fingerprint import norm as fingerprint_norm
 from castpoint.harness.fingerprint.answer import Answer, Question
 from castpoint.harness.fingerprint.facts import noted
 from castpoint.harness.fingerprint.norm import identify
@@ -321,9 +322,32 @@ def norm_linear(x, weight, linear_weight, eps):
     return torch.nn.functional.linear(eager_norm(x, weight, eps, False), linear_weight)
 
 
-@pytest.mark.parametrize("fn, kind", [(linear_chain, "qkv"), (added_chain, "qkv"), (norm_linear, "norm_linear")])
+def norm(x, weight, eps):
+    return eager_norm(x, weight, eps, False)
+
+
+def added_norm(x, residual, weight, eps):
+    return eager_norm(x + residual, weight, eps, False), x + residual
+
+
+def norm_in_8_bits(x, weight, eps, quant_scale):
+    return (norm(x, weight, eps).float() / quant_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    "fn, kind",
+    [
+        (linear_chain, "qkv"),
+        (added_chain, "qkv"),
+        (norm_linear, "norm_linear"),
+        (norm, "rmsnorm"),
+        (norm, "head_norm"),
+        (added_norm, "rmsnorm"),
+        (norm_in_8_bits, "rmsnorm"),
+    ],
+)
 def test_what_is_compiled_ahead_is_what_is_asked(fn: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the plan is known: of every question the shapes, and but for those of a residual the layouts."""
+    """Before the plan is known: of every question the shapes, and but for those of a chain's residual the layouts."""
     guessed, real = [], []
 
     @contextlib.contextmanager
@@ -337,7 +361,8 @@ def test_what_is_compiled_ahead_is_what_is_asked(fn: Callable, kind: str, monkey
 
         yield asked
 
-    monkeypatch.setattr(fingerprint_chain, "compiling", listing)
+    for module in (fingerprint_chain, fingerprint_norm):
+        monkeypatch.setattr(module, "compiling", listing)
     answer = identify(fn, kind)
     assert answer.status == "identified", answer
     assert len(real) > 30
