@@ -163,7 +163,7 @@ class _Run(Warps, Accesses):
 
     def _pays(self, run: Run) -> bool:
         """Whether it is faster at once: in wide launches sums of several products are, if they are several too."""
-        several = isinstance(run, Products) and len(run.targets) >= 4 and len(run.levels) > 1
+        several = isinstance(run, Products) and len(run.targets) >= 4 and len(run.counts) > 1
         return several or 2 * self.threads <= TOGETHER
 
     def _together(self, run: Run) -> int:
@@ -182,7 +182,8 @@ class _Run(Warps, Accesses):
             return run.end
         size = TOGETHER // 2
         parts = [slice(n, n + size) for n in range(0, self.threads, size)] if self.threads > size else [None]
-        found = [summed(self.stacked(run.starts, p), self.stacked(run.factors, p), run.levels) for p in parts]
+        given = ((self.stacked(run.starts, part), self.stacked(run.factors, part)) for part in parts)
+        found = [summed(run, *each) for each in given]
         self.put_each(run.targets, bits_of(np.concatenate(found, axis=1), "f32"), self.everyone)
         return run.end
 

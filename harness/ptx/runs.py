@@ -42,13 +42,15 @@ class Matrices:
 @dataclass(frozen=True)
 class Products:
     """Sums of products, each in one register after another of which nobody reads any but the last: starts, what they
-    begin with; targets, where they end; factors, and where among them stand those of each level's sums, [sums, 2]. The
-    longest sums are the first, so that each level goes on with the first ones."""
+    begin with; targets, where they end; factors, so many first ones and then second ones; places, [products, 2], of
+    these two among them. The longest sums are the first, so that each level goes on with the first ones: counts."""
 
     starts: tuple[Operand, ...]
     targets: tuple[Operand, ...]
     factors: tuple[Operand, ...]
-    levels: tuple[Array, ...]
+    first: int  # factors that are first ones
+    places: Array
+    counts: tuple[int, ...]
     end: int
 
 
@@ -107,18 +109,19 @@ def _products(found: Sequence[Instruction], end: int, named: Counter[str]) -> Pr
     for i in found:
         sums[i.operands[0]] = [*sums.pop(i.operands[3], ()), i]
     ordered = sorted(sums.values(), key=len, reverse=True)
-    places = {source: n for n, source in enumerate(dict.fromkeys(s for i in found for s in i.operands[1:3]))}
+    levels = [[each[n] for each in ordered if n < len(each)] for n in range(len(ordered[0]))]
+    first = {source: n for n, source in enumerate(dict.fromkeys(i.operands[1] for i in found))}
+    second = {source: n for n, source in enumerate(dict.fromkeys(i.operands[2] for i in found), len(first))}
     written = {i.operands[0] for i in found}
     kept = any(named[i.operands[0]] != 2 for each in ordered for i in each[:-1])
-    if kept or written & set(places):
+    if kept or written & (first.keys() | second.keys()):
         return None
     return Products(
         starts=tuple(each[0].operands[3] for each in ordered),
         targets=tuple(each[-1].operands[0] for each in ordered),
-        factors=tuple(places),
-        levels=tuple(
-            np.array([[places[source] for source in each[n].operands[1:3]] for each in ordered if n < len(each)])
-            for n in range(len(ordered[0]))
-        ),
+        factors=(*first, *second),
+        first=len(first),
+        places=np.array([[first[i.operands[1]], second[i.operands[2]]] for level in levels for i in level]),
+        counts=tuple(map(len, levels)),
         end=end,
     )

@@ -8,10 +8,11 @@ import torch
 from ptx_support import THREADS, ints, kernel, run, words
 
 from castpoint.harness.ptx import machine
+from castpoint.harness.ptx import products as products_module
 from castpoint.harness.ptx.numbers import Unsupported, fma
 from castpoint.harness.ptx.products import summed
 from castpoint.harness.ptx.program import parse
-from castpoint.harness.ptx.runs import runs
+from castpoint.harness.ptx.runs import Products, runs
 
 LOADS = "".join(f"ld.global.b32 %r{n}, [%rd1 + {4 * THREADS * (n - 10)}];" for n in range(10, 20))
 STORES = "".join(f"st.global.b32 [%rd2 + {4 * THREADS * (n - 10)}], %r{n};" for n in range(10, 30))
@@ -96,10 +97,11 @@ def test_a_product_of_matrices_is_a_run_of_few_levels() -> None:
     names = ", ".join(f"%a{s}_{n}" for s in range(9) for n in range(16))
     start = f"{REGISTERS} .reg .f32 {names};"
     (found,) = runs(parse(kernel(f"{start} {apart}"))).values()
-    assert [len(level) for level in found.levels] == [16] * 7 + [15]
+    assert found.counts == (16,) * 7 + (15,)
     assert found.starts == tuple(f"%a0_{n}" for n in (*range(14, -1, -1), 15))
     assert found.targets == tuple(f"%a{8 - n // 15}_{n}" for n in (*range(14, -1, -1), 15))
-    assert [found.factors[n] for n in found.levels[7][-1]] == ["%r10", "%r7"]
+    assert [found.factors[n] for n in found.places[-1]] == ["%r10", "%r7"]
+    assert found.factors[: found.first] == tuple(f"%r{n}" for n in reversed(range(10, 26)))
     for left in ("mov.b32 %r1, %a3_2;", "@%a3_2 bra $L__end; $L__end:", "st.global.b32 [%rd1], {%r1, %a3_2};"):
         assert not runs(parse(kernel(f"{start} {apart} {left}"))), left  # what a sum was on its way is read
     for other in ("fma.rn.f32 %r30, %a8_0, %r1, %r2;", "fma.rn.f32 %r30, %r1, %a8_0, %r2;"):
@@ -117,16 +119,45 @@ def test_sums_are_rounded_once_a_product(scale: float, bits: int) -> None:
     drawn = rng.integers(1 - (1 << bits), 1 << bits, (9, 997)) * 2.0 ** (1 - bits) * scale
     tiny = rng.standard_normal((7, 997)) * np.float32(max(2.0**-70 * scale, 2.0**-148))
     starts, factors = tiny.astype(np.float32), drawn.astype(np.float32)
-    levels = [rng.integers(0, 9, (count, 2)) for count in (7, 7, 5, 1)]
-    assert np.array_equal(summed(starts, factors, levels), one_by_one(starts, factors, levels))
+    products = drawn_products(rng)
+    assert np.array_equal(summed(products, starts, factors), one_by_one(products, starts, factors))
 
 
-def one_by_one(starts: np.ndarray, factors: np.ndarray, levels: list[np.ndarray]) -> np.ndarray:
-    found = starts.copy()
-    for places in levels:
-        for row, (a, b) in enumerate(places):
-            found[row] = fma(factors[a], factors[b], found[row]).astype(np.float32)
+def drawn_products(rng: np.random.Generator) -> Products:
+    """Of 4 first factors by 5 second ones, added to 7 sums; to 5 of them three, and to one of them four."""
+    counts = (7, 7, 5, 1)
+    places = np.stack([rng.integers(0, 4, sum(counts)), rng.integers(4, 9, sum(counts))], axis=1)
+    return Products(starts=(), targets=(), factors=(), first=4, places=places, counts=counts, end=0)
+
+
+def one_by_one(products: Products, starts: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    found, rows = starts.copy(), [row for count in products.counts for row in range(count)]
+    for row, (a, b) in zip(rows, products.places, strict=True):
+        found[row] = fma(factors[a], factors[b], found[row]).astype(np.float32)
     return found
+
+
+@pytest.mark.parametrize("at_once", [1 << 18, 27 * 50])
+@pytest.mark.parametrize("sizes", ["normal", "small"])
+def test_threads_of_which_all_products_are_zero(sizes: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others, or alone: a zero of either sign by what is finite leaves a sum as it is, unless it is -0."""
+    monkeypatch.setattr(products_module, "ROOM", np.empty((2, at_once)))
+    rng = np.random.default_rng(5)
+    scale = 1.0 if sizes == "normal" else 2.0**-70
+    starts = rng.standard_normal((7, 400)).astype(np.float32)
+    factors = (rng.standard_normal((9, 400)) * scale).astype(np.float32)
+    factors[:4, 100:200], factors[4:, 200:300] = -0.0, 0.0
+    factors[:, 300:350] = 0.0
+    odd = np.array([-0.0, np.nan, np.inf, -np.inf], np.float32)
+    starts[:, ::7] = rng.choice(odd, (7, 58))
+    factors[rng.integers(0, 9, 80), np.arange(0, 400, 5)] = rng.choice(odd, 80)
+    products = drawn_products(rng)
+    with np.errstate(invalid="ignore"):
+        for threads in (slice(0, 400), slice(301, 307)):
+            given = starts[:, threads].copy(), factors[:, threads].copy()
+            found, right = summed(products, *given), one_by_one(products, *given)
+            assert np.array_equal(found, right, equal_nan=True)
+            assert np.array_equal(np.signbit(found)[found == 0], np.signbit(right)[found == 0])
 
 
 def test_a_sum_below_normal_numbers_is_rounded_once() -> None:
@@ -134,7 +165,8 @@ def test_a_sum_below_normal_numbers_is_rounded_once() -> None:
     factors = np.ones((2, 9), np.float32)
     factors[:, 3] = 2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23)
     start = np.float32(2.0**-127 + 2.0**-149)
-    found = summed(np.full((1, 9), start), factors, [np.array([[0, 1]])])
+    products = Products((), (), (), first=1, places=np.array([[0, 1]]), counts=(1,), end=0)
+    found = summed(products, np.full((1, 9), start), factors)
     assert found[0].tolist() == [1.0] * 3 + [start] + [1.0] * 5
 
 
