@@ -34,8 +34,7 @@ def summed(run: Products, starts: Array, factors: Array) -> Array:
 def _idle(run: Products, starts: Array, sizes: Array) -> Array:
     """Threads whose sums stay as they start, since all products are zeros: of rows of a matrix beyond its last one."""
     largest = sizes[: run.first].max(0), sizes[run.first :].max(0)
-    start = starts.view(np.uint32)
-    stays = ((start != MINUS_ZERO) & (np.bitwise_and(start, SIZE) < INFINITE)).all(0)
+    stays = (starts.view(np.uint32) != MINUS_ZERO).all(0)
     return (np.minimum(*largest) == 0) & (np.maximum(*largest) < INFINITE) & stays
 
 

@@ -138,18 +138,17 @@ def one_by_one(products: Products, starts: np.ndarray, factors: np.ndarray) -> n
 
 
 @pytest.mark.parametrize("at_once", [1 << 18, 27 * 50])
-@pytest.mark.parametrize("sizes", ["normal", "small"])
-def test_threads_of_which_all_products_are_zero(sizes: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0**-70, 2.0**-120])
+def test_threads_of_which_all_products_are_zero(scale: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside others, or alone: a zero of either sign by what is finite leaves a sum as it is, unless it is -0."""
     monkeypatch.setattr(products_module, "ROOM", np.empty((2, at_once)))
     rng = np.random.default_rng(5)
-    scale = 1.0 if sizes == "normal" else 2.0**-70
-    starts = rng.standard_normal((7, 400)).astype(np.float32)
-    factors = (rng.standard_normal((9, 400)) * scale).astype(np.float32)
+    starts, factors = ((rng.standard_normal((count, 400)) * scale).astype(np.float32) for count in (7, 9))
+    factors[4:] /= np.float32(scale)
     factors[:4, 100:200], factors[4:, 200:300] = -0.0, 0.0
     factors[:, 300:350] = 0.0
     odd = np.array([-0.0, np.nan, np.inf, -np.inf], np.float32)
-    starts[:, ::7] = rng.choice(odd, (7, 58))
+    starts[:, ::7] = rng.choice(odd, 58)
     factors[rng.integers(0, 9, 80), np.arange(0, 400, 5)] = rng.choice(odd, 80)
     products = drawn_products(rng)
     with np.errstate(invalid="ignore"):
@@ -158,6 +157,16 @@ def test_threads_of_which_all_products_are_zero(sizes: str, at_once: int, monkey
             found, right = summed(products, *given), one_by_one(products, *given)
             assert np.array_equal(found, right, equal_nan=True)
             assert np.array_equal(np.signbit(found)[found == 0], np.signbit(right)[found == 0])
+
+
+def test_what_float64_holds_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of whole numbers below 2^28 in the middle between two float32, most of them of several products."""
+    rng = np.random.default_rng(6)
+    starts, factors = (rng.integers(0, 1 << 13, (count, 997)).astype(np.float32) for count in (7, 9))
+    products = drawn_products(rng)
+    right = one_by_one(products, starts, factors)
+    monkeypatch.setattr(products_module, "_rounded_once", lambda *of: pytest.fail("computed again"))
+    assert np.array_equal(summed(products, starts, factors), right)
 
 
 def test_a_sum_below_normal_numbers_is_rounded_once() -> None:
