@@ -17,6 +17,7 @@ from castpoint.harness.fingerprint.kinds import CHAINS, KINDS, parameters_told, 
 from castpoint.harness.fingerprint.layouts import CONTIGUOUS, UPDATED, inside, laid_out, of_each, of_projection
 from castpoint.harness.fingerprint.stores import EIGHT_BITS, same, spread
 from castpoint.harness.fingerprint.sums import Sums, Totals, totals
+from castpoint.harness.ptx import driver
 from castpoint.kernels.plan import KEEP
 
 
@@ -308,7 +309,7 @@ class BlackBox:
                 expected = f"{self.weight_dtype} or torch.float32 throughout"
                 raise Fault(f"the callable returned {output.dtype}, expected {expected}")
             wrong = 1 - output.float().isfinite().double().mean().item()
-            if wrong and finite:
+            if wrong and finite and not driver.compiles_only:
                 raise Fault(f"the callable returned NaN or infinity for {wrong:.2%} of the elements of finite inputs")
 
 

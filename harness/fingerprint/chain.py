@@ -53,7 +53,12 @@ def chain(box: BlackBox, sizes: Sizes) -> Answer:
     """The fingerprint of a black box of kind qkv. Raises Fault for what the callable does wrong."""
     before = driver.launches
     calls, main, refused = _first_calls(box, sizes)
-    guess = partial(chain_questions, calls, _any_plan(box, main[0]), sizes, (CONTIGUOUS, ROWS))
+    any_plan = _any_plan(box, main[0])
+
+    def guess() -> Iterator[Question]:
+        yield from chain_questions(calls, any_plan, sizes, (CONTIGUOUS, ROWS))
+        yield Question("facts", "all", partial(chain_facts, calls, any_plan))
+
     with compiling(guess, lambda question: question.ask(), before) as asked:
         return _answered(calls, main, refused, sizes, before, asked)
 

@@ -191,7 +191,12 @@ def _as_called(box: BlackBox, sizes: Sizes) -> Found:
     """The answer, and the rule that it was held to: none where no call explained one."""
     before = driver.launches
     asked, main, refused = _first_calls(box, sizes)
-    guess = partial(_questions, _rules(asked, main, sizes)[0], asked, main, sizes, True)  # of the same shapes
+    any_rule = _rules(asked, main, sizes)[0]
+
+    def guess() -> Iterator[Question]:  # of the same shapes
+        yield from _questions(any_rule, asked, main, sizes, takes_all=True)
+        yield Question("facts", "all", partial(norm_facts, any_rule, asked, main[0].rows, sizes))
+
     with compiling(guess, lambda question: question.ask(), before) as prepared:
         answer, rule = _decided(asked, main, sizes)
         if rule is None:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 from castpoint.harness.compiled.compile import SHARED, TARGETS
+from castpoint.harness.ptx.claims import Claimed
 from castpoint.harness.ptx.machine import launch
 from castpoint.harness.ptx.program import parse
 from castpoint.harness.runs.errors import UserError
@@ -32,7 +34,8 @@ def executed(target: str = "sm_90") -> Iterator[None]:
     UserError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
     check_target(target)
-    with _active(_Driver(target)):
+    with _active(_Driver(target)), knobs.cache.scope():
+        knobs.cache.manager_class = knobs.cache.manager_class or Claimed
         yield
 
 

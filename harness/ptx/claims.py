@@ -1,0 +1,34 @@
+"""Several processes that ask for the same kernels: one compiles what the others wait for."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from typing import IO
+
+from triton.runtime.cache import FileCacheManager
+
+PATIENCE = 60.0  # seconds that a process waits for another, before it compiles by itself
+
+
+class Claimed(FileCacheManager):
+    """Triton's cache of one kernel, which is claimed where it is not there. The claim ends with this object, which the
+    compiler drops when it is done or has failed, or with the process."""
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        found, until = super().get_group(filename), time.monotonic() + PATIENCE
+        if found is None and self.lock_path:
+            self.claim = open(self.lock_path, "w")
+            while not _taken(self.claim) and time.monotonic() < until:
+                time.sleep(0.01)
+            found = super().get_group(filename)
+        return found
+
+
+def _taken(file: IO[str]) -> bool:
+    """Whether the lock is this process's, of which no fork has a part."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
