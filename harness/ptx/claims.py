@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import time
 from typing import IO
@@ -26,9 +27,9 @@ class Claimed(FileCacheManager):
 
 
 def _taken(file: IO[str]) -> bool:
-    """Whether the lock is this process's, of which no fork has a part."""
+    """Whether the lock is this process's, of which no fork has a part, or there is none on this file system."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True

@@ -1,6 +1,7 @@
 """Of what several processes need, one compiles each kernel, and the others wait for it."""
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -118,6 +119,16 @@ def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache.get_group(NAME) is None
     with beside(other) as done:
         assert done(20)
+
+
+def test_on_a_file_system_without_locks_each_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*of: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claims.fcntl, "lockf", lockf)
+    begun = time.monotonic()
+    assert Claimed(KEY).get_group(NAME) is None
+    assert time.monotonic() - begun < claims.PATIENCE / 2
 
 
 def test_a_cache_of_the_users_own_stays() -> None:
