@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -35,10 +36,10 @@ IN_8_BITS = {  # where results are stored so, of what is rounded before
 
 def norm_facts(rule: Rule, asked: NormCalls, main: Rows, sizes: Sizes) -> dict[str, str]:
     box = asked.box
-    try:
+    said = None
+    with contextlib.suppress(Refused):
         said = _facts_at(rule, asked if asked.heads else dataclasses.replace(asked, width=1024), main.weight, sizes)
-    except Refused:
-        said = _facts_at(rule, asked, main.weight, sizes)
+    said = said or _facts_at(rule, asked, main.weight, sizes)
     if main.scales is not None and not fixed_scale(box):
         said["scales"] = _scales(rule, asked, main)
     kept, plain = dict(box.manners), dataclasses.replace(main, scales=None)

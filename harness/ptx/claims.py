@@ -5,21 +5,27 @@ from __future__ import annotations
 import errno
 import fcntl
 import time
+import weakref
 from typing import IO
 
 from triton.runtime.cache import FileCacheManager
 
-PATIENCE = 60.0  # seconds that a process waits for another, before it compiles by itself
+PATIENCE = 10.0  # seconds that a process waits for another, which may have less of a core, before it compiles by itself
+_claims = weakref.WeakSet[IO[str]]()  # of this process
 
 
 class Claimed(FileCacheManager):
     """Triton's cache of one kernel, which is claimed where it is not there. The claim ends with this object, which the
-    compiler drops when it is done or has failed, or with the process."""
+    compiler drops when it is done; when the process asks for another kernel, though it handles that one's failure; or
+    with the process."""
 
     def get_group(self, filename: str) -> dict[str, str] | None:
+        for claim in [*_claims]:
+            claim.close()
         found, until = super().get_group(filename), time.monotonic() + PATIENCE
         if found is None and self.lock_path:
             self.claim = open(self.lock_path, "w")
+            _claims.add(self.claim)
             while not _taken(self.claim) and time.monotonic() < until:
                 time.sleep(0.01)
             found = super().get_group(filename)

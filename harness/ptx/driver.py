@@ -34,8 +34,7 @@ def executed(target: str = "sm_90") -> Iterator[None]:
     UserError for another target than sm_80 and sm_90, whose matrix instructions are not known here.
     """
     check_target(target)
-    with _active(_Driver(target)), knobs.cache.scope():
-        knobs.cache.manager_class = knobs.cache.manager_class or Claimed
+    with _active(_Driver(target)), _kernels_claimed():
         yield
 
 
@@ -45,6 +44,18 @@ def compiled_only(target: str) -> Iterator[None]:
     does nothing else: a launch on such a GPU, by whatever process, finds it there."""
     with _active(_Compiler(target)):
         yield
+
+
+@contextmanager
+def _kernels_claimed() -> Iterator[None]:
+    """Inside, no two processes compile the same kernel, unless the user has a cache of their own."""
+    if mine := knobs.cache.manager_class is None:
+        knobs.cache.manager_class = Claimed
+    try:
+        yield
+    finally:
+        if mine:
+            del knobs.cache.manager_class
 
 
 @contextmanager

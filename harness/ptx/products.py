@@ -7,6 +7,8 @@ below float32's normal numbers: where a sum of a run does, numbers.fma computes 
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from castpoint.harness.ptx.numbers import Array, fma
@@ -17,14 +19,23 @@ SMALL = np.float32(2.0**-60).view(np.uint32)
 SIZE, INFINITE, MINUS_ZERO = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(1 << 31)  # bits of float32
 LEFT = np.uint64(0x1FFFFFFF)  # the bits of float64 that float32 has no place for
 MIDDLE = np.uint64(0x10000000)  # they, where it lies between two
-ROOM = np.empty((2, 1 << 18))  # used again by every run: it stays in cache
+
+
+class Room(threading.local):
+    """Of each thread, used again by every run: it stays in cache."""
+
+    def __init__(self) -> None:
+        self.rows = np.empty((2, 1 << 18))
+
+
+ROOM = Room()
 
 
 def summed(run: Products, starts: Array, factors: Array) -> Array:
     """The sums of the run, float32 as starts, [sums, threads], and factors, [factors, threads]."""
     sizes = np.bitwise_and(factors.view(np.uint32), SIZE)
     busy, found = np.flatnonzero(~_idle(run, starts, sizes)), starts.copy()
-    at_once = ROOM.shape[1] // (len(starts) + len(run.places))
+    at_once = max(1, ROOM.rows.shape[1] // (len(starts) + len(run.places)))
     for first in range(0, len(busy), at_once):
         part = busy[first : first + at_once]
         found[:, part] = _computed(run, *(each.take(part, 1) for each in (starts, factors, sizes)))
@@ -40,14 +51,15 @@ def _idle(run: Products, starts: Array, sizes: Array) -> Array:
 
 def _computed(run: Products, starts: Array, factors: Array, sizes: Array) -> Array:
     wide, small = factors.astype(np.float64), (sizes - np.uint32(1)).min() < SMALL - 1  # 0 becomes the largest
-    found = None if small else _rounded_twice(run, starts, wide)
+    room = (len(starts) + len(run.places)) * starts.shape[1] <= ROOM.rows.shape[1]
+    found = _rounded_twice(run, starts, wide) if room and not small else None
     return _rounded_once(run, starts, wide) if found is None else found
 
 
 def _rounded_twice(run: Products, starts: Array, factors: Array) -> Array | None:
     """None where a sum in float64 lies in the middle, and is not exact."""
     begun, (count, threads) = len(starts), (len(starts) + len(run.places), starts.shape[1])
-    totals, other = (room[: count * threads].reshape(count, threads) for room in ROOM)
+    totals, other = (room[: count * threads].reshape(count, threads) for room in ROOM.rows)
     totals[:begun], products = starts, totals[begun:]  # what is added to each, and then all sums on their way
     factors.take(run.places[:, 0], 0, products, "clip")  # which no place needs, and which is faster
     factors.take(run.places[:, 1], 0, other[begun:], "clip")

@@ -94,6 +94,20 @@ def test_what_one_fails_to_compile_another_tries(tmp_path: Path) -> None:
     assert (tmp_path / "tried").exists()
 
 
+def test_what_one_failed_to_compile_is_free_while_it_goes_on() -> None:
+    """An exception that is handled keeps what failed."""
+
+    def other() -> None:
+        assert Claimed(KEY).get_group(NAME) is None
+
+    failed = Claimed(KEY)
+    assert failed.get_group(NAME) is None
+    Claimed("another").get_group(NAME)
+    with beside(other) as done:
+        assert done(claims.PATIENCE / 2)
+    assert failed.claim.closed
+
+
 def test_an_end_takes_the_claim_along(tmp_path: Path) -> None:
     def other() -> None:
         kept.append(Claimed(KEY))
@@ -136,11 +150,14 @@ def test_a_cache_of_the_users_own_stays() -> None:
         pass
 
     with executed():
+        with executed():
+            assert knobs.cache.manager_class is Claimed
         assert knobs.cache.manager_class is Claimed
     assert knobs.cache.manager_class is None
     knobs.cache.manager_class = Own
     with executed():
         assert knobs.cache.manager_class is Own
+    assert knobs.cache.manager_class is Own
 
 
 def compiled_kernels(log: str) -> Iterator[dict]:
@@ -150,7 +167,7 @@ def compiled_kernels(log: str) -> Iterator[dict]:
         if not cache_hit:
             file.write(f"{os.getpid()} {metadata['hash']}\n")
 
-    os.sched_getaffinity = lambda process: {0, 1}
+    os.sched_getaffinity, claims.PATIENCE = lambda process: {0, 1}, 600.0
     with open(log, "a", buffering=1) as file:
         knobs.compilation.listener = note
         answer = identify(executed()(known.triton_head_norm(known.norm_plans()[0])), "head_norm")

@@ -1,6 +1,7 @@
 """Instructions executed many at once leave what they leave one after the other."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -137,11 +138,12 @@ def one_by_one(products: Products, starts: np.ndarray, factors: np.ndarray) -> n
     return found
 
 
-@pytest.mark.parametrize("at_once", [1 << 18, 27 * 50])
+@pytest.mark.parametrize("at_once", [1 << 18, 27 * 50, 26])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-70, 2.0**-120])
 def test_threads_of_which_all_products_are_zero(scale: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside others, or alone: a zero of either sign by what is finite leaves a sum as it is, unless it is -0."""
-    monkeypatch.setattr(products_module, "ROOM", np.empty((2, at_once)))
+    """Beside others, or alone, with room for all, for 50, or for none: a zero of either sign by what is finite leaves a
+    sum as it is, unless it is -0."""
+    monkeypatch.setattr(products_module.ROOM, "rows", np.empty((2, at_once)))
     rng = np.random.default_rng(5)
     starts, factors = ((rng.standard_normal((count, 400)) * scale).astype(np.float32) for count in (7, 9))
     factors[4:] /= np.float32(scale)
@@ -157,6 +159,45 @@ def test_threads_of_which_all_products_are_zero(scale: float, at_once: int, monk
             found, right = summed(products, *given), one_by_one(products, *given)
             assert np.array_equal(found, right, equal_nan=True)
             assert np.array_equal(np.signbit(found)[found == 0], np.signbit(right)[found == 0])
+
+
+def test_threads_of_python_do_not_share_their_room() -> None:
+    rng = np.random.default_rng(7)
+    products = drawn_products(rng)
+    given = [[rng.standard_normal((count, 4000)).astype(np.float32) for count in (7, 9)] for _ in range(40)]
+    right = [summed(products, *each) for each in given]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda each: summed(products, *each), given)]
+    assert all(map(np.array_equal, found, right))
+
+
+def test_small_factors_of_which_float64_loses_a_bit() -> None:
+    """Of 2^-70 each: the sum is below a tie of float32's subnormals by less than float64 holds."""
+    one, modulus = 1 << 23, 1 << 37  # of a factor; of the product, of which 2^-149 is that much
+    found = [
+        (i, j)
+        for i in range(1, 4000, 2)
+        for inverse in [pow(one + i, -1, modulus)]
+        for left in range(1, 64)
+        if (j := (modulus // 2 - left) * inverse % modulus - one) in range(one)
+    ]
+    assert found
+    factors = np.ldexp(one + np.repeat(np.array(found).T, 2, axis=1), -93).astype(np.float32)
+    starts = (2.0**-127 + np.tile([0.0, 2.0**-149], len(found)))[None].astype(np.float32)
+    products = Products((), (), (), first=1, places=np.array([[0, 1]]), counts=(1,), end=0)
+    right = np.ldexp(
+        [
+            (int(start * 2.0**149) << 37) + int(a) * int(b) >> 37
+            for start, a, b in zip(
+                starts[0].astype(float),
+                np.ldexp(factors[0].astype(float), 93),
+                np.ldexp(factors[1].astype(float), 93),
+                strict=True,
+            )
+        ],
+        -149,
+    )
+    assert np.array_equal(summed(products, starts, factors)[0], right)
 
 
 def test_what_float64_holds_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
