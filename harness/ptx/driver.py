@@ -48,7 +48,7 @@ def compiled_only(target: str) -> Iterator[None]:
 
 @contextmanager
 def _kernels_claimed() -> Iterator[None]:
-    """Inside, no two processes compile the same kernel, unless the user has a cache of their own."""
+    """Inside, kernels are claimed before they are compiled, unless the user has a cache of their own."""
     if mine := knobs.cache.manager_class is None:
         knobs.cache.manager_class = Claimed
     try:
